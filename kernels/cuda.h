@@ -1,0 +1,34 @@
+// The words of Metal that the bodies use, for CUDA: goes before common.h and the body there.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define ONE_ADDRESS_SPACE
+#define device
+#define constant
+#define thread
+#define threadgroup __shared__
+typedef unsigned int uint;
+typedef unsigned short ushort;
+
+enum class mem_flags { mem_threadgroup };
+__forceinline__ void threadgroup_barrier(mem_flags) { __syncthreads(); }
+__forceinline__ float simd_shuffle_xor(float v, ushort o) { return __shfl_xor_sync(0xffffffffu, v, o); }
+__forceinline__ float simd_shuffle(float v, ushort lane) { return __shfl_sync(0xffffffffu, v, lane); }
+__forceinline__ float simd_sum(float v) {
+#pragma unroll
+  for (int o = 1; o < 32; o *= 2) v += simd_shuffle_xor(v, o);
+  return v;
+}
+namespace metal {
+__forceinline__ float max(float a, float b) { return ::fmaxf(a, b); }
+namespace precise {
+__forceinline__ float exp(float v) { return ::expf(v); }
+__forceinline__ float log(float v) { return ::logf(v); }
+__forceinline__ float rsqrt(float v) { return 1.0f / ::sqrtf(v); }
+}  // namespace precise
+}  // namespace metal
+
+#define METAL_POSITIONS \
+  const uint3 thread_position_in_threadgroup = threadIdx, threadgroup_position_in_grid = blockIdx; \
+  const dim3 threadgroups_per_grid = gridDim; \
+  const uint thread_index_in_simdgroup = threadIdx.x % 32, simdgroup_index_in_threadgroup = threadIdx.x / 32;

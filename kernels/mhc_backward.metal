@@ -1,0 +1,204 @@
+// mhc_backward: the gradient of mhc_fused (NORM) and of stream_mix_add (y given), a token in registers.
+//
+//   dy = sum_i h_post[i] dout[i]  (dout itself unless MIX);   r = rsqrt(mean(u**2) + eps)
+//   du = r * (dy * weight - u * r**2 * mean(dy * weight * u));   dweight = sum_t dy * u * r
+//   dx[j] = sum_i h_res[i, j] dout[i] + h_pre[j] du
+//   dh_pre[j] = sum du x[j];   dh_post[i] = sum dout[i] y;   dh_res[i, j] = sum dout[i] x[j]
+//
+// in   x [tokens, N, C] T, y [tokens, C] T, dout [tokens, N, C] T ([tokens, C] unless MIX),
+//      H_pre, H_post, H_res, weight, params as in mhc_fused; with NORM y is not read, without it H_pre and weight are not
+// out  dx [tokens, N, C] T, dy [tokens, C] T (without NORM),
+//      partial [threadgroups, P] float: this threadgroup's sums of dh_pre, dh_post, dh_res, dweight, in this order;
+//      a coefficient given per token has no column there but dh_post [tokens, N], dh_res [tokens, N, N] float
+// own  as mhc_fused; x and dout are read once, dx written once
+// template  T, N, VEC, THREADS, PASSES, MIX, NORM, GATES, SINKHORN, ITERS, START, COLUMNS, OUT_COLUMNS,
+//      POST_PER_TOKEN, RES_PER_TOKEN
+constexpr int SIMDS = THREADS / 32;
+constexpr int R = MIX ? N : 1;
+constexpr int POST_AT = NORM ? N : 0;
+constexpr int RES_AT = POST_AT + (POST_PER_TOKEN || !MIX ? 0 : N);
+constexpr int WEIGHT_AT = RES_AT + (RES_PER_TOKEN || !MIX ? 0 : N * N);
+threadgroup float pre[N];
+threadgroup float post[N];
+threadgroup float mix[N * N];  // h_res
+threadgroup float sums[4 * SIMDS];
+threadgroup float scratch[N * N * SIMDS];
+const uint tid = thread_position_in_threadgroup.x;
+const int C = x_shape[2];
+const uint tokens = x_shape[0];
+
+if (NORM) {
+  for (uint i = tid; i < N; i += THREADS) {
+    const float a = static_cast<float>(H_pre[i]);
+    pre[i] = GATES ? mhc::sigmoid(a) + static_cast<float>(params[1]) : a;
+  }
+}
+if (MIX && !POST_PER_TOKEN) {
+  for (uint i = tid; i < N; i += THREADS) {
+    const float b = static_cast<float>(H_post[i]);
+    post[i] = GATES ? static_cast<float>(params[2]) * mhc::sigmoid(b) + static_cast<float>(params[3]) : b;
+  }
+}
+if constexpr (SINKHORN) {
+  if (simdgroup_index_in_threadgroup == 0) {
+    const uint lane = thread_index_in_simdgroup % mhc::lanes(N);
+    float p[N];
+    mhc::sinkhorn<N, START, COLUMNS>(p, H_res, ITERS, static_cast<float>(params[4]), lane, thread_index_in_simdgroup, mix);
+    if (thread_index_in_simdgroup < N) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) mix[OUT_COLUMNS ? j * N + lane : lane * N + j] = p[j];
+    }
+  }
+} else if (MIX && !RES_PER_TOKEN) {
+  for (uint k = tid; k < N * N; k += THREADS) mix[k] = static_cast<float>(H_res[k]);
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+
+const bool whole = mhc::aligned<T, VEC>(x);
+const bool d_whole = mhc::aligned<T, VEC>(dout);
+const bool y_whole = !NORM && mhc::aligned<T, VEC>(y);
+float g_pre[N] = {}, g_post[N] = {}, g_res[N * N] = {}, g_weight[PASSES * VEC] = {};
+
+int turn = 0;
+for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_grid.x) {
+  const auto row = x + size_t(t) * size_t(N * C);
+  const auto drow = dout + size_t(t) * size_t(R * C);
+  mhc::Pack<T, VEC> xv[PASSES * N], dv[PASSES * R];
+  if (POST_PER_TOKEN || RES_PER_TOKEN) {  // no one reads the last token's any more: group_sum ended with a barrier
+    for (uint i = tid; i < N && POST_PER_TOKEN; i += THREADS) post[i] = static_cast<float>(H_post[size_t(t) * N + i]);
+    for (uint k = tid; k < N * N && RES_PER_TOKEN; k += THREADS)
+      mix[k] = static_cast<float>(H_res[size_t(t) * (N * N) + k]);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+#pragma unroll
+  for (int k = 0; k < PASSES; ++k) {
+    const int c = (k * THREADS + int(tid)) * VEC;
+    if (c < C) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) xv[k * N + j] = mhc::load<T, VEC>(row + j * C + c, whole);
+#pragma unroll
+      for (int i = 0; i < R; ++i) dv[k * R + i] = mhc::load<T, VEC>(drow + i * C + c, d_whole);
+    }
+  }
+
+  // ss = sum(u ** 2);  dot = sum(dy * weight * u)
+  float r = 0.0f, slope = 0.0f;
+  if (NORM) {
+    float ss = 0.0f, dot = 0.0f;
+#pragma unroll
+    for (int k = 0; k < PASSES; ++k) {
+      const int c = (k * THREADS + int(tid)) * VEC;
+      if (c < C) {
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) {
+          float u = 0.0f, d = 0.0f;
+#pragma unroll
+          for (int j = 0; j < N; ++j) u += pre[j] * static_cast<float>(xv[k * N + j].v[e]);
+#pragma unroll
+          for (int i = 0; i < R; ++i) d += (MIX ? post[i] : 1.0f) * static_cast<float>(dv[k * R + i].v[e]);
+          ss += u * u;
+          dot += d * u * static_cast<float>(weight[c + e]);
+        }
+      }
+    }
+    ss = simd_sum(ss);
+    dot = simd_sum(dot);
+    if (SIMDS > 1) {
+      if (thread_index_in_simdgroup == 0) {
+        sums[(turn * SIMDS + int(simdgroup_index_in_threadgroup)) * 2] = ss;
+        sums[(turn * SIMDS + int(simdgroup_index_in_threadgroup)) * 2 + 1] = dot;
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      ss = dot = 0.0f;
+#pragma unroll
+      for (int s = 0; s < SIMDS; ++s) {
+        ss += sums[(turn * SIMDS + s) * 2];
+        dot += sums[(turn * SIMDS + s) * 2 + 1];
+      }
+      turn ^= 1;
+    }
+    r = metal::precise::rsqrt(ss / static_cast<float>(C) + static_cast<float>(params[0]));
+    slope = r * r * (dot / static_cast<float>(C));
+  }
+
+#pragma unroll
+  for (int k = 0; k < PASSES; ++k) {
+    const int c = (k * THREADS + int(tid)) * VEC;
+    if (c < C) {
+      mhc::Pack<T, VEC> yv, dyv;
+      if (!NORM) yv = mhc::load<T, VEC>(y + size_t(t) * size_t(C) + c, y_whole);
+#pragma unroll
+      for (int e = 0; e < VEC; ++e) {
+        float xs[N], ds[R], u = 0.0f, d = 0.0f, du = 0.0f;
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          xs[j] = static_cast<float>(xv[k * N + j].v[e]);
+          if (NORM) u += pre[j] * xs[j];
+        }
+#pragma unroll
+        for (int i = 0; i < R; ++i) {
+          ds[i] = static_cast<float>(dv[k * R + i].v[e]);
+          d += (MIX ? post[i] : 1.0f) * ds[i];
+        }
+        float out = u * r;
+        if (NORM) {
+          const float w = static_cast<float>(weight[c + e]);
+          g_weight[k * VEC + e] += d * out;
+          du = r * (d * w - u * slope);
+          out *= w;
+        } else {
+          out = static_cast<float>(yv.v[e]);
+          dyv.v[e] = static_cast<T>(d);
+        }
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          float a = NORM ? pre[j] * du : 0.0f;
+          if (NORM) g_pre[j] += du * xs[j];
+          if (MIX) {
+#pragma unroll
+            for (int i = 0; i < R; ++i) {
+              a += mix[i * N + j] * ds[i];
+              g_res[i * N + j] += ds[i] * xs[j];
+            }
+          }
+          xv[k * N + j].v[e] = static_cast<T>(a);
+        }
+        if (MIX) {
+#pragma unroll
+          for (int i = 0; i < R; ++i) g_post[i] += ds[i] * out;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < N; ++j)
+        *(device mhc::Pack<T, VEC>*)(dx + size_t(t) * size_t(N * C) + j * C + c) = xv[k * N + j];
+      if (!NORM) *(device mhc::Pack<T, VEC>*)(dy + size_t(t) * size_t(C) + c) = dyv;
+    }
+  }
+  if (POST_PER_TOKEN) {
+    mhc::group_sum<N, THREADS>(g_post, scratch, dh_post + size_t(t) * N, tid);
+#pragma unroll
+    for (int i = 0; i < N; ++i) g_post[i] = 0.0f;
+  }
+  if (RES_PER_TOKEN) {
+    mhc::group_sum<N * N, THREADS>(g_res, scratch, dh_res + size_t(t) * (N * N), tid);
+#pragma unroll
+    for (int i = 0; i < N * N; ++i) g_res[i] = 0.0f;
+  }
+}
+
+if (NORM || (MIX && !(POST_PER_TOKEN && RES_PER_TOKEN))) {
+  const auto mine = partial + size_t(threadgroup_position_in_grid.x) * size_t(WEIGHT_AT + (NORM ? C : 0));
+  if (NORM) mhc::group_sum<N, THREADS>(g_pre, scratch, mine, tid);
+  if (MIX && !POST_PER_TOKEN) mhc::group_sum<N, THREADS>(g_post, scratch, mine + POST_AT, tid);
+  if (MIX && !RES_PER_TOKEN) mhc::group_sum<N * N, THREADS>(g_res, scratch, mine + RES_AT, tid);
+  if (NORM) {
+#pragma unroll
+    for (int k = 0; k < PASSES; ++k) {
+      const int c = (k * THREADS + int(tid)) * VEC;
+      if (c < C) {
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) mine[WEIGHT_AT + c + e] = g_weight[k * VEC + e];
+      }
+    }
+  }
+}

@@ -1,0 +1,38 @@
+"""Manifold-constrained hyper-connections (arXiv 2512.24880) for MLX: fused, trainable, on Metal and CUDA."""
+
+from .conventions import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, Convention
+from .kernel import backend
+from .layers import MHCLayer, expand_streams, merge_streams, reduce_streams, split_streams
+from .ops import (
+    mhc_layer,
+    mhc_static,
+    sinkhorn_knopp,
+    stream_aggregate_norm,
+    stream_mix_add,
+)
+from .reference import rms_norm, stream_aggregate, stream_distribute, stream_mix
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ADDITIVE",
+    "DEEPSEEK_V4",
+    "PAPER",
+    "ROW_FIRST",
+    "Convention",
+    "MHCLayer",
+    "backend",
+    "expand_streams",
+    "merge_streams",
+    "mhc_layer",
+    "mhc_static",
+    "reduce_streams",
+    "rms_norm",
+    "sinkhorn_knopp",
+    "split_streams",
+    "stream_aggregate",
+    "stream_aggregate_norm",
+    "stream_distribute",
+    "stream_mix",
+    "stream_mix_add",
+]

@@ -1,0 +1,63 @@
+"""How coefficients are made from their logits: the one thing in which the variants of hyper-connections differ."""
+
+from dataclasses import dataclass
+
+STARTS = ("exp", "softmax", "additive")
+AXES = ("rows", "columns")
+
+
+@dataclass(frozen=True)
+class Convention:
+    """A projection of the mixing matrix and the gates of the read and write coefficients.
+
+    The projection is ``2 * iters`` half-steps ``P / (P.sum(axis) + eps)``, alternating between rows and columns. The
+    first ones may belong to the start: ``exp`` makes two of them on the logits themselves (``l -= logsumexp(l)``, the
+    same map, finite at any logits), ``softmax`` is a row half-step followed by ``+ eps``.
+
+    Args:
+        name: How the convention is called in messages.
+        start: ``"exp"``: P = exp(l); ``"softmax"``: P = softmax(l, rows) + eps; ``"additive"``: P = I + l.
+        first: Axis of the first half-step, ``"rows"`` or ``"columns"``; ``softmax`` is a ``"rows"`` half-step.
+        iters: Sinkhorn-Knopp iterations T, at least 1. The truncated map is the model: it is never run to convergence.
+        eps: Added to each sum, at least 0.
+        transposed: Whether the layer mixes with the transpose of P. ``sinkhorn_knopp`` returns ``h_res`` with
+            row = output in either case.
+        sigmoid: Whether h_pre = sigmoid(H_pre) + pre_eps and h_post = post_scale * sigmoid(H_post) + post_eps;
+            otherwise H_pre and H_post are used as they are.
+        pre_eps: Added to h_pre.
+        post_scale: Largest h_post.
+        post_eps: Added to h_post.
+    """
+
+    name: str
+    start: str = "exp"
+    first: str = "rows"
+    iters: int = 20
+    eps: float = 0.0
+    transposed: bool = False
+    sigmoid: bool = True
+    pre_eps: float = 0.0
+    post_scale: float = 2.0
+    post_eps: float = 0.0
+
+    def __post_init__(self):
+        if self.start not in STARTS:
+            raise ValueError(f"[Convention] start must be one of {STARTS} but got {self.start!r}.")
+        if self.first not in AXES:
+            raise ValueError(f"[Convention] first must be one of {AXES} but got {self.first!r}.")
+        if self.start == "softmax" and self.first != "rows":
+            raise ValueError("[Convention] first must be 'rows' with start 'softmax' but got 'columns'.")
+        if not isinstance(self.iters, int) or isinstance(self.iters, bool):
+            raise TypeError(f"[Convention] iters must be an int but got {type(self.iters).__name__}.")
+        if self.iters < 1:
+            raise ValueError(f"[Convention] iters must be at least 1 but got {self.iters}.")
+        for name in ("eps", "pre_eps", "post_scale", "post_eps"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"[Convention] {name} must be finite and at least 0 but got {value}.")
+
+
+PAPER = Convention("PAPER", first="columns")  # arXiv 2512.24880, eq. 8-9
+ROW_FIRST = Convention("ROW_FIRST")  # mHC.cu, mhc-mlx, SuperFused
+ADDITIVE = Convention("ADDITIVE", start="additive", eps=1e-8, sigmoid=False)  # static only
+DEEPSEEK_V4 = Convention("DEEPSEEK_V4", start="softmax", eps=1e-6, transposed=True, pre_eps=1e-6)

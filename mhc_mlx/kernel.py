@@ -1,0 +1,111 @@
+"""Find, build and launch the kernel bodies: the only module that knows which GPU backend runs."""
+
+import contextlib
+import functools
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import mlx.core as mx
+
+_PACKAGE = Path(__file__).parent
+_FOLDERS = (_PACKAGE / "kernels", _PACKAGE.parent / "kernels")  # in a wheel; in a checkout
+_traced: str | None = None  # the backend while `metal_source` traces
+
+
+def backend() -> str | None:
+    """The GPU backend of the default device: ``"metal"``, ``"cuda"``, or None where the reference runs."""
+    if _traced:
+        return _traced
+    if mx.default_device() != mx.gpu:
+        return None
+    return "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else None
+
+
+@functools.cache
+def text(name: str) -> str:
+    """A file of kernels/ without its comments: MLX hashes the source on every eval, and takes names in it for
+    attributes. Lines keep their numbers."""
+    folder = next((f for f in _FOLDERS if f.is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(f"[kernel] kernels/ must be at one of {[str(f) for f in _FOLDERS]}.")
+    return re.sub(r"[ \t]*//.*", "", (folder / name).read_text())
+
+
+@functools.cache
+def _build(backend: str, name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], absent: str):
+    source, header = absent + text(f"{name}.metal"), text("common.h")
+    if backend == "metal":
+        return mx.fast.metal_kernel(
+            name=name, input_names=inputs, output_names=outputs, source=source, header=header
+        )
+    return mx.fast.cuda_kernel(
+        name=name,
+        input_names=inputs,
+        output_names=outputs,
+        source="METAL_POSITIONS " + source,
+        header=text("cuda.h") + header,
+    )
+
+
+def launch(
+    name: str,
+    inputs: dict[str, mx.array | None],
+    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype] | None],
+    groups: int,
+    threads: int,
+    template: dict[str, int | bool | mx.Dtype],
+    verbose: bool = False,
+) -> list[mx.array]:
+    """Run ``kernels/<name>.metal``.
+
+    Args:
+        name: File stem of the body.
+        inputs: Arrays by the name the body uses; None where this variant of the body does not read it.
+        outputs: Shape and dtype by the name the body uses; None where this variant does not write it.
+        groups: Threadgroups, along x.
+        threads: Threads in a threadgroup.
+        template: Compile-time constants of the body.
+        verbose: Print the generated source.
+
+    Returns:
+        The outputs that are not None, in order.
+    """
+    absent = "".join(f"const device T* {k} = nullptr; " for k, v in inputs.items() if v is None)
+    absent += "".join(f"device float* {k} = nullptr; " for k, v in outputs.items() if v is None)
+    inputs = {k: v for k, v in inputs.items() if v is not None}
+    outputs = {k: v for k, v in outputs.items() if v is not None}
+    return _build(backend(), name, tuple(inputs), tuple(outputs), absent)(
+        inputs=list(inputs.values()),
+        output_shapes=[shape for shape, _ in outputs.values()],
+        output_dtypes=[dtype for _, dtype in outputs.values()],
+        grid=(groups * threads, 1, 1),
+        threadgroup=(threads, 1, 1),
+        template=list(template.items()),
+        verbose=verbose,
+    )
+
+
+def metal_source(f, *arrays: mx.array) -> str:
+    """The exact Metal source of the kernels that ``f(*arrays)`` launches; needs no GPU.
+
+    MLX prints it while it records f for export.
+    """
+    global _traced
+    sys.stdout.flush()
+    saved = os.dup(1)
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, saved)
+        out = stack.enter_context(tempfile.TemporaryFile())
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        os.dup2(out.fileno(), 1)
+        before, _traced = _traced, "metal"
+        try:
+            mx.export_function(os.path.join(folder, "f.mlxfn"), f, *arrays)
+        finally:
+            _traced = before
+            os.dup2(saved, 1)
+        out.seek(0)
+        return out.read().decode()

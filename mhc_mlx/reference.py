@@ -1,0 +1,221 @@
+"""The maths in plain MLX: the source of truth that every kernel must match.
+
+Shapes: leading axes ``...`` are tokens, n streams, C channels. All arithmetic is float32 whatever the dtype of the
+arrays, and each result is rounded to its dtype once. Sums are elementwise rather than ``@``, which runs in TF32 on
+some GPUs.
+"""
+
+import mlx.core as mx
+
+from .conventions import ROW_FIRST, Convention
+
+
+def _float(*arrays: mx.array) -> list[mx.array]:
+    return [a.astype(mx.float32) for a in arrays]
+
+
+def sinkhorn_knopp(logits: mx.array, convention: Convention = ROW_FIRST) -> mx.array:
+    """Project logits to a (nearly) doubly stochastic mixing matrix by a truncated Sinkhorn-Knopp iteration.
+
+    ``P = start(logits)``, then alternately ``P = P / (P.sum(rows) + eps)`` and ``P = P / (P.sum(columns) + eps)``,
+    2 * iters half-steps in all (arXiv 2512.24880, eq. 9). The gradient is that of the truncated map.
+
+    Args:
+        logits: ``[..., n, n]``, float32, float16 or bfloat16, 1 <= n <= 64; any finite values for the starts exp and
+            softmax. ADDITIVE divides by sums of ``I + logits`` as given: its lines must not sum to 0.
+        convention: Start, order, iterations and eps.
+
+    Returns:
+        h_res ``[..., n, n]`` float32, row = output: ``out[i] = sum_j h_res[i, j] x[j]``.
+
+    Raises:
+        ValueError: The last two axes differ or n is outside 1..64.
+        TypeError: The dtype is none of the three.
+    """
+    axes = (-1, -2) if convention.first == "rows" else (-2, -1)
+    (p,) = _float(logits)
+    if convention.start == "exp":
+        for axis in axes:
+            p = p - mx.logsumexp(p, axis=axis, keepdims=True)
+        p, done = mx.exp(p), 2
+    elif convention.start == "softmax":
+        p, done = mx.softmax(p, axis=-1, precise=True) + convention.eps, 1
+    else:
+        p, done = mx.eye(p.shape[-1]) + p, 0
+    for k in range(done, 2 * convention.iters):
+        p = p / (p.sum(axis=axes[k % 2], keepdims=True) + convention.eps)
+    return p.swapaxes(-1, -2) if convention.transposed else p
+
+
+def gates(H_pre: mx.array, H_post: mx.array, convention: Convention) -> tuple[mx.array, mx.array]:
+    """``h_pre = sigmoid(H_pre) + pre_eps``, ``h_post = post_scale * sigmoid(H_post) + post_eps`` (eq. 8), float32."""
+    H_pre, H_post = _float(H_pre, H_post)
+    if not convention.sigmoid:
+        return H_pre, H_post
+    h_post = convention.post_scale * mx.sigmoid(H_post) + convention.post_eps
+    return mx.sigmoid(H_pre) + convention.pre_eps, h_post
+
+
+def stream_aggregate(x: mx.array, h_pre: mx.array) -> mx.array:
+    """What a sublayer reads: ``u = sum_j h_pre[j] x[j]``.
+
+    Args:
+        x: ``[..., n, C]``, float32, float16 or bfloat16.
+        h_pre: ``[n]``, or ``[..., n]`` per token.
+
+    Returns:
+        u ``[..., C]`` in x's dtype, accumulated in float32.
+    """
+    xf, h_pre = _float(x, h_pre)
+    return (h_pre[..., None] * xf).sum(-2).astype(x.dtype)
+
+
+def rms_norm(u: mx.array, weight: mx.array, eps: float = 1e-5) -> mx.array:
+    """``u * rsqrt(mean(u**2) + eps) * weight`` over the last axis.
+
+    Args:
+        u: ``[..., C]``.
+        weight: ``[C]``.
+        eps: Added to the mean square, above 0.
+
+    Returns:
+        ``[..., C]`` in u's dtype, computed in float32 and rounded once.
+    """
+    uf, weight = _float(u, weight)
+    return (uf * mx.rsqrt(mx.mean(uf * uf, axis=-1, keepdims=True) + eps) * weight).astype(u.dtype)
+
+
+def stream_aggregate_norm(
+    x: mx.array, h_pre: mx.array, weight: mx.array, eps: float = 1e-5
+) -> mx.array:
+    """The normalised input of a sublayer: ``rms_norm(sum_j h_pre[j] x[j], weight, eps)``, rounded once.
+
+    Args:
+        x: ``[..., n, C]``, float32, float16 or bfloat16, 1 <= n <= 64.
+        h_pre: ``[n]``, any float dtype.
+        weight: ``[C]``, any float dtype.
+        eps: Added to the mean square, above 0.
+
+    Returns:
+        ``[..., C]`` in x's dtype.
+    """
+    xf, h_pre = _float(x, h_pre)
+    return rms_norm(stream_aggregate(xf, h_pre), weight, eps).astype(x.dtype)
+
+
+def stream_distribute(y: mx.array, h_post: mx.array) -> mx.array:
+    """What a sublayer writes: ``out[i] = h_post[i] y``.
+
+    Args:
+        y: ``[..., C]``.
+        h_post: ``[n]``, or ``[..., n]`` per token.
+
+    Returns:
+        ``[..., n, C]`` in y's dtype.
+    """
+    yf, h_post = _float(y, h_post)
+    return (h_post[..., None] * yf[..., None, :]).astype(y.dtype)
+
+
+def stream_mix(x: mx.array, h_res: mx.array) -> mx.array:
+    """How streams pass a sublayer: ``out[i] = sum_j h_res[i, j] x[j]``.
+
+    Args:
+        x: ``[..., n, C]``.
+        h_res: ``[n, n]``, or ``[..., n, n]`` per token, row = output.
+
+    Returns:
+        ``[..., n, C]`` in x's dtype, accumulated in float32.
+    """
+    xf, h_res = _float(x, h_res)
+    terms = [h_res[..., j, None] * xf[..., j : j + 1, :] for j in range(x.shape[-2])]
+    return sum(terms[1:], terms[0]).astype(x.dtype)
+
+
+def stream_mix_add(
+    x: mx.array, y: mx.array, h_post: mx.array, h_res: mx.array | None = None
+) -> mx.array:
+    """Write a sublayer's output back: ``out[i] = sum_j h_res[i, j] x[j] + h_post[i] y`` (arXiv 2512.24880, eq. 3).
+
+    Args:
+        x: ``[..., n, C]``, float32, float16 or bfloat16, 1 <= n <= 64.
+        y: ``[..., C]`` in x's dtype.
+        h_post: ``[n]``, or ``[..., n]`` with x's leading axes, any float dtype.
+        h_res: ``[n, n]``, or ``[..., n, n]``, any float dtype, row = output; None is the identity.
+
+    Returns:
+        ``[..., n, C]`` in x's dtype, accumulated in float32 and rounded once.
+
+    Raises:
+        ValueError: A shape does not fit.
+        TypeError: A dtype is not a float dtype, or y's is not x's.
+    """
+    xf, yf = _float(x, y)
+    mixed = xf if h_res is None else stream_mix(xf, h_res)
+    return (mixed + stream_distribute(yf, h_post)).astype(x.dtype)
+
+
+def mhc_static(
+    x: mx.array,
+    h_pre: mx.array,
+    h_post: mx.array,
+    h_res: mx.array | None,
+    weight: mx.array,
+    eps: float = 1e-5,
+) -> mx.array:
+    """The self-contained layer with ready coefficients.
+
+    ``out[i] = sum_j h_res[i, j] x[j] + h_post[i] rms_norm(sum_j h_pre[j] x[j], weight, eps)``
+
+    Args:
+        x: ``[..., n, C]``, float32, float16 or bfloat16, 1 <= n <= 64, C >= 1.
+        h_pre: ``[n]``, any float dtype.
+        h_post: ``[n]``, any float dtype.
+        h_res: ``[n, n]``, any float dtype, row = output; None is the identity.
+        weight: ``[C]``, any float dtype.
+        eps: Added to the mean square, above 0.
+
+    Returns:
+        ``[..., n, C]`` in x's dtype, computed in float32 and rounded once.
+
+    Raises:
+        ValueError: A shape does not fit, or eps is not above 0.
+        TypeError: A dtype is not a float dtype.
+    """
+    (xf,) = _float(x)
+    y = stream_aggregate_norm(xf, h_pre, weight, eps)
+    return stream_mix_add(xf, y, h_post, h_res).astype(x.dtype)
+
+
+def mhc_layer(
+    x: mx.array,
+    H_pre: mx.array,
+    H_post: mx.array,
+    H_res: mx.array,
+    weight: mx.array,
+    convention: Convention = ROW_FIRST,
+    eps: float = 1e-5,
+) -> mx.array:
+    """The self-contained layer from its parameters (arXiv 2512.24880, eq. 3 and 8-9 without the dynamic part).
+
+    ``mhc_static(x, h_pre, h_post, h_res, weight, eps)`` with h_pre = sigmoid(H_pre), h_post = 2 sigmoid(H_post) and
+    h_res = sinkhorn_knopp(H_res), each as ``convention`` says.
+
+    Args:
+        x: ``[..., n, C]``, float32, float16 or bfloat16, 1 <= n <= 64, C >= 1.
+        H_pre: ``[n]``, any float dtype.
+        H_post: ``[n]``, any float dtype.
+        H_res: ``[n, n]``, any float dtype.
+        weight: ``[C]``, any float dtype.
+        convention: How coefficients are made.
+        eps: Of the RMSNorm, above 0.
+
+    Returns:
+        ``[..., n, C]`` in x's dtype, computed in float32 and rounded once.
+
+    Raises:
+        ValueError: A shape does not fit, or eps is not above 0.
+        TypeError: A dtype is not a float dtype.
+    """
+    h_pre, h_post = gates(H_pre, H_post, convention)
+    return mhc_static(x, h_pre, h_post, sinkhorn_knopp(H_res, convention), weight, eps)

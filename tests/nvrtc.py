@@ -1,0 +1,104 @@
+"""Compiles the CUDA form of a launch with NVRTC and MLX's own options; needs no GPU.
+
+pip install nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-cccl
+"""
+
+import ctypes
+import functools
+import re
+import site
+import time
+from pathlib import Path
+
+import mlx.core as mx
+
+from mhc_mlx import kernel
+
+UTILS = b"""#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda/std/array>
+using Shape = cuda::std::array<int32_t, 10>;
+using Strides = cuda::std::array<int64_t, 10>;
+"""
+WRAPPER = """
+#include "mlx/backend/cuda/device/utils.cuh"
+#include <cooperative_groups.h>
+{header}
+namespace mlx::core::cu {{
+namespace cg = cooperative_groups;
+__global__ void custom_kernel_{name}({parameters}) {{
+{constants}
+METAL_POSITIONS {body}
+}}
+}}
+"""
+TYPES = {mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16"}
+
+
+@functools.cache
+def toolkit():
+    """(NVRTC, include folders), or None where the wheels are missing."""
+    for packages in [*site.getsitepackages(), site.getusersitepackages()]:
+        for root in Path(packages).glob("nvidia/cu1*"):
+            libraries = sorted(root.glob("lib/libnvrtc.so.1*"))
+            if libraries:
+                return ctypes.CDLL(str(libraries[0])), [root / "include", root / "include/cccl"]
+    return None
+
+
+def cuda_source(name, inputs, outputs, template) -> str:
+    """What MLX's cuda_kernel would compile for this launch."""
+    absent = "".join(f"const device T* {k} = nullptr; " for k, v in inputs.items() if v is None)
+    absent += "".join(f"device float* {k} = nullptr; " for k, v in outputs.items() if v is None)
+    body = absent + kernel.text(f"{name}.metal")
+    parameters = []
+    for k, a in inputs.items():
+        if a is not None:
+            parameters.append(f"const {TYPES[a.dtype]}* {k}")
+            if f"{k}_shape" in body:
+                parameters.append(f"const __grid_constant__ Shape {k}_shape")
+    parameters += [f"{TYPES[v[1]]}* {k}" for k, v in outputs.items() if v is not None]
+    constants = []
+    for k, v in template.items():
+        if isinstance(v, mx.Dtype):
+            constants.append(f"using {k} = {TYPES[v]};")
+        else:
+            constants.append(f"constexpr {'bool' if isinstance(v, bool) else 'int'} {k} = {int(v)};")
+    return WRAPPER.format(
+        header=kernel.text("cuda.h") + kernel.text("common.h"),
+        name=name,
+        parameters=", ".join(parameters),
+        constants="\n".join(constants),
+        body=body,
+    )
+
+
+def compile_cuda(name: str, source: str, arch: str = "sm_90a") -> tuple[str, dict[str, float]]:
+    """The compiler's errors ("" if none) and registers, spilled bytes, shared bytes, seconds."""
+    nvrtc, includes = toolkit()
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    names, texts = (ctypes.c_char_p * 1)(b"mlx/backend/cuda/device/utils.cuh"), (ctypes.c_char_p * 1)(UTILS)
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"body.cu", 1, texts, names)
+    nvrtc.nvrtcAddNameExpression(program, f"mlx::core::cu::custom_kernel_{name}".encode())
+    flags = ["--device-as-default-execution-space", f"--gpu-architecture={arch}", "--ptxas-options=-v"]
+    flags = [f.encode() for f in flags + [f"--include-path={p}" for p in includes]]
+    start = time.perf_counter()
+    failed = nvrtc.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*flags))
+    seconds = time.perf_counter() - start
+    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    log = log.value.decode()
+    if failed:
+        return log or "failed without a message", {}
+    figures = {"seconds": seconds}
+    for key, pattern in (
+        ("registers", r"Used (\d+) registers"),
+        ("spills", r"(\d+) bytes spill stores"),
+        ("shared", r"(\d+) bytes smem"),
+        ("stack", r"(\d+) bytes stack frame"),
+    ):
+        found = re.search(pattern, log)
+        figures[key] = int(found.group(1)) if found else 0
+    return "", figures
