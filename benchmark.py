@@ -28,8 +28,22 @@ DEFAULT = {
     "stream_mix_add": [(320, 4, 1280), (16384, 4, 1024)],
     "sinkhorn_knopp": [(65536, 4, 4), (1, 64, 64)],
 }
-SEEDS = [(320, 4, 1280), (512, 4, 1920), (1280, 4, 2560), (2560, 4, 1280), (128, 8, 1280), (256, 8, 1280)]
-SEEDS += [(32, 32, 1280), (64, 32, 1280), (128, 32, 1280), (128, 4, 1280), (256, 4, 1280), (512, 4, 2560)]
+SEEDS = [
+    (320, 4, 1280),
+    (512, 4, 1920),
+    (1280, 4, 2560),
+    (2560, 4, 1280),
+    (128, 8, 1280),
+    (256, 8, 1280),
+]
+SEEDS += [
+    (32, 32, 1280),
+    (64, 32, 1280),
+    (128, 32, 1280),
+    (128, 4, 1280),
+    (256, 4, 1280),
+    (512, 4, 2560),
+]
 SEEDS += [(1024, 4, 1920), (1024, 4, 2560), (65536, 4, 1024), (16384, 4, 1024), (16384, 4, 4096)]
 SEEDS += [(8192, 8, 1024), (8192, 12, 1024)]
 PRESETS = {
@@ -38,7 +52,15 @@ PRESETS = {
         "mhc_layer": SEEDS[:14],
         "stream_mix_add": SEEDS,
         "stream_aggregate_norm": SEEDS,
-        "sinkhorn_knopp": [(1, 4, 4), (1, 8, 8), (1, 16, 16), (65536, 4, 4), (8192, 8, 8), (4096, 16, 16), (1, 64, 64)],
+        "sinkhorn_knopp": [
+            (1, 4, 4),
+            (1, 8, 8),
+            (1, 16, 16),
+            (65536, 4, 4),
+            (8192, 8, 8),
+            (4096, 16, 16),
+            (1, 64, 64),
+        ],
     }
 }
 
@@ -65,9 +87,14 @@ def mandatory_bytes(op: str, direction: str, shape: tuple[int, int, int], dtype:
     if op == "sinkhorn_knopp":  # logits, h_res float32; logits, dh_res float32, dlogits
         forward, backward = B * n * C * (dtype.size + 4), B * n * C * (2 * dtype.size + 4)
     else:
-        rows = {"stream_mix_add": (2 * n + 1, 3 * n + 2), "stream_aggregate_norm": (n + 1, 2 * n + 1)}
+        rows = {
+            "stream_mix_add": (2 * n + 1, 3 * n + 2),
+            "stream_aggregate_norm": (n + 1, 2 * n + 1),
+        }
         forward, backward = (r * B * C * dtype.size for r in rows.get(op, (2 * n, 3 * n)))
-    return {"forward": forward, "backward": backward, "forward+backward": forward + backward}[direction]
+    return {"forward": forward, "backward": backward, "forward+backward": forward + backward}[
+        direction
+    ]
 
 
 def seconds(f, sets: list, budget: float) -> tuple[float, float]:
@@ -110,7 +137,9 @@ def worst_error(op: str, arrays: list[mx.array], cotangent: mx.array, **options)
         results.append(outputs + gradients)
     for want, got in zip(*results, strict=True):
         want, got = want.astype(mx.float32), got.astype(mx.float32)
-        worst = max(worst, (mx.abs(want - got).max() / mx.maximum(mx.abs(want).max(), 1e-30)).item())
+        worst = max(
+            worst, (mx.abs(want - got).max() / mx.maximum(mx.abs(want).max(), 1e-30)).item()
+        )
     return worst
 
 
@@ -132,7 +161,9 @@ class Bench:
     def sets(size: int) -> int:
         return max(2, min(32, CACHE // max(size, 1)))
 
-    def row(self, op: str, direction: str, shape, name: str, threads: int | None, baseline: bool = True) -> dict:
+    def row(
+        self, op: str, direction: str, shape, name: str, threads: int | None, baseline: bool = True
+    ) -> dict:
         dtype, reference_f = DTYPES[name], getattr(reference, op)
         size = mandatory_bytes(op, direction, shape, dtype)
         sets = []
@@ -145,13 +176,25 @@ class Bench:
         n = len(sets[0]) - 1
         f = directed(lambda *a: getattr(ops, op)(*a, threads_per_group=threads), direction, n)
         us, spread = seconds(f, sets, self.budget)
-        row = {"op": op, "direction": direction, "dtype": name, "shape": list(shape), "us": us * 1e6}
-        row |= {"spread": spread, "gbps": size / us / 1e9, "percent_of_copy": 100 * self.copy_seconds(size) / us}
+        row = {
+            "op": op,
+            "direction": direction,
+            "dtype": name,
+            "shape": list(shape),
+            "us": us * 1e6,
+        }
+        row |= {
+            "spread": spread,
+            "gbps": size / us / 1e9,
+            "percent_of_copy": 100 * self.copy_seconds(size) / us,
+        }
         if self.peak:
             row["percent_of_peak"] = 100 * size / us / 1e9 / self.peak
         row["speedup_vs_compiled"] = None
         if baseline:
-            row["speedup_vs_compiled"] = seconds(directed(reference_f, direction, n), sets, self.budget)[0] / us
+            row["speedup_vs_compiled"] = (
+                seconds(directed(reference_f, direction, n), sets, self.budget)[0] / us
+            )
         return row | {"threads_per_group": threads}
 
 
@@ -176,9 +219,19 @@ def verify(cases, dtypes) -> list[dict]:
             want = reference.__dict__[op](*arrays)
             error = worst_error(op, arrays, mx.random.normal(want.shape).astype(want.dtype))
             bound = {"float32": 3e-5, "float16": 2e-3, "bfloat16": 1.6e-2}[name]
-            rows.append({"op": op, "dtype": name, "shape": [B, *shape[1:]], "error": error, "ok": error < bound})
+            rows.append(
+                {
+                    "op": op,
+                    "dtype": name,
+                    "shape": [B, *shape[1:]],
+                    "error": error,
+                    "ok": error < bound,
+                }
+            )
             if not rows[-1]["ok"]:
-                sys.exit(f"parity fails: {op} {name} {shape}: largest relative error {error:.2e}, bound {bound:.1e}")
+                sys.exit(
+                    f"parity fails: {op} {name} {shape}: largest relative error {error:.2e}, bound {bound:.1e}"
+                )
     return rows
 
 
@@ -187,7 +240,7 @@ def sweep(bench: Bench, op: str, shape, name: str) -> list[dict]:
     rows, plain = [], ops._geometry
     for direction in ("forward", "backward"):
         copies = 1 if direction == "forward" else 2
-        chosen = plain(shape[1], shape[2], DTYPES[name].size, copies, None)
+        chosen = plain(shape[1], shape[2], DTYPES[name].size, copies, None, backend())
         for vec in (1, 2, 4, 8):
             for threads in (32, 64, 128, 160, 256, 512):
                 if shape[2] % vec or vec * DTYPES[name].size > 16 or vec * shape[1] > 64:
@@ -196,13 +249,16 @@ def sweep(bench: Bench, op: str, shape, name: str) -> list[dict]:
                 if threads > 32 and (threads - 32) * vec >= shape[2] or passes > 16:
                     continue
 
-                def forced(n, C, size, copies, _, vec=vec, threads=threads, passes=passes):
+                def forced(n, C, size, copies, _, backend, vec=vec, threads=threads, passes=passes):
                     held = passes * copies * n * max(4, vec * size)
-                    return ops._Geometry(vec, threads, passes, n <= 8 and held <= ops.REGISTER_BYTES)
+                    fits = n <= 8 and held <= ops.REGISTER_BYTES[backend, copies]
+                    return ops._Geometry(vec, threads, passes, fits)
 
                 ops._geometry = forced
                 try:
-                    row = bench.row(op, direction, shape, name, threads, baseline=False) | {"vec": vec}
+                    row = bench.row(op, direction, shape, name, threads, baseline=False) | {
+                        "vec": vec
+                    }
                 finally:
                     ops._geometry = plain
                 row["default"] = (vec, threads) == (chosen.vec, chosen.threads)
@@ -211,7 +267,9 @@ def sweep(bench: Bench, op: str, shape, name: str) -> list[dict]:
         for r in rows:
             if r["direction"] == direction:
                 mark = " <- best" * (r is best) + " <- default" * r["default"]
-                print(f"vec {r['vec']} threads {r['threads_per_group']:4} {show(r)}{mark}", flush=True)
+                print(
+                    f"vec {r['vec']} threads {r['threads_per_group']:4} {show(r)}{mark}", flush=True
+                )
     return rows
 
 
@@ -228,11 +286,19 @@ def plot(rows: list[dict], file: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", action="append", choices=sorted(PRESETS["seeds"]), help="repeatable; all by default")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--op", action="append", choices=sorted(PRESETS["seeds"]), help="repeatable; all by default"
+    )
     parser.add_argument("--shape", action="append", metavar="B,n,C", help="repeatable")
-    parser.add_argument("--dtype", action="append", choices=sorted(DTYPES), help="repeatable; bfloat16 and float32")
-    parser.add_argument("--direction", action="append", choices=DIRECTIONS, help="repeatable; all by default")
+    parser.add_argument(
+        "--dtype", action="append", choices=sorted(DTYPES), help="repeatable; bfloat16 and float32"
+    )
+    parser.add_argument(
+        "--direction", action="append", choices=DIRECTIONS, help="repeatable; all by default"
+    )
     parser.add_argument("--preset", choices=sorted(PRESETS))
     parser.add_argument("--sweep", action="store_true", help="threads per group x vector width")
     parser.add_argument("--threads", type=int, help="threads_per_group for every op")
@@ -252,11 +318,15 @@ def main() -> None:
     dtypes = args.dtype or ["bfloat16", "float32"]
     info = mx.device_info() if backend() else {}
     device = info.get("device_name", "CPU")
-    print(f"{device}, MLX {mx.__version__}, kernels: {backend() or 'none here, so compiled against plain reference'}")
+    print(
+        f"{device}, MLX {mx.__version__}, kernels: {backend() or 'none here, so compiled against plain reference'}"
+    )
 
     bench, rows = Bench(0.1 if args.quick else 0.5, args.peak_gbps), []
     verified = verify(cases, dtypes)
-    print(f"parity: {len(verified)} cases, largest relative error {max(r['error'] for r in verified):.1e}")
+    print(
+        f"parity: {len(verified)} cases, largest relative error {max(r['error'] for r in verified):.1e}"
+    )
     if not backend() and not args.verify:
         cpu_table(cases, bench)
         return
@@ -273,7 +343,11 @@ def main() -> None:
                     print(f"\r{done}/{total}", end="\r", file=sys.stderr)
                 print(show(rows[-1]), flush=True)
     if args.json:
-        result = {"device": device, "mlx": mx.__version__, "date": datetime.date.today().isoformat()}
+        result = {
+            "device": device,
+            "mlx": mx.__version__,
+            "date": datetime.date.today().isoformat(),
+        }
         result |= {"command": shlex.join(["python", *sys.argv]), "copy_gbps": bench.copy_gbps}
         with open(args.json, "w") as f:
             json.dump(result | {"verified": verified, "rows": rows}, f, indent=1)
@@ -288,7 +362,10 @@ def cpu_table(cases, bench: Bench) -> None:
         mx.eval(arrays)
         plain = seconds(getattr(reference, op), [arrays], bench.budget)[0]
         fast = seconds(mx.compile(getattr(reference, op)), [arrays], bench.budget)[0]
-        print(f"{op:22} {shape} plain {plain * 1e6:9.1f} us, compiled {fast * 1e6:9.1f} us", flush=True)
+        print(
+            f"{op:22} {shape} plain {plain * 1e6:9.1f} us, compiled {fast * 1e6:9.1f} us",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 // What the bodies share; compiled before every body on Metal, on CUDA and in the simulator.
 
+#ifndef STAY_PACKED  // see cuda.h
+#define STAY_PACKED(value)
+#endif
+
 namespace mhc {
 
 // VEC neighbours that move in one load or store.
@@ -28,9 +32,9 @@ inline size_t address(const constant T* p) {
 #endif
 
 // A contiguous slice keeps its byte offset, so an input need not be aligned to a pack; outputs are.
-template <typename T, int VEC, typename P>
+template <int VEC, typename P>
 inline bool aligned(P p) {
-  return VEC == 1 || address(p) % sizeof(Pack<T, VEC>) == 0;
+  return VEC == 1 || address(p) % sizeof(*packs<VEC>(p)) == 0;
 }
 
 template <typename T, int VEC, typename P>
@@ -40,6 +44,18 @@ inline Pack<T, VEC> load(P p, bool whole) {
 #pragma unroll
   for (int e = 0; e < VEC; ++e) r.v[e] = p[e];
   return r;
+}
+
+template <int VEC, typename P>
+inline void load_floats(thread float (&v)[VEC], P p, bool whole) {
+  if (whole) {
+    const auto pack = *packs<VEC>(p);
+#pragma unroll
+    for (int e = 0; e < VEC; ++e) v[e] = static_cast<float>(pack.v[e]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < VEC; ++e) v[e] = static_cast<float>(p[e]);
+  }
 }
 
 inline float sigmoid(float v) { return 1.0f / (1.0f + metal::precise::exp(-v)); }

@@ -28,7 +28,18 @@ __forceinline__ float rsqrt(float v) { return 1.0f / ::sqrtf(v); }
 }  // namespace precise
 }  // namespace metal
 
+// MLX writes the kernel's signature: this bounds its registers, so that every threads_per_group can be launched.
+#undef __global__
+#define __global__ __attribute__((global)) __launch_bounds__(THREADS)
+
 #define METAL_POSITIONS \
   const uint3 thread_position_in_threadgroup = threadIdx, threadgroup_position_in_grid = blockIdx; \
   const dim3 threadgroups_per_grid = gridDim; \
   const uint thread_index_in_simdgroup = threadIdx.x % 32, simdgroup_index_in_threadgroup = threadIdx.x / 32;
+
+// Keeps a packed value packed: without it NVRTC converts once and holds the wider floats across a barrier.
+#define STAY_PACKED(value)                                                          \
+  if (sizeof(value) >= 4) {                                                         \
+    for (int word = 0; word < int(sizeof(value) / 4); ++word)                       \
+      asm volatile("" : "+r"(reinterpret_cast<uint*>(&(value))[word]));             \
+  }

@@ -1,4 +1,4 @@
-// mhc_backward: the gradient of mhc_fused (NORM) and of stream_mix_add (y given), a token in registers.
+// mhc_backward: the gradient of mhc_fused (NORM) and of stream_mix_add (y given), for N <= 8.
 //
 //   dy = sum_i h_post[i] dout[i]  (dout itself unless MIX);   r = rsqrt(mean(u**2) + eps)
 //   du = r * (dy * weight - u * r**2 * mean(dy * weight * u));   dweight = sum_t dy * u * r
@@ -10,11 +10,14 @@
 // out  dx [tokens, N, C] T, dy [tokens, C] T (without NORM),
 //      partial [threadgroups, P] float: this threadgroup's sums of dh_pre, dh_post, dh_res, dweight, in this order;
 //      a coefficient given per token has no column there but dh_post [tokens, N], dh_res [tokens, N, N] float
-// own  as mhc_fused; x and dout are read once, dx written once
-// template  T, N, VEC, THREADS, PASSES, MIX, NORM, GATES, SINKHORN, ITERS, START, COLUMNS, OUT_COLUMNS,
+// own  as mhc_fused
+// CACHED: a token stays in registers between the sums and dx; otherwise it is read twice
+// template  T, N, VEC, THREADS, PASSES, CACHED, MIX, NORM, GATES, SINKHORN, ITERS, START, COLUMNS, OUT_COLUMNS,
 //      POST_PER_TOKEN, RES_PER_TOKEN
 constexpr int SIMDS = THREADS / 32;
 constexpr int R = MIX ? N : 1;
+constexpr int KEPT = CACHED ? PASSES : 1;
+constexpr int STEP = VEC == 1 || (N > 4 && sizeof(T) == 4) ? 1 : 2;  // channels worked on at once; measured by registers
 constexpr int POST_AT = NORM ? N : 0;
 constexpr int RES_AT = POST_AT + (POST_PER_TOKEN || !MIX ? 0 : N);
 constexpr int WEIGHT_AT = RES_AT + (RES_PER_TOKEN || !MIX ? 0 : N * N);
@@ -54,56 +57,53 @@ if constexpr (SINKHORN) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-const bool whole = mhc::aligned<T, VEC>(x);
-const bool d_whole = mhc::aligned<T, VEC>(dout);
-const bool y_whole = !NORM && mhc::aligned<T, VEC>(y);
-float g_pre[N] = {}, g_post[N] = {}, g_res[N * N] = {}, g_weight[PASSES * VEC] = {};
+const bool whole = mhc::aligned<VEC>(x);
+const bool d_whole = mhc::aligned<VEC>(dout);
+const bool w_whole = NORM && mhc::aligned<STEP>(weight);
+const bool y_whole = !NORM && mhc::aligned<VEC>(y);
+const auto mine = partial + size_t(threadgroup_position_in_grid.x) * size_t(WEIGHT_AT + (NORM ? C : 0));
+float g_pre[N] = {}, g_post[N] = {}, g_res[N * N] = {}, g_weight[KEPT * VEC] = {};
+mhc::Pack<T, VEC> xv[KEPT * N], dv[KEPT * R];
 
 int turn = 0;
 for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_grid.x) {
   const auto row = x + size_t(t) * size_t(N * C);
   const auto drow = dout + size_t(t) * size_t(R * C);
-  mhc::Pack<T, VEC> xv[PASSES * N], dv[PASSES * R];
   if (POST_PER_TOKEN || RES_PER_TOKEN) {  // no one reads the last token's any more: group_sum ended with a barrier
     for (uint i = tid; i < N && POST_PER_TOKEN; i += THREADS) post[i] = static_cast<float>(H_post[size_t(t) * N + i]);
     for (uint k = tid; k < N * N && RES_PER_TOKEN; k += THREADS)
       mix[k] = static_cast<float>(H_res[size_t(t) * (N * N) + k]);
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-#pragma unroll
-  for (int k = 0; k < PASSES; ++k) {
-    const int c = (k * THREADS + int(tid)) * VEC;
-    if (c < C) {
-#pragma unroll
-      for (int j = 0; j < N; ++j) xv[k * N + j] = mhc::load<T, VEC>(row + j * C + c, whole);
-#pragma unroll
-      for (int i = 0; i < R; ++i) dv[k * R + i] = mhc::load<T, VEC>(drow + i * C + c, d_whole);
-    }
-  }
 
   // ss = sum(u ** 2);  dot = sum(dy * weight * u)
   float r = 0.0f, slope = 0.0f;
   if (NORM) {
     float ss = 0.0f, dot = 0.0f;
-#pragma unroll
+#pragma unroll KEPT
     for (int k = 0; k < PASSES; ++k) {
-      const int c = (k * THREADS + int(tid)) * VEC;
+      const int c = (k * THREADS + int(tid)) * VEC, at = CACHED ? k : 0;
       if (c < C) {
+        float u[VEC] = {}, d[VEC] = {}, w[STEP];
+#pragma unroll
+        for (int j = 0; j < N; ++j) xv[at * N + j] = mhc::load<T, VEC>(row + j * C + c, whole);
+#pragma unroll
+        for (int i = 0; i < R; ++i) dv[at * R + i] = mhc::load<T, VEC>(drow + i * C + c, d_whole);
 #pragma unroll
         for (int e = 0; e < VEC; ++e) {
-          float u = 0.0f, d = 0.0f;
+          if (e % STEP == 0) mhc::load_floats<STEP>(w, weight + c + e, w_whole);
 #pragma unroll
-          for (int j = 0; j < N; ++j) u += pre[j] * static_cast<float>(xv[k * N + j].v[e]);
+          for (int j = 0; j < N; ++j) u[e] += pre[j] * static_cast<float>(xv[at * N + j].v[e]);
 #pragma unroll
-          for (int i = 0; i < R; ++i) d += (MIX ? post[i] : 1.0f) * static_cast<float>(dv[k * R + i].v[e]);
-          ss += u * u;
-          dot += d * u * static_cast<float>(weight[c + e]);
+          for (int i = 0; i < R; ++i) d[e] += (MIX ? post[i] : 1.0f) * static_cast<float>(dv[at * R + i].v[e]);
+          ss += u[e] * u[e];
+          dot += d[e] * u[e] * w[e % STEP];
         }
       }
     }
     ss = simd_sum(ss);
     dot = simd_sum(dot);
-    if (SIMDS > 1) {
+    if (SIMDS > 1) {  // two buffers, so one barrier a token is enough
       if (thread_index_in_simdgroup == 0) {
         sums[(turn * SIMDS + int(simdgroup_index_in_threadgroup)) * 2] = ss;
         sums[(turn * SIMDS + int(simdgroup_index_in_threadgroup)) * 2 + 1] = dot;
@@ -121,57 +121,81 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     slope = r * r * (dot / static_cast<float>(C));
   }
 
-#pragma unroll
+#pragma unroll KEPT
   for (int k = 0; k < PASSES; ++k) {
-    const int c = (k * THREADS + int(tid)) * VEC;
+    const int c = (k * THREADS + int(tid)) * VEC, at = CACHED ? k : 0;
     if (c < C) {
-      mhc::Pack<T, VEC> yv, dyv;
+      mhc::Pack<T, VEC> yv;  // y in, dy out
       if (!NORM) yv = mhc::load<T, VEC>(y + size_t(t) * size_t(C) + c, y_whole);
+      if (!NORM || !CACHED) {
 #pragma unroll
-      for (int e = 0; e < VEC; ++e) {
-        float xs[N], ds[R], u = 0.0f, d = 0.0f, du = 0.0f;
+        for (int j = 0; j < N; ++j) xv[at * N + j] = mhc::load<T, VEC>(row + j * C + c, whole);
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
-          xs[j] = static_cast<float>(xv[k * N + j].v[e]);
-          if (NORM) u += pre[j] * xs[j];
-        }
+        for (int i = 0; i < R; ++i) dv[at * R + i] = mhc::load<T, VEC>(drow + i * C + c, d_whole);
+      }
 #pragma unroll
-        for (int i = 0; i < R; ++i) {
-          ds[i] = static_cast<float>(dv[k * R + i].v[e]);
-          d += (MIX ? post[i] : 1.0f) * ds[i];
-        }
-        float out = u * r;
-        if (NORM) {
-          const float w = static_cast<float>(weight[c + e]);
-          g_weight[k * VEC + e] += d * out;
-          du = r * (d * w - u * slope);
-          out *= w;
-        } else {
-          out = static_cast<float>(yv.v[e]);
-          dyv.v[e] = static_cast<T>(d);
-        }
+      for (int j = 0; j < N; ++j) { STAY_PACKED(xv[at * N + j]); }
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
-          float a = NORM ? pre[j] * du : 0.0f;
-          if (NORM) g_pre[j] += du * xs[j];
-          if (MIX) {
+      for (int i = 0; i < R; ++i) { STAY_PACKED(dv[at * R + i]); }
 #pragma unroll
-            for (int i = 0; i < R; ++i) {
-              a += mix[i * N + j] * ds[i];
-              g_res[i * N + j] += ds[i] * xs[j];
-            }
+      for (int e = 0; e < VEC; e += STEP) {
+        float ds[R * STEP], u[STEP] = {}, d[STEP] = {}, du[STEP] = {}, out[STEP], w[STEP];
+        if (NORM) mhc::load_floats<STEP>(w, weight + c + e, w_whole);
+#pragma unroll
+        for (int q = 0; q < STEP; ++q) {
+#pragma unroll
+          for (int i = 0; i < R; ++i) {
+            ds[i * STEP + q] = static_cast<float>(dv[at * R + i].v[e + q]);
+            d[q] += (MIX ? post[i] : 1.0f) * ds[i * STEP + q];
           }
-          xv[k * N + j].v[e] = static_cast<T>(a);
+          if (NORM) {
+#pragma unroll
+            for (int j = 0; j < N; ++j) u[q] += pre[j] * static_cast<float>(xv[at * N + j].v[e + q]);
+            out[q] = u[q] * r;
+            if (CACHED) g_weight[at * VEC + e + q] += d[q] * out[q];
+            else mine[WEIGHT_AT + c + e + q] = (t < threadgroups_per_grid.x ? 0.0f : mine[WEIGHT_AT + c + e + q]) + d[q] * out[q];
+            du[q] = r * (d[q] * w[q] - u[q] * slope);
+            out[q] *= w[q];
+          } else {
+            out[q] = static_cast<float>(yv.v[e + q]);
+            yv.v[e + q] = static_cast<T>(d[q]);
+          }
         }
         if (MIX) {
 #pragma unroll
-          for (int i = 0; i < R; ++i) g_post[i] += ds[i] * out;
+          for (int i = 0; i < R; ++i) {
+#pragma unroll
+            for (int q = 0; q < STEP; ++q) g_post[i] += ds[i * STEP + q] * out[q];
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          float xs[STEP], a[STEP];
+#pragma unroll
+          for (int q = 0; q < STEP; ++q) {
+            xs[q] = static_cast<float>(xv[at * N + j].v[e + q]);
+            a[q] = NORM ? pre[j] * du[q] : 0.0f;
+            if (NORM) g_pre[j] += du[q] * xs[q];
+          }
+          if (MIX) {
+#pragma unroll
+            for (int i = 0; i < R; ++i) {
+              const float m = mix[i * N + j];
+#pragma unroll
+              for (int q = 0; q < STEP; ++q) {
+                a[q] += m * ds[i * STEP + q];
+                g_res[i * N + j] += ds[i * STEP + q] * xs[q];
+              }
+            }
+          }
+#pragma unroll
+          for (int q = 0; q < STEP; ++q) xv[at * N + j].v[e + q] = static_cast<T>(a[q]);
         }
       }
 #pragma unroll
       for (int j = 0; j < N; ++j)
-        *(device mhc::Pack<T, VEC>*)(dx + size_t(t) * size_t(N * C) + j * C + c) = xv[k * N + j];
-      if (!NORM) *(device mhc::Pack<T, VEC>*)(dy + size_t(t) * size_t(C) + c) = dyv;
+        *(device mhc::Pack<T, VEC>*)(dx + size_t(t) * size_t(N * C) + j * C + c) = xv[at * N + j];
+      if (!NORM) *(device mhc::Pack<T, VEC>*)(dy + size_t(t) * size_t(C) + c) = yv;
     }
   }
   if (POST_PER_TOKEN) {
@@ -186,19 +210,16 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   }
 }
 
-if (NORM || (MIX && !(POST_PER_TOKEN && RES_PER_TOKEN))) {
-  const auto mine = partial + size_t(threadgroup_position_in_grid.x) * size_t(WEIGHT_AT + (NORM ? C : 0));
-  if (NORM) mhc::group_sum<N, THREADS>(g_pre, scratch, mine, tid);
-  if (MIX && !POST_PER_TOKEN) mhc::group_sum<N, THREADS>(g_post, scratch, mine + POST_AT, tid);
-  if (MIX && !RES_PER_TOKEN) mhc::group_sum<N * N, THREADS>(g_res, scratch, mine + RES_AT, tid);
-  if (NORM) {
+if (NORM) mhc::group_sum<N, THREADS>(g_pre, scratch, mine, tid);
+if (MIX && !POST_PER_TOKEN) mhc::group_sum<N, THREADS>(g_post, scratch, mine + POST_AT, tid);
+if (MIX && !RES_PER_TOKEN) mhc::group_sum<N * N, THREADS>(g_res, scratch, mine + RES_AT, tid);
+if (NORM && CACHED) {
 #pragma unroll
-    for (int k = 0; k < PASSES; ++k) {
-      const int c = (k * THREADS + int(tid)) * VEC;
-      if (c < C) {
+  for (int k = 0; k < KEPT; ++k) {
+    const int c = (k * THREADS + int(tid)) * VEC;
+    if (c < C) {
 #pragma unroll
-        for (int e = 0; e < VEC; ++e) mine[WEIGHT_AT + c + e] = g_weight[k * VEC + e];
-      }
+      for (int e = 0; e < VEC; ++e) mine[WEIGHT_AT + c + e] = g_weight[k * VEC + e];
     }
   }
 }

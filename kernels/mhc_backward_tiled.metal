@@ -3,7 +3,7 @@
 //
 // in, out  as mhc_backward; H_res is never logits here
 // own  a tile is TILE channels of all streams in threadgroup memory: a simdgroup takes rows of dx, a thread takes
-//      4 x 4 blocks of dh_res (for every SLICES-th channel where blocks are few) and rows of dh_pre and dh_post
+//      4 x 4 blocks of dh_res, for every SLICES-th channel where blocks are few
 // template  T, N, THREADS, MIX, NORM, GATES, POST_PER_TOKEN, RES_PER_TOKEN
 constexpr int SIMDS = THREADS / 32;
 constexpr int TILE = 32;
@@ -16,8 +16,9 @@ constexpr int EDGE = (N + 3) / 4;
 constexpr int BLOCKS = EDGE * EDGE;
 constexpr int SLICES = THREADS < BLOCKS ? 1 : THREADS / BLOCKS < TILE ? THREADS / BLOCKS : TILE;
 constexpr int MINE = (BLOCKS + THREADS - 1) / THREADS;  // blocks of one thread
-constexpr int LINES = (2 * N + THREADS - 1) / THREADS;  // rows of dh_pre and dh_post of one thread
-constexpr int ROWS = 8;                                 // rows of dx that a simdgroup makes at once
+constexpr int LINES = (N + SIMDS - 1) / SIMDS;          // rows of dh_pre and of dh_post of one simdgroup
+constexpr int ROWS = LINES < 8 ? LINES : 8;             // rows of dx that a simdgroup makes at once
+constexpr bool NEAR = MIX && N <= 32;                   // whether h_res fits in threadgroup memory
 threadgroup float pre[N];
 threadgroup float post[N];
 threadgroup float xt[N * PITCH];
@@ -26,13 +27,14 @@ threadgroup float yt[TILE];
 threadgroup float dut[TILE];
 threadgroup float sums[2 * SIMDS];
 threadgroup float slices[SLICES > 1 ? N * N : 1];
+threadgroup float mix[NEAR ? N * N : 1];  // h_res
 const int tid = int(thread_position_in_threadgroup.x);
 const int lane = int(thread_index_in_simdgroup);
 const int simd = int(simdgroup_index_in_threadgroup);
 const int C = x_shape[2];
 const uint tokens = x_shape[0];
 const auto mine = partial + size_t(threadgroup_position_in_grid.x) * size_t(WEIGHT_AT + (NORM ? C : 0));
-float g_res[MINE * 16] = {}, g_line[LINES] = {};
+float g_res[MINE * 16] = {}, g_pre[LINES] = {}, g_post[LINES] = {};
 
 for (int i = tid; i < N; i += THREADS) {
   if (NORM) {
@@ -44,6 +46,7 @@ for (int i = tid; i < N; i += THREADS) {
     post[i] = GATES ? static_cast<float>(params[2]) * mhc::sigmoid(b) + static_cast<float>(params[3]) : b;
   }
 }
+for (int k = tid; k < N * N && NEAR && !RES_PER_TOKEN; k += THREADS) mix[k] = static_cast<float>(H_res[k]);
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
 bool first = true;
@@ -51,8 +54,9 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   const auto row = x + size_t(t) * size_t(N * C);
   const auto drow = dout + size_t(t) * size_t(R * C);
   const auto m = H_res + (RES_PER_TOKEN ? size_t(t) * (N * N) : 0);
-  if (POST_PER_TOKEN) {
-    for (int i = tid; i < N; i += THREADS) post[i] = static_cast<float>(H_post[size_t(t) * N + i]);
+  if (POST_PER_TOKEN || (RES_PER_TOKEN && NEAR)) {
+    for (int i = tid; i < N && POST_PER_TOKEN; i += THREADS) post[i] = static_cast<float>(H_post[size_t(t) * N + i]);
+    for (int k = tid; k < N * N && RES_PER_TOKEN && NEAR; k += THREADS) mix[k] = static_cast<float>(m[k]);
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 
@@ -86,6 +90,11 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   }
 
   for (int c0 = 0; c0 < C; c0 += TILE) {
+    float w = 0.0f, g_weight = 0.0f;
+    if (NORM && tid < TILE && c0 + tid < C) {
+      w = static_cast<float>(weight[c0 + tid]);
+      if (!first) g_weight = mine[WEIGHT_AT + c0 + tid];
+    }
     for (int k = tid; k < N * TILE; k += THREADS) {
       const int j = k / TILE, c = k % TILE;
       xt[j * PITCH + c] = c0 + c < C ? static_cast<float>(row[j * C + c0 + c]) : 0.0f;
@@ -99,8 +108,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
       if (c < C) {
         if (NORM) {
           for (int j = 0; j < N; ++j) u += pre[j] * xt[j * PITCH + tid];
-          const float w = static_cast<float>(weight[c]);
-          mine[WEIGHT_AT + c] = (first ? 0.0f : mine[WEIGHT_AT + c]) + d * (u * r);
+          mine[WEIGHT_AT + c] = g_weight + d * (u * r);
           du = r * (d * w - u * slope);
           out = u * r * w;
         } else {
@@ -123,7 +131,10 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         for (int i = 0; i < R; ++i) {
           const float d = dt[i * PITCH + lane];
 #pragma unroll
-          for (int q = 0; q < ROWS; ++q) a[q] += static_cast<float>(m[i * N + (j0 + q < N ? j0 + q : 0)]) * d;
+          for (int q = 0; q < ROWS; ++q) {
+            const int at = i * N + (j0 + q < N ? j0 + q : 0);
+            a[q] += (NEAR ? mix[NEAR ? at : 0] : static_cast<float>(m[at])) * d;
+          }
         }
       }
 #pragma unroll
@@ -155,11 +166,10 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     }
 #pragma unroll
     for (int b = 0; b < LINES; ++b) {
-      const int k = tid + b * THREADS;
-      if (NORM && k < N) {
-        for (int c = 0; c < TILE; ++c) g_line[b] += dut[c] * xt[k * PITCH + c];
-      } else if (MIX && k >= N && k < 2 * N) {
-        for (int c = 0; c < TILE; ++c) g_line[b] += yt[c] * dt[(k - N) * PITCH + c];
+      const int k = simd + b * SIMDS;
+      if (k < N) {
+        if (NORM) g_pre[b] += dut[lane] * xt[k * PITCH + lane];
+        if (MIX) g_post[b] += yt[lane] * dt[(MIX ? k : 0) * PITCH + lane];
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -167,19 +177,20 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   first = false;
 
   const bool last = t + threadgroups_per_grid.x >= tokens;
-  if (NORM || MIX) {
 #pragma unroll
-    for (int b = 0; b < LINES; ++b) {
-      const int k = tid + b * THREADS;
-      if (NORM && last && k < N) mine[k] = g_line[b];
-      if (MIX && k >= N && k < 2 * N) {
-        if (POST_PER_TOKEN) {
-          dh_post[size_t(t) * N + k - N] = g_line[b];
-          g_line[b] = 0.0f;
-        } else if (last) {
-          mine[POST_AT + k - N] = g_line[b];
-        }
+  for (int b = 0; b < LINES; ++b) {
+    const int k = simd + b * SIMDS;
+    if (NORM && last) {
+      const float sum = simd_sum(g_pre[b]);
+      if (lane == 0 && k < N) mine[k] = sum;
+    }
+    if (MIX && (POST_PER_TOKEN || last)) {
+      const float sum = simd_sum(g_post[b]);
+      if (lane == 0 && k < N) {
+        if (POST_PER_TOKEN) dh_post[size_t(t) * N + k] = sum;
+        else mine[POST_AT + k] = sum;
       }
+      g_post[b] = 0.0f;
     }
   }
   if (MIX && (RES_PER_TOKEN || last)) {

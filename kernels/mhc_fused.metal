@@ -15,6 +15,7 @@ constexpr int SIMDS = THREADS / 32;
 constexpr int UNROLL = N <= 8 ? N : 4;
 constexpr int KEPT = CACHED ? PASSES : 1;
 constexpr int R = MIX ? N : 1;
+constexpr int STEP = CACHED && N <= 4 && VEC > 1 ? 2 : VEC;  // channels worked on at once
 threadgroup float pre[N];
 threadgroup float post[N];
 threadgroup float mix[N * N];  // h_res transposed: mix[j * N + i] goes from stream j to stream i
@@ -45,22 +46,15 @@ if constexpr (SINKHORN) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-const bool whole = mhc::aligned<T, VEC>(x);
+const bool whole = mhc::aligned<VEC>(x);
 const uint tokens = x_shape[0];
+const bool w_whole = mhc::aligned<VEC>(weight);
 mhc::Pack<T, VEC> xv[KEPT * (CACHED ? N : 1)];
-float w[KEPT * VEC];
-if (CACHED) {
-#pragma unroll
-  for (int k = 0; k < KEPT; ++k) {
-    const int c = (k * THREADS + int(tid)) * VEC;
-#pragma unroll
-    for (int e = 0; e < VEC; ++e) w[k * VEC + e] = c < C ? static_cast<float>(weight[c + e]) : 0.0f;
-  }
-}
 
 int turn = 0;
 for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_grid.x) {
   const auto row = x + size_t(t) * size_t(N * C);
+  const auto orow = out + size_t(t) * size_t(R * C);
 
   // ss = sum(u ** 2)
   float ss = 0.0f;
@@ -95,29 +89,38 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   for (int k = 0; k < PASSES; ++k) {
     const int c = (k * THREADS + int(tid)) * VEC;
     if (c < C) {
-      float acc[R * VEC] = {};
-      float u[VEC] = {};
+      float w[VEC];
+      mhc::Pack<T, VEC> o[CACHED ? R : 1];
+      mhc::load_floats<VEC>(w, weight + c, w_whole);
+#pragma unroll
+      for (int e = 0; e < VEC; e += STEP) {
+        float acc[R * STEP] = {}, u[STEP] = {};
 #pragma unroll UNROLL
-      for (int j = 0; j < N; ++j) {
-        const mhc::Pack<T, VEC> v = CACHED ? xv[k * N + j] : mhc::load<T, VEC>(row + j * C + c, whole);
+        for (int j = 0; j < N; ++j) {
+          const mhc::Pack<T, VEC> v = CACHED ? xv[k * N + j] : mhc::load<T, VEC>(row + j * C + c, whole);
 #pragma unroll
-        for (int e = 0; e < VEC; ++e) {
-          const float f = static_cast<float>(v.v[e]);
-          u[e] += pre[j] * f;
-          if (MIX) {
+          for (int q = 0; q < STEP; ++q) {
+            const float f = static_cast<float>(v.v[e + q]);
+            u[q] += pre[j] * f;
+            if (MIX) {
 #pragma unroll
-            for (int i = 0; i < N; ++i) acc[i * VEC + e] += mix[j * N + i] * f;
+              for (int i = 0; i < N; ++i) acc[i * STEP + q] += mix[j * N + i] * f;
+            }
           }
+        }
+#pragma unroll
+        for (int q = 0; q < STEP; ++q) u[q] *= r * w[e + q];
+#pragma unroll
+        for (int i = 0; i < R; ++i) {
+#pragma unroll
+          for (int q = 0; q < STEP; ++q)
+            o[CACHED ? i : 0].v[e + q] = static_cast<T>(MIX ? acc[i * STEP + q] + post[i] * u[q] : u[q]);
+          if (!CACHED) *(device mhc::Pack<T, VEC>*)(orow + i * C + c) = o[0];
         }
       }
 #pragma unroll
-      for (int e = 0; e < VEC; ++e) u[e] *= r * (CACHED ? w[k * VEC + e] : static_cast<float>(weight[c + e]));
-#pragma unroll
       for (int i = 0; i < R; ++i) {
-        mhc::Pack<T, VEC> o;
-#pragma unroll
-        for (int e = 0; e < VEC; ++e) o.v[e] = static_cast<T>(MIX ? acc[i * VEC + e] + post[i] * u[e] : u[e]);
-        *(device mhc::Pack<T, VEC>*)(out + (size_t(t) * size_t(R) + size_t(i)) * size_t(C) + c) = o;
+        if (CACHED) *(device mhc::Pack<T, VEC>*)(orow + i * C + c) = o[i];
       }
     }
   }

@@ -17,8 +17,8 @@ if (!POST_PER_TOKEN) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-const bool whole = mhc::aligned<T, VEC>(x);
-const bool y_whole = mhc::aligned<T, VEC>(y);
+const bool whole = mhc::aligned<VEC>(x);
+const bool y_whole = mhc::aligned<VEC>(y);
 const uint tokens = x_shape[0];
 for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_grid.x) {
   const size_t base = size_t(t) * size_t(N * C);

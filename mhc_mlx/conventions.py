@@ -46,15 +46,21 @@ class Convention:
         if self.first not in AXES:
             raise ValueError(f"[Convention] first must be one of {AXES} but got {self.first!r}.")
         if self.start == "softmax" and self.first != "rows":
-            raise ValueError("[Convention] first must be 'rows' with start 'softmax' but got 'columns'.")
+            raise ValueError(
+                "[Convention] first must be 'rows' with start 'softmax' but got 'columns'."
+            )
         if not isinstance(self.iters, int) or isinstance(self.iters, bool):
-            raise TypeError(f"[Convention] iters must be an int but got {type(self.iters).__name__}.")
+            raise TypeError(
+                f"[Convention] iters must be an int but got {type(self.iters).__name__}."
+            )
         if self.iters < 1:
             raise ValueError(f"[Convention] iters must be at least 1 but got {self.iters}.")
         for name in ("eps", "pre_eps", "post_scale", "post_eps"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
-                raise ValueError(f"[Convention] {name} must be finite and at least 0 but got {value}.")
+                raise ValueError(
+                    f"[Convention] {name} must be finite and at least 0 but got {value}."
+                )
 
 
 PAPER = Convention("PAPER", first="columns")  # arXiv 2512.24880, eq. 8-9

@@ -30,12 +30,21 @@ def text(name: str) -> str:
     attributes. Lines keep their numbers."""
     folder = next((f for f in _FOLDERS if f.is_dir()), None)
     if folder is None:
-        raise FileNotFoundError(f"[kernel] kernels/ must be at one of {[str(f) for f in _FOLDERS]}.")
+        raise FileNotFoundError(
+            f"[kernel] kernels/ must be at one of {[str(f) for f in _FOLDERS]}."
+        )
     return re.sub(r"[ \t]*//.*", "", (folder / name).read_text())
 
 
 @functools.cache
-def _build(backend: str, name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], absent: str):
+def _build(
+    backend: str,
+    name: str,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    absent: str,
+    threads: int,
+):
     source, header = absent + text(f"{name}.metal"), text("common.h")
     if backend == "metal":
         return mx.fast.metal_kernel(
@@ -46,7 +55,7 @@ def _build(backend: str, name: str, inputs: tuple[str, ...], outputs: tuple[str,
         input_names=inputs,
         output_names=outputs,
         source="METAL_POSITIONS " + source,
-        header=text("cuda.h") + header,
+        header=text("cuda.h").replace("THREADS", str(threads)) + header,
     )
 
 
@@ -77,7 +86,8 @@ def launch(
     absent += "".join(f"device float* {k} = nullptr; " for k, v in outputs.items() if v is None)
     inputs = {k: v for k, v in inputs.items() if v is not None}
     outputs = {k: v for k, v in outputs.items() if v is not None}
-    return _build(backend(), name, tuple(inputs), tuple(outputs), absent)(
+    build = _build(backend(), name, tuple(inputs), tuple(outputs), absent, threads)
+    return build(
         inputs=list(inputs.values()),
         output_shapes=[shape for shape, _ in outputs.values()],
         output_dtypes=[dtype for _, dtype in outputs.values()],

@@ -29,7 +29,9 @@ def merge_streams(x: mx.array) -> mx.array:
 def expand_streams(h: mx.array, n: int) -> mx.array:
     """Copy ``[..., C]`` into n equal streams ``[..., n, C]``: how a model enters hyper-connections."""
     if n < 1 or h.ndim < 1:
-        raise ValueError(f"[expand_streams] h must have shape [..., C] and n be positive but got {list(h.shape)}, {n}.")
+        raise ValueError(
+            f"[expand_streams] h must have shape [..., C] and n be positive but got {list(h.shape)}, {n}."
+        )
     return mx.repeat(h[..., None, :], n, axis=-2)
 
 
@@ -86,7 +88,9 @@ class MHCLayer(nn.Module):
     ):
         super().__init__()
         if dynamic:
-            raise ValueError("[MHCLayer] dynamic must be False but got True: per-token coefficients are not built yet.")
+            raise ValueError(
+                "[MHCLayer] dynamic must be False but got True: per-token coefficients are not built yet."
+            )
         for name, value, most in (("n", n, ops.MAX_STREAMS), ("C", C, math.inf)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"[MHCLayer] {name} must be an int but got {type(value).__name__}.")
@@ -95,7 +99,9 @@ class MHCLayer(nn.Module):
         ops._check_convention("MHCLayer", convention)
         ops._check_threads("MHCLayer", threads_per_group)
         self.eps = ops._check_eps("MHCLayer", eps)
-        self._convention = convention if sinkhorn_iters is None else replace(convention, iters=sinkhorn_iters)
+        self._convention = (
+            convention if sinkhorn_iters is None else replace(convention, iters=sinkhorn_iters)
+        )
         self.use_metal = use_metal
         self.threads_per_group = threads_per_group
         if convention.sigmoid:
@@ -117,7 +123,9 @@ class MHCLayer(nn.Module):
         """h_res ``[n, n]`` float32, row = output."""
         return ops.sinkhorn_knopp(self.H_res, self._convention, use_metal=self.use_metal)
 
-    def __call__(self, x: mx.array, sublayer: Callable[[mx.array], mx.array] | None = None) -> mx.array:
+    def __call__(
+        self, x: mx.array, sublayer: Callable[[mx.array], mx.array] | None = None
+    ) -> mx.array:
         """``[..., n, C] -> [..., n, C]`` in x's dtype; ``sublayer`` is F, the identity by default."""
         options = {"use_metal": self.use_metal, "threads_per_group": self.threads_per_group}
         parameters = (self.H_pre, self.H_post, self.H_res, self.rms_weight)

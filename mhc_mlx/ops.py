@@ -33,10 +33,16 @@ __all__ = [
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 MAX_STREAMS = 64
-REGISTER_BYTES = 256  # of streams that a thread may hold: 64 registers
-FORWARD_GROUPS = 1 << 16
-BACKWARD_GROUPS = 512  # each leaves one row of partial sums
-ONE_LAUNCH_TOKENS = 2048  # up to here every threadgroup of `mhc_layer` projects H_res itself
+# Measured on an H100 (benchmarks/); a thread of an Apple GPU has 128 registers, hence the smaller limit there.
+REGISTER_BYTES = {("metal", 1): 256, ("cuda", 1): 256, ("metal", 2): 256, ("cuda", 2): 512}
+FORWARD_GROUPS = (
+    2112  # enough to fill any GPU; fewer groups than tokens share the fetch of coefficients
+)
+MANY_GROUPS = 1 << 16
+BACKWARD_THREADS = (
+    132 * 512
+)  # what an H100 holds at 128 registers; each threadgroup leaves a row of partial sums
+ONE_LAUNCH_TOKENS = 1024  # up to here every threadgroup of `mhc_layer` projects H_res itself
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------
@@ -58,8 +64,13 @@ def _check_shape(op: str, name: str, a: mx.array, *shapes: tuple) -> None:
     """Shapes are tuples of sizes, or of (letter, size)."""
     sizes = [tuple(s[1] if isinstance(s, tuple) else s for s in shape) for shape in shapes]
     if tuple(a.shape) not in sizes:
-        texts = [", ".join(f"{s[0]}={s[1]}" if isinstance(s, tuple) else str(s) for s in shape) for shape in shapes]
-        raise ValueError(_fail(op, name, f"have shape {' or '.join(f'[{t}]' for t in texts)}", list(a.shape)))
+        texts = [
+            ", ".join(f"{s[0]}={s[1]}" if isinstance(s, tuple) else str(s) for s in shape)
+            for shape in shapes
+        ]
+        raise ValueError(
+            _fail(op, name, f"have shape {' or '.join(f'[{t}]' for t in texts)}", list(a.shape))
+        )
 
 
 def _check_streams(op: str, x: mx.array) -> tuple[tuple[int, ...], int, int]:
@@ -69,7 +80,9 @@ def _check_streams(op: str, x: mx.array) -> tuple[tuple[int, ...], int, int]:
         raise ValueError(_fail(op, "x", "have shape [..., n, C]", list(x.shape)))
     *lead, n, C = x.shape
     if not 1 <= n <= MAX_STREAMS:
-        raise ValueError(_fail(op, "x", f"have 1 to {MAX_STREAMS} streams", f"n={n} in {list(x.shape)}"))
+        raise ValueError(
+            _fail(op, "x", f"have 1 to {MAX_STREAMS} streams", f"n={n} in {list(x.shape)}")
+        )
     if C < 1:
         raise ValueError(_fail(op, "x", "have at least one channel", list(x.shape)))
     return tuple(lead), n, C
@@ -94,7 +107,9 @@ def _check_threads(op: str, threads: int | None) -> None:
     if isinstance(threads, bool) or not isinstance(threads, int):
         raise TypeError(_fail(op, "threads_per_group", "be None or an int", type(threads).__name__))
     if threads % 32 or not 32 <= threads <= 1024:
-        raise ValueError(_fail(op, "threads_per_group", "be a multiple of 32 from 32 to 1024", threads))
+        raise ValueError(
+            _fail(op, "threads_per_group", "be a multiple of 32 from 32 to 1024", threads)
+        )
 
 
 # Launching ------------------------------------------------------------------------------------------------------------
@@ -107,7 +122,9 @@ class _Fused(NamedTuple):
     op: Callable
 
 
-def _fuse(reference: Callable, forward: Callable, backward: Callable, shared_ndim: tuple[int | None, ...]) -> _Fused:
+def _fuse(
+    reference: Callable, forward: Callable, backward: Callable, shared_ndim: tuple[int | None, ...]
+) -> _Fused:
     """Tie kernels to the reference they compute.
 
     Args:
@@ -122,11 +139,16 @@ def _fuse(reference: Callable, forward: Callable, backward: Callable, shared_ndi
 
     def fold(inputs, axes, gradient):
         """Whether the mapped axis can become one more axis of tokens."""
-        for a, axis, ndim in zip(inputs, axes, (*shared_ndim, None) if gradient else shared_ndim, strict=True):
+        for a, axis, ndim in zip(
+            inputs, axes, (*shared_ndim, None) if gradient else shared_ndim, strict=True
+        ):
             per_token = ndim is None or a.ndim - (axis is not None) > ndim
             if per_token != (axis is not None) or (gradient and not per_token):
                 return None
-        return [mx.moveaxis(a, axis, 0) if axis is not None else a for a, axis in zip(inputs, axes, strict=True)]
+        return [
+            mx.moveaxis(a, axis, 0) if axis is not None else a
+            for a, axis in zip(inputs, axes, strict=True)
+        ]
 
     def several(arrays):
         return arrays if isinstance(arrays, (tuple, list)) else (arrays,)
@@ -156,13 +178,17 @@ def _fuse(reference: Callable, forward: Callable, backward: Callable, shared_ndi
     @gradient.vmap
     def _(inputs, axes):
         folded = fold(inputs, axes, gradient=True)
-        results = gradient(*folded) if folded else mx.vmap(reference_gradient, in_axes=axes)(*inputs)
+        results = (
+            gradient(*folded) if folded else mx.vmap(reference_gradient, in_axes=axes)(*inputs)
+        )
         return tuple(results), (0,) * len(results)
 
     return _Fused(forward, op)
 
 
-def _run(fused: _Fused, plain: Callable, arrays, use_metal: bool, verbose: bool, differentiable: bool) -> mx.array:
+def _run(
+    fused: _Fused, plain: Callable, arrays, use_metal: bool, verbose: bool, differentiable: bool
+) -> mx.array:
     if use_metal and kernel.backend():
         return (fused.op if differentiable else fused.forward)(*arrays)
     if use_metal and verbose:
@@ -197,20 +223,28 @@ class _Geometry(NamedTuple):
 
 
 @functools.cache
-def _geometry(n: int, C: int, size: int, copies: int, threads_per_group: int | None) -> _Geometry:
+def _geometry(
+    n: int, C: int, size: int, copies: int, threads_per_group: int | None, backend: str
+) -> _Geometry:
     """How a threadgroup takes a token of n x C elements of ``size`` bytes.
 
-    vec: Neighbours per load: up to 16 bytes, dividing C, at most 64 accumulators for n streams.
-    threads: One per vec, a multiple of 32, at most 256; passes: how often they go over a stream.
-    fits: Whether ``copies`` tokens (x; x and dout) stay in registers. n > 8 would unroll n * n loops.
+    vec: Neighbours per load: up to 16 bytes, dividing C, few enough for the accumulators of n streams.
+    threads: One per vec, a multiple of 32, at most 256 (128 where n * n sums fill the registers).
+    passes: How often they go over a stream.
+    fits: Whether ``copies`` tokens (1: x; 2: x and dout) stay in registers. n > 8 would unroll n * n loops.
     """
     vec = math.gcd(C, 16 // size)
-    while n * vec > 64:
+    while n * vec > (64 if copies == 1 or n > 8 else 32):
         vec //= 2
-    packs = C // vec
-    threads = threads_per_group or 32 * math.ceil(packs / math.ceil(packs / 256) / 32)
+    packs, most = C // vec, 128 if copies == 2 and 4 < n <= 8 else 256
+    threads = threads_per_group or 32 * math.ceil(packs / math.ceil(packs / most) / 32)
     passes = math.ceil(packs / threads)
-    return _Geometry(vec, threads, passes, n <= 8 and passes * copies * n * max(4, vec * size) <= REGISTER_BYTES)
+    held = passes * copies * n * max(4, vec * size)
+    return _Geometry(vec, threads, passes, n <= 8 and held <= REGISTER_BYTES[backend, copies])
+
+
+def _backward_groups(tokens: int, threads: int) -> int:
+    return min(tokens, max(1, BACKWARD_THREADS // threads))
 
 
 def _projection(convention: Convention) -> dict[str, int | bool]:
@@ -243,7 +277,7 @@ def _sinkhorn_forward(logits, convention, threads_per_group=None, verbose=False)
         "sinkhorn_knopp",
         {"logits": flat, "eps": _constants(convention.eps)},
         {"h_res": (flat.shape, mx.float32)},
-        min(math.ceil(flat.shape[0] / matrices), FORWARD_GROUPS),
+        min(math.ceil(flat.shape[0] / matrices), MANY_GROUPS),
         threads,
         {"N": n, **_projection(convention), "THREADS": threads},
         verbose,
@@ -257,12 +291,14 @@ def _sinkhorn_backward(logits, dh_res, convention, threads_per_group=None, verbo
     n, flat = logits.shape[-1], _flat(logits, 3)
     threads, matrices = _sinkhorn_threads(n, threads_per_group)
     steps = max(1, 2 * convention.iters - (2, 1, 0)[STARTS.index(convention.start)])
-    kept = min(steps, (30 << 10) // (4 * threads) - (2 if n > 32 else 0))  # of 32 KiB threadgroup memory
+    kept = min(
+        steps, (30 << 10) // (4 * threads) - (2 if n > 32 else 0)
+    )  # of 32 KiB threadgroup memory
     (dlogits,) = kernel.launch(
         "sinkhorn_knopp_backward",
         {"logits": flat, "dh_res": _flat(dh_res, 3), "eps": _constants(convention.eps)},
         {"dlogits": (flat.shape, logits.dtype)},
-        min(math.ceil(flat.shape[0] / matrices), FORWARD_GROUPS),
+        min(math.ceil(flat.shape[0] / matrices), MANY_GROUPS),
         threads,
         {"N": n, **_projection(convention), "THREADS": threads, "KEPT": kept, "D": logits.dtype},
         verbose,
@@ -292,8 +328,19 @@ def sinkhorn_knopp(
 ) -> mx.array:
     op = "sinkhorn_knopp"
     _check_dtype(op, logits=logits)
-    if logits.ndim < 2 or logits.shape[-1] != logits.shape[-2] or not 1 <= logits.shape[-1] <= MAX_STREAMS:
-        raise ValueError(_fail(op, "logits", f"have shape [..., n, n], n from 1 to {MAX_STREAMS}", list(logits.shape)))
+    if (
+        logits.ndim < 2
+        or logits.shape[-1] != logits.shape[-2]
+        or not 1 <= logits.shape[-1] <= MAX_STREAMS
+    ):
+        raise ValueError(
+            _fail(
+                op,
+                "logits",
+                f"have shape [..., n, n], n from 1 to {MAX_STREAMS}",
+                list(logits.shape),
+            )
+        )
     _check_convention(op, convention)
     _check_threads(op, threads_per_group)
     fused = _sinkhorn(convention, threads_per_group, verbose)
@@ -342,13 +389,20 @@ def _static_forward(x, H_pre, H_post, H_res, weight, s: _Static):
         return mx.zeros(shape, x.dtype)
     x = _flat(x, 3)
     tokens, n, C = x.shape
-    g = _geometry(n, C, x.dtype.size, 1, s.threads_per_group)
+    g = _geometry(n, C, x.dtype.size, 1, s.threads_per_group, kernel.backend())
     sinkhorn = s.convention is not None and n <= 8 and tokens <= ONE_LAUNCH_TOKENS
     if s.convention is not None and not sinkhorn:
         H_res = _sinkhorn_forward(H_res, s.convention, s.threads_per_group, s.verbose)
     (out,) = kernel.launch(
         "mhc_fused",
-        {"x": x, "H_pre": H_pre, "H_post": H_post, "H_res": H_res, "weight": weight, "params": s.params},
+        {
+            "x": x,
+            "H_pre": H_pre,
+            "H_post": H_post,
+            "H_res": H_res,
+            "weight": weight,
+            "params": s.params,
+        },
         {"out": (x.shape if s.mix else (tokens, C), x.dtype)},
         min(tokens, FORWARD_GROUPS),
         g.threads,
@@ -364,24 +418,37 @@ def _static_backward(x, H_pre, H_post, H_res, weight, dout, s: _Static):
         return [None if a is None else mx.zeros_like(a) for a in (x, H_pre, H_post, H_res, weight)]
     shape, logits, (n, C) = x.shape, H_res, x.shape[-2:]
     x, dout = _flat(x, 3), _flat(dout, 3 if s.mix else 2)
-    g = _geometry(n, C, x.dtype.size, 2, s.threads_per_group)
-    sinkhorn = s.convention is not None and g.fits
+    g = _geometry(n, C, x.dtype.size, 2, s.threads_per_group, kernel.backend())
+    sinkhorn = s.convention is not None and n <= 8
     if s.convention is not None and not sinkhorn:
         H_res = _sinkhorn_forward(H_res, s.convention, s.threads_per_group, s.verbose)
-    groups = min(x.shape[0], BACKWARD_GROUPS)
+    groups = _backward_groups(x.shape[0], g.threads)
     sums = (n if s.mix else 0, n * n if s.mix else 0, C)
     dx, partial = _launch_backward(
         g,
-        {"x": x, "y": None, "H_pre": H_pre, "H_post": H_post, "H_res": H_res, "weight": weight, "dout": dout}
+        {
+            "x": x,
+            "y": None,
+            "H_pre": H_pre,
+            "H_post": H_post,
+            "H_res": H_res,
+            "weight": weight,
+            "dout": dout,
+        }
         | {"params": s.params},
         {"dx": (x.shape, x.dtype), "dy": None, "partial": ((groups, n + sum(sums)), mx.float32)},
         groups,
-        s.template(x, g, sinkhorn) | {"NORM": True, "POST_PER_TOKEN": False, "RES_PER_TOKEN": False},
+        s.template(x, g, sinkhorn)
+        | {"NORM": True, "POST_PER_TOKEN": False, "RES_PER_TOKEN": False},
         s.verbose,
     )
     total = _sum_partials(partial, n, s.gates and (H_pre, H_post, s.params), s.verbose)
     dH_pre, dH_post, dH_res, dweight = mx.split(total, [n, n + sums[0], n + sums[0] + sums[1]])
-    dx, dH_pre, dweight = _unflat(dx, shape), dH_pre.astype(H_pre.dtype), dweight.astype(weight.dtype)
+    dx, dH_pre, dweight = (
+        _unflat(dx, shape),
+        dH_pre.astype(H_pre.dtype),
+        dweight.astype(weight.dtype),
+    )
     if not s.mix:
         return dx, dH_pre, None, None, dweight
     dH_res = dH_res.reshape(n, n)
@@ -392,11 +459,14 @@ def _static_backward(x, H_pre, H_post, H_res, weight, dout, s: _Static):
 
 def _launch_backward(g: _Geometry, inputs, outputs, groups, template, verbose) -> list[mx.array]:
     outputs = {"dx": None, "dy": None, "partial": None, "dh_post": None, "dh_res": None} | outputs
-    if g.fits:
+    if template["N"] <= 8:
+        template = template | {"CACHED": g.fits}
         return kernel.launch("mhc_backward", inputs, outputs, groups, g.threads, template, verbose)
     keep = ("T", "N", "THREADS", "MIX", "NORM", "GATES", "POST_PER_TOKEN", "RES_PER_TOKEN")
     template = {k: template[k] for k in keep} | {"THREADS": max(g.threads, 256)}
-    return kernel.launch("mhc_backward_tiled", inputs, outputs, groups, template["THREADS"], template, verbose)
+    return kernel.launch(
+        "mhc_backward_tiled", inputs, outputs, groups, template["THREADS"], template, verbose
+    )
 
 
 def _sum_partials(partial: mx.array, n: int, gates, verbose: bool) -> mx.array:
@@ -406,7 +476,7 @@ def _sum_partials(partial: mx.array, n: int, gates, verbose: bool) -> mx.array:
         "sum_partials",
         {"partial": partial, "H_pre": H_pre, "H_post": H_post, "params": params},
         {"out": ((partial.shape[1],), mx.float32)},
-        math.ceil(partial.shape[1] / 32),
+        math.ceil(partial.shape[1] / 8),
         256,
         {"T": mx.float32, "N": n, "GATES": bool(gates)},
         verbose,
@@ -427,16 +497,22 @@ def _static(s: _Static, identity: bool) -> _Fused:
         return _fuse(
             lambda *arrays: reference.stream_aggregate_norm(*arrays, s.eps),
             lambda x, h_pre, w: _static_forward(x, h_pre, None, None, w, s),
-            lambda x, h_pre, w, d: [g for g in _static_backward(x, h_pre, None, None, w, d, s) if g is not None],
+            lambda x, h_pre, w, d: [
+                g for g in _static_backward(x, h_pre, None, None, w, d, s) if g is not None
+            ],
             (None, 1, 1),
         )
     if identity:
         return _fuse(
             lambda x, h_pre, h_post, w: reference.mhc_static(x, h_pre, h_post, None, w, s.eps),
-            lambda x, h_pre, h_post, w: _static_forward(x, h_pre, h_post, _identity(x.shape[-2]), w, s),
+            lambda x, h_pre, h_post, w: _static_forward(
+                x, h_pre, h_post, _identity(x.shape[-2]), w, s
+            ),
             lambda x, h_pre, h_post, w, d: [
                 g
-                for i, g in enumerate(_static_backward(x, h_pre, h_post, _identity(x.shape[-2]), w, d, s))
+                for i, g in enumerate(
+                    _static_backward(x, h_pre, h_post, _identity(x.shape[-2]), w, d, s)
+                )
                 if i != 3
             ],
             (None, 1, 1, 1),
@@ -499,9 +575,15 @@ def mhc_static(
     s = _Static(_check_eps(op, eps), None, True, threads_per_group, verbose)
     fused = _static(s, h_res is None)
     if h_res is None:
-        arrays, plain = (x, h_pre, h_post, weight), lambda x, p, q, w: reference.mhc_static(x, p, q, None, w, eps)
+        arrays, plain = (
+            (x, h_pre, h_post, weight),
+            lambda x, p, q, w: reference.mhc_static(x, p, q, None, w, eps),
+        )
     else:
-        arrays, plain = (x, h_pre, h_post, h_res, weight), functools.partial(reference.mhc_static, eps=eps)
+        arrays, plain = (
+            (x, h_pre, h_post, h_res, weight),
+            functools.partial(reference.mhc_static, eps=eps),
+        )
     return _run(fused, plain, arrays, use_metal, verbose, differentiable)
 
 
@@ -538,7 +620,7 @@ def _mix_add_forward(x, y, h_post, h_res, threads_per_group, verbose):
     if x.size == 0:
         return mx.zeros(x.shape, x.dtype)
     shape, x, y = x.shape, _flat(x, 3), _flat(y, 2)
-    g = _geometry(*x.shape[1:], x.dtype.size, 1, threads_per_group)
+    g = _geometry(*x.shape[1:], x.dtype.size, 1, threads_per_group, kernel.backend())
     post_per_token, res_per_token = h_post.ndim > 1, h_res.ndim > 2
     (out,) = kernel.launch(
         "stream_mix_add",
@@ -549,7 +631,7 @@ def _mix_add_forward(x, y, h_post, h_res, threads_per_group, verbose):
             "h_res": _flat(h_res, 3) if res_per_token else h_res,
         },
         {"out": (x.shape, x.dtype)},
-        min(x.shape[0], FORWARD_GROUPS),
+        min(x.shape[0], MANY_GROUPS),
         g.threads,
         {
             "T": x.dtype,
@@ -573,9 +655,9 @@ def _mix_add_backward(x, y, h_post, h_res, dout, threads_per_group, verbose):
     x, y, dout = _flat(x, 3), _flat(y, 2), _flat(dout, 3)
     tokens, n, C = x.shape
     post_per_token, res_per_token = h_post.ndim > 1, h_res.ndim > 2
-    g = _geometry(n, C, x.dtype.size, 2, threads_per_group)
+    g = _geometry(n, C, x.dtype.size, 2, threads_per_group, kernel.backend())
     shared = not (post_per_token and res_per_token)
-    groups = min(tokens, BACKWARD_GROUPS if shared else FORWARD_GROUPS)
+    groups = _backward_groups(tokens, g.threads) if shared else min(tokens, MANY_GROUPS)
     columns = (0 if post_per_token else n) + (0 if res_per_token else n * n)
     dx, dy, *rest = _launch_backward(
         g,
@@ -626,7 +708,9 @@ def _mix_add(identity: bool, *options) -> _Fused:
         return _fuse(
             lambda x, y, h_post: reference.stream_mix_add(x, y, h_post, None),
             lambda x, y, h_post: _mix_add_forward(x, y, h_post, _identity(x.shape[-2]), *options),
-            lambda x, y, h_post, d: _mix_add_backward(x, y, h_post, _identity(x.shape[-2]), d, *options)[:3],
+            lambda x, y, h_post, d: _mix_add_backward(
+                x, y, h_post, _identity(x.shape[-2]), d, *options
+            )[:3],
             (None, None, 1),
         )
     return _fuse(

@@ -46,7 +46,7 @@ def toolkit():
     return None
 
 
-def cuda_source(name, inputs, outputs, template) -> str:
+def cuda_source(name, inputs, outputs, threads, template) -> str:
     """What MLX's cuda_kernel would compile for this launch."""
     absent = "".join(f"const device T* {k} = nullptr; " for k, v in inputs.items() if v is None)
     absent += "".join(f"device float* {k} = nullptr; " for k, v in outputs.items() if v is None)
@@ -63,9 +63,11 @@ def cuda_source(name, inputs, outputs, template) -> str:
         if isinstance(v, mx.Dtype):
             constants.append(f"using {k} = {TYPES[v]};")
         else:
-            constants.append(f"constexpr {'bool' if isinstance(v, bool) else 'int'} {k} = {int(v)};")
+            constants.append(
+                f"constexpr {'bool' if isinstance(v, bool) else 'int'} {k} = {int(v)};"
+            )
     return WRAPPER.format(
-        header=kernel.text("cuda.h") + kernel.text("common.h"),
+        header=kernel.text("cuda.h").replace("THREADS", str(threads)) + kernel.text("common.h"),
         name=name,
         parameters=", ".join(parameters),
         constants="\n".join(constants),
@@ -77,10 +79,17 @@ def compile_cuda(name: str, source: str, arch: str = "sm_90a") -> tuple[str, dic
     """The compiler's errors ("" if none) and registers, spilled bytes, shared bytes, seconds."""
     nvrtc, includes = toolkit()
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    names, texts = (ctypes.c_char_p * 1)(b"mlx/backend/cuda/device/utils.cuh"), (ctypes.c_char_p * 1)(UTILS)
+    names, texts = (
+        (ctypes.c_char_p * 1)(b"mlx/backend/cuda/device/utils.cuh"),
+        (ctypes.c_char_p * 1)(UTILS),
+    )
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"body.cu", 1, texts, names)
     nvrtc.nvrtcAddNameExpression(program, f"mlx::core::cu::custom_kernel_{name}".encode())
-    flags = ["--device-as-default-execution-space", f"--gpu-architecture={arch}", "--ptxas-options=-v"]
+    flags = [
+        "--device-as-default-execution-space",
+        f"--gpu-architecture={arch}",
+        "--ptxas-options=-v",
+    ]
     flags = [f.encode() for f in flags + [f"--include-path={p}" for p in includes]]
     start = time.perf_counter()
     failed = nvrtc.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*flags))

@@ -77,7 +77,9 @@ def program_source(source: str) -> tuple[str, list[str]]:
             names.append(name)
         elif attribute in POSITIONS:
             arguments.append(POSITIONS[attribute])
-    instance = re.search(r"decltype\((\w+<.*?>)\)", source) or re.search(r"\[\[kernel\]\] void (\w+)", source)
+    instance = re.search(r"decltype\((\w+<.*?>)\)", source) or re.search(
+        r"\[\[kernel\]\] void (\w+)", source
+    )
     source = re.sub(r"(?m)^template \[\[host_name.*$", "", source)
     source = re.sub(r" \[\[[^\]]*\]\]|\[\[kernel\]\]", "", source)
     source = re.sub(r"(?m)^(\s*)threadgroup ", r"\1static ", source)
@@ -128,7 +130,15 @@ def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> l
     arrays = {k: v for k, v in inputs.items() if v is not None}
 
     def traced(*values):
-        return _launch(name, inputs | dict(zip(arrays, values, strict=True)), outputs, groups, threads, template, True)
+        return _launch(
+            name,
+            inputs | dict(zip(arrays, values, strict=True)),
+            outputs,
+            groups,
+            threads,
+            template,
+            True,
+        )
 
     stand_ins = [mx.zeros(a.shape, a.dtype) for a in arrays.values()]
     source, names = program_source(kernel.metal_source(traced, *stand_ins))
@@ -141,7 +151,9 @@ def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> l
             buffers[k + "_shape"] = np.array(a.shape, dtype=np.int32)
         for k, spec in outputs.items():
             if spec is not None:
-                dtype = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}[spec[1]]
+                dtype = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}[
+                    spec[1]
+                ]
                 outs[k] = np.full(spec[0], 0x7FC0 if dtype == np.uint16 else np.nan, dtype=dtype)
         pointers = (ctypes.c_void_p * len(names))(*((buffers | outs)[n].ctypes.data for n in names))
         error = entry(pointers, groups, threads, schedule)
