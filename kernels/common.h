@@ -1,6 +1,7 @@
 // What the bodies share; compiled before every body on Metal, on CUDA and in the simulator.
 
-#ifndef STAY_PACKED  // see cuda.h
+#ifndef UNROLL  // Metal; cuda.h has its own words
+#define UNROLL _Pragma("clang loop unroll(full)")
 #define STAY_PACKED(value)
 #endif
 
@@ -41,8 +42,7 @@ template <typename T, int VEC, typename P>
 inline Pack<T, VEC> load(P p, bool whole) {
   if (whole) return *packs<VEC>(p);
   Pack<T, VEC> r;
-#pragma unroll
-  for (int e = 0; e < VEC; ++e) r.v[e] = p[e];
+  UNROLL for (int e = 0; e < VEC; ++e) r.v[e] = p[e];
   return r;
 }
 
@@ -50,21 +50,43 @@ template <int VEC, typename P>
 inline void load_floats(thread float (&v)[VEC], P p, bool whole) {
   if (whole) {
     const auto pack = *packs<VEC>(p);
-#pragma unroll
-    for (int e = 0; e < VEC; ++e) v[e] = static_cast<float>(pack.v[e]);
+    UNROLL for (int e = 0; e < VEC; ++e) v[e] = static_cast<float>(pack.v[e]);
   } else {
-#pragma unroll
-    for (int e = 0; e < VEC; ++e) v[e] = static_cast<float>(p[e]);
+    UNROLL for (int e = 0; e < VEC; ++e) v[e] = static_cast<float>(p[e]);
   }
+}
+
+// to[i] = channels c.. of stream i, for COUNT streams of C channels
+template <int COUNT, int VEC, typename T, typename P>
+inline void load_streams(thread Pack<T, VEC>* to, P row, int C, int c, bool whole) {
+  UNROLL for (int i = 0; i < COUNT; ++i) to[i] = load<T, VEC>(row + i * C + c, whole);
 }
 
 inline float sigmoid(float v) { return 1.0f / (1.0f + metal::precise::exp(-v)); }
 
+// h_pre = sigmoid(H) + params[1], h_post (POST) = params[2] * sigmoid(H) + params[3]; H itself unless GATES
+template <int N, int THREADS, bool GATES, bool POST, typename P, typename S, typename Q>
+inline void load_gates(P H, S h, Q params, uint tid) {
+  for (uint i = tid; i < uint(N); i += THREADS) {
+    h[i] = static_cast<float>(H[i]);
+    if (GATES) {
+      const float scale = POST ? static_cast<float>(params[2]) : 1.0f;
+      h[i] = scale * sigmoid(h[i]) + static_cast<float>(params[POST ? 3 : 1]);
+    }
+  }
+}
+
+// mix = H, or its transpose
+template <int N, int THREADS, bool TRANSPOSED, typename P, typename S>
+inline void load_mix(P H, S mix, uint tid) {
+  for (uint k = tid; k < uint(N * N); k += THREADS)
+    mix[TRANSPOSED ? (k % N) * N + k / N : k] = static_cast<float>(H[k]);
+}
+
 // out[a] = sum over the threadgroup of v[a]. scratch holds COUNT * THREADS / 32 floats.
 template <int COUNT, int THREADS, typename S, typename O>
 inline void group_sum(thread float (&v)[COUNT], S scratch, O out, uint tid) {
-#pragma unroll
-  for (int a = 0; a < COUNT; ++a) {
+  UNROLL for (int a = 0; a < COUNT; ++a) {
     const float s = simd_sum(v[a]);
     if (tid % 32 == 0) scratch[(tid / 32) * COUNT + a] = s;
   }
@@ -86,8 +108,7 @@ template <int O, bool MAX, int W>
 inline void scatter_sum(thread float (&v)[W], uint lane) {
   if constexpr (O > 0) {
     const bool high = (lane & uint(O)) != 0;
-#pragma unroll
-    for (int j = 0; j < O; ++j) {
+    UNROLL for (int j = 0; j < O; ++j) {
       const float other = simd_shuffle_xor(high ? v[j] : v[j + O], static_cast<ushort>(O));
       const float mine = high ? v[j + O] : v[j];
       v[j] = MAX ? metal::max(mine, other) : mine + other;
@@ -102,15 +123,13 @@ inline float across(thread const float (&p)[N], uint lane, S scratch) {
   constexpr int W = lanes(N) < 32 ? lanes(N) : 32;
   const float none = MAX ? -3.0e38f : 0.0f;
   float v[W];
-#pragma unroll
-  for (int j = 0; j < W; ++j) v[j] = j < N ? p[j < N ? j : 0] : none;
+  UNROLL for (int j = 0; j < W; ++j) v[j] = j < N ? p[j < N ? j : 0] : none;
   scatter_sum<W / 2, MAX>(v, lane);
   const float low = v[0];
   if constexpr (N <= 32) {
     return low;
   } else {
-#pragma unroll
-    for (int j = 0; j < W; ++j) v[j] = j + 32 < N ? p[j + 32 < N ? j + 32 : 0] : none;
+    UNROLL for (int j = 0; j < W; ++j) v[j] = j + 32 < N ? p[j + 32 < N ? j + 32 : 0] : none;
     scatter_sum<W / 2, MAX>(v, lane);
     const float high = v[0];
     const uint c = lane % 32, half_of = (lane / 32) * 64;
@@ -128,13 +147,11 @@ template <int N, typename S>
 inline void gather(thread float (&all)[N], float value, uint lane, uint simd_lane, S scratch) {
   if constexpr (N <= 32) {
     const uint first = simd_lane & ~uint(lanes(N) - 1);
-#pragma unroll
-    for (int j = 0; j < N; ++j) all[j] = simd_shuffle(value, static_cast<ushort>(first + uint(j)));
+    UNROLL for (int j = 0; j < N; ++j) all[j] = simd_shuffle(value, static_cast<ushort>(first + uint(j)));
   } else {
     scratch[lane] = value;
     threadgroup_barrier(mem_flags::mem_threadgroup);
-#pragma unroll
-    for (int j = 0; j < N; ++j) all[j] = scratch[j];
+    UNROLL for (int j = 0; j < N; ++j) all[j] = scratch[j];
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 }
@@ -146,8 +163,7 @@ constexpr int steps_of(int start) { return start == START_EXP ? 2 : start == STA
 
 template <int N, bool COLUMNS, typename P>
 inline void load_line(thread float (&p)[N], P logits, uint lane) {
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
+  UNROLL for (int j = 0; j < N; ++j) {
     const uint i = lane < uint(N) ? lane : 0u;
     p[j] = static_cast<float>(logits[COLUMNS ? uint(j * N) + i : i * uint(N) + uint(j)]);
   }
@@ -157,12 +173,9 @@ inline void load_line(thread float (&p)[N], P logits, uint lane) {
 template <int N>
 inline void softmax_line(thread float (&p)[N]) {
   float m = p[0], s = 0.0f;
-#pragma unroll
-  for (int j = 1; j < N; ++j) m = metal::max(m, p[j]);
-#pragma unroll
-  for (int j = 0; j < N; ++j) s += (p[j] = metal::precise::exp(p[j] - m));
-#pragma unroll
-  for (int j = 0; j < N; ++j) p[j] /= s;
+  UNROLL for (int j = 1; j < N; ++j) m = metal::max(m, p[j]);
+  UNROLL for (int j = 0; j < N; ++j) s += (p[j] = metal::precise::exp(p[j] - m));
+  UNROLL for (int j = 0; j < N; ++j) p[j] /= s;
 }
 
 template <int N, int START, typename S>
@@ -170,23 +183,17 @@ inline void sinkhorn_start(thread float (&p)[N], float eps, uint lane, uint simd
   const bool live = lane < uint(N);
   if constexpr (START == START_EXP) {
     float m = p[0], s = 0.0f, all[N];
-#pragma unroll
-    for (int j = 1; j < N; ++j) m = metal::max(m, p[j]);
-#pragma unroll
-    for (int j = 0; j < N; ++j) s += metal::precise::exp(p[j] - m);
+    UNROLL for (int j = 1; j < N; ++j) m = metal::max(m, p[j]);
+    UNROLL for (int j = 0; j < N; ++j) s += metal::precise::exp(p[j] - m);
     s = metal::precise::log(s);
-#pragma unroll
-    for (int j = 0; j < N; ++j) p[j] = live ? (p[j] - m) - s : -3.0e38f;
+    UNROLL for (int j = 0; j < N; ++j) p[j] = live ? (p[j] - m) - s : -3.0e38f;
     gather<N>(all, across<N, true>(p, lane, scratch), lane, simd_lane, scratch);
-#pragma unroll
-    for (int j = 0; j < N; ++j) p[j] = live ? metal::precise::exp(p[j] - all[j]) : 0.0f;
+    UNROLL for (int j = 0; j < N; ++j) p[j] = live ? metal::precise::exp(p[j] - all[j]) : 0.0f;
     gather<N>(all, 1.0f / across<N, false>(p, lane, scratch), lane, simd_lane, scratch);
-#pragma unroll
-    for (int j = 0; j < N; ++j) p[j] *= all[j];
+    UNROLL for (int j = 0; j < N; ++j) p[j] *= all[j];
   } else {
     if (START == START_SOFTMAX) softmax_line(p);
-#pragma unroll
-    for (int j = 0; j < N; ++j)
+    UNROLL for (int j = 0; j < N; ++j)
       p[j] = !live ? 0.0f : p[j] + (START == START_SOFTMAX ? eps : uint(j) == lane ? 1.0f : 0.0f);
   }
 }
@@ -196,18 +203,15 @@ template <int N, typename S>
 inline float half_step(thread float (&p)[N], int k, float eps, uint lane, uint simd_lane, S scratch) {
   float d = 0.0f;
   if (k % 2 == 0) {
-#pragma unroll
-    for (int j = 0; j < N; ++j) d += p[j];
+    UNROLL for (int j = 0; j < N; ++j) d += p[j];
     d = lane < uint(N) ? d + eps : 1.0f;
     const float r = 1.0f / d;
-#pragma unroll
-    for (int j = 0; j < N; ++j) p[j] *= r;
+    UNROLL for (int j = 0; j < N; ++j) p[j] *= r;
   } else {
     float r[N];
     d = across<N, false>(p, lane, scratch) + eps;
     gather<N>(r, 1.0f / d, lane, simd_lane, scratch);
-#pragma unroll
-    for (int j = 0; j < N; ++j) p[j] *= r[j];
+    UNROLL for (int j = 0; j < N; ++j) p[j] *= r[j];
   }
   return d;
 }
@@ -217,6 +221,17 @@ inline void sinkhorn(thread float (&p)[N], P logits, int iters, float eps, uint 
   load_line<N, COLUMNS>(p, logits, lane);
   sinkhorn_start<N, START>(p, eps, lane, simd_lane, scratch);
   for (int k = steps_of(START); k < 2 * iters; ++k) half_step(p, k, eps, lane, simd_lane, scratch);
+}
+
+// mix = the projection of N x N logits, N <= 8, by one simdgroup; COLUMNS as in sinkhorn_knopp.metal
+template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, typename P, typename S>
+inline void project(P logits, S mix, int iters, float eps, uint simd_lane) {
+  const uint lane = simd_lane % lanes(N);
+  float p[N];
+  sinkhorn<N, START, COLUMNS>(p, logits, iters, eps, lane, simd_lane, mix);
+  UNROLL for (int j = 0; j < N; ++j) {
+    if (simd_lane < uint(N)) mix[OUT_COLUMNS ? uint(j * N) + lane : lane * uint(N) + uint(j)] = p[j];
+  }
 }
 
 }  // namespace mhc

@@ -37,6 +37,8 @@ __forceinline__ float rsqrt(float v) { return 1.0f / ::sqrtf(v); }
   const dim3 threadgroups_per_grid = gridDim; \
   const uint thread_index_in_simdgroup = threadIdx.x % 32, simdgroup_index_in_threadgroup = threadIdx.x / 32;
 
+#define UNROLL _Pragma("unroll")
+
 // Keeps a packed value packed: without it NVRTC converts once and holds the wider floats across a barrier.
 #define STAY_PACKED(value)                                                          \
   if (sizeof(value) >= 4) {                                                         \

@@ -30,30 +30,13 @@ const uint tid = thread_position_in_threadgroup.x;
 const int C = x_shape[2];
 const uint tokens = x_shape[0];
 
-if (NORM) {
-  for (uint i = tid; i < N; i += THREADS) {
-    const float a = static_cast<float>(H_pre[i]);
-    pre[i] = GATES ? mhc::sigmoid(a) + static_cast<float>(params[1]) : a;
-  }
-}
-if (MIX && !POST_PER_TOKEN) {
-  for (uint i = tid; i < N; i += THREADS) {
-    const float b = static_cast<float>(H_post[i]);
-    post[i] = GATES ? static_cast<float>(params[2]) * mhc::sigmoid(b) + static_cast<float>(params[3]) : b;
-  }
-}
+if constexpr (NORM) mhc::load_gates<N, THREADS, GATES, false>(H_pre, pre, params, tid);
+if constexpr (MIX && !POST_PER_TOKEN) mhc::load_gates<N, THREADS, GATES, true>(H_post, post, params, tid);
 if constexpr (SINKHORN) {
-  if (simdgroup_index_in_threadgroup == 0) {
-    const uint lane = thread_index_in_simdgroup % mhc::lanes(N);
-    float p[N];
-    mhc::sinkhorn<N, START, COLUMNS>(p, H_res, ITERS, static_cast<float>(params[4]), lane, thread_index_in_simdgroup, mix);
-    if (thread_index_in_simdgroup < N) {
-#pragma unroll
-      for (int j = 0; j < N; ++j) mix[OUT_COLUMNS ? j * N + lane : lane * N + j] = p[j];
-    }
-  }
-} else if (MIX && !RES_PER_TOKEN) {
-  for (uint k = tid; k < N * N; k += THREADS) mix[k] = static_cast<float>(H_res[k]);
+  if (simdgroup_index_in_threadgroup == 0)
+    mhc::project<N, START, COLUMNS, OUT_COLUMNS>(H_res, mix, ITERS, params[4], thread_index_in_simdgroup);
+} else if constexpr (MIX && !RES_PER_TOKEN) {
+  mhc::load_mix<N, THREADS, false>(H_res, mix, tid);
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -70,9 +53,8 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   const auto row = x + size_t(t) * size_t(N * C);
   const auto drow = dout + size_t(t) * size_t(R * C);
   if (POST_PER_TOKEN || RES_PER_TOKEN) {  // no one reads the last token's any more: group_sum ended with a barrier
-    for (uint i = tid; i < N && POST_PER_TOKEN; i += THREADS) post[i] = static_cast<float>(H_post[size_t(t) * N + i]);
-    for (uint k = tid; k < N * N && RES_PER_TOKEN; k += THREADS)
-      mix[k] = static_cast<float>(H_res[size_t(t) * (N * N) + k]);
+    if (POST_PER_TOKEN) mhc::load_gates<N, THREADS, false, true>(H_post + size_t(t) * N, post, params, tid);
+    if (RES_PER_TOKEN) mhc::load_mix<N, THREADS, false>(H_res + size_t(t) * (N * N), mix, tid);
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 
@@ -85,17 +67,12 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
       const int c = (k * THREADS + int(tid)) * VEC, at = CACHED ? k : 0;
       if (c < C) {
         float u[VEC] = {}, d[VEC] = {}, w[STEP];
-#pragma unroll
-        for (int j = 0; j < N; ++j) xv[at * N + j] = mhc::load<T, VEC>(row + j * C + c, whole);
-#pragma unroll
-        for (int i = 0; i < R; ++i) dv[at * R + i] = mhc::load<T, VEC>(drow + i * C + c, d_whole);
-#pragma unroll
-        for (int e = 0; e < VEC; ++e) {
+        mhc::load_streams<N>(xv + at * N, row, C, c, whole);
+        mhc::load_streams<R>(dv + at * R, drow, C, c, d_whole);
+        UNROLL for (int e = 0; e < VEC; ++e) {
           if (e % STEP == 0) mhc::load_floats<STEP>(w, weight + c + e, w_whole);
-#pragma unroll
-          for (int j = 0; j < N; ++j) u[e] += pre[j] * static_cast<float>(xv[at * N + j].v[e]);
-#pragma unroll
-          for (int i = 0; i < R; ++i) d[e] += (MIX ? post[i] : 1.0f) * static_cast<float>(dv[at * R + i].v[e]);
+          UNROLL for (int j = 0; j < N; ++j) u[e] += pre[j] * static_cast<float>(xv[at * N + j].v[e]);
+          UNROLL for (int i = 0; i < R; ++i) d[e] += (MIX ? post[i] : 1.0f) * static_cast<float>(dv[at * R + i].v[e]);
           ss += u[e] * u[e];
           dot += d[e] * u[e] * w[e % STEP];
         }
@@ -110,8 +87,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       ss = dot = 0.0f;
-#pragma unroll
-      for (int s = 0; s < SIMDS; ++s) {
+      UNROLL for (int s = 0; s < SIMDS; ++s) {
         ss += sums[(turn * SIMDS + s) * 2];
         dot += sums[(turn * SIMDS + s) * 2 + 1];
       }
@@ -128,29 +104,21 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
       mhc::Pack<T, VEC> yv;  // y in, dy out
       if (!NORM) yv = mhc::load<T, VEC>(y + size_t(t) * size_t(C) + c, y_whole);
       if (!NORM || !CACHED) {
-#pragma unroll
-        for (int j = 0; j < N; ++j) xv[at * N + j] = mhc::load<T, VEC>(row + j * C + c, whole);
-#pragma unroll
-        for (int i = 0; i < R; ++i) dv[at * R + i] = mhc::load<T, VEC>(drow + i * C + c, d_whole);
+        mhc::load_streams<N>(xv + at * N, row, C, c, whole);
+        mhc::load_streams<R>(dv + at * R, drow, C, c, d_whole);
       }
-#pragma unroll
-      for (int j = 0; j < N; ++j) { STAY_PACKED(xv[at * N + j]); }
-#pragma unroll
-      for (int i = 0; i < R; ++i) { STAY_PACKED(dv[at * R + i]); }
-#pragma unroll
-      for (int e = 0; e < VEC; e += STEP) {
+      UNROLL for (int j = 0; j < N; ++j) { STAY_PACKED(xv[at * N + j]); }
+      UNROLL for (int i = 0; i < R; ++i) { STAY_PACKED(dv[at * R + i]); }
+      UNROLL for (int e = 0; e < VEC; e += STEP) {
         float ds[R * STEP], u[STEP] = {}, d[STEP] = {}, du[STEP] = {}, out[STEP], w[STEP];
         if (NORM) mhc::load_floats<STEP>(w, weight + c + e, w_whole);
-#pragma unroll
-        for (int q = 0; q < STEP; ++q) {
-#pragma unroll
-          for (int i = 0; i < R; ++i) {
+        UNROLL for (int q = 0; q < STEP; ++q) {
+          UNROLL for (int i = 0; i < R; ++i) {
             ds[i * STEP + q] = static_cast<float>(dv[at * R + i].v[e + q]);
             d[q] += (MIX ? post[i] : 1.0f) * ds[i * STEP + q];
           }
           if (NORM) {
-#pragma unroll
-            for (int j = 0; j < N; ++j) u[q] += pre[j] * static_cast<float>(xv[at * N + j].v[e + q]);
+            UNROLL for (int j = 0; j < N; ++j) u[q] += pre[j] * static_cast<float>(xv[at * N + j].v[e + q]);
             out[q] = u[q] * r;
             if (CACHED) g_weight[at * VEC + e + q] += d[q] * out[q];
             else mine[WEIGHT_AT + c + e + q] = (t < threadgroups_per_grid.x ? 0.0f : mine[WEIGHT_AT + c + e + q]) + d[q] * out[q];
@@ -162,51 +130,41 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
           }
         }
         if (MIX) {
-#pragma unroll
-          for (int i = 0; i < R; ++i) {
-#pragma unroll
-            for (int q = 0; q < STEP; ++q) g_post[i] += ds[i * STEP + q] * out[q];
+          UNROLL for (int i = 0; i < R; ++i) {
+            UNROLL for (int q = 0; q < STEP; ++q) g_post[i] += ds[i * STEP + q] * out[q];
           }
         }
-#pragma unroll
-        for (int j = 0; j < N; ++j) {
+        UNROLL for (int j = 0; j < N; ++j) {
           float xs[STEP], a[STEP];
-#pragma unroll
-          for (int q = 0; q < STEP; ++q) {
+          UNROLL for (int q = 0; q < STEP; ++q) {
             xs[q] = static_cast<float>(xv[at * N + j].v[e + q]);
             a[q] = NORM ? pre[j] * du[q] : 0.0f;
             if (NORM) g_pre[j] += du[q] * xs[q];
           }
           if (MIX) {
-#pragma unroll
-            for (int i = 0; i < R; ++i) {
+            UNROLL for (int i = 0; i < R; ++i) {
               const float m = mix[i * N + j];
-#pragma unroll
-              for (int q = 0; q < STEP; ++q) {
+              UNROLL for (int q = 0; q < STEP; ++q) {
                 a[q] += m * ds[i * STEP + q];
                 g_res[i * N + j] += ds[i * STEP + q] * xs[q];
               }
             }
           }
-#pragma unroll
-          for (int q = 0; q < STEP; ++q) xv[at * N + j].v[e + q] = static_cast<T>(a[q]);
+          UNROLL for (int q = 0; q < STEP; ++q) xv[at * N + j].v[e + q] = static_cast<T>(a[q]);
         }
       }
-#pragma unroll
-      for (int j = 0; j < N; ++j)
+      UNROLL for (int j = 0; j < N; ++j)
         *(device mhc::Pack<T, VEC>*)(dx + size_t(t) * size_t(N * C) + j * C + c) = xv[at * N + j];
       if (!NORM) *(device mhc::Pack<T, VEC>*)(dy + size_t(t) * size_t(C) + c) = yv;
     }
   }
   if (POST_PER_TOKEN) {
     mhc::group_sum<N, THREADS>(g_post, scratch, dh_post + size_t(t) * N, tid);
-#pragma unroll
-    for (int i = 0; i < N; ++i) g_post[i] = 0.0f;
+    UNROLL for (int i = 0; i < N; ++i) g_post[i] = 0.0f;
   }
   if (RES_PER_TOKEN) {
     mhc::group_sum<N * N, THREADS>(g_res, scratch, dh_res + size_t(t) * (N * N), tid);
-#pragma unroll
-    for (int i = 0; i < N * N; ++i) g_res[i] = 0.0f;
+    UNROLL for (int i = 0; i < N * N; ++i) g_res[i] = 0.0f;
   }
 }
 
@@ -214,12 +172,10 @@ if (NORM) mhc::group_sum<N, THREADS>(g_pre, scratch, mine, tid);
 if (MIX && !POST_PER_TOKEN) mhc::group_sum<N, THREADS>(g_post, scratch, mine + POST_AT, tid);
 if (MIX && !RES_PER_TOKEN) mhc::group_sum<N * N, THREADS>(g_res, scratch, mine + RES_AT, tid);
 if (NORM && CACHED) {
-#pragma unroll
-  for (int k = 0; k < KEPT; ++k) {
+  UNROLL for (int k = 0; k < KEPT; ++k) {
     const int c = (k * THREADS + int(tid)) * VEC;
     if (c < C) {
-#pragma unroll
-      for (int e = 0; e < VEC; ++e) mine[WEIGHT_AT + c + e] = g_weight[k * VEC + e];
+      UNROLL for (int e = 0; e < VEC; ++e) mine[WEIGHT_AT + c + e] = g_weight[k * VEC + e];
     }
   }
 }

@@ -36,17 +36,9 @@ const uint tokens = x_shape[0];
 const auto mine = partial + size_t(threadgroup_position_in_grid.x) * size_t(WEIGHT_AT + (NORM ? C : 0));
 float g_res[MINE * 16] = {}, g_pre[LINES] = {}, g_post[LINES] = {};
 
-for (int i = tid; i < N; i += THREADS) {
-  if (NORM) {
-    const float a = static_cast<float>(H_pre[i]);
-    pre[i] = GATES ? mhc::sigmoid(a) + static_cast<float>(params[1]) : a;
-  }
-  if (MIX && !POST_PER_TOKEN) {
-    const float b = static_cast<float>(H_post[i]);
-    post[i] = GATES ? static_cast<float>(params[2]) * mhc::sigmoid(b) + static_cast<float>(params[3]) : b;
-  }
-}
-for (int k = tid; k < N * N && NEAR && !RES_PER_TOKEN; k += THREADS) mix[k] = static_cast<float>(H_res[k]);
+if constexpr (NORM) mhc::load_gates<N, THREADS, GATES, false>(H_pre, pre, params, tid);
+if constexpr (MIX && !POST_PER_TOKEN) mhc::load_gates<N, THREADS, GATES, true>(H_post, post, params, tid);
+if constexpr (NEAR && !RES_PER_TOKEN) mhc::load_mix<N, THREADS, false>(H_res, mix, tid);
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
 bool first = true;
@@ -55,8 +47,8 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   const auto drow = dout + size_t(t) * size_t(R * C);
   const auto m = H_res + (RES_PER_TOKEN ? size_t(t) * (N * N) : 0);
   if (POST_PER_TOKEN || (RES_PER_TOKEN && NEAR)) {
-    for (int i = tid; i < N && POST_PER_TOKEN; i += THREADS) post[i] = static_cast<float>(H_post[size_t(t) * N + i]);
-    for (int k = tid; k < N * N && RES_PER_TOKEN && NEAR; k += THREADS) mix[k] = static_cast<float>(m[k]);
+    if (POST_PER_TOKEN) mhc::load_gates<N, THREADS, false, true>(H_post + size_t(t) * N, post, params, tid);
+    if (RES_PER_TOKEN && NEAR) mhc::load_mix<N, THREADS, false>(m, mix, tid);
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 
@@ -124,21 +116,18 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     // dx[j] = sum_i h_res[i, j] dout[i] + h_pre[j] du
     for (int j0 = simd * ROWS; j0 < N; j0 += SIMDS * ROWS) {
       float a[ROWS];
-#pragma unroll
-      for (int q = 0; q < ROWS; ++q) a[q] = NORM && j0 + q < N ? pre[j0 + q < N ? j0 + q : 0] * dut[lane] : 0.0f;
+      UNROLL for (int q = 0; q < ROWS; ++q) a[q] = NORM && j0 + q < N ? pre[j0 + q < N ? j0 + q : 0] * dut[lane] : 0.0f;
       if (MIX) {
 #pragma unroll 4
         for (int i = 0; i < R; ++i) {
           const float d = dt[i * PITCH + lane];
-#pragma unroll
-          for (int q = 0; q < ROWS; ++q) {
+          UNROLL for (int q = 0; q < ROWS; ++q) {
             const int at = i * N + (j0 + q < N ? j0 + q : 0);
             a[q] += (NEAR ? mix[NEAR ? at : 0] : static_cast<float>(m[at])) * d;
           }
         }
       }
-#pragma unroll
-      for (int q = 0; q < ROWS; ++q) {
+      UNROLL for (int q = 0; q < ROWS; ++q) {
         if (j0 + q < N && c0 + lane < C)
           dx[size_t(t) * size_t(N * C) + (j0 + q) * C + c0 + lane] = static_cast<T>(a[q]);
       }
@@ -146,26 +135,22 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
 
     // dh_res[i, j] += dout[i] x[j];   dh_pre[j] += du x[j];   dh_post[i] += dout[i] y
     if (MIX) {
-#pragma unroll
-      for (int b = 0; b < MINE; ++b) {
+      UNROLL for (int b = 0; b < MINE; ++b) {
         const int id = tid + b * THREADS;
         const int i0 = (id % BLOCKS) / EDGE * 4, j0 = id % EDGE * 4;
         if (id < BLOCKS * SLICES) {
           for (int c = id / BLOCKS; c < TILE; c += SLICES) {
             float ds[4], xs[4];
-#pragma unroll
-            for (int q = 0; q < 4; ++q) {
+            UNROLL for (int q = 0; q < 4; ++q) {
               ds[q] = dt[(i0 + q < R ? i0 + q : 0) * PITCH + c];
               xs[q] = xt[(j0 + q < N ? j0 + q : 0) * PITCH + c];
             }
-#pragma unroll
-            for (int q = 0; q < 16; ++q) g_res[b * 16 + q] += ds[q / 4] * xs[q % 4];
+            UNROLL for (int q = 0; q < 16; ++q) g_res[b * 16 + q] += ds[q / 4] * xs[q % 4];
           }
         }
       }
     }
-#pragma unroll
-    for (int b = 0; b < LINES; ++b) {
+    UNROLL for (int b = 0; b < LINES; ++b) {
       const int k = simd + b * SIMDS;
       if (k < N) {
         if (NORM) g_pre[b] += dut[lane] * xt[k * PITCH + lane];
@@ -177,8 +162,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   first = false;
 
   const bool last = t + threadgroups_per_grid.x >= tokens;
-#pragma unroll
-  for (int b = 0; b < LINES; ++b) {
+  UNROLL for (int b = 0; b < LINES; ++b) {
     const int k = simd + b * SIMDS;
     if (NORM && last) {
       const float sum = simd_sum(g_pre[b]);
@@ -196,13 +180,11 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   if (MIX && (RES_PER_TOKEN || last)) {
     const auto out = RES_PER_TOKEN ? dh_res + size_t(t) * (N * N) : mine + RES_AT;
     for (int s = 0; s < SLICES; ++s) {  // one slice after the other, so the order of the sum is fixed
-#pragma unroll
-      for (int b = 0; b < MINE; ++b) {
+      UNROLL for (int b = 0; b < MINE; ++b) {
         const int id = tid + b * THREADS;
         const int i0 = (id % BLOCKS) / EDGE * 4, j0 = id % EDGE * 4;
         if (id / BLOCKS == s) {
-#pragma unroll
-          for (int q = 0; q < 16; ++q) {
+          UNROLL for (int q = 0; q < 16; ++q) {
             const int i = i0 + q / 4, j = j0 + q % 4;
             if (i < N && j < N) {
               const float sum = g_res[b * 16 + q] + (s == 0 ? 0.0f : slices[i * N + j]);

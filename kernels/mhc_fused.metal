@@ -12,7 +12,7 @@
 // CACHED: a token stays in registers between the sum and the output; otherwise x is read twice.
 // template  T, N, VEC, THREADS, PASSES, CACHED, MIX, GATES, SINKHORN, ITERS, START, COLUMNS, OUT_COLUMNS
 constexpr int SIMDS = THREADS / 32;
-constexpr int UNROLL = N <= 8 ? N : 4;
+constexpr int AHEAD = N <= 8 ? N : 4;  // streams loaded ahead
 constexpr int KEPT = CACHED ? PASSES : 1;
 constexpr int R = MIX ? N : 1;
 constexpr int STEP = CACHED && N <= 4 && VEC > 1 ? 2 : VEC;  // channels worked on at once
@@ -23,26 +23,13 @@ threadgroup float partial[2 * SIMDS];
 const uint tid = thread_position_in_threadgroup.x;
 const int C = x_shape[2];
 
-for (uint i = tid; i < N; i += THREADS) {
-  const float a = static_cast<float>(H_pre[i]);
-  pre[i] = GATES ? mhc::sigmoid(a) + params[1] : a;
-  if (MIX) {
-    const float b = static_cast<float>(H_post[i]);
-    post[i] = GATES ? params[2] * mhc::sigmoid(b) + params[3] : b;
-  }
-}
+mhc::load_gates<N, THREADS, GATES, false>(H_pre, pre, params, tid);
+if constexpr (MIX) mhc::load_gates<N, THREADS, GATES, true>(H_post, post, params, tid);
 if constexpr (SINKHORN) {
-  if (simdgroup_index_in_threadgroup == 0) {
-    const uint lane = thread_index_in_simdgroup % mhc::lanes(N);
-    float p[N];
-    mhc::sinkhorn<N, START, COLUMNS>(p, H_res, ITERS, params[4], lane, thread_index_in_simdgroup, mix);
-    if (thread_index_in_simdgroup < N) {
-#pragma unroll
-      for (int j = 0; j < N; ++j) mix[OUT_COLUMNS ? lane * N + j : j * N + lane] = p[j];
-    }
-  }
-} else if (MIX) {
-  for (uint k = tid; k < N * N; k += THREADS) mix[(k % N) * N + k / N] = static_cast<float>(H_res[k]);
+  if (simdgroup_index_in_threadgroup == 0)
+    mhc::project<N, START, COLUMNS, !OUT_COLUMNS>(H_res, mix, ITERS, params[4], thread_index_in_simdgroup);
+} else if constexpr (MIX) {
+  mhc::load_mix<N, THREADS, true>(H_res, mix, tid);
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -63,15 +50,13 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     const int c = (k * THREADS + int(tid)) * VEC;
     if (c < C) {
       float u[VEC] = {};
-#pragma unroll UNROLL
+#pragma unroll AHEAD
       for (int j = 0; j < N; ++j) {
         const mhc::Pack<T, VEC> v = mhc::load<T, VEC>(row + j * C + c, whole);
         if (CACHED) xv[k * N + j] = v;
-#pragma unroll
-        for (int e = 0; e < VEC; ++e) u[e] += pre[j] * static_cast<float>(v.v[e]);
+        UNROLL for (int e = 0; e < VEC; ++e) u[e] += pre[j] * static_cast<float>(v.v[e]);
       }
-#pragma unroll
-      for (int e = 0; e < VEC; ++e) ss += u[e] * u[e];
+      UNROLL for (int e = 0; e < VEC; ++e) ss += u[e] * u[e];
     }
   }
   ss = simd_sum(ss);
@@ -79,8 +64,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     if (thread_index_in_simdgroup == 0) partial[turn * SIMDS + simdgroup_index_in_threadgroup] = ss;
     threadgroup_barrier(mem_flags::mem_threadgroup);
     ss = 0.0f;
-#pragma unroll
-    for (int s = 0; s < SIMDS; ++s) ss += partial[turn * SIMDS + s];
+    UNROLL for (int s = 0; s < SIMDS; ++s) ss += partial[turn * SIMDS + s];
     turn ^= 1;
   }
   const float r = metal::precise::rsqrt(ss / static_cast<float>(C) + params[0]);
@@ -92,34 +76,27 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
       float w[VEC];
       mhc::Pack<T, VEC> o[CACHED ? R : 1];
       mhc::load_floats<VEC>(w, weight + c, w_whole);
-#pragma unroll
-      for (int e = 0; e < VEC; e += STEP) {
+      UNROLL for (int e = 0; e < VEC; e += STEP) {
         float acc[R * STEP] = {}, u[STEP] = {};
-#pragma unroll UNROLL
+#pragma unroll AHEAD
         for (int j = 0; j < N; ++j) {
           const mhc::Pack<T, VEC> v = CACHED ? xv[k * N + j] : mhc::load<T, VEC>(row + j * C + c, whole);
-#pragma unroll
-          for (int q = 0; q < STEP; ++q) {
+          UNROLL for (int q = 0; q < STEP; ++q) {
             const float f = static_cast<float>(v.v[e + q]);
             u[q] += pre[j] * f;
             if (MIX) {
-#pragma unroll
-              for (int i = 0; i < N; ++i) acc[i * STEP + q] += mix[j * N + i] * f;
+              UNROLL for (int i = 0; i < N; ++i) acc[i * STEP + q] += mix[j * N + i] * f;
             }
           }
         }
-#pragma unroll
-        for (int q = 0; q < STEP; ++q) u[q] *= r * w[e + q];
-#pragma unroll
-        for (int i = 0; i < R; ++i) {
-#pragma unroll
-          for (int q = 0; q < STEP; ++q)
+        UNROLL for (int q = 0; q < STEP; ++q) u[q] *= r * w[e + q];
+        UNROLL for (int i = 0; i < R; ++i) {
+          UNROLL for (int q = 0; q < STEP; ++q)
             o[CACHED ? i : 0].v[e + q] = static_cast<T>(MIX ? acc[i * STEP + q] + post[i] * u[q] : u[q]);
           if (!CACHED) *(device mhc::Pack<T, VEC>*)(orow + i * C + c) = o[0];
         }
       }
-#pragma unroll
-      for (int i = 0; i < R; ++i) {
+      UNROLL for (int i = 0; i < R; ++i) {
         if (CACHED) *(device mhc::Pack<T, VEC>*)(orow + i * C + c) = o[i];
       }
     }

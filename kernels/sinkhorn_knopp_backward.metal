@@ -25,8 +25,7 @@ for (size_t first = threadgroup_position_in_grid.x * (THREADS / W); first < coun
   const size_t base = (m < count ? m : first) * (N * N);
   float p[N], g[N], all[N], dots[N];
   mhc::load_line<N, OUT_COLUMNS>(g, dh_res + base, lane);
-#pragma unroll
-  for (int j = 0; j < N; ++j) g[j] = live ? g[j] : 0.0f;
+  UNROLL for (int j = 0; j < N; ++j) g[j] = live ? g[j] : 0.0f;
 
   for (int end = 2 * ITERS; end > FIRST; end -= KEPT) {
     const int begin = end - KEPT > FIRST ? end - KEPT : FIRST;
@@ -41,24 +40,19 @@ for (size_t first = threadgroup_position_in_grid.x * (THREADS / W); first < coun
       if (k % 2 == 0) {
         const float r = 1.0f / d;
         float dot = 0.0f;
-#pragma unroll
-        for (int j = 0; j < N; ++j) dot += g[j] * p[j];
-#pragma unroll
-        for (int j = 0; j < N; ++j) {
+        UNROLL for (int j = 0; j < N; ++j) dot += g[j] * p[j];
+        UNROLL for (int j = 0; j < N; ++j) {
           g[j] = live ? (g[j] - dot) * r : 0.0f;
           p[j] *= d;
         }
       } else {
-#pragma unroll
-        for (int j = 0; j < N; ++j) all[j] = g[j] * p[j];
+        UNROLL for (int j = 0; j < N; ++j) all[j] = g[j] * p[j];
         const float dot = mhc::across<N, false>(all, lane, scratch + exchange);
         mhc::gather<N>(dots, dot, lane, simd_lane, scratch + exchange);
         mhc::gather<N>(all, 1.0f / d, lane, simd_lane, scratch + exchange);
-#pragma unroll
-        for (int j = 0; j < N; ++j) g[j] = live ? (g[j] - dots[j]) * all[j] : 0.0f;
+        UNROLL for (int j = 0; j < N; ++j) g[j] = live ? (g[j] - dots[j]) * all[j] : 0.0f;
         mhc::gather<N>(all, d, lane, simd_lane, scratch + exchange);
-#pragma unroll
-        for (int j = 0; j < N; ++j) p[j] *= all[j];
+        UNROLL for (int j = 0; j < N; ++j) p[j] *= all[j];
       }
     }
   }
@@ -67,27 +61,22 @@ for (size_t first = threadgroup_position_in_grid.x * (THREADS / W); first < coun
     // the second log-domain step: dl = g p - p (g p).sum(across);  p is its result
     mhc::load_line<N, COLUMNS>(p, logits + base, lane);
     mhc::sinkhorn_start<N, START>(p, eps[0], lane, simd_lane, scratch + exchange);
-#pragma unroll
-    for (int j = 0; j < N; ++j) g[j] *= p[j];
+    UNROLL for (int j = 0; j < N; ++j) g[j] *= p[j];
     mhc::gather<N>(dots, mhc::across<N, false>(g, lane, scratch + exchange), lane, simd_lane, scratch + exchange);
-#pragma unroll
-    for (int j = 0; j < N; ++j) g[j] -= p[j] * dots[j];
+    UNROLL for (int j = 0; j < N; ++j) g[j] -= p[j] * dots[j];
   }
   if (START != mhc::START_ADDITIVE) {
     // a softmax along the line: dl = s g - s (s g).sum(), where the log-domain step already holds s g
     mhc::load_line<N, COLUMNS>(p, logits + base, lane);
     mhc::softmax_line(p);
     float dot = 0.0f;
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
+    UNROLL for (int j = 0; j < N; ++j) {
       if (START == mhc::START_SOFTMAX) g[j] *= p[j];
       dot += g[j];
     }
-#pragma unroll
-    for (int j = 0; j < N; ++j) g[j] -= p[j] * dot;
+    UNROLL for (int j = 0; j < N; ++j) g[j] -= p[j] * dot;
   }
   if (m < count && live) {
-#pragma unroll
-    for (int j = 0; j < N; ++j) dlogits[base + (COLUMNS ? j * N + lane : lane * N + j)] = static_cast<D>(g[j]);
+    UNROLL for (int j = 0; j < N; ++j) dlogits[base + (COLUMNS ? j * N + lane : lane * N + j)] = static_cast<D>(g[j]);
   }
 }

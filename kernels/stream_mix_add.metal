@@ -4,17 +4,13 @@
 // out  out [tokens, N, C] T
 // own  a threadgroup takes tokens in turn, a thread VEC neighbours of all streams: each element is read once
 // template  T, N, VEC, THREADS, POST_PER_TOKEN, RES_PER_TOKEN
-constexpr int UNROLL = N <= 8 ? N : 4;
+constexpr int AHEAD = N <= 8 ? N : 4;  // streams loaded ahead
 threadgroup float mix[RES_PER_TOKEN ? 1 : N * N];  // transposed: mix[j * N + i]
 threadgroup float post[POST_PER_TOKEN ? 1 : N];
 const uint tid = thread_position_in_threadgroup.x;
 const int C = x_shape[2];
-if (!RES_PER_TOKEN) {
-  for (uint k = tid; k < N * N; k += THREADS) mix[(k % N) * N + k / N] = static_cast<float>(h_res[k]);
-}
-if (!POST_PER_TOKEN) {
-  for (uint i = tid; i < N; i += THREADS) post[i] = static_cast<float>(h_post[i]);
-}
+if constexpr (!RES_PER_TOKEN) mhc::load_mix<N, THREADS, true>(h_res, mix, tid);
+if constexpr (!POST_PER_TOKEN) mhc::load_gates<N, THREADS, false, true>(h_post, post, h_post, tid);
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
 const bool whole = mhc::aligned<VEC>(x);
@@ -25,27 +21,21 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   for (int c = int(tid) * VEC; c < C; c += THREADS * VEC) {
     const mhc::Pack<T, VEC> yv = mhc::load<T, VEC>(y + size_t(t) * size_t(C) + c, y_whole);
     float acc[N * VEC];
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
+    UNROLL for (int i = 0; i < N; ++i) {
       const float q = POST_PER_TOKEN ? static_cast<float>(h_post[size_t(t) * N + i]) : post[i];
-#pragma unroll
-      for (int e = 0; e < VEC; ++e) acc[i * VEC + e] = q * static_cast<float>(yv.v[e]);
+      UNROLL for (int e = 0; e < VEC; ++e) acc[i * VEC + e] = q * static_cast<float>(yv.v[e]);
     }
-#pragma unroll UNROLL
+#pragma unroll AHEAD
     for (int j = 0; j < N; ++j) {
       const mhc::Pack<T, VEC> v = mhc::load<T, VEC>(x + base + j * C + c, whole);
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
+      UNROLL for (int i = 0; i < N; ++i) {
         const float m = RES_PER_TOKEN ? static_cast<float>(h_res[(size_t(t) * N + i) * N + j]) : mix[j * N + i];
-#pragma unroll
-        for (int e = 0; e < VEC; ++e) acc[i * VEC + e] += m * static_cast<float>(v.v[e]);
+        UNROLL for (int e = 0; e < VEC; ++e) acc[i * VEC + e] += m * static_cast<float>(v.v[e]);
       }
     }
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
+    UNROLL for (int i = 0; i < N; ++i) {
       mhc::Pack<T, VEC> o;
-#pragma unroll
-      for (int e = 0; e < VEC; ++e) o.v[e] = static_cast<T>(acc[i * VEC + e]);
+      UNROLL for (int e = 0; e < VEC; ++e) o.v[e] = static_cast<T>(acc[i * VEC + e]);
       *(device mhc::Pack<T, VEC>*)(out + base + i * C + c) = o;
     }
   }

@@ -1,4 +1,4 @@
-"""Manifold-constrained hyper-connections (arXiv 2512.24880) for MLX: fused, trainable, on Metal and CUDA."""
+"""Manifold-constrained hyper-connections (arXiv 2512.24880) for MLX, fused and trainable."""
 
 from .conventions import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, Convention
 from .kernel import backend

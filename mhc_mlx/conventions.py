@@ -1,4 +1,4 @@
-"""How coefficients are made from their logits: the one thing in which the variants of hyper-connections differ."""
+"""How coefficients are made from their logits: all that variants of hyper-connections differ in."""
 
 from dataclasses import dataclass
 
@@ -8,25 +8,24 @@ AXES = ("rows", "columns")
 
 @dataclass(frozen=True)
 class Convention:
-    """A projection of the mixing matrix and the gates of the read and write coefficients.
+    """A projection of the mixing matrix, and the gates of the read and write coefficients.
 
-    The projection is ``2 * iters`` half-steps ``P / (P.sum(axis) + eps)``, alternating between rows and columns. The
-    first ones may belong to the start: ``exp`` makes two of them on the logits themselves (``l -= logsumexp(l)``, the
-    same map, finite at any logits), ``softmax`` is a row half-step followed by ``+ eps``.
+    The projection is 2 * iters half-steps ``P / (P.sum(axis) + eps)``, alternating between rows and
+    columns. The first may belong to the start: ``exp`` makes two of them on the logits themselves
+    (``l -= logsumexp(l)``: the same map, finite at any logits), ``softmax`` is a row half-step.
 
     Args:
-        name: How the convention is called in messages.
-        start: ``"exp"``: P = exp(l); ``"softmax"``: P = softmax(l, rows) + eps; ``"additive"``: P = I + l.
-        first: Axis of the first half-step, ``"rows"`` or ``"columns"``; ``softmax`` is a ``"rows"`` half-step.
-        iters: Sinkhorn-Knopp iterations T, at least 1. The truncated map is the model: it is never run to convergence.
+        name: How messages call the convention.
+        start: ``"exp"``: P = exp(l); ``"softmax"``: P = softmax(l, rows) + eps; ``"additive"``:
+            P = I + l.
+        first: Axis of the first half-step, ``"rows"`` or ``"columns"``.
+        iters: Sinkhorn-Knopp iterations T, at least 1. The truncated map is the model.
         eps: Added to each sum, at least 0.
-        transposed: Whether the layer mixes with the transpose of P. ``sinkhorn_knopp`` returns ``h_res`` with
-            row = output in either case.
-        sigmoid: Whether h_pre = sigmoid(H_pre) + pre_eps and h_post = post_scale * sigmoid(H_post) + post_eps;
-            otherwise H_pre and H_post are used as they are.
-        pre_eps: Added to h_pre.
-        post_scale: Largest h_post.
-        post_eps: Added to h_post.
+        transposed: Whether the layer mixes with the transpose of P; ``sinkhorn_knopp`` returns
+            ``h_res`` with row = output in either case.
+        sigmoid: Whether h_pre = sigmoid(H_pre) + pre_eps and
+            h_post = post_scale * sigmoid(H_post) + post_eps; otherwise both are used as they are.
+        pre_eps, post_scale, post_eps: Of the gates, at least 0.
     """
 
     name: str

@@ -16,7 +16,7 @@ _traced: str | None = None  # the backend while `metal_source` traces
 
 
 def backend() -> str | None:
-    """The GPU backend of the default device: ``"metal"``, ``"cuda"``, or None where the reference runs."""
+    """The default device's backend: ``"metal"``, ``"cuda"``, or None where the reference runs."""
     if _traced:
         return _traced
     if mx.default_device() != mx.gpu:
@@ -26,8 +26,8 @@ def backend() -> str | None:
 
 @functools.cache
 def text(name: str) -> str:
-    """A file of kernels/ without its comments: MLX hashes the source on every eval, and takes names in it for
-    attributes. Lines keep their numbers."""
+    """A file of kernels/ without its comments, lines kept: MLX hashes the source on every eval,
+    and takes words in it for attributes."""
     folder = next((f for f in _FOLDERS if f.is_dir()), None)
     if folder is None:
         raise FileNotFoundError(
@@ -59,6 +59,12 @@ def _build(
     )
 
 
+def absent_pointers(inputs: dict, outputs: dict) -> str:
+    """Declarations of the arrays that a variant of a body names but does not use."""
+    gone = [f"const device T* {k} = nullptr; " for k, v in inputs.items() if v is None]
+    return "".join(gone + [f"device float* {k} = nullptr; " for k in outputs if outputs[k] is None])
+
+
 def launch(
     name: str,
     inputs: dict[str, mx.array | None],
@@ -82,8 +88,7 @@ def launch(
     Returns:
         The outputs that are not None, in order.
     """
-    absent = "".join(f"const device T* {k} = nullptr; " for k, v in inputs.items() if v is None)
-    absent += "".join(f"device float* {k} = nullptr; " for k, v in outputs.items() if v is None)
+    absent = absent_pointers(inputs, outputs)
     inputs = {k: v for k, v in inputs.items() if v is not None}
     outputs = {k: v for k, v in outputs.items() if v is not None}
     build = _build(backend(), name, tuple(inputs), tuple(outputs), absent, threads)

@@ -29,16 +29,14 @@ def merge_streams(x: mx.array) -> mx.array:
 def expand_streams(h: mx.array, n: int) -> mx.array:
     """Copy ``[..., C]`` into n equal streams ``[..., n, C]``: how a model enters hyper-connections."""
     if n < 1 or h.ndim < 1:
-        raise ValueError(
-            f"[expand_streams] h must have shape [..., C] and n be positive but got {list(h.shape)}, {n}."
-        )
+        got = f"{list(h.shape)} and {n}"
+        raise ValueError(f"[expand_streams] h must be [..., C] and n positive but got {got}.")
     return mx.repeat(h[..., None, :], n, axis=-2)
 
 
 def reduce_streams(x: mx.array, how: str = "mean") -> mx.array:
-    """``[..., n, C] -> [..., C]`` by ``"mean"``, ``"sum"`` or ``"first"``: how a model leaves hyper-connections.
-
-    Sums run in float32 and are rounded to x's dtype once.
+    """``[..., n, C] -> [..., C]`` by ``"mean"``, ``"sum"`` or ``"first"``: how a model leaves
+    hyper-connections. Sums run in float32 and are rounded to x's dtype once.
     """
     if x.ndim < 2:
         raise ValueError(f"[reduce_streams] x must have shape [..., n, C] but got {list(x.shape)}.")
@@ -53,13 +51,15 @@ def reduce_streams(x: mx.array, how: str = "mean") -> mx.array:
 class MHCLayer(nn.Module):
     """The self-contained static layer of mHC.cu, mhc-mlx and SuperFused.
 
-    ``out[i] = sum_j h_res[i, j] x[j] + h_post[i] F(RMSNorm(sum_j h_pre[j] x[j]))`` with coefficients made from the
-    float32 parameters ``H_pre [n]``, ``H_post [n]``, ``H_res [n, n]`` as ``convention`` says, and ``rms_weight [C]``.
+    ``out[i] = sum_j h_res[i, j] x[j] + h_post[i] F(RMSNorm(sum_j h_pre[j] x[j]))``, coefficients
+    made from float32 parameters ``H_pre [n]``, ``H_post [n]``, ``H_res [n, n]`` as ``convention``
+    says; ``rms_weight [C]``.
 
-    At the start h_pre is 0.9 on stream ``layer_idx % n`` and 0.1 / (n - 1) elsewhere, h_post is 1 and h_res nearly the
-    identity (off-diagonal logits -(8 + ln(n - 1))): a residual network, with every gate where its gradient is alive.
-    ADDITIVE starts with H_res = 0, H_pre = 1 / n, H_post = 1. Streams that are equal copies hide h_res and h_pre from
-    the loss, so at step 0 their gradients may be zero by symmetry.
+    At the start h_pre is 0.9 on stream ``layer_idx % n`` and 0.1 / (n - 1) elsewhere, h_post is 1
+    and h_res nearly the identity (off-diagonal logits -(8 + ln(n - 1))): a residual network, every
+    gate where its gradient is alive. ADDITIVE starts with H_res = 0, H_pre = 1 / n, H_post = 1.
+    Streams that are equal copies hide h_res and h_pre from the loss, so at step 0 their gradients
+    may be zero by symmetry.
 
     Args:
         n: Streams, 1 to 64.

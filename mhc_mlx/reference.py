@@ -1,8 +1,11 @@
 """The maths in plain MLX: the source of truth that every kernel must match.
 
-Shapes: leading axes ``...`` are tokens, n streams, C channels. All arithmetic is float32 whatever the dtype of the
-arrays, and each result is rounded to its dtype once. Sums are elementwise rather than ``@``, which runs in TF32 on
-some GPUs.
+Shapes: leading axes ``...`` are tokens, n streams (1 to 64), C channels (at least 1). Arrays are
+float32, float16 or bfloat16. All arithmetic is float32 whatever their dtype, and each result is
+rounded to its dtype once. Sums are elementwise rather than ``@``, which is TF32 on some GPUs.
+
+Raises, in the ops of the same names: ValueError where a shape or a number does not fit, TypeError
+where a dtype or a type does not.
 """
 
 import mlx.core as mx
@@ -15,22 +18,19 @@ def _float(*arrays: mx.array) -> list[mx.array]:
 
 
 def sinkhorn_knopp(logits: mx.array, convention: Convention = ROW_FIRST) -> mx.array:
-    """Project logits to a (nearly) doubly stochastic mixing matrix by a truncated Sinkhorn-Knopp iteration.
+    """Project logits to a nearly doubly stochastic matrix by truncated Sinkhorn-Knopp iteration.
 
-    ``P = start(logits)``, then alternately ``P = P / (P.sum(rows) + eps)`` and ``P = P / (P.sum(columns) + eps)``,
-    2 * iters half-steps in all (arXiv 2512.24880, eq. 9). The gradient is that of the truncated map.
+    ``P = start(logits)``, then alternately ``P = P / (P.sum(rows) + eps)`` and
+    ``P = P / (P.sum(columns) + eps)``, 2 * iters half-steps in all (arXiv 2512.24880, eq. 9). The
+    gradient is that of the truncated map.
 
     Args:
-        logits: ``[..., n, n]``, float32, float16 or bfloat16, 1 <= n <= 64; any finite values for the starts exp and
-            softmax. ADDITIVE divides by sums of ``I + logits`` as given: its lines must not sum to 0.
+        logits: ``[..., n, n]``; any finite values for the starts exp and softmax. ADDITIVE divides
+            by sums of ``I + logits`` as given: its lines must not sum to 0.
         convention: Start, order, iterations and eps.
 
     Returns:
         h_res ``[..., n, n]`` float32, row = output: ``out[i] = sum_j h_res[i, j] x[j]``.
-
-    Raises:
-        ValueError: The last two axes differ or n is outside 1..64.
-        TypeError: The dtype is none of the three.
     """
     axes = (-1, -2) if convention.first == "rows" else (-2, -1)
     (p,) = _float(logits)
@@ -48,7 +48,9 @@ def sinkhorn_knopp(logits: mx.array, convention: Convention = ROW_FIRST) -> mx.a
 
 
 def gates(H_pre: mx.array, H_post: mx.array, convention: Convention) -> tuple[mx.array, mx.array]:
-    """``h_pre = sigmoid(H_pre) + pre_eps``, ``h_post = post_scale * sigmoid(H_post) + post_eps`` (eq. 8), float32."""
+    """h_pre = sigmoid(H_pre) + pre_eps and h_post = post_scale * sigmoid(H_post) + post_eps, float32
+    (arXiv 2512.24880, eq. 8).
+    """
     H_pre, H_post = _float(H_pre, H_post)
     if not convention.sigmoid:
         return H_pre, H_post
@@ -60,11 +62,11 @@ def stream_aggregate(x: mx.array, h_pre: mx.array) -> mx.array:
     """What a sublayer reads: ``u = sum_j h_pre[j] x[j]``.
 
     Args:
-        x: ``[..., n, C]``, float32, float16 or bfloat16.
+        x: ``[..., n, C]``.
         h_pre: ``[n]``, or ``[..., n]`` per token.
 
     Returns:
-        u ``[..., C]`` in x's dtype, accumulated in float32.
+        u ``[..., C]`` in x's dtype.
     """
     xf, h_pre = _float(x, h_pre)
     return (h_pre[..., None] * xf).sum(-2).astype(x.dtype)
@@ -79,7 +81,7 @@ def rms_norm(u: mx.array, weight: mx.array, eps: float = 1e-5) -> mx.array:
         eps: Added to the mean square, above 0.
 
     Returns:
-        ``[..., C]`` in u's dtype, computed in float32 and rounded once.
+        ``[..., C]`` in u's dtype.
     """
     uf, weight = _float(u, weight)
     return (uf * mx.rsqrt(mx.mean(uf * uf, axis=-1, keepdims=True) + eps) * weight).astype(u.dtype)
@@ -88,16 +90,16 @@ def rms_norm(u: mx.array, weight: mx.array, eps: float = 1e-5) -> mx.array:
 def stream_aggregate_norm(
     x: mx.array, h_pre: mx.array, weight: mx.array, eps: float = 1e-5
 ) -> mx.array:
-    """The normalised input of a sublayer: ``rms_norm(sum_j h_pre[j] x[j], weight, eps)``, rounded once.
+    """The normalised input of a sublayer: ``rms_norm(stream_aggregate(x, h_pre), weight, eps)``.
 
     Args:
-        x: ``[..., n, C]``, float32, float16 or bfloat16, 1 <= n <= 64.
-        h_pre: ``[n]``, any float dtype.
-        weight: ``[C]``, any float dtype.
+        x: ``[..., n, C]``.
+        h_pre: ``[n]``.
+        weight: ``[C]``.
         eps: Added to the mean square, above 0.
 
     Returns:
-        ``[..., C]`` in x's dtype.
+        ``[..., C]`` in x's dtype, rounded once.
     """
     xf, h_pre = _float(x, h_pre)
     return rms_norm(stream_aggregate(xf, h_pre), weight, eps).astype(x.dtype)
@@ -125,7 +127,7 @@ def stream_mix(x: mx.array, h_res: mx.array) -> mx.array:
         h_res: ``[n, n]``, or ``[..., n, n]`` per token, row = output.
 
     Returns:
-        ``[..., n, C]`` in x's dtype, accumulated in float32.
+        ``[..., n, C]`` in x's dtype.
     """
     xf, h_res = _float(x, h_res)
     terms = [h_res[..., j, None] * xf[..., j : j + 1, :] for j in range(x.shape[-2])]
@@ -135,20 +137,16 @@ def stream_mix(x: mx.array, h_res: mx.array) -> mx.array:
 def stream_mix_add(
     x: mx.array, y: mx.array, h_post: mx.array, h_res: mx.array | None = None
 ) -> mx.array:
-    """Write a sublayer's output back: ``out[i] = sum_j h_res[i, j] x[j] + h_post[i] y`` (arXiv 2512.24880, eq. 3).
+    """Write back: ``out[i] = sum_j h_res[i, j] x[j] + h_post[i] y`` (arXiv 2512.24880, eq. 3).
 
     Args:
-        x: ``[..., n, C]``, float32, float16 or bfloat16, 1 <= n <= 64.
+        x: ``[..., n, C]``.
         y: ``[..., C]`` in x's dtype.
-        h_post: ``[n]``, or ``[..., n]`` with x's leading axes, any float dtype.
-        h_res: ``[n, n]``, or ``[..., n, n]``, any float dtype, row = output; None is the identity.
+        h_post: ``[n]``, or ``[..., n]`` with x's leading axes.
+        h_res: ``[n, n]``, or ``[..., n, n]``, row = output; None is the identity.
 
     Returns:
-        ``[..., n, C]`` in x's dtype, accumulated in float32 and rounded once.
-
-    Raises:
-        ValueError: A shape does not fit.
-        TypeError: A dtype is not a float dtype, or y's is not x's.
+        ``[..., n, C]`` in x's dtype, rounded once.
     """
     xf, yf = _float(x, y)
     mixed = xf if h_res is None else stream_mix(xf, h_res)
@@ -168,19 +166,14 @@ def mhc_static(
     ``out[i] = sum_j h_res[i, j] x[j] + h_post[i] rms_norm(sum_j h_pre[j] x[j], weight, eps)``
 
     Args:
-        x: ``[..., n, C]``, float32, float16 or bfloat16, 1 <= n <= 64, C >= 1.
-        h_pre: ``[n]``, any float dtype.
-        h_post: ``[n]``, any float dtype.
-        h_res: ``[n, n]``, any float dtype, row = output; None is the identity.
-        weight: ``[C]``, any float dtype.
+        x: ``[..., n, C]``.
+        h_pre, h_post: ``[n]``.
+        h_res: ``[n, n]``, row = output; None is the identity.
+        weight: ``[C]``.
         eps: Added to the mean square, above 0.
 
     Returns:
-        ``[..., n, C]`` in x's dtype, computed in float32 and rounded once.
-
-    Raises:
-        ValueError: A shape does not fit, or eps is not above 0.
-        TypeError: A dtype is not a float dtype.
+        ``[..., n, C]`` in x's dtype, rounded once.
     """
     (xf,) = _float(x)
     y = stream_aggregate_norm(xf, h_pre, weight, eps)
@@ -196,26 +189,20 @@ def mhc_layer(
     convention: Convention = ROW_FIRST,
     eps: float = 1e-5,
 ) -> mx.array:
-    """The self-contained layer from its parameters (arXiv 2512.24880, eq. 3 and 8-9 without the dynamic part).
+    """The self-contained layer from its parameters (arXiv 2512.24880, eq. 3, 8, 9, static part).
 
-    ``mhc_static(x, h_pre, h_post, h_res, weight, eps)`` with h_pre = sigmoid(H_pre), h_post = 2 sigmoid(H_post) and
-    h_res = sinkhorn_knopp(H_res), each as ``convention`` says.
+    ``mhc_static`` with h_pre, h_post = gates(H_pre, H_post) and h_res = sinkhorn_knopp(H_res).
 
     Args:
-        x: ``[..., n, C]``, float32, float16 or bfloat16, 1 <= n <= 64, C >= 1.
-        H_pre: ``[n]``, any float dtype.
-        H_post: ``[n]``, any float dtype.
-        H_res: ``[n, n]``, any float dtype.
-        weight: ``[C]``, any float dtype.
+        x: ``[..., n, C]``.
+        H_pre, H_post: ``[n]``.
+        H_res: ``[n, n]``.
+        weight: ``[C]``.
         convention: How coefficients are made.
         eps: Of the RMSNorm, above 0.
 
     Returns:
-        ``[..., n, C]`` in x's dtype, computed in float32 and rounded once.
-
-    Raises:
-        ValueError: A shape does not fit, or eps is not above 0.
-        TypeError: A dtype is not a float dtype.
+        ``[..., n, C]`` in x's dtype, rounded once.
     """
     h_pre, h_post = gates(H_pre, H_post, convention)
     return mhc_static(x, h_pre, h_post, sinkhorn_knopp(H_res, convention), weight, eps)

@@ -48,9 +48,7 @@ def toolkit():
 
 def cuda_source(name, inputs, outputs, threads, template) -> str:
     """What MLX's cuda_kernel would compile for this launch."""
-    absent = "".join(f"const device T* {k} = nullptr; " for k, v in inputs.items() if v is None)
-    absent += "".join(f"device float* {k} = nullptr; " for k, v in outputs.items() if v is None)
-    body = absent + kernel.text(f"{name}.metal")
+    body = kernel.absent_pointers(inputs, outputs) + kernel.text(f"{name}.metal")
     parameters = []
     for k, a in inputs.items():
         if a is not None:

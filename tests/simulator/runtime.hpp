@@ -1,6 +1,8 @@
 // The meaning of Metal's words on a CPU: every thread of a threadgroup is a fiber, 32 of them a simdgroup.
 #pragma once
 #define ONE_ADDRESS_SPACE
+#define UNROLL
+#define STAY_PACKED(value)
 #include <ucontext.h>
 
 #include <cmath>

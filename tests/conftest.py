@@ -1,0 +1,76 @@
+"""Options, executors, and the count of compiled kernel variants."""
+
+import contextlib
+import shutil
+import sys
+
+import mlx.core as mx
+import pytest
+
+from mhc_mlx import kernel
+
+variants: set = set()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all-rungs", action="store_true", help="a rung that cannot run fails")
+
+
+def missing(rung: str) -> str | None:
+    """Why a rung cannot run here, or None."""
+    if rung == "gpu":
+        return None if kernel.backend() else "no Metal or CUDA device"
+    if rung == "simulator":
+        if not sys.platform.startswith("linux"):
+            return "the simulator runs on Linux"
+        return None if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler"
+    import nvrtc
+
+    return None if nvrtc.toolkit() else "nvidia-cuda-nvrtc is not installed"
+
+
+@pytest.fixture
+def need(request):
+    """need(rung) skips, or with --all-rungs fails, where the rung cannot run."""
+
+    def need(rung: str) -> None:
+        reason = missing(rung)
+        if reason and request.config.getoption("--all-rungs") and rung != "gpu":
+            pytest.fail(f"{rung}: {reason}")
+        if reason:
+            pytest.skip(f"{rung}: {reason}")
+
+    return need
+
+
+@contextlib.contextmanager
+def executor(rung: str):
+    """Kernels run by the simulator or by this machine's GPU."""
+    launch, backend = kernel.launch, kernel.backend
+    if rung == "simulator":
+        import simulator
+
+        run = simulator.launch
+        kernel.backend = lambda: kernel._traced or "metal"
+    else:
+        run = launch
+
+    def counted(name, inputs, outputs, groups, threads, template, verbose=False):
+        kinds = tuple((k, v.dtype, v.size < 8) for k, v in inputs.items() if v is not None)
+        variants.add((rung, name, tuple(template.items()), kinds))
+        return run(name, inputs, outputs, groups, threads, template, verbose)
+
+    kernel.launch = counted
+    try:
+        yield
+    finally:
+        kernel.launch, kernel.backend = launch, backend
+
+
+def pytest_terminal_summary(terminalreporter):
+    for rung in ("simulator", "gpu"):
+        bodies = [v[1] for v in variants if v[0] == rung]
+        if bodies:
+            each = ", ".join(f"{b} {bodies.count(b)}" for b in sorted(set(bodies)))
+            terminalreporter.write_line(f"{rung}: {len(bodies)} kernel variants: {each}")
+    terminalreporter.write_line(f"kernels on this machine: {kernel.backend() or 'none'}, MLX {mx.__version__}")
