@@ -98,7 +98,8 @@ class MHCLayer(nn.Module):
                 raise ValueError(f"[MHCLayer] {name} must be from 1 to {most} but got {value}.")
         ops._check_convention("MHCLayer", convention)
         ops._check_threads("MHCLayer", threads_per_group)
-        self.eps = ops._check_eps("MHCLayer", eps)
+        ops._check_eps("MHCLayer", eps)
+        self.eps = eps
         self._convention = (
             convention if sinkhorn_iters is None else replace(convention, iters=sinkhorn_iters)
         )

@@ -38,7 +38,11 @@ class Case:
 
     def __str__(self) -> str:
         marks = [self.convention.name] if self.convention else []
-        marks += [f"iters={self.convention.iters}"] if self.convention and self.convention.iters != 20 else []
+        marks += (
+            [f"iters={self.convention.iters}"]
+            if self.convention and self.convention.iters != 20
+            else []
+        )
         marks += [n for n, flag in zip(("post", "res"), self.per_token, strict=True) if flag]
         marks += ["identity"] * self.identity + [f"offset{self.offset}"] * bool(self.offset)
         marks += [self.weights] * (self.weights != "float32")
@@ -52,7 +56,9 @@ class Case:
     @property
     def statics(self) -> tuple:
         if self.op in ("sinkhorn_knopp", "mhc_layer"):
-            return (self.convention,) if self.op == "sinkhorn_knopp" else (self.convention, self.eps)
+            return (
+                (self.convention,) if self.op == "sinkhorn_knopp" else (self.convention, self.eps)
+            )
         return (self.eps,) if self.op != "stream_mix_add" else ()
 
     def arrays(self, seed: int = 0) -> list[mx.array | None]:
@@ -115,9 +121,15 @@ def covering() -> list[Case]:
             cases.append(Case("sinkhorn_knopp", (3 if n > 8 else 37,), n, n, convention=convention))
     few = replace(PAPER, iters=1)
     return cases + [
-        Case("sinkhorn_knopp", (2, 3), 4, 4, "float16", few, weights="float16"),  # both steps in logs
-        Case("sinkhorn_knopp", (), 4, 4, convention=replace(ROW_FIRST, iters=300), scale=10.0),  # in segments
-        Case("mhc_static", (), 4, 8, "bfloat16", identity=True),  # the smallest of DESIGN: one token
+        Case(
+            "sinkhorn_knopp", (2, 3), 4, 4, "float16", few, weights="float16"
+        ),  # both steps in logs
+        Case(
+            "sinkhorn_knopp", (), 4, 4, convention=replace(ROW_FIRST, iters=300), scale=10.0
+        ),  # in segments
+        Case(
+            "mhc_static", (), 4, 8, "bfloat16", identity=True
+        ),  # the smallest of DESIGN: one token
         Case("stream_mix_add", (), 4, 8, "bfloat16", identity=True),
         Case("mhc_static", (0,), 4, 8),  # no tokens
         Case("stream_mix_add", (2, 0), 4, 8),

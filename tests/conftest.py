@@ -45,13 +45,18 @@ def need(request):
 
 @contextlib.contextmanager
 def executor(rung: str):
-    """Kernels run by the simulator or by this machine's GPU."""
+    """Kernels run by the simulator or this machine's GPU, or compiled by NVRTC and not run."""
     launch, backend = kernel.launch, kernel.backend
     if rung == "simulator":
         import simulator
 
         run = simulator.launch
         kernel.backend = lambda: kernel._traced or "metal"
+    elif rung == "nvrtc":
+        import nvrtc
+
+        run = nvrtc.launch
+        kernel.backend = lambda: "cuda"
     else:
         run = launch
 
@@ -68,9 +73,18 @@ def executor(rung: str):
 
 
 def pytest_terminal_summary(terminalreporter):
-    for rung in ("simulator", "gpu"):
+    for rung in ("simulator", "nvrtc", "gpu"):
         bodies = [v[1] for v in variants if v[0] == rung]
         if bodies:
             each = ", ".join(f"{b} {bodies.count(b)}" for b in sorted(set(bodies)))
             terminalreporter.write_line(f"{rung}: {len(bodies)} kernel variants: {each}")
-    terminalreporter.write_line(f"kernels on this machine: {kernel.backend() or 'none'}, MLX {mx.__version__}")
+    if "nvrtc" in sys.modules and sys.modules["nvrtc"].figures:
+        figures = sys.modules["nvrtc"].figures
+        slowest = max(figures, key=lambda k: figures[k]["seconds"])
+        most = max(figures, key=lambda k: figures[k]["registers"])
+        line = f"nvrtc: slowest {slowest[0]} {figures[slowest]['seconds']:.1f} s, "
+        line += f"most registers {most[0]} {figures[most]['registers']}"
+        terminalreporter.write_line(line)
+    terminalreporter.write_line(
+        f"kernels on this machine: {kernel.backend() or 'none'}, MLX {mx.__version__}"
+    )

@@ -13,7 +13,9 @@ def sinkhorn_knopp(logits, convention):
     order = [-1, -2] if convention.first == "rows" else [-2, -1]
     steps, p = [], logits
     if convention.start == "exp":
-        for axis in order:  # exp first and normalise after is the same map: (e / s) with e = exp(l - max)
+        for (
+            axis
+        ) in order:  # exp first and normalise after is the same map: (e / s) with e = exp(l - max)
             p = p - logsumexp(p, axis)
             steps.append(("log", axis, np.exp(p), None))
         p, k = np.exp(p), 2
@@ -50,7 +52,9 @@ def sinkhorn_knopp(logits, convention):
 
 
 def sigmoid(v):
-    return np.where(v >= 0, 1 / (1 + np.exp(-np.abs(v))), np.exp(-np.abs(v)) / (1 + np.exp(-np.abs(v))))
+    return np.where(
+        v >= 0, 1 / (1 + np.exp(-np.abs(v))), np.exp(-np.abs(v)) / (1 + np.exp(-np.abs(v)))
+    )
 
 
 def norm_backward(u, weight, eps, dy):
@@ -107,7 +111,9 @@ def mhc_static(x, h_pre, h_post, h_res, weight, eps=1e-5):
 def mhc_layer(x, H_pre, H_post, H_res, weight, convention, eps=1e-5):
     c = convention
     pre, post = (sigmoid(H_pre), sigmoid(H_post)) if c.sigmoid else (H_pre, H_post)
-    h_pre, h_post = (pre + c.pre_eps, c.post_scale * post + c.post_eps) if c.sigmoid else (pre, post)
+    h_pre, h_post = (
+        (pre + c.pre_eps, c.post_scale * post + c.post_eps) if c.sigmoid else (pre, post)
+    )
     h_res, project_back = sinkhorn_knopp(H_res, c)
     out, back = mhc_static(x, h_pre, h_post, h_res, weight, eps)
 

@@ -17,7 +17,9 @@ def doubles(a: mx.array) -> np.ndarray:
 def results(f, case, given):
     """Output and gradients of every array, evaluated."""
     outputs, gradients = mx.vjp(
-        lambda *a: f(*case_arrays(case, a), *case.statics), given, [case.cotangent(case_output(case, given))]
+        lambda *a: f(*case_arrays(case, a), *case.statics),
+        given,
+        [case.cotangent(case_output(case, given))],
     )
     mx.eval(outputs, gradients)
     return [outputs[0], *gradients]
@@ -25,7 +27,9 @@ def results(f, case, given):
 
 def case_arrays(case, given):
     rest = iter(given)
-    return [None if case.identity and k == 3 else next(rest) for k in range(len(given) + case.identity)]
+    return [
+        None if case.identity and k == 3 else next(rest) for k in range(len(given) + case.identity)
+    ]
 
 
 def case_output(case, given):
@@ -47,7 +51,11 @@ def check(case, got):
             continue
         ulp = ULP[next(key for key, d in DTYPES.items() if d == g.dtype)]
         if k == 0:  # of the largest value of a token or matrix
-            bound = OUTPUT_ULPS * ulp * np.abs(w).max(axis=(-1, -2) if w.ndim > 1 else None, keepdims=True)
+            bound = (
+                OUTPUT_ULPS
+                * ulp
+                * np.abs(w).max(axis=(-1, -2) if w.ndim > 1 else None, keepdims=True)
+            )
         else:
             bound = GRADIENT * np.sqrt(max(case.tokens, 1)) * np.abs(w).max()
             bound += HALF_GRADIENT_ULPS * ulp * np.abs(w).max() * (g.dtype != mx.float32)

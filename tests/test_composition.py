@@ -1,0 +1,173 @@
+"""The ops inside MLX's transformations, on this machine's GPU and, without kernels, on any device."""
+
+import tempfile
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mhc_mlx import DEEPSEEK_V4, PAPER, ROW_FIRST, kernel, ops, reference
+
+LEAD, N, C = (6,), 4, 40
+
+
+@pytest.fixture(params=["kernels", "reference"])
+def use_metal(request, need):
+    if request.param == "kernels":
+        need("gpu")
+    return request.param == "kernels"
+
+
+def inputs(lead=LEAD, dtype=mx.float32):
+    mx.random.seed(3)
+    x = mx.random.normal((*lead, N, C)).astype(dtype)
+    return (
+        x,
+        mx.random.normal((N,)),
+        mx.random.normal((N,)),
+        2 * mx.random.normal((N, N)),
+        mx.random.uniform(0.5, 1.5, (C,)),
+    )
+
+
+def close(got, want, bound=2e-5):
+    if isinstance(want, (list, tuple)):
+        assert len(got) == len(want)
+        for g, w in zip(got, want, strict=True):
+            close(g, w, bound)
+        return
+    assert got.shape == want.shape and got.dtype == want.dtype, (got.shape, want.shape)
+    error = mx.abs(got.astype(mx.float32) - want.astype(mx.float32)).max().item()
+    assert error <= bound * max(1.0, mx.abs(want.astype(mx.float32)).max().item()), error
+
+
+def layer(use_metal):
+    return lambda *a: ops.mhc_layer(*a, ROW_FIRST, 1e-5, use_metal=use_metal)
+
+
+def loss(f, weights):
+    return lambda *a: (f(*a).astype(mx.float32) * weights).sum()
+
+
+def test_compiled_training_step(use_metal):
+    arrays, weights = inputs(), mx.random.normal((*LEAD, N, C))
+    step = mx.compile(mx.value_and_grad(loss(layer(use_metal), weights), argnums=tuple(range(5))))
+    want = mx.value_and_grad(loss(reference.mhc_layer, weights), argnums=tuple(range(5)))(*arrays)
+    for _ in range(2):
+        got = step(*arrays)
+        close(got[0], want[0])
+        close(got[1], want[1])
+
+
+def test_checkpoint(use_metal):
+    arrays, weights = inputs(), mx.random.normal((*LEAD, N, C))
+    got = mx.grad(loss(mx.checkpoint(layer(use_metal)), weights), argnums=tuple(range(5)))(*arrays)
+    close(got, mx.grad(loss(reference.mhc_layer, weights), argnums=tuple(range(5)))(*arrays))
+
+
+def test_second_derivative(use_metal):
+    arrays, weights = inputs(), mx.random.normal((*LEAD, N, C))
+
+    def curvature(f):
+        first = mx.grad(loss(f, weights), argnums=tuple(range(5)))
+        return mx.grad(lambda *a: sum((g * g).sum() for g in first(*a)), argnums=tuple(range(5)))
+
+    close(curvature(layer(use_metal))(*arrays), curvature(reference.mhc_layer)(*arrays), 1e-4)
+
+
+@pytest.mark.parametrize(
+    "axes", [(0, None, None, None, None), (1, None, None, None, None), (0, 0, None, None, None)]
+)
+def test_vmap(use_metal, axes):
+    x, *rest = inputs((3, 2))
+    rest[0] = mx.random.normal((3, N)) if axes[1] == 0 else rest[0]
+    got = mx.vmap(layer(use_metal), in_axes=axes)(x, *rest)
+    close(got, mx.vmap(reference.mhc_layer, in_axes=axes)(x, *rest))
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_vmap_of_gradient(use_metal, per_token):
+    """A shared coefficient has one gradient per mapped example, not one for the whole batch."""
+    x, weights = mx.random.normal((3, 2, N, C)), mx.random.normal((2, N, C))
+    y, post = mx.random.normal((3, 2, C)), mx.random.normal((3, 2, N) if per_token else (N,))
+    res = mx.random.normal((3, 2, N, N) if per_token else (N, N))
+    axes = (0, 0, 0, 0) if per_token else (0, 0, None, None)
+
+    def gradients(f):
+        return mx.vmap(mx.grad(loss(f, weights), argnums=(0, 1, 2, 3)), in_axes=axes)(
+            x, y, post, res
+        )
+
+    close(
+        gradients(lambda *a: ops.stream_mix_add(*a, use_metal=use_metal)),
+        gradients(reference.stream_mix_add),
+    )
+
+
+def test_vmap_of_one_array(use_metal):
+    logits = mx.random.normal((5, 2, N, N))
+    got = mx.vmap(lambda a: ops.sinkhorn_knopp(a, DEEPSEEK_V4, use_metal=use_metal))(logits)
+    close(got, reference.sinkhorn_knopp(logits, DEEPSEEK_V4))
+
+
+def test_export_without_gradient(use_metal):
+    arrays = inputs()
+
+    def f(*a):
+        return ops.mhc_layer(*a, PAPER, 1e-5, use_metal=use_metal, differentiable=False)
+
+    with tempfile.TemporaryDirectory() as folder:
+        mx.export_function(f"{folder}/layer.mlxfn", f, *arrays)
+        (got,) = mx.import_function(f"{folder}/layer.mlxfn")(*arrays)
+        close(got, reference.mhc_layer(*arrays, PAPER, 1e-5))
+
+
+def test_inside_a_larger_graph(use_metal):
+    x, *rest = inputs(dtype=mx.bfloat16)
+
+    def f(g):
+        return lambda x, *a: g(g(x * 2, *a).swapaxes(-1, -2).swapaxes(-1, -2)[::2], *a)
+
+    close(f(layer(use_metal))(x, *rest), f(reference.mhc_layer)(x, *rest), 2e-2)
+
+
+@pytest.mark.parametrize("axis", ["tokens", "streams", "channels"])
+def test_strided_slices(use_metal, axis):
+    cut = {"tokens": np.s_[::2], "streams": np.s_[:, 1:5], "channels": np.s_[:, :, 3 : 3 + C]}[axis]
+    x = mx.random.normal((12, 6 if axis == "streams" else N, C + 7 if axis == "channels" else C))[
+        cut
+    ]
+    rest = inputs()[1:]
+    close(layer(use_metal)(x, *rest), reference.mhc_layer(x, *rest))
+
+
+@pytest.mark.parametrize("threads", [32, 64, 256, 1024])
+@pytest.mark.parametrize("n", [4, 8, 33])
+def test_threads_per_group(use_metal, threads, n):
+    x, y = mx.random.normal((3, n, 260)), mx.random.normal((3, 260))
+    arrays = [x, y, mx.random.normal((n,)), mx.random.normal((n, n))]
+    weights = mx.random.normal(x.shape)
+    options = {"use_metal": use_metal, "threads_per_group": threads}
+    for op, args in (
+        ("stream_mix_add", arrays),
+        ("mhc_layer", [x, arrays[2], arrays[2][::-1], arrays[3], mx.random.normal((260,))]),
+        ("sinkhorn_knopp", [arrays[3]]),
+    ):
+        w = weights if op != "sinkhorn_knopp" else weights[0, :, :n]
+        wanted = tuple(range(len(args)))
+        got = mx.grad(loss(lambda *a, op=op: getattr(ops, op)(*a, **options), w), argnums=wanted)(
+            *args
+        )
+        want = mx.grad(loss(getattr(reference, op), w), argnums=wanted)(*args)
+        close(got, want, 1e-4)
+
+
+def test_verbose_prints_the_source(capfd):
+    ops.stream_mix_add(mx.zeros((1, 4, 8)), mx.zeros((1, 8)), mx.zeros(4), verbose=True)
+    printed = capfd.readouterr().out
+    assert "stream_mix_add" in printed and "threadgroup_barrier" in printed
+
+
+def test_backend_says_what_runs():
+    assert kernel.backend() in (None, "metal", "cuda")
+    assert (kernel.backend() is None) == (mx.default_device() == mx.cpu)

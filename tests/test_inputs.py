@@ -1,0 +1,167 @@
+"""Bad input: one clear error each, at the call."""
+
+import mlx.core as mx
+import pytest
+
+import mhc_mlx as m
+from mhc_mlx import ops
+
+x, y, n, C = mx.zeros((2, 4, 8)), mx.zeros((2, 8)), 4, 8
+gate, mix, weight = mx.zeros(4), mx.zeros((4, 4)), mx.ones(8)
+layer = (x, gate, gate, mix, weight)
+
+
+def changed(k, value):
+    return [value if i == k else a for i, a in enumerate(layer)]
+
+
+BAD = [
+    (
+        lambda: m.mhc_static(*changed(1, mx.zeros(3))),
+        ValueError,
+        r"\[mhc_static\] h_pre must have shape \[n=4\] but got \[3\]",
+    ),
+    (
+        lambda: m.mhc_static(*changed(2, mx.zeros((2, 4)))),
+        ValueError,
+        r"h_post must have shape \[n=4\]",
+    ),
+    (
+        lambda: m.mhc_static(*changed(3, mx.zeros((4, 3)))),
+        ValueError,
+        r"h_res must have shape \[n=4, n=4\]",
+    ),
+    (
+        lambda: m.mhc_static(*changed(4, mx.zeros(9))),
+        ValueError,
+        r"weight must have shape \[C=8\] but got \[9\]",
+    ),
+    (
+        lambda: m.mhc_static(*changed(0, mx.zeros(8))),
+        ValueError,
+        r"x must have shape \[\.\.\., n, C\]",
+    ),
+    (lambda: m.mhc_static(*changed(0, mx.zeros((2, 0, 8)))), ValueError, "n from 1 to 64"),
+    (lambda: m.mhc_static(*changed(0, mx.zeros((2, 65, 8)))), ValueError, "n from 1 to 64"),
+    (lambda: m.mhc_static(*changed(0, mx.zeros((2, 4, 0)))), ValueError, "C at least 1"),
+    (
+        lambda: m.mhc_static(*changed(0, x.astype(mx.int32))),
+        TypeError,
+        "x must be float32, float16 or bfloat16",
+    ),
+    (lambda: m.mhc_static(*changed(0, x.astype(mx.complex64))), TypeError, "x must be float32"),
+    (lambda: m.mhc_static(*changed(0, [1.0])), TypeError, "x must be an mx.array but got list"),
+    (
+        lambda: m.mhc_static(*changed(4, weight.astype(mx.int8))),
+        TypeError,
+        "weight must be float32",
+    ),
+    (lambda: m.mhc_static(*layer, eps=0.0), ValueError, "eps must be finite and above 0"),
+    (lambda: m.mhc_static(*layer, eps=-1.0), ValueError, "eps must be finite and above 0"),
+    (lambda: m.mhc_static(*layer, eps=float("nan")), ValueError, "eps must be finite"),
+    (lambda: m.mhc_static(*layer, eps="1"), TypeError, "eps must be a number"),
+    (
+        lambda: m.mhc_static(*layer, threads_per_group=48),
+        ValueError,
+        "multiple of 32 from 32 to 1024",
+    ),
+    (
+        lambda: m.mhc_static(*layer, threads_per_group=0),
+        ValueError,
+        "multiple of 32 from 32 to 1024",
+    ),
+    (
+        lambda: m.mhc_static(*layer, threads_per_group=2048),
+        ValueError,
+        "multiple of 32 from 32 to 1024",
+    ),
+    (
+        lambda: m.mhc_static(*layer, threads_per_group=64.0),
+        TypeError,
+        "threads_per_group must be None or an int",
+    ),
+    (lambda: m.mhc_layer(*changed(3, None)), TypeError, r"\[mhc_layer\] H_res must be an mx.array"),
+    (
+        lambda: m.mhc_layer(*layer, "PAPER"),
+        TypeError,
+        "convention must be a Convention but got str",
+    ),
+    (
+        lambda: m.stream_mix_add(x, y[:, :7], gate, mix),
+        ValueError,
+        r"y must have shape \[0=2, C=8\]|y must have shape",
+    ),
+    (
+        lambda: m.stream_mix_add(x, y.astype(mx.float16), gate, mix),
+        TypeError,
+        "y must have x's dtype",
+    ),
+    (
+        lambda: m.stream_mix_add(x, y, mx.zeros((3, 4)), mix),
+        ValueError,
+        r"h_post must have shape \[n=4\] or \[2, n=4\]",
+    ),
+    (
+        lambda: m.stream_mix_add(x, y, gate, mx.zeros((1, 4, 4))),
+        ValueError,
+        r"or \[2, n=4, n=4\] but got \[1, 4, 4\]",
+    ),
+    (
+        lambda: m.sinkhorn_knopp(mx.zeros((4, 3))),
+        ValueError,
+        r"logits must have shape \[\.\.\., n, n\]",
+    ),
+    (lambda: m.sinkhorn_knopp(mx.zeros((65, 65))), ValueError, "n from 1 to 64"),
+    (lambda: m.sinkhorn_knopp(mx.zeros(4)), ValueError, "logits must have shape"),
+    (lambda: m.stream_aggregate_norm(x, mx.zeros(5), weight), ValueError, "h_pre must have shape"),
+    (lambda: m.Convention("X", iters=0), ValueError, "iters must be at least 1"),
+    (lambda: m.Convention("X", iters=2.0), TypeError, "iters must be an int"),
+    (lambda: m.Convention("X", eps=-1e-6), ValueError, "eps must be finite and at least 0"),
+    (lambda: m.Convention("X", start="relu"), ValueError, "start must be one of"),
+    (lambda: m.Convention("X", first="rank"), ValueError, "first must be one of"),
+    (
+        lambda: m.Convention("X", start="softmax", first="columns"),
+        ValueError,
+        "first must be 'rows'",
+    ),
+    (lambda: m.MHCLayer(0, 8), ValueError, "n must be from 1 to 64"),
+    (lambda: m.MHCLayer(65, 8), ValueError, "n must be from 1 to 64"),
+    (lambda: m.MHCLayer(4, 8.0), TypeError, "C must be an int"),
+    (lambda: m.MHCLayer(4, 8, dynamic=True), ValueError, "dynamic must be False"),
+    (lambda: m.MHCLayer(4, 8, sinkhorn_iters=0), ValueError, "iters must be at least 1"),
+    (lambda: m.MHCLayer(4, 8, eps=0.0), ValueError, "eps must be finite and above 0"),
+    (lambda: m.MHCLayer(4, 8, threads_per_group=33), ValueError, "multiple of 32"),
+    (
+        lambda: m.MHCLayer(4, 8)(mx.zeros((2, 4, 9))),
+        ValueError,
+        r"weight must have shape \[C=9\] but got \[8\]",
+    ),
+    (
+        lambda: m.split_streams(mx.zeros((2, 9)), 4),
+        ValueError,
+        r"h must have shape \[\.\.\., 4\*C\]",
+    ),
+    (lambda: m.reduce_streams(x, "max"), ValueError, "how must be 'mean', 'sum' or 'first'"),
+    (lambda: m.expand_streams(x, 0), ValueError, "n positive"),
+    (lambda: m.merge_streams(mx.zeros(4)), ValueError, r"x must have shape \[\.\.\., n, C\]"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BAD)))
+def test_bad_input(case):
+    call, kind, message = BAD[case]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_ops_take_what_the_reference_takes():
+    import inspect
+
+    from mhc_mlx import reference
+
+    for name, f in vars(reference).items():
+        if inspect.isfunction(f) and not name.startswith("_") and name != "gates":
+            positional = [p.name for p in inspect.signature(getattr(ops, name)).parameters.values()]
+            assert positional[: len(inspect.signature(f).parameters)] == list(
+                inspect.signature(f).parameters
+            )
