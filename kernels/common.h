@@ -83,6 +83,23 @@ inline void load_mix(P H, S mix, uint tid) {
     mix[TRANSPOSED ? (k % N) * N + k / N : k] = static_cast<float>(H[k]);
 }
 
+// v[a] = sum over the threadgroup of v[a], in every thread. scratch holds 2 * SIMDS * COUNT floats: with turn going
+// 0, 1, 0, ... one barrier a call is enough.
+template <int SIMDS, int COUNT, typename S>
+inline void sum_everywhere(thread float (&v)[COUNT], S scratch, int turn, uint simd, uint simd_lane) {
+  UNROLL for (int a = 0; a < COUNT; ++a) {
+    v[a] = simd_sum(v[a]);
+    if (SIMDS > 1 && simd_lane == 0) scratch[(uint(turn * SIMDS) + simd) * COUNT + a] = v[a];
+  }
+  if constexpr (SIMDS > 1) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    UNROLL for (int a = 0; a < COUNT; ++a) {
+      v[a] = 0.0f;
+      UNROLL for (int s = 0; s < SIMDS; ++s) v[a] += scratch[(turn * SIMDS + s) * COUNT + a];
+    }
+  }
+}
+
 // out[a] = sum over the threadgroup of v[a]. scratch holds COUNT * THREADS / 32 floats.
 template <int COUNT, int THREADS, typename S, typename O>
 inline void group_sum(thread float (&v)[COUNT], S scratch, O out, uint tid) {

@@ -58,10 +58,10 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 
-  // ss = sum(u ** 2);  dot = sum(dy * weight * u)
+  // both = sum(u ** 2), sum(dy * weight * u)
   float r = 0.0f, slope = 0.0f;
   if (NORM) {
-    float ss = 0.0f, dot = 0.0f;
+    float both[2] = {};
 #pragma unroll KEPT
     for (int k = 0; k < PASSES; ++k) {
       const int c = (k * THREADS + int(tid)) * VEC, at = CACHED ? k : 0;
@@ -73,28 +73,15 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
           if (e % STEP == 0) mhc::load_floats<STEP>(w, weight + c + e, w_whole);
           UNROLL for (int j = 0; j < N; ++j) u[e] += pre[j] * static_cast<float>(xv[at * N + j].v[e]);
           UNROLL for (int i = 0; i < R; ++i) d[e] += (MIX ? post[i] : 1.0f) * static_cast<float>(dv[at * R + i].v[e]);
-          ss += u[e] * u[e];
-          dot += d[e] * u[e] * w[e % STEP];
+          both[0] += u[e] * u[e];
+          both[1] += d[e] * u[e] * w[e % STEP];
         }
       }
     }
-    ss = simd_sum(ss);
-    dot = simd_sum(dot);
-    if (SIMDS > 1) {  // two buffers, so one barrier a token is enough
-      if (thread_index_in_simdgroup == 0) {
-        sums[(turn * SIMDS + int(simdgroup_index_in_threadgroup)) * 2] = ss;
-        sums[(turn * SIMDS + int(simdgroup_index_in_threadgroup)) * 2 + 1] = dot;
-      }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-      ss = dot = 0.0f;
-      UNROLL for (int s = 0; s < SIMDS; ++s) {
-        ss += sums[(turn * SIMDS + s) * 2];
-        dot += sums[(turn * SIMDS + s) * 2 + 1];
-      }
-      turn ^= 1;
-    }
-    r = metal::precise::rsqrt(ss / static_cast<float>(C) + static_cast<float>(params[0]));
-    slope = r * r * (dot / static_cast<float>(C));
+    mhc::sum_everywhere<SIMDS>(both, sums, turn, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+    turn ^= 1;
+    r = metal::precise::rsqrt(both[0] / static_cast<float>(C) + static_cast<float>(params[0]));
+    slope = r * r * (both[1] / static_cast<float>(C));
   }
 
 #pragma unroll KEPT

@@ -52,33 +52,22 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 
-  // ss = sum(u ** 2);  dot = sum(dy * weight * u)
+  // both = sum(u ** 2), sum(dy * weight * u)
   float r = 0.0f, slope = 0.0f;
   if (NORM) {
-    float ss = 0.0f, dot = 0.0f;
+    float both[2] = {};
     for (int c = tid; c < C; c += THREADS) {
       float u = 0.0f, d = 0.0f;
 #pragma unroll 4
       for (int j = 0; j < N; ++j) u += pre[j] * static_cast<float>(row[j * C + c]);
 #pragma unroll 4
       for (int i = 0; i < R; ++i) d += (MIX ? post[i] : 1.0f) * static_cast<float>(drow[i * C + c]);
-      ss += u * u;
-      dot += d * u * static_cast<float>(weight[c]);
+      both[0] += u * u;
+      both[1] += d * u * static_cast<float>(weight[c]);
     }
-    ss = simd_sum(ss);
-    dot = simd_sum(dot);
-    if (lane == 0) {
-      sums[2 * simd] = ss;
-      sums[2 * simd + 1] = dot;
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    ss = dot = 0.0f;
-    for (int s = 0; s < SIMDS; ++s) {
-      ss += sums[2 * s];
-      dot += sums[2 * s + 1];
-    }
-    r = metal::precise::rsqrt(ss / static_cast<float>(C) + static_cast<float>(params[0]));
-    slope = r * r * (dot / static_cast<float>(C));
+    mhc::sum_everywhere<SIMDS>(both, sums, 0, uint(simd), uint(lane));
+    r = metal::precise::rsqrt(both[0] / static_cast<float>(C) + static_cast<float>(params[0]));
+    slope = r * r * (both[1] / static_cast<float>(C));
   }
 
   for (int c0 = 0; c0 < C; c0 += TILE) {

@@ -44,7 +44,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   const auto orow = out + size_t(t) * size_t(R * C);
 
   // ss = sum(u ** 2)
-  float ss = 0.0f;
+  float ss[1] = {};
 #pragma unroll KEPT
   for (int k = 0; k < PASSES; ++k) {
     const int c = (k * THREADS + int(tid)) * VEC;
@@ -56,18 +56,12 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         if (CACHED) xv[k * N + j] = v;
         UNROLL for (int e = 0; e < VEC; ++e) u[e] += pre[j] * static_cast<float>(v.v[e]);
       }
-      UNROLL for (int e = 0; e < VEC; ++e) ss += u[e] * u[e];
+      UNROLL for (int e = 0; e < VEC; ++e) ss[0] += u[e] * u[e];
     }
   }
-  ss = simd_sum(ss);
-  if (SIMDS > 1) {  // two buffers, so one barrier a token is enough
-    if (thread_index_in_simdgroup == 0) partial[turn * SIMDS + simdgroup_index_in_threadgroup] = ss;
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    ss = 0.0f;
-    UNROLL for (int s = 0; s < SIMDS; ++s) ss += partial[turn * SIMDS + s];
-    turn ^= 1;
-  }
-  const float r = metal::precise::rsqrt(ss / static_cast<float>(C) + params[0]);
+  mhc::sum_everywhere<SIMDS>(ss, partial, turn, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+  turn ^= 1;
+  const float r = metal::precise::rsqrt(ss[0] / static_cast<float>(C) + params[0]);
 
 #pragma unroll KEPT
   for (int k = 0; k < PASSES; ++k) {
