@@ -34,7 +34,10 @@ class Attention(nn.Module):
     def __call__(self, u: mx.array) -> mx.array:
         B, L, dim = u.shape
         heads = self.qkv(u).reshape(B, L, 3, self.heads, -1).transpose(2, 0, 3, 1, 4)
-        q, k = (mx.fast.rope(a, a.shape[-1], traditional=False, base=1e4, scale=1.0, offset=0) for a in heads[:2])
+        q, k = (
+            mx.fast.rope(a, a.shape[-1], traditional=False, base=1e4, scale=1.0, offset=0)
+            for a in heads[:2]
+        )
         scale = (dim // self.heads) ** -0.5
         y = mx.fast.scaled_dot_product_attention(q, k, heads[2], scale=scale, mask="causal")
         return self.out(y.transpose(0, 2, 1, 3).reshape(B, L, dim))
@@ -43,7 +46,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
-        self.up, self.down = nn.Linear(dim, 4 * dim, bias=False), nn.Linear(4 * dim, dim, bias=False)
+        self.up, self.down = (
+            nn.Linear(dim, 4 * dim, bias=False),
+            nn.Linear(4 * dim, dim, bias=False),
+        )
 
     def __call__(self, u: mx.array) -> mx.array:
         return self.down(nn.gelu_approx(self.up(u)))
@@ -56,7 +62,9 @@ class ByteLM(nn.Module):
         super().__init__()
         self.streams = streams
         self.embedding = nn.Embedding(256, dim)
-        self.sublayers = [layer for _ in range(depth) for layer in (Attention(dim, heads), MLP(dim))]
+        self.sublayers = [
+            layer for _ in range(depth) for layer in (Attention(dim, heads), MLP(dim))
+        ]
         self.connections = [
             MHCLayer(streams, dim, layer_idx=k, use_metal=use_metal) for k in range(2 * depth)
         ]
@@ -91,7 +99,9 @@ def read_corpus(file: str | None, limit: int = 16 << 20) -> mx.array:
             if len(data) < limit:
                 data += path.read_bytes()
     if len(data) < 10_000:
-        raise SystemExit(f"{file or 'the standard library'} must hold at least 10,000 bytes but has {len(data)}")
+        raise SystemExit(
+            f"{file or 'the standard library'} must hold at least 10,000 bytes but has {len(data)}"
+        )
     return mx.array(memoryview(data))
 
 
@@ -104,7 +114,9 @@ def sample(model: ByteLM, prompt: bytes, length: int, context: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", metavar="FILE", help="text to train on")
     parser.add_argument("--seconds", type=float, default=120, help="stop after this long")
     parser.add_argument("--steps", type=int, default=10_000, help="or after so many steps")
@@ -116,15 +128,21 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-metal", action="store_true", help="the reference instead of the kernels")
+    parser.add_argument(
+        "--no-metal", action="store_true", help="the reference instead of the kernels"
+    )
     parser.add_argument("--log", metavar="FILE", help="write step, loss and similarity as CSV")
     args = parser.parse_args()
 
     mx.random.seed(args.seed)
     data = read_corpus(args.data)
     model = ByteLM(args.dim, args.depth, args.heads, args.streams, not args.no_metal)
-    optimizer = optim.AdamW(optim.join_schedules(
-        [optim.linear_schedule(0, args.lr, 50), lambda _: mx.array(args.lr)], [50]), weight_decay=0.01)
+    optimizer = optim.AdamW(
+        optim.join_schedules(
+            [optim.linear_schedule(0, args.lr, 50), lambda _: mx.array(args.lr)], [50]
+        ),
+        weight_decay=0.01,
+    )
     mx.eval(model.parameters())
     size = sum(v.size for _, v in tree_flatten(model.trainable_parameters()))
     kernels = backend() if backend() and not args.no_metal else "none"
@@ -153,14 +171,22 @@ def main() -> None:
             mx.eval(values, state)
             history.append(tuple(v.item() for v in values))
             progress.update()
-            progress.set_postfix(bits_per_byte=f"{history[-1][0]:.3f}", similarity=f"{history[-1][1]:.3f}", refresh=False)
+            progress.set_postfix(
+                bits_per_byte=f"{history[-1][0]:.3f}",
+                similarity=f"{history[-1][1]:.3f}",
+                refresh=False,
+            )
     if args.log:
         with open(args.log, "w", newline="") as f:
-            csv.writer(f).writerows([("step", "bits_per_byte", "similarity"), *((k, *h) for k, h in enumerate(history))])
+            csv.writer(f).writerows(
+                [("step", "bits_per_byte", "similarity"), *((k, *h) for k, h in enumerate(history))]
+            )
     last = history[-100:]
     bits, similarity = (sum(h[k] for h in last) / len(last) for k in range(2))
     print(f"{len(history)} steps in {time.perf_counter() - start:.0f} s")
-    print(f"bits per byte {bits:.3f}, similarity between streams {similarity:.3f} (mean of the last {len(last)} steps)")
+    print(
+        f"bits per byte {bits:.3f}, similarity between streams {similarity:.3f} (mean of the last {len(last)} steps)"
+    )
     print("sample:", sample(model, b"def ", 200, args.context))
 
 

@@ -3,6 +3,7 @@
 #ifndef UNROLL  // Metal; cuda.h has its own words
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define STAY_PACKED(value)
+#define RECIPROCAL(v) (1.0f / (v))
 #endif
 
 namespace mhc {
@@ -206,7 +207,7 @@ inline void sinkhorn_start(thread float (&p)[N], float eps, uint lane, uint simd
     UNROLL for (int j = 0; j < N; ++j) p[j] = live ? (p[j] - m) - s : -3.0e38f;
     gather<N>(all, across<N, true>(p, lane, scratch), lane, simd_lane, scratch);
     UNROLL for (int j = 0; j < N; ++j) p[j] = live ? metal::precise::exp(p[j] - all[j]) : 0.0f;
-    gather<N>(all, 1.0f / across<N, false>(p, lane, scratch), lane, simd_lane, scratch);
+    gather<N>(all, RECIPROCAL((across<N, false>(p, lane, scratch))), lane, simd_lane, scratch);
     UNROLL for (int j = 0; j < N; ++j) p[j] *= all[j];
   } else {
     if (START == START_SOFTMAX) softmax_line(p);
@@ -222,12 +223,12 @@ inline float half_step(thread float (&p)[N], int k, float eps, uint lane, uint s
   if (k % 2 == 0) {
     UNROLL for (int j = 0; j < N; ++j) d += p[j];
     d = lane < uint(N) ? d + eps : 1.0f;
-    const float r = 1.0f / d;
+    const float r = RECIPROCAL(d);
     UNROLL for (int j = 0; j < N; ++j) p[j] *= r;
   } else {
     float r[N];
     d = across<N, false>(p, lane, scratch) + eps;
-    gather<N>(r, 1.0f / d, lane, simd_lane, scratch);
+    gather<N>(r, RECIPROCAL(d), lane, simd_lane, scratch);
     UNROLL for (int j = 0; j < N; ++j) p[j] *= r[j];
   }
   return d;

@@ -17,7 +17,8 @@
 constexpr int SIMDS = THREADS / 32;
 constexpr int R = MIX ? N : 1;
 constexpr int KEPT = CACHED ? PASSES : 1;
-constexpr int STEP = VEC == 1 || (N > 4 && sizeof(T) == 4) ? 1 : 2;  // channels worked on at once; measured by registers
+constexpr int STEP = VEC == 1 || (N > 4 && NORM) ? 1 : 2;  // channels worked on at once: chosen by registers
+constexpr bool FAR = CACHED && N > 4 && PASSES * VEC * THREADS <= 4096;  // dweight in threadgroup memory
 constexpr int POST_AT = NORM ? N : 0;
 constexpr int RES_AT = POST_AT + (POST_PER_TOKEN || !MIX ? 0 : N);
 constexpr int WEIGHT_AT = RES_AT + (RES_PER_TOKEN || !MIX ? 0 : N * N);
@@ -26,6 +27,7 @@ threadgroup float post[N];
 threadgroup float mix[N * N];  // h_res
 threadgroup float sums[4 * SIMDS];
 threadgroup float scratch[N * N * SIMDS];
+threadgroup float far_weight[FAR ? PASSES * VEC * THREADS : 1];
 const uint tid = thread_position_in_threadgroup.x;
 const int C = x_shape[2];
 const uint tokens = x_shape[0];
@@ -40,12 +42,12 @@ if constexpr (SINKHORN) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-const bool whole = mhc::aligned<VEC>(x);
-const bool d_whole = mhc::aligned<VEC>(dout);
+const bool whole = mhc::aligned<VEC>(x) && mhc::aligned<VEC>(dout);
 const bool w_whole = NORM && mhc::aligned<STEP>(weight);
 const bool y_whole = !NORM && mhc::aligned<VEC>(y);
 const auto mine = partial + size_t(threadgroup_position_in_grid.x) * size_t(WEIGHT_AT + (NORM ? C : 0));
-float g_pre[N] = {}, g_post[N] = {}, g_res[N * N] = {}, g_weight[KEPT * VEC] = {};
+float g_pre[N] = {}, g_post[N] = {}, g_res[N * N] = {}, g_weight[FAR ? 1 : KEPT * VEC] = {};
+for (int k = 0; k < PASSES * VEC && FAR; ++k) far_weight[k * THREADS + int(tid)] = 0.0f;
 mhc::Pack<T, VEC> xv[KEPT * N], dv[KEPT * R];
 
 int turn = 0;
@@ -68,7 +70,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
       if (c < C) {
         float u[VEC] = {}, d[VEC] = {}, w[STEP];
         mhc::load_streams<N>(xv + at * N, row, C, c, whole);
-        mhc::load_streams<R>(dv + at * R, drow, C, c, d_whole);
+        mhc::load_streams<R>(dv + at * R, drow, C, c, whole);
         UNROLL for (int e = 0; e < VEC; ++e) {
           if (e % STEP == 0) mhc::load_floats<STEP>(w, weight + c + e, w_whole);
           UNROLL for (int j = 0; j < N; ++j) u[e] += pre[j] * static_cast<float>(xv[at * N + j].v[e]);
@@ -92,11 +94,11 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
       if (!NORM) yv = mhc::load<T, VEC>(y + size_t(t) * size_t(C) + c, y_whole);
       if (!NORM || !CACHED) {
         mhc::load_streams<N>(xv + at * N, row, C, c, whole);
-        mhc::load_streams<R>(dv + at * R, drow, C, c, d_whole);
+        mhc::load_streams<R>(dv + at * R, drow, C, c, whole);
       }
-      UNROLL for (int j = 0; j < N; ++j) { STAY_PACKED(xv[at * N + j]); }
-      UNROLL for (int i = 0; i < R; ++i) { STAY_PACKED(dv[at * R + i]); }
       UNROLL for (int e = 0; e < VEC; e += STEP) {
+        UNROLL for (int j = 0; j < N; ++j) { STAY_PACKED(xv[at * N + j]); }
+        UNROLL for (int i = 0; i < R; ++i) { STAY_PACKED(dv[at * R + i]); }
         float ds[R * STEP], u[STEP] = {}, d[STEP] = {}, du[STEP] = {}, out[STEP], w[STEP];
         if (NORM) mhc::load_floats<STEP>(w, weight + c + e, w_whole);
         UNROLL for (int q = 0; q < STEP; ++q) {
@@ -107,8 +109,10 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
           if (NORM) {
             UNROLL for (int j = 0; j < N; ++j) u[q] += pre[j] * static_cast<float>(xv[at * N + j].v[e + q]);
             out[q] = u[q] * r;
-            if (CACHED) g_weight[at * VEC + e + q] += d[q] * out[q];
-            else mine[WEIGHT_AT + c + e + q] = (t < threadgroups_per_grid.x ? 0.0f : mine[WEIGHT_AT + c + e + q]) + d[q] * out[q];
+            const int own = WEIGHT_AT + c + e + q;  // dweight sums here where the token is read twice
+            if (FAR) far_weight[(at * VEC + e + q) * THREADS + int(tid)] += d[q] * out[q];
+            else if (CACHED) g_weight[FAR ? 0 : at * VEC + e + q] += d[q] * out[q];
+            else mine[own] = (t < threadgroups_per_grid.x ? 0.0f : mine[own]) + d[q] * out[q];
             du[q] = r * (d[q] * w[q] - u[q] * slope);
             out[q] *= w[q];
           } else {
@@ -162,7 +166,8 @@ if (NORM && CACHED) {
   UNROLL for (int k = 0; k < KEPT; ++k) {
     const int c = (k * THREADS + int(tid)) * VEC;
     if (c < C) {
-      UNROLL for (int e = 0; e < VEC; ++e) mine[WEIGHT_AT + c + e] = g_weight[k * VEC + e];
+      UNROLL for (int e = 0; e < VEC; ++e) 
+        mine[WEIGHT_AT + c + e] = FAR ? far_weight[(k * VEC + e) * THREADS + int(tid)] : g_weight[FAR ? 0 : k * VEC + e];
     }
   }
 }

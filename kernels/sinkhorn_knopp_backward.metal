@@ -38,7 +38,7 @@ for (size_t first = threadgroup_position_in_grid.x * (THREADS / W); first < coun
     for (int k = end - 1; k >= begin; --k) {
       const float d = divisors[(k - begin) * THREADS + tid];
       if (k % 2 == 0) {
-        const float r = 1.0f / d;
+        const float r = RECIPROCAL(d);
         float dot = 0.0f;
         UNROLL for (int j = 0; j < N; ++j) dot += g[j] * p[j];
         UNROLL for (int j = 0; j < N; ++j) {
@@ -49,7 +49,7 @@ for (size_t first = threadgroup_position_in_grid.x * (THREADS / W); first < coun
         UNROLL for (int j = 0; j < N; ++j) all[j] = g[j] * p[j];
         const float dot = mhc::across<N, false>(all, lane, scratch + exchange);
         mhc::gather<N>(dots, dot, lane, simd_lane, scratch + exchange);
-        mhc::gather<N>(all, 1.0f / d, lane, simd_lane, scratch + exchange);
+        mhc::gather<N>(all, RECIPROCAL(d), lane, simd_lane, scratch + exchange);
         UNROLL for (int j = 0; j < N; ++j) g[j] = live ? (g[j] - dots[j]) * all[j] : 0.0f;
         mhc::gather<N>(all, d, lane, simd_lane, scratch + exchange);
         UNROLL for (int j = 0; j < N; ++j) p[j] *= all[j];

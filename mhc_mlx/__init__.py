@@ -9,6 +9,7 @@ from .ops import (
     sinkhorn_knopp,
     stream_aggregate_norm,
     stream_mix_add,
+    vmap,
 )
 from .reference import rms_norm, stream_aggregate, stream_distribute, stream_mix
 
@@ -35,4 +36,5 @@ __all__ = [
     "stream_distribute",
     "stream_mix",
     "stream_mix_add",
+    "vmap",
 ]

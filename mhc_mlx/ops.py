@@ -14,6 +14,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -102,6 +103,9 @@ def _check_threads(op: str, threads: int | None) -> None:
 # Dispatch -----------------------------------------------------------------------------------------
 
 
+_mapping: ContextVar[bool] = ContextVar("mapping", default=False)  # whether `vmap` traces
+
+
 class _Fused(NamedTuple):
     """An op's kernels: `forward` bare, `op` differentiable."""
 
@@ -137,11 +141,11 @@ def _fuse(plain: Callable, forward: Callable, backward: Callable, shared_ndim: t
 
     @mx.custom_function
     def op(*primals):
-        return forward(*primals)
+        return (plain if _mapping.get() else forward)(*primals)
 
     @mx.custom_function
     def gradient(*inputs):
-        return tuple(backward(*inputs))
+        return plain_gradient(*inputs) if _mapping.get() else tuple(backward(*inputs))
 
     @op.vjp
     def _(primals, cotangent, _):
@@ -165,6 +169,24 @@ def _fuse(plain: Callable, forward: Callable, backward: Callable, shared_ndim: t
         return tuple(results), (0,) * len(results)
 
     return _Fused(forward, op)
+
+
+def vmap(f: Callable, in_axes=0, out_axes=0) -> Callable:
+    """`mx.vmap` for functions that call these ops on a GPU.
+
+    MLX 0.32 maps what a custom_function computes even where it has a rule of its own, and cannot
+    map a custom kernel. So this traces f with the reference, which the ops' rules then replace by
+    kernels over one more axis of tokens where that is the same, and leave where it is not.
+    """
+
+    def traced(*args):
+        token = _mapping.set(True)
+        try:
+            return f(*args)
+        finally:
+            _mapping.reset(token)
+
+    return mx.vmap(traced, in_axes, out_axes)
 
 
 @functools.cache
@@ -230,7 +252,7 @@ def _geometry(
     fits: Whether ``copies`` of a token stay in registers; n > 8 would unroll n * n loops.
     """
     vec = math.gcd(C, 16 // size)
-    while n * vec > (64 if copies == 1 or n > 8 else 32):
+    while n * vec > 64:
         vec //= 2
     packs, most = C // vec, 128 if copies == 2 and 4 < n <= 8 else 256
     threads = threads_per_group or 32 * math.ceil(packs / math.ceil(packs / most) / 32)

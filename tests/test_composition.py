@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mhc_mlx import DEEPSEEK_V4, PAPER, ROW_FIRST, kernel, ops, reference
+from mhc_mlx import DEEPSEEK_V4, PAPER, ROW_FIRST, kernel, ops, reference, vmap
 
 LEAD, N, C = (6,), 4, 40
 
@@ -81,7 +81,7 @@ def test_second_derivative(use_metal):
 def test_vmap(use_metal, axes):
     x, *rest = inputs((3, 2))
     rest[0] = mx.random.normal((3, N)) if axes[1] == 0 else rest[0]
-    got = mx.vmap(layer(use_metal), in_axes=axes)(x, *rest)
+    got = vmap(layer(use_metal), in_axes=axes)(x, *rest)
     close(got, mx.vmap(reference.mhc_layer, in_axes=axes)(x, *rest))
 
 
@@ -94,9 +94,7 @@ def test_vmap_of_gradient(use_metal, per_token):
     axes = (0, 0, 0, 0) if per_token else (0, 0, None, None)
 
     def gradients(f):
-        return mx.vmap(mx.grad(loss(f, weights), argnums=(0, 1, 2, 3)), in_axes=axes)(
-            x, y, post, res
-        )
+        return vmap(mx.grad(loss(f, weights), argnums=(0, 1, 2, 3)), in_axes=axes)(x, y, post, res)
 
     close(
         gradients(lambda *a: ops.stream_mix_add(*a, use_metal=use_metal)),
@@ -106,7 +104,7 @@ def test_vmap_of_gradient(use_metal, per_token):
 
 def test_vmap_of_one_array(use_metal):
     logits = mx.random.normal((5, 2, N, N))
-    got = mx.vmap(lambda a: ops.sinkhorn_knopp(a, DEEPSEEK_V4, use_metal=use_metal))(logits)
+    got = vmap(lambda a: ops.sinkhorn_knopp(a, DEEPSEEK_V4, use_metal=use_metal))(logits)
     close(got, reference.sinkhorn_knopp(logits, DEEPSEEK_V4))
 
 

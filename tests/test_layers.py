@@ -51,7 +51,7 @@ def test_identity_sublayer_is_the_fused_layer():
 
 
 def test_every_gradient_is_alive_after_a_few_steps():
-    """Equal streams hide h_res and h_pre at step 0; after a few steps nothing may be zero."""
+    """Equal streams hide h_res and h_pre: everywhere at step 0, in the first layer always."""
     mx.random.seed(0)
     layers = [m.MHCLayer(4, 16, layer_idx=k) for k in range(2)]
     linears = [nn.Linear(16, 16) for _ in layers]
@@ -69,11 +69,10 @@ def test_every_gradient_is_alive_after_a_few_steps():
     for k in range(6):
         _, gradients = step(model)
         zero = [name for name, g in tree_flatten(gradients) if mx.abs(g).max().item() < 1e-12]
-        if k == 0:
-            print("zero at step 0, because the streams are equal copies:", zero)
+        print(f"zero at step {k}, because the streams are equal copies:", zero)
         optimizer.update(model, gradients)
         mx.eval(model.parameters())
-    assert not zero, zero
+    assert set(zero) <= {"layers.0.H_pre", "layers.0.H_res"}, zero
 
 
 def test_safetensors_round_trip_and_set_dtype(tmp_path):

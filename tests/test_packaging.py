@@ -18,7 +18,8 @@ READ = "from mhc_mlx import kernel; print(kernel.text('common.h'))"
 
 
 def read(folder) -> str:
-    environment = os.environ | {"PYTHONPATH": str(folder)}
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
     run = subprocess.run(
         [sys.executable, "-c", READ], cwd=folder, env=environment, capture_output=True, text=True
     )

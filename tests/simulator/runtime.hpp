@@ -3,6 +3,7 @@
 #define ONE_ADDRESS_SPACE
 #define UNROLL
 #define STAY_PACKED(value)
+#define RECIPROCAL(v) (1.0f / (v))
 #include <ucontext.h>
 
 #include <cmath>
