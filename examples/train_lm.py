@@ -137,12 +137,11 @@ def main() -> None:
     mx.random.seed(args.seed)
     data = read_corpus(args.data)
     model = ByteLM(args.dim, args.depth, args.heads, args.streams, not args.no_metal)
-    optimizer = optim.AdamW(
-        optim.join_schedules(
-            [optim.linear_schedule(0, args.lr, 50), lambda _: mx.array(args.lr)], [50]
-        ),
-        weight_decay=0.01,
-    )
+    # A long warm-up and a large eps: without them Adam turns the rounding noise of parameters that
+    # have no gradient yet into full steps.
+    warmup = optim.linear_schedule(0, args.lr, 300)
+    schedule = optim.join_schedules([warmup, lambda _: mx.array(args.lr)], [300])
+    optimizer = optim.AdamW(schedule, eps=1e-5, weight_decay=0.01)
     mx.eval(model.parameters())
     size = sum(v.size for _, v in tree_flatten(model.trainable_parameters()))
     kernels = backend() if backend() and not args.no_metal else "none"
@@ -185,7 +184,8 @@ def main() -> None:
     bits, similarity = (sum(h[k] for h in last) / len(last) for k in range(2))
     print(f"{len(history)} steps in {time.perf_counter() - start:.0f} s")
     print(
-        f"bits per byte {bits:.3f}, similarity between streams {similarity:.3f} (mean of the last {len(last)} steps)"
+        f"bits per byte {bits:.3f}, similarity between streams {similarity:.3f} "
+        f"(mean of the last {len(last)} steps)"
     )
     print("sample:", sample(model, b"def ", 200, args.context))
 

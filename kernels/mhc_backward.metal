@@ -97,8 +97,10 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         mhc::load_streams<R>(dv + at * R, drow, C, c, whole);
       }
       UNROLL for (int e = 0; e < VEC; e += STEP) {
-        UNROLL for (int j = 0; j < N; ++j) { STAY_PACKED(xv[at * N + j]); }
-        UNROLL for (int i = 0; i < R; ++i) { STAY_PACKED(dv[at * R + i]); }
+        if (NORM) {
+          UNROLL for (int j = 0; j < N; ++j) { STAY_PACKED(xv[at * N + j]); }
+          UNROLL for (int i = 0; i < R; ++i) { STAY_PACKED(dv[at * R + i]); }
+        }
         float ds[R * STEP], u[STEP] = {}, d[STEP] = {}, du[STEP] = {}, out[STEP], w[STEP];
         if (NORM) mhc::load_floats<STEP>(w, weight + c + e, w_whole);
         UNROLL for (int q = 0; q < STEP; ++q) {

@@ -78,8 +78,8 @@ def launch(
 
     Args:
         name: File stem of the body.
-        inputs: Arrays by the name the body uses; None where this variant of the body does not read it.
-        outputs: Shape and dtype by the name the body uses; None where this variant does not write it.
+        inputs: Arrays by the name the body uses; None where this variant does not read it.
+        outputs: Shape and dtype by the name in the body; None where this variant has none.
         groups: Threadgroups, along x.
         threads: Threads in a threadgroup.
         template: Compile-time constants of the body.

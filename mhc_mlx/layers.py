@@ -27,7 +27,7 @@ def merge_streams(x: mx.array) -> mx.array:
 
 
 def expand_streams(h: mx.array, n: int) -> mx.array:
-    """Copy ``[..., C]`` into n equal streams ``[..., n, C]``: how a model enters hyper-connections."""
+    """Copy ``[..., C]`` into n equal streams ``[..., n, C]``: how a model enters."""
     if n < 1 or h.ndim < 1:
         got = f"{list(h.shape)} and {n}"
         raise ValueError(f"[expand_streams] h must be [..., C] and n positive but got {got}.")
@@ -88,9 +88,7 @@ class MHCLayer(nn.Module):
     ):
         super().__init__()
         if dynamic:
-            raise ValueError(
-                "[MHCLayer] dynamic must be False but got True: per-token coefficients are not built yet."
-            )
+            raise ValueError("[MHCLayer] dynamic must be False but got True: not built yet.")
         for name, value, most in (("n", n, ops.MAX_STREAMS), ("C", C, math.inf)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"[MHCLayer] {name} must be an int but got {type(value).__name__}.")
@@ -127,7 +125,7 @@ class MHCLayer(nn.Module):
     def __call__(
         self, x: mx.array, sublayer: Callable[[mx.array], mx.array] | None = None
     ) -> mx.array:
-        """``[..., n, C] -> [..., n, C]`` in x's dtype; ``sublayer`` is F, the identity by default."""
+        """``[..., n, C] -> [..., n, C]`` in x's dtype; ``sublayer`` is F, by default the identity."""
         options = {"use_metal": self.use_metal, "threads_per_group": self.threads_per_group}
         parameters = (self.H_pre, self.H_post, self.H_res, self.rms_weight)
         if sublayer is None:
@@ -138,4 +136,5 @@ class MHCLayer(nn.Module):
 
     def _extra_repr(self) -> str:
         n, C = self.H_pre.shape[0], self.rms_weight.shape[0]
-        return f"n={n}, C={C}, convention={self._convention.name}, iters={self._convention.iters}, eps={self.eps}"
+        c = self._convention
+        return f"n={n}, C={C}, convention={c.name}, iters={c.iters}, eps={self.eps}"

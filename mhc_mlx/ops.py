@@ -24,8 +24,8 @@ from .conventions import ROW_FIRST, STARTS, Convention
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 MAX_STREAMS = 64
-# Measured on an H100 (benchmarks/). Copies of a token: 1 is x, 2 is x and dout. A thread of an Apple
-# GPU has 128 registers, hence the smaller limit there.
+# Measured on an H100 (benchmarks/). Copies of a token: 1 is x, 2 is x and dout. A thread of an
+# Apple GPU has 128 registers, hence the smaller limit there.
 REGISTER_BYTES = {("metal", 1): 256, ("cuda", 1): 256, ("metal", 2): 256, ("cuda", 2): 512}
 FORWARD_GROUPS = 2112  # fills any GPU; fewer threadgroups than tokens share coefficients
 MANY_GROUPS = 1 << 16  # where a threadgroup fetches next to nothing before its first token

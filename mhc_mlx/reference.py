@@ -48,7 +48,7 @@ def sinkhorn_knopp(logits: mx.array, convention: Convention = ROW_FIRST) -> mx.a
 
 
 def gates(H_pre: mx.array, H_post: mx.array, convention: Convention) -> tuple[mx.array, mx.array]:
-    """h_pre = sigmoid(H_pre) + pre_eps and h_post = post_scale * sigmoid(H_post) + post_eps, float32
+    """h_pre = sigmoid(H_pre) + pre_eps, h_post = post_scale * sigmoid(H_post) + post_eps, float32
     (arXiv 2512.24880, eq. 8).
     """
     H_pre, H_post = _float(H_pre, H_post)

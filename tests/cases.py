@@ -99,7 +99,7 @@ class Case:
 
 
 def covering() -> list[Case]:
-    """Every n and every C with every dtype, each op and convention, in at most MAX_VARIANTS kernels."""
+    """Every n and C with every dtype, each op and convention, in at most MAX_VARIANTS kernels."""
     cases, conventions = [], list(CONVENTIONS.values())
     layers = ["mhc_layer", "mhc_static", "mhc_layer", "stream_aggregate_norm", "mhc_layer"]
     k = 0

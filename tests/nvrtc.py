@@ -113,7 +113,7 @@ def compile_cuda(name: str, source: str, arch: str = "sm_90a") -> tuple[str, dic
 
 
 def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> list[mx.array]:
-    """`kernel.launch` that compiles, for the oldest and the newest architecture, and runs nothing."""
+    """`kernel.launch` that compiles, for two architectures, and runs nothing."""
     source = cuda_source(name, inputs, outputs, threads, template)
     key = (name, source)
     if key not in figures:

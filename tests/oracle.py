@@ -1,4 +1,4 @@
-"""The equations in float64 NumPy, with gradients by hand. Written from DESIGN's equations, not from the reference."""
+"""The equations in float64 NumPy, with gradients by hand; written from the paper, not the reference."""
 
 import numpy as np
 

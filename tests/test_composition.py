@@ -1,4 +1,4 @@
-"""The ops inside MLX's transformations, on this machine's GPU and, without kernels, on any device."""
+"""The ops inside MLX's transformations, with this machine's kernels and without."""
 
 import tempfile
 

@@ -51,9 +51,10 @@ def test_identity_sublayer_is_the_fused_layer():
 
 
 def test_every_gradient_is_alive_after_a_few_steps():
-    """Equal streams hide h_res and h_pre: everywhere at step 0, in the first layer always."""
+    """Equal streams hide h_res and h_pre: everywhere at step 0, in the first layer always. The mean
+    at the end reads all streams alike, which hides the last h_res: its columns sum to one."""
     mx.random.seed(0)
-    layers = [m.MHCLayer(4, 16, layer_idx=k) for k in range(2)]
+    layers = [m.MHCLayer(4, 16, layer_idx=k) for k in range(3)]
     linears = [nn.Linear(16, 16) for _ in layers]
     model = nn.Module()
     model.layers, model.linears = layers, linears
@@ -68,11 +69,11 @@ def test_every_gradient_is_alive_after_a_few_steps():
     step, optimizer = nn.value_and_grad(model, loss), optim.SGD(0.5)
     for k in range(6):
         _, gradients = step(model)
-        zero = [name for name, g in tree_flatten(gradients) if mx.abs(g).max().item() < 1e-12]
-        print(f"zero at step {k}, because the streams are equal copies:", zero)
+        zero = [name for name, g in tree_flatten(gradients) if mx.abs(g).max().item() < 1e-10]
+        print(f"zero at step {k}, because streams are equal or read alike:", zero)
         optimizer.update(model, gradients)
         mx.eval(model.parameters())
-    assert set(zero) <= {"layers.0.H_pre", "layers.0.H_res"}, zero
+    assert set(zero) <= {"layers.0.H_pre", "layers.0.H_res", "layers.2.H_res"}, zero
 
 
 def test_safetensors_round_trip_and_set_dtype(tmp_path):

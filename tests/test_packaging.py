@@ -1,4 +1,4 @@
-"""kernels/ is found from a checkout, an editable install and a wheel; an edited body is the one that loads."""
+"""kernels/ is found from a checkout, an editable install and a wheel; an edited body loads."""
 
 import importlib.metadata
 import json

@@ -1,4 +1,7 @@
-"""Runs the exact Metal source that MLX generates for a launch, on the CPU (Linux; g++ >= 12 or clang >= 15)."""
+"""Runs the exact Metal source that MLX generates for a launch, on the CPU.
+
+Linux, with g++ >= 12 or clang >= 15.
+"""
 
 import ctypes
 import functools
