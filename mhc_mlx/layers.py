@@ -125,7 +125,7 @@ class MHCLayer(nn.Module):
     def __call__(
         self, x: mx.array, sublayer: Callable[[mx.array], mx.array] | None = None
     ) -> mx.array:
-        """``[..., n, C] -> [..., n, C]`` in x's dtype; ``sublayer`` is F, by default the identity."""
+        """``[..., n, C] -> [..., n, C]`` in x's dtype; sublayer is F, the identity by default."""
         options = {"use_metal": self.use_metal, "threads_per_group": self.threads_per_group}
         parameters = (self.H_pre, self.H_post, self.H_res, self.rms_weight)
         if sublayer is None:

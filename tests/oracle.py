@@ -1,4 +1,4 @@
-"""The equations in float64 NumPy, with gradients by hand; written from the paper, not the reference."""
+"""The equations in float64 NumPy, with gradients by hand; written from the paper."""
 
 import numpy as np
 
