@@ -323,7 +323,8 @@ def main() -> None:
     table = PRESETS[args.preset] if args.preset else DEFAULT
     if args.shape:
         shapes = [tuple(int(v) for v in s.split(",")) for s in args.shape]
-        table = {op: shapes for op in args.op or table}
+        square = [s for s in shapes if s[1] == s[2]]
+        table = {op: square if op == "sinkhorn_knopp" else shapes for op in args.op or table}
     cases = [(op, shape) for op in table if not args.op or op in args.op for shape in table[op]]
 
     def dtypes(op: str) -> list[str]:

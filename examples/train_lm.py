@@ -137,11 +137,18 @@ def main() -> None:
     mx.random.seed(args.seed)
     data = read_corpus(args.data)
     model = ByteLM(args.dim, args.depth, args.heads, args.streams, not args.no_metal)
-    # A long warm-up and a large eps: without them Adam turns the rounding noise of parameters that
-    # have no gradient yet into full steps.
-    warmup = optim.linear_schedule(0, args.lr, 300)
-    schedule = optim.join_schedules([warmup, lambda _: mx.array(args.lr)], [300])
-    optimizer = optim.AdamW(schedule, eps=1e-5, weight_decay=0.01)
+
+    def adam(lr):
+        # A long warm-up and an eps: without them Adam turns the rounding noise of parameters that
+        # have no gradient yet into full steps.
+        warmup = optim.linear_schedule(0, lr, 300)
+        schedule = optim.join_schedules([warmup, lambda _: mx.array(lr)], [300])
+        return optim.AdamW(schedule, eps=1e-6, weight_decay=0.01)
+
+    # Gates and mixing logits move by whole units where weights move by hundredths.
+    optimizer = optim.MultiOptimizer(
+        [adam(10 * args.lr), adam(args.lr)], [lambda name, _: "connections" in name]
+    )
     mx.eval(model.parameters())
     size = sum(v.size for _, v in tree_flatten(model.trainable_parameters()))
     kernels = backend() if backend() and not args.no_metal else "none"

@@ -9,46 +9,36 @@
 namespace mhc {
 
 // VEC neighbours that move in one load or store.
-template <typename T, int VEC>
-struct alignas(sizeof(T) * VEC) Pack {
-  T v[VEC];
-};
+template <typename T, int VEC> struct alignas(sizeof(T) * VEC) Pack { T v[VEC]; };
 
-template <int VEC, typename T>
-inline const device Pack<T, VEC>* packs(const device T* p) {
+template <int VEC, typename T> inline const device Pack<T, VEC>* packs(const device T* p) {
   return (const device Pack<T, VEC>*)p;
 }
-template <typename T>
-inline size_t address(const device T* p) {
+template <typename T> inline size_t address(const device T* p) {
   return static_cast<size_t>((const device char*)p - (const device char*)nullptr);
 }
 #ifndef ONE_ADDRESS_SPACE  // on Metal, MLX puts inputs of fewer than 8 elements in the constant address space
-template <int VEC, typename T>
-inline const constant Pack<T, VEC>* packs(const constant T* p) {
+template <int VEC, typename T> inline const constant Pack<T, VEC>* packs(const constant T* p) {
   return (const constant Pack<T, VEC>*)p;
 }
-template <typename T>
-inline size_t address(const constant T* p) {
+template <typename T> inline size_t address(const constant T* p) {
   return static_cast<size_t>((const constant char*)p - (const constant char*)nullptr);
 }
 #endif
 
 // A contiguous slice keeps its byte offset, so an input need not be aligned to a pack; outputs are.
-template <int VEC, typename P>
-inline bool aligned(P p) {
+template <int VEC, typename P> inline bool aligned(P p) {
   return VEC == 1 || address(p) % sizeof(*packs<VEC>(p)) == 0;
 }
 
-template <typename T, int VEC, typename P>
-inline Pack<T, VEC> load(P p, bool whole) {
+template <typename T, int VEC, typename P> inline Pack<T, VEC> load(P p, bool whole) {
   if (whole) return *packs<VEC>(p);
   Pack<T, VEC> r;
   UNROLL for (int e = 0; e < VEC; ++e) r.v[e] = p[e];
   return r;
 }
 
-template <int VEC, typename P>
-inline void load_floats(thread float (&v)[VEC], P p, bool whole) {
+template <int VEC, typename P> inline void load_floats(thread float (&v)[VEC], P p, bool whole) {
   if (whole) {
     const auto pack = *packs<VEC>(p);
     UNROLL for (int e = 0; e < VEC; ++e) v[e] = static_cast<float>(pack.v[e]);
@@ -78,8 +68,7 @@ inline void load_gates(P H, S h, Q params, uint tid) {
 }
 
 // mix = H, or its transpose
-template <int N, int THREADS, bool TRANSPOSED, typename P, typename S>
-inline void load_mix(P H, S mix, uint tid) {
+template <int N, int THREADS, bool TRANSPOSED, typename P, typename S> inline void load_mix(P H, S mix, uint tid) {
   for (uint k = tid; k < uint(N * N); k += THREADS)
     mix[TRANSPOSED ? (k % N) * N + k / N : k] = static_cast<float>(H[k]);
 }
@@ -122,8 +111,7 @@ inline void group_sum(thread float (&v)[COUNT], S scratch, O out, uint tid) {
 constexpr int lanes(int n) { return n <= 1 ? 1 : 2 * lanes((n + 1) / 2); }
 
 // Sum (or maximum) over W <= 32 lanes of v[c], left in lane c's v[0]: each exchange halves the columns.
-template <int O, bool MAX, int W>
-inline void scatter_sum(thread float (&v)[W], uint lane) {
+template <int O, bool MAX, int W> inline void scatter_sum(thread float (&v)[W], uint lane) {
   if constexpr (O > 0) {
     const bool high = (lane & uint(O)) != 0;
     UNROLL for (int j = 0; j < O; ++j) {
@@ -136,8 +124,7 @@ inline void scatter_sum(thread float (&v)[W], uint lane) {
 }
 
 // The sum (maximum) of column c over all lines of the matrix, in lane c. scratch is used above 32 lines: 128 floats.
-template <int N, bool MAX, typename S>
-inline float across(thread const float (&p)[N], uint lane, S scratch) {
+template <int N, bool MAX, typename S> inline float across(thread const float (&p)[N], uint lane, S scratch) {
   constexpr int W = lanes(N) < 32 ? lanes(N) : 32;
   const float none = MAX ? -3.0e38f : 0.0f;
   float v[W];
@@ -179,8 +166,7 @@ inline void gather(thread float (&all)[N], float value, uint lane, uint simd_lan
 enum { START_EXP = 0, START_SOFTMAX = 1, START_ADDITIVE = 2 };
 constexpr int steps_of(int start) { return start == START_EXP ? 2 : start == START_SOFTMAX ? 1 : 0; }
 
-template <int N, bool COLUMNS, typename P>
-inline void load_line(thread float (&p)[N], P logits, uint lane) {
+template <int N, bool COLUMNS, typename P> inline void load_line(thread float (&p)[N], P logits, uint lane) {
   UNROLL for (int j = 0; j < N; ++j) {
     const uint i = lane < uint(N) ? lane : 0u;
     p[j] = static_cast<float>(logits[COLUMNS ? uint(j * N) + i : i * uint(N) + uint(j)]);
@@ -188,8 +174,7 @@ inline void load_line(thread float (&p)[N], P logits, uint lane) {
 }
 
 // p = softmax(p) along the line
-template <int N>
-inline void softmax_line(thread float (&p)[N]) {
+template <int N> inline void softmax_line(thread float (&p)[N]) {
   float m = p[0], s = 0.0f;
   UNROLL for (int j = 1; j < N; ++j) m = metal::max(m, p[j]);
   UNROLL for (int j = 0; j < N; ++j) s += (p[j] = metal::precise::exp(p[j] - m));

@@ -78,9 +78,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
           UNROLL for (int q = 0; q < STEP; ++q) {
             const float f = static_cast<float>(v.v[e + q]);
             u[q] += pre[j] * f;
-            if (MIX) {
-              UNROLL for (int i = 0; i < N; ++i) acc[i * STEP + q] += mix[j * N + i] * f;
-            }
+            if (MIX) UNROLL for (int i = 0; i < N; ++i) acc[i * STEP + q] += mix[j * N + i] * f;
           }
         }
         UNROLL for (int q = 0; q < STEP; ++q) u[q] *= r * w[e + q];
@@ -90,9 +88,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
           if (!CACHED) *(device mhc::Pack<T, VEC>*)(orow + i * C + c) = o[0];
         }
       }
-      UNROLL for (int i = 0; i < R; ++i) {
-        if (CACHED) *(device mhc::Pack<T, VEC>*)(orow + i * C + c) = o[i];
-      }
+      UNROLL for (int i = 0; i < R; ++i) if (CACHED) *(device mhc::Pack<T, VEC>*)(orow + i * C + c) = o[i];
     }
   }
 }

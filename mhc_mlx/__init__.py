@@ -14,27 +14,3 @@ from .ops import (
 from .reference import rms_norm, stream_aggregate, stream_distribute, stream_mix
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "ADDITIVE",
-    "DEEPSEEK_V4",
-    "PAPER",
-    "ROW_FIRST",
-    "Convention",
-    "MHCLayer",
-    "backend",
-    "expand_streams",
-    "merge_streams",
-    "mhc_layer",
-    "mhc_static",
-    "reduce_streams",
-    "rms_norm",
-    "sinkhorn_knopp",
-    "split_streams",
-    "stream_aggregate",
-    "stream_aggregate_norm",
-    "stream_distribute",
-    "stream_mix",
-    "stream_mix_add",
-    "vmap",
-]

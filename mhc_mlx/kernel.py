@@ -37,26 +37,13 @@ def text(name: str) -> str:
 
 
 @functools.cache
-def _build(
-    backend: str,
-    name: str,
-    inputs: tuple[str, ...],
-    outputs: tuple[str, ...],
-    absent: str,
-    threads: int,
-):
+def _build(backend: str, name: str, inputs: tuple, outputs: tuple, absent: str, threads: int):
     source, header = absent + text(f"{name}.metal"), text("common.h")
+    names = {"name": name, "input_names": inputs, "output_names": outputs}
     if backend == "metal":
-        return mx.fast.metal_kernel(
-            name=name, input_names=inputs, output_names=outputs, source=source, header=header
-        )
-    return mx.fast.cuda_kernel(
-        name=name,
-        input_names=inputs,
-        output_names=outputs,
-        source="METAL_POSITIONS " + source,
-        header=text("cuda.h").replace("THREADS", str(threads)) + header,
-    )
+        return mx.fast.metal_kernel(**names, source=source, header=header)
+    header = text("cuda.h").replace("THREADS", str(threads)) + header
+    return mx.fast.cuda_kernel(**names, source="METAL_POSITIONS " + source, header=header)
 
 
 def absent_pointers(inputs: dict, outputs: dict) -> str:
@@ -84,9 +71,7 @@ def launch(
         threads: Threads in a threadgroup.
         template: Compile-time constants of the body.
         verbose: Print the generated source.
-
-    Returns:
-        The outputs that are not None, in order.
+    Returns the outputs that are not None, in order.
     """
     absent = absent_pointers(inputs, outputs)
     inputs = {k: v for k, v in inputs.items() if v is not None}

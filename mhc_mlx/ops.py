@@ -32,8 +32,6 @@ MANY_GROUPS = 1 << 16  # where a threadgroup fetches next to nothing before its 
 BACKWARD_THREADS = 132 * 512  # what an H100 holds at 128 registers; a group leaves a row of sums
 ONE_LAUNCH_TOKENS = 1024  # up to here every threadgroup of `mhc_layer` projects H_res itself
 
-# Checks -------------------------------------------------------------------------------------------
-
 
 def _fail(op: str, argument: str, must: str, got) -> str:
     return f"[{op}] {argument} must {must} but got {got}."
@@ -48,7 +46,7 @@ def _check_dtype(op: str, **arrays: mx.array) -> None:
 
 
 def _check_array(op: str, name: str, a: mx.array, axes: str, sizes: tuple[int, ...], *lead) -> None:
-    """Check dtype and shape: ``sizes``, or behind leading axes if such are given."""
+    """Check dtype and shape: ``sizes``, also behind leading axes if such are given."""
     _check_dtype(op, **{name: a})
     if tuple(a.shape) not in (sizes, *((*axis, *sizes) for axis in lead)):
         own = [f"{letter}={size}" for letter, size in zip(axes, sizes, strict=True)]
@@ -98,9 +96,6 @@ def _check_threads(op: str, threads: int | None) -> None:
         raise TypeError(_fail(op, name, "be None or an int", type(threads).__name__))
     if threads % 32 or not 32 <= threads <= 1024:
         raise ValueError(_fail(op, name, "be a multiple of 32 from 32 to 1024", threads))
-
-
-# Dispatch -----------------------------------------------------------------------------------------
 
 
 _mapping: ContextVar[bool] = ContextVar("mapping", default=False)  # whether `vmap` traces
@@ -211,9 +206,6 @@ def _fused(name: str, present: tuple[bool, ...], statics: tuple, options: tuple)
     )
 
 
-# Launching ----------------------------------------------------------------------------------------
-
-
 @functools.cache
 def _constants(*values: float) -> mx.array:
     return mx.array(values, dtype=mx.float32)
@@ -274,9 +266,6 @@ def _params(eps: float, convention: Convention | None) -> mx.array:
     return _constants(eps, c.pre_eps, c.post_scale, c.post_eps, c.eps)
 
 
-# Sinkhorn-Knopp -----------------------------------------------------------------------------------
-
-
 def _sinkhorn_launch(name, inputs, dtype, convention, threads_per_group, verbose, backward):
     """A lane per line of a matrix, a power of two of lanes; as many matrices as a group holds."""
     logits = inputs["logits"]
@@ -307,9 +296,6 @@ def _sinkhorn_forward(logits, *options):
 def _sinkhorn_backward(logits, dh_res, *options):
     inputs = {"logits": logits, "dh_res": dh_res}
     return [_sinkhorn_launch("sinkhorn_knopp_backward", inputs, logits.dtype, *options, True)]
-
-
-# The static layer and the write back --------------------------------------------------------------
 
 
 def _layer_forward(
@@ -465,9 +451,6 @@ _KERNELS = {
         lambda *a: _layer_backward(*a[:6], *a[7:], convention=a[6]),
     ),
 }
-
-
-# The ops ------------------------------------------------------------------------------------------
 
 
 def _op(check: Callable) -> Callable:

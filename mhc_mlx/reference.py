@@ -61,27 +61,16 @@ def gates(H_pre: mx.array, H_post: mx.array, convention: Convention) -> tuple[mx
 def stream_aggregate(x: mx.array, h_pre: mx.array) -> mx.array:
     """What a sublayer reads: ``u = sum_j h_pre[j] x[j]``.
 
-    Args:
-        x: ``[..., n, C]``.
-        h_pre: ``[n]``, or ``[..., n]`` per token.
-
-    Returns:
-        u ``[..., C]`` in x's dtype.
+    x ``[..., n, C]``, h_pre ``[n]`` or per token ``[..., n]``; u ``[..., C]`` in x's dtype.
     """
     xf, h_pre = _float(x, h_pre)
     return (h_pre[..., None] * xf).sum(-2).astype(x.dtype)
 
 
 def rms_norm(u: mx.array, weight: mx.array, eps: float = 1e-5) -> mx.array:
-    """``u * rsqrt(mean(u**2) + eps) * weight`` over the last axis.
+    """``u * rsqrt(mean(u**2) + eps) * weight`` over the last axis, in u's dtype.
 
-    Args:
-        u: ``[..., C]``.
-        weight: ``[C]``.
-        eps: Added to the mean square, above 0.
-
-    Returns:
-        ``[..., C]`` in u's dtype.
+    u ``[..., C]``, weight ``[C]``, eps above 0.
     """
     uf, weight = _float(u, weight)
     return (uf * mx.rsqrt(mx.mean(uf * uf, axis=-1, keepdims=True) + eps) * weight).astype(u.dtype)
@@ -108,12 +97,7 @@ def stream_aggregate_norm(
 def stream_distribute(y: mx.array, h_post: mx.array) -> mx.array:
     """What a sublayer writes: ``out[i] = h_post[i] y``.
 
-    Args:
-        y: ``[..., C]``.
-        h_post: ``[n]``, or ``[..., n]`` per token.
-
-    Returns:
-        ``[..., n, C]`` in y's dtype.
+    y ``[..., C]``, h_post ``[n]`` or per token ``[..., n]``; out ``[..., n, C]`` in y's dtype.
     """
     yf, h_post = _float(y, h_post)
     return (h_post[..., None] * yf[..., None, :]).astype(y.dtype)
@@ -122,12 +106,7 @@ def stream_distribute(y: mx.array, h_post: mx.array) -> mx.array:
 def stream_mix(x: mx.array, h_res: mx.array) -> mx.array:
     """How streams pass a sublayer: ``out[i] = sum_j h_res[i, j] x[j]``.
 
-    Args:
-        x: ``[..., n, C]``.
-        h_res: ``[n, n]``, or ``[..., n, n]`` per token, row = output.
-
-    Returns:
-        ``[..., n, C]`` in x's dtype.
+    x ``[..., n, C]``, h_res ``[n, n]`` or per token ``[..., n, n]``; out in x's dtype and shape.
     """
     xf, h_res = _float(x, h_res)
     terms = [h_res[..., j, None] * xf[..., j : j + 1, :] for j in range(x.shape[-2])]
