@@ -255,7 +255,7 @@ def sweep(bench: Bench, op: str, shape, name: str) -> list[dict]:
                     continue
 
                 def forced(n, C, size, copies, _, backend, vec=vec, threads=threads, passes=passes):
-                    held = passes * copies * n * max(4, vec * size)
+                    held = passes * copies * n * (max(4, vec * size) if copies == 1 else 4 * vec)
                     fits = n <= 8 and held <= ops.REGISTER_BYTES[backend, copies]
                     return ops._Geometry(vec, threads, passes, fits)
 

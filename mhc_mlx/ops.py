@@ -102,10 +102,8 @@ _mapping: ContextVar[bool] = ContextVar("mapping", default=False)  # whether `vm
 
 
 class _Fused(NamedTuple):
-    """An op's kernels: `forward` bare, `op` differentiable."""
-
-    forward: Callable
-    op: Callable
+    forward: Callable  # the kernels bare
+    op: Callable  # differentiable
 
 
 def _fuse(plain: Callable, forward: Callable, backward: Callable, shared_ndim: tuple) -> _Fused:
@@ -216,8 +214,7 @@ def _identity(n: int) -> mx.array:
     return mx.eye(n)
 
 
-def _flat(a: mx.array, ndim: int) -> mx.array:
-    """All leading axes as one, so that ``ndim`` are left."""
+def _flat(a: mx.array, ndim: int) -> mx.array:  # all leading axes as one
     return a if a.ndim == ndim else a.reshape(-1, *a.shape[a.ndim - ndim + 1 :])
 
 
@@ -239,18 +236,24 @@ def _geometry(
     """How a threadgroup takes a token of n x C elements of ``size`` bytes.
 
     vec: Neighbours per load: up to 16 bytes, dividing C, few enough for the sums of n streams.
-    threads: One per vec, a multiple of 32, at most 256 (128 where n * n sums fill the registers).
+    threads: One per vec, a multiple of 32, at most 256 (128 where sums fill the registers).
     passes: How often they go over a stream.
     fits: Whether ``copies`` of a token stay in registers; n > 8 would unroll n * n loops.
     """
     vec = math.gcd(C, 16 // size)
     while n * vec > 64:
         vec //= 2
-    packs, most = C // vec, 128 if copies == 2 and 4 < n <= 8 else 256
-    threads = threads_per_group or 32 * math.ceil(packs / math.ceil(packs / most) / 32)
-    passes = math.ceil(packs / threads)
-    held = passes * copies * n * max(4, vec * size)
-    return _Geometry(vec, threads, passes, n <= 8 and held <= REGISTER_BYTES[backend, copies])
+    crowded = copies == 2 and 4 < n <= 8
+    widths, most = (vec, min(vec, 4)) if crowded else (vec,), 128 if crowded and size == 4 else 256
+    for vec in widths:
+        packs = C // vec
+        threads = threads_per_group or 32 * math.ceil(packs / math.ceil(packs / most) / 32)
+        passes = math.ceil(packs / threads)
+        held = passes * copies * n * (max(4, vec * size) if copies == 1 else 4 * vec)
+        fits = n <= 8 and held <= REGISTER_BYTES[backend, copies]
+        if fits:
+            break
+    return _Geometry(vec, threads, passes, fits)
 
 
 def _projection(convention: Convention | None) -> dict[str, int | bool]:
