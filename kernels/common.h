@@ -108,7 +108,7 @@ inline void group_sum(thread float (&v)[COUNT], S scratch, O out, uint tid) {
 
 // ---- Sinkhorn-Knopp: W lanes hold a matrix, lane i its line i (the lines that the first half-step normalises).
 
-constexpr int lanes(int n) { return n <= 1 ? 1 : 2 * lanes((n + 1) / 2); }
+constexpr int lanes(int n) { return n <= 1 ? 1 : n <= 2 ? 2 : n <= 4 ? 4 : n <= 8 ? 8 : n <= 16 ? 16 : n <= 32 ? 32 : 64; }
 
 // Sum (or maximum) over W <= 32 lanes of v[c], left in lane c's v[0]: each exchange halves the columns.
 template <int O, bool MAX, int W> inline void scatter_sum(thread float (&v)[W], uint lane) {
