@@ -1,5 +1,5 @@
-// mhc_backward_tiled: mhc_backward for a token that does not fit in registers (N > 8, or a large C); x and dout are
-// read twice, once for the sums of the RMSNorm and once tile by tile.
+// mhc_backward_tiled: mhc_backward for N > 8, whose N * N sums no thread can hold; x and dout are read twice,
+// once for the sums of the RMSNorm and once tile by tile.
 //
 // in, out  as mhc_backward; H_res is never logits here
 // own  a tile is TILE channels of all streams in threadgroup memory: a simdgroup takes rows of dx, a thread takes
@@ -14,7 +14,7 @@ constexpr int RES_AT = POST_AT + (POST_PER_TOKEN || !MIX ? 0 : N);
 constexpr int WEIGHT_AT = RES_AT + (RES_PER_TOKEN || !MIX ? 0 : N * N);
 constexpr int EDGE = (N + 3) / 4;
 constexpr int BLOCKS = EDGE * EDGE;
-constexpr int SLICES = THREADS < BLOCKS ? 1 : THREADS / BLOCKS < TILE ? THREADS / BLOCKS : TILE;
+constexpr int SLICES = THREADS < BLOCKS || N > 48 ? 1 : THREADS / BLOCKS < TILE ? THREADS / BLOCKS : TILE;
 constexpr int MINE = (BLOCKS + THREADS - 1) / THREADS;  // blocks of one thread
 constexpr int LINES = (N + SIMDS - 1) / SIMDS;          // rows of dh_pre and of dh_post of one simdgroup
 constexpr int ROWS = LINES < 8 ? LINES : 8;             // rows of dx that a simdgroup makes at once
