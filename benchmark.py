@@ -1,10 +1,11 @@
 """Measure every op: `op direction dtype shape | us | GB/s | % of copy | x compiled reference`.
 
 Bytes are the fewest that an op can move (inputs read once, outputs written once; coefficients are
-noise), and the roof is `mx.abs` moving as many bytes in the same run. Parity with the reference is
-checked first. Input sets rotate, together larger than the cache, so that caches do not flatter; one
-evaluation spans many calls, so the time holds MLX's own work too. Backward is the gradients alone
-(no baseline: the reference cannot skip its forward), forward+backward output and gradients.
+noise), and the roof is `mx.abs` moving as many bytes, timed in turn with the op. Parity with the
+reference is checked first. Input sets rotate, together larger than the cache, so that caches do not
+flatter; one evaluation spans many calls, so the time holds MLX's own work too. Backward is the
+gradients alone (no baseline: the reference cannot skip its forward), forward+backward output and
+gradients.
 """
 
 import argparse
@@ -102,24 +103,28 @@ def mandatory_bytes(op: str, direction: str, shape: tuple[int, int, int], dtype:
     ]
 
 
-def seconds(f, sets: list, budget: float) -> tuple[float, float]:
-    """Median seconds per call of five runs, and (largest - smallest) / median."""
+def race(budget: float, *contestants: tuple) -> list[list[float]]:
+    """Seconds per call in five rounds, for each (function, input sets). They run in turn, so that
+    the clocks and the memory of one moment serve all alike."""
 
-    def run(calls):
+    def run(f, sets, calls):
         start = time.perf_counter()
         mx.eval([f(*sets[i % len(sets)]) for i in range(calls)])
         mx.synchronize()
         return (time.perf_counter() - start) / calls
 
-    run(2)
-    run(len(sets))
-    calls = max(len(sets), min(400, int(budget / 5 / max(run(len(sets)), 1e-6))))
-    result_bytes = sum(a.nbytes for a in sets[0])
-    calls = max(2, min(calls, (24 << 30) // max(1, 2 * result_bytes)))
-    run(calls)  # once for the allocator: the first run at a size is often half as fast
-    times = [run(calls) for _ in range(5)]
-    median = statistics.median(times)
-    return median, (max(times) - min(times)) / median
+    plan = []
+    for f, sets in contestants:
+        run(f, sets, 2)
+        run(f, sets, len(sets))
+        calls = max(len(sets), min(400, int(budget / 5 / max(run(f, sets, len(sets)), 1e-6))))
+        plan.append((f, sets, max(2, min(calls, (12 << 30) // sum(a.nbytes for a in sets[0])))))
+    for _ in range(2):  # the first round at a size is for the allocator: often half as fast
+        times = [[run(*entry)] for entry in plan]
+    for _ in range(4):
+        for one, entry in zip(times, plan, strict=True):
+            one.append(run(*entry))
+    return times
 
 
 def directed(f, direction: str, arrays: int):
@@ -151,56 +156,45 @@ def worst_error(op: str, arrays: list[mx.array], cotangent: mx.array, **options)
 
 class Bench:
     def __init__(self, budget: float, peak: float | None):
-        self.budget, self.peak, self.copies, self.copy_gbps = budget, peak, {}, 0.0
-
-    def copy_seconds(self, size: int) -> float:
-        """mx.abs reading and writing ``size`` bytes in all."""
-        elements = max(64, size // 2 // 4)
-        if elements not in self.copies:
-            sets = [[mx.random.normal((elements,))] for _ in range(self.sets(elements * 4))]
-            mx.eval(sets)
-            self.copies[elements] = seconds(mx.abs, sets, self.budget)[0]
-            self.copy_gbps = max(self.copy_gbps, 8e-9 * elements / self.copies[elements])
-        return self.copies[elements]
+        self.budget, self.peak, self.copy_gbps = budget, peak, 0.0
 
     @staticmethod
-    def sets(size: int) -> int:
-        return max(2, min(32, CACHE // max(size, 1)))
+    def sets(make) -> list[list[mx.array]]:
+        """Input sets that together exceed any cache."""
+        sets = [make()]
+        size = sum(a.nbytes for a in sets[0])
+        sets += [make() for _ in range(max(2, min(32, CACHE // size)) - 1)]
+        mx.eval(sets)
+        return sets
 
     def row(
         self, op: str, direction: str, shape, name: str, threads: int | None, baseline: bool = True
     ) -> dict:
-        dtype, reference_f = DTYPES[name], getattr(reference, op)
-        size = mandatory_bytes(op, direction, shape, dtype)
-        sets = []
-        for _ in range(self.sets(sum(a.nbytes for a in make_inputs(op, shape, dtype)))):
+        dtype, plain = DTYPES[name], getattr(reference, op)
+
+        def inputs():
             arrays = make_inputs(op, shape, dtype)
-            shape_out = reference_f(*arrays).shape
             out_dtype = mx.float32 if op == "sinkhorn_knopp" else dtype
-            sets.append([*arrays, mx.random.normal(shape_out).astype(out_dtype)])
-        mx.eval(sets)
-        n = len(sets[0]) - 1
-        f = directed(lambda *a: getattr(ops, op)(*a, threads_per_group=threads), direction, n)
-        us, spread = seconds(f, sets, self.budget)
-        row = {
-            "op": op,
-            "direction": direction,
-            "dtype": name,
-            "shape": list(shape),
-            "us": us * 1e6,
-        }
-        row |= {
-            "spread": spread,
-            "gbps": size / us / 1e9,
-            "percent_of_copy": 100 * self.copy_seconds(size) / us,
-        }
+            return [*arrays, mx.random.normal(plain(*arrays).shape).astype(out_dtype)]
+
+        def fused(*arrays):
+            return getattr(ops, op)(*arrays, threads_per_group=threads)
+
+        size = mandatory_bytes(op, direction, shape, dtype)
+        sets, half = self.sets(inputs), max(64, size // 2 // 4)  # float32 read, and written
+        runners = [(directed(fused, direction, len(sets[0]) - 1), sets)]
+        runners += [(mx.abs, self.sets(lambda: [mx.random.normal((half,))]))]
+        if baseline and direction != "backward":
+            runners += [(directed(plain, direction, len(sets[0]) - 1), sets)]
+        times = race(self.budget, *runners)
+        median, copy, *compiled = map(statistics.median, times)
+        self.copy_gbps = max(self.copy_gbps, 8e-9 * half / copy)
+        row = {"op": op, "direction": direction, "dtype": name, "shape": list(shape)}
+        row |= {"us": median * 1e6, "spread": (max(times[0]) - min(times[0])) / median}
+        row |= {"gbps": size / median / 1e9, "percent_of_copy": 100 * copy / median}
         if self.peak:
-            row["percent_of_peak"] = 100 * size / us / 1e9 / self.peak
-        row["speedup_vs_compiled"] = None
-        if baseline:
-            row["speedup_vs_compiled"] = (
-                seconds(directed(reference_f, direction, n), sets, self.budget)[0] / us
-            )
+            row["percent_of_peak"] = row["gbps"] / self.peak * 100
+        row["speedup_vs_compiled"] = compiled[0] / median if compiled else None
         return row | {"threads_per_group": threads}
 
 
@@ -408,8 +402,9 @@ def cpu_table(cases, bench: Bench) -> None:
         shape = (min(B, 256), n, C)
         arrays = make_inputs(op, shape, mx.float32)
         mx.eval(arrays)
-        plain = seconds(getattr(reference, op), [arrays], bench.budget)[0]
-        fast = seconds(mx.compile(getattr(reference, op)), [arrays], bench.budget)[0]
+        f = getattr(reference, op)
+        times = race(bench.budget, (f, [arrays]), (mx.compile(f), [arrays]))
+        plain, fast = map(statistics.median, times)
         print(
             f"{op:22} {shape} plain {plain * 1e6:9.1f} us, compiled {fast * 1e6:9.1f} us",
             flush=True,

@@ -320,7 +320,7 @@ def _layer_forward(
         "mhc_fused",
         arrays | {"params": _params(eps, convention)},
         {"out": (x.shape if mix else (tokens, C), x.dtype)},
-        min(tokens, FORWARD_GROUPS),
+        math.ceil(tokens / max(1, math.ceil(tokens / FORWARD_GROUPS))),  # as many turns for all
         g.threads,
         template,
         verbose,
