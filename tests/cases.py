@@ -119,7 +119,7 @@ def covering() -> list[Case]:
     for n, names in ((3, "A"), (4, "PRAD")):
         for name in names:
             convention = next(c for c in conventions if c.name.startswith(name))
-            cases.append(Case("sinkhorn_knopp", (3 if n > 8 else 37,), n, n, convention=convention))
+            cases.append(Case("sinkhorn_knopp", (101,), n, n, convention=convention))
     few = replace(PAPER, iters=1)
     return cases + [
         Case(

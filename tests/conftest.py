@@ -7,17 +7,22 @@ import sys
 import mlx.core as mx
 import pytest
 
-from mhc_mlx import kernel
+from mhc_mlx import kernel, ops
 
 variants: set = set()
+# In the simulator: so few threadgroups that each takes several of a case's tokens or matrices.
+FEW_GROUPS = {"FORWARD_GROUPS": 2, "MANY_GROUPS": 2, "BACKWARD_THREADS": 64}
 
 
 def pytest_addoption(parser):
     parser.addoption("--all-rungs", action="store_true", help="a rung that cannot run fails")
+    parser.addoption("--examples", type=int, help="this many new random calls in test_hypothesis")
 
 
 def missing(rung: str) -> str | None:
     """Why a rung cannot run here, or None."""
+    if rung == "stand-in":
+        return None
     if rung == "gpu":
         return None if kernel.backend() else "no Metal or CUDA device"
     if rung == "simulator":
@@ -45,12 +50,22 @@ def need(request):
 
 @contextlib.contextmanager
 def executor(rung: str):
-    """Kernels run by the simulator or this machine's GPU, or compiled by NVRTC and not run."""
+    """Kernels run by the simulator, this machine's GPU or the stand-in, or compiled by NVRTC.
+
+    Yields the set of the variants that were launched.
+    """
     launch, backend = kernel.launch, kernel.backend
+    groups = {k: getattr(ops, k) for k in FEW_GROUPS}
     if rung == "simulator":
         import simulator
 
         run = simulator.launch
+        vars(ops).update(FEW_GROUPS)
+        kernel.backend = lambda: kernel._traced or "metal"
+    elif rung == "stand-in":
+        import standin
+
+        run = standin.launch
         kernel.backend = lambda: kernel._traced or "metal"
     elif rung == "nvrtc":
         import nvrtc
@@ -60,16 +75,20 @@ def executor(rung: str):
     else:
         run = launch
 
+    launched = set()
+
     def counted(name, inputs, outputs, groups, threads, template, verbose=False):
         kinds = tuple((k, v.dtype, v.size < 8) for k, v in inputs.items() if v is not None)
-        variants.add((rung, name, tuple(template.items()), kinds))
+        launched.add((rung, name, tuple(template.items()), kinds))
         return run(name, inputs, outputs, groups, threads, template, verbose)
 
     kernel.launch = counted
     try:
-        yield
+        yield launched
     finally:
+        variants.update(launched)
         kernel.launch, kernel.backend = launch, backend
+        vars(ops).update(groups)
 
 
 def pytest_terminal_summary(terminalreporter):

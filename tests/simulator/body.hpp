@@ -1,0 +1,70 @@
+// Metal's words for a body compiled for the CPU. Every call that needs the other threads goes to runtime.cpp.
+#pragma once
+#define ONE_ADDRESS_SPACE
+#define UNROLL
+#define STAY_PACKED(value)
+#define RECIPROCAL(v) (1.0f / (v))
+
+typedef unsigned int uint;
+typedef unsigned short ushort;
+typedef signed char int8_t;
+typedef unsigned char uint8_t;
+typedef short int16_t;
+typedef unsigned short uint16_t;
+typedef int int32_t;
+typedef unsigned int uint32_t;
+typedef __INT64_TYPE__ int64_t;
+typedef __UINT64_TYPE__ uint64_t;
+typedef __SIZE_TYPE__ size_t;
+struct uint3 {
+  uint x, y, z;
+};
+
+struct bfloat {  // round to nearest even; conversions from float are explicit, as in Metal
+  uint16_t bits;
+  bfloat() = default;
+  explicit bfloat(float f) {
+    const uint32_t u = __builtin_bit_cast(uint32_t, f);
+    bits = (u & 0x7fffffff) > 0x7f800000 ? (u >> 16) | 0x40 : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  }
+  operator float() const { return __builtin_bit_cast(float, uint32_t(bits) << 16); }
+};
+typedef bfloat bfloat16_t;
+typedef _Float16 half;
+typedef half float16_t;
+
+enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
+
+extern "C" {
+uint sim_thread();
+uint sim_group();
+uint sim_groups();
+uint sim_threads();
+void* sim_buffer(int k);
+void* sim_threadgroup(const char* name, size_t bytes, size_t element);
+void sim_barrier(int flags, const char* file, int line);
+float sim_exchange(float v, uint lane, const char* file, int line);
+}
+
+#define HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+inline void threadgroup_barrier(mem_flags flags, HERE) { sim_barrier(int(flags), file, line); }
+inline float simd_shuffle_xor(float v, ushort mask, HERE) { return sim_exchange(v, (sim_thread() & 31u) ^ mask, file, line); }
+inline float simd_shuffle(float v, ushort lane, HERE) { return sim_exchange(v, lane, file, line); }
+inline float simd_sum(float v, HERE) {
+  for (ushort o = 1; o < 32; o *= 2) v += sim_exchange(v, (sim_thread() & 31u) ^ o, file, line);
+  return v;
+}
+#undef HERE
+namespace metal {
+inline float max(float a, float b) { return __builtin_fmaxf(a, b); }
+namespace precise {
+inline float exp(float v) { return __builtin_expf(v); }
+inline float log(float v) { return __builtin_logf(v); }
+inline float rsqrt(float v) { return 1.0f / __builtin_sqrtf(v); }
+}  // namespace precise
+}  // namespace metal
+using namespace metal;
+
+// The declaration `threadgroup T name[extent];` becomes a reference to memory that the runtime watches.
+#define THREADGROUP_ARRAY(T, name, extents) \
+  T(&name) extents = *reinterpret_cast<T(*) extents>(sim_threadgroup(#name, sizeof(T extents), sizeof(T)))

@@ -1,0 +1,345 @@
+// Executes a body: every thread of a threadgroup is a fiber, 32 of them a simdgroup; and sees every access to memory,
+// because g++ calls __tsan_read and __tsan_write for each (-fsanitize=thread, with these functions for a runtime).
+#include <dlfcn.h>
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+namespace {
+
+typedef unsigned int uint;
+enum { RUNNING, AT_SIMD, AT_BARRIER, DONE };
+
+struct Fiber {
+  ucontext_t start;
+  jmp_buf here;
+  bool started;
+  int state, line, flags;
+  const char* file;
+  uint tid, arrays;
+  float value;
+};
+
+struct Buffer {  // filled in by __init__.py
+  char* data;
+  size_t bytes, element;
+  const char* name;
+  int output;  // 1; 2 where the thread that wrote an element may write it again
+  uint32_t* loads;     // per element
+  uint32_t* stores;    // per element
+  uint32_t* writer;    // thread of the grid that stored it
+  uint64_t* where;     // from this instruction
+};
+
+struct Touch {  // last write and read of an element of threadgroup memory; an epoch ends at a barrier
+  uint write_epoch, read_epoch;
+  int writer, reader, other_reader;  // threads; -1 is none
+};
+
+struct Array {
+  const char* name;
+  char* data;
+  size_t bytes, element;
+  std::vector<Touch> touches;
+};
+
+constexpr size_t STACK = 128 << 10, RED_ZONE = 4096, LIMIT = 32 << 10;
+constexpr int MEM_THREADGROUP = 2;
+
+std::vector<Fiber> fibers;
+std::vector<char> stacks, arena;
+std::vector<Array> arrays;
+std::vector<Buffer*> buffers;
+Fiber* current;
+jmp_buf scheduler;
+uint threads, group, groups, epoch, first_epoch;
+void (*kernel)();
+std::string error;
+void* error_at;
+
+[[noreturn]] void leave() { _longjmp(scheduler, 1); }
+
+// The first error; __init__.py replaces the address by file and line.
+bool fail(void* where, const char* format, ...) {
+  char text[512];
+  va_list list;
+  va_start(list, format);
+  std::vsnprintf(text, sizeof text, format, list);
+  va_end(list);
+  error = text;
+  error_at = where;
+  return false;
+}
+
+void stop(int state, const char* file, int line) {
+  current->state = state;
+  current->file = file;
+  current->line = line;
+  if (!_setjmp(current->here)) leave();
+}
+
+void thread_main() {
+  kernel();
+  current->state = DONE;
+  current->line = 0;
+  leave();
+}
+
+bool resume(Fiber& f) {
+  if (f.state != RUNNING) return false;
+  current = &f;
+  if (!_setjmp(scheduler)) {
+    if (f.started) _longjmp(f.here, 1);
+    f.started = true;
+    setcontext(&f.start);
+  }
+  current = nullptr;
+  return true;
+}
+
+std::string words(const Fiber& f) {
+  const char* what[] = {"runs", "is at the simd operation at", "is at the barrier at", "has returned"};
+  std::string text = "thread " + std::to_string(f.tid) + " " + what[f.state];
+  return f.line ? text + " " + f.file + ":" + std::to_string(f.line < 0 ? -f.line : f.line) : text;
+}
+bool apart(const Fiber& a, const Fiber& b, const char* what) {
+  return fail(nullptr, "%s: %s, %s, threadgroup %u", what, words(a).c_str(), words(b).c_str(), group);
+}
+
+// Runs a simdgroup until its lanes stop, and releases them when all are at one simd operation.
+bool step(uint s) {
+  bool moved = false, all = true;
+  const uint first = s * 32, end = std::min(threads, first + 32);
+  for (uint i = first; i < end && error.empty(); ++i) moved |= resume(fibers[i]);
+  for (uint i = first; i < end; ++i) all &= fibers[i].state == AT_SIMD;
+  if (!all || !error.empty()) return moved && error.empty();
+  for (uint i = first; i < end; ++i) {
+    if (fibers[i].line != fibers[first].line || fibers[i].file != fibers[first].file)
+      return apart(fibers[first], fibers[i], "lanes at different simd operations");
+  }
+  for (uint i = first; i < end; ++i) fibers[i].state = RUNNING;
+  return true;
+}
+
+// schedule 0: lock-step; 1: each simdgroup as far ahead as barriers allow; 2: likewise, last simdgroup first
+bool run_group(int schedule) {
+  const uint simds = (threads + 31) / 32;
+  for (;;) {
+    bool moved = false;
+    for (uint q = 0; q < simds && error.empty(); ++q) {
+      const uint s = schedule == 2 ? simds - 1 - q : q;
+      if (schedule == 0) moved |= step(s);
+      else while (step(s)) moved = true;
+    }
+    if (!error.empty()) return false;
+    if (moved) continue;
+    bool done = true;
+    for (auto& f : fibers) done &= f.state == DONE;
+    if (done) return true;
+    for (auto& f : fibers) {
+      const Fiber& first = fibers[0];
+      if (f.state != first.state || f.line != first.line || f.file != first.file)
+        return apart(first, f, "not all threads reach one barrier");
+    }
+    for (auto& f : fibers) f.state = RUNNING;
+    if (fibers[0].flags & MEM_THREADGROUP) ++epoch;
+  }
+}
+
+void threadgroup_access(Array& a, size_t offset, size_t size, bool write, void* where) {
+  for (size_t e = offset / a.element; e * a.element < offset + size; ++e) {
+    Touch& t = a.touches[e];
+    const int me = int(current->tid);
+    if (!write && t.write_epoch < first_epoch) {
+      fail(where, "thread %d of threadgroup %u reads %s[%zu], which nobody wrote", me, group, a.name, e);
+      leave();
+    }
+    const bool written = t.write_epoch == epoch, read = t.read_epoch == epoch;
+    int other = written && t.writer != me ? t.writer : -1;
+    if (other < 0 && write && read) other = t.reader != me ? t.reader : t.other_reader;
+    if (other >= 0) {
+      fail(where, "race: thread %d of threadgroup %u %s %s[%zu], which thread %d %s, with no barrier between", me, group,
+           write ? "writes" : "reads", a.name, e, other, written && other == t.writer ? "wrote" : "read");
+      leave();
+    }
+    if (write) t.write_epoch = epoch, t.writer = me;
+    else if (!read) t.read_epoch = epoch, t.reader = me, t.other_reader = -1;
+    else if (t.reader != me) t.other_reader = me;
+  }
+}
+
+void device_access(Buffer& b, size_t offset, size_t size, bool write, void* where) {
+  const uint me = group * threads + current->tid;
+  for (size_t e = offset / b.element; e * b.element < offset + size; ++e) {
+    if (write) {
+      if (!b.output) fail(where, "thread %u of threadgroup %u writes the input %s[%zu]", current->tid, group, b.name, e);
+      else if (b.stores[e]++ && (b.output == 1 || b.writer[e] != me))
+        fail(where, "thread %u of threadgroup %u writes %s[%zu], which thread %u of threadgroup %u wrote", current->tid,
+             group, b.name, e, b.writer[e] % threads, b.writer[e] / threads);
+      if (!error.empty()) leave();
+      b.writer[e] = me;
+      b.where[e] = uint64_t(where);
+    } else {
+      b.loads[e]++;
+      if (b.output && (!b.stores[e] || b.writer[e] != me)) {
+        fail(where, "thread %u of threadgroup %u reads the output %s[%zu], which %s", current->tid, group, b.name, e,
+             b.stores[e] ? "another thread wrote" : "nobody wrote");
+        leave();
+      }
+    }
+  }
+}
+
+void access(void* p, size_t size, size_t alignment, bool write, void* where) {
+  if (!current) return;
+  const char* a = static_cast<char*>(p);
+  if (a >= stacks.data() && a < stacks.data() + stacks.size()) return;  // registers
+  const char* what = write ? "writes" : "reads";
+  if (uintptr_t(p) % alignment) {
+    fail(where, "thread %u of threadgroup %u %s %zu bytes at an address that is no multiple of %zu", current->tid, group,
+         what, size, alignment);
+    leave();
+  }
+  const char* near = "no buffer";
+  long element = 0;
+  size_t distance = ~size_t(0);
+  auto seen = [&](const char* name, const char* data, size_t bytes, size_t item) {
+    if (a >= data && a + size <= data + bytes) return true;
+    const size_t away = a < data ? data - a : a - data - bytes;
+    if (away < distance) distance = away, near = name, element = long((a < data ? a - data - long(item) + 1 : a - data) / long(item));
+    return false;
+  };
+  if (a >= arena.data() && a < arena.data() + arena.size()) {
+    for (auto& array : arrays)
+      if (seen(array.name, array.data, array.bytes, array.element))
+        return threadgroup_access(array, a - array.data, size, write, where);
+  } else {
+    for (auto* b : buffers)
+      if (seen(b->name, b->data, b->bytes, b->element)) return device_access(*b, a - b->data, size, write, where);
+  }
+  fail(where, "thread %u of threadgroup %u %s out of bounds: %s[%ld]", current->tid, group, what, near, element);
+  leave();
+}
+
+}  // namespace
+
+extern "C" {
+
+uint sim_thread() { return current->tid; }
+uint sim_group() { return group; }
+uint sim_groups() { return groups; }
+uint sim_threads() { return threads; }
+void* sim_buffer(int k) { return buffers[k]->data; }
+
+// Of an instruction in its library.
+uint64_t sim_offset(uint64_t where) {
+  Dl_info info;
+  return where && dladdr(reinterpret_cast<void*>(where), &info) ? where - uint64_t(info.dli_fbase) : 0;
+}
+
+// The thread's next threadgroup array; the first thread that asks makes it.
+void* sim_threadgroup(const char* name, size_t bytes, size_t element) {
+  const uint k = current->arrays++;
+  if (k == arrays.size()) {
+    size_t total = bytes, offset = RED_ZONE;
+    for (auto& a : arrays) total += a.bytes, offset += a.bytes + RED_ZONE;
+    offset = (offset + 15) / 16 * 16;
+    if (total > LIMIT) {
+      fail(nullptr, "%zu bytes of threadgroup memory with %s: Metal has %zu", total, name, LIMIT);
+      leave();
+    }
+    arrays.push_back({name, arena.data() + offset, bytes, element, std::vector<Touch>(bytes / element)});
+  }
+  return arrays[k].data;
+}
+
+void sim_barrier(int flags, const char* file, int line) {
+  current->flags = flags;
+  stop(AT_BARRIER, file, line);
+}
+
+float sim_exchange(float v, uint lane, const char* file, int line) {
+  current->value = v;
+  const Fiber* first = &fibers[current->tid & ~31u];
+  stop(AT_SIMD, file, line);
+  v = first[lane].value;
+  stop(AT_SIMD, file, -line);  // nobody overwrites a value before all have read it
+  return v;
+}
+
+// Runs the grid. Returns an error or null; *where becomes the instruction's offset in its library, 0 if there is none.
+const char* simulate(void (*entry)(), Buffer* list, int count, uint group_count, uint thread_count, int schedule,
+                     uint64_t* where) {
+  kernel = entry;
+  threads = thread_count;
+  groups = group_count;
+  error.clear();
+  error_at = nullptr;
+  buffers.clear();
+  for (int k = 0; k < count; ++k) buffers.push_back(list + k);
+  arrays.clear();
+  arena.resize(LIMIT + 32 * RED_ZONE);
+  fibers.resize(threads);
+  stacks.resize(threads * STACK);
+  for (group = 0; group < groups && error.empty(); ++group) {
+    first_epoch = ++epoch;
+    for (uint i = 0; i < threads; ++i) {
+      Fiber& f = fibers[i];
+      f.started = false;
+      f.state = RUNNING;
+      f.tid = i;
+      f.arrays = 0;
+      getcontext(&f.start);
+      f.start.uc_stack.ss_sp = &stacks[i * STACK];
+      f.start.uc_stack.ss_size = STACK;
+      makecontext(&f.start, thread_main, 0);
+    }
+    run_group(schedule);
+  }
+  current = nullptr;
+  for (int k = 0; k < count && error.empty(); ++k) {
+    for (size_t e = 0; list[k].output && e < list[k].bytes / list[k].element && error.empty(); ++e)
+      if (!list[k].stores[e]) fail(nullptr, "nobody writes %s[%zu]", list[k].name, e);
+  }
+  *where = sim_offset(uint64_t(error_at));
+  return error.empty() ? nullptr : error.c_str();
+}
+
+// What g++ calls for every access, and for undefined behaviour.
+#define HERE __builtin_return_address(0)
+#define HOOKS(size)                                                                        \
+  void __tsan_read##size(void* p) { access(p, size, size, false, HERE); }                  \
+  void __tsan_write##size(void* p) { access(p, size, size, true, HERE); }                  \
+  void __tsan_unaligned_read##size(void* p) { access(p, size, 1, false, HERE); }           \
+  void __tsan_unaligned_write##size(void* p) { access(p, size, 1, true, HERE); }
+HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16)
+void __tsan_read_range(void* p, size_t size) { access(p, size, 1, false, HERE); }
+void __tsan_write_range(void* p, size_t size) { access(p, size, 1, true, HERE); }
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_init() {}
+
+struct Place {
+  const char* file;
+  uint32_t line, column;
+};
+#define UNDEFINED(name, what)                                                                                       \
+  void __ubsan_handle_##name(Place* place) {                                                                        \
+    fail(nullptr, "%s:%u: thread %u of threadgroup %u: " what, place->file, place->line, current->tid, group);      \
+    leave();                                                                                                        \
+  }
+UNDEFINED(out_of_bounds, "index out of the bounds of an array of its own")
+UNDEFINED(shift_out_of_bounds, "shift by more than the width")
+UNDEFINED(add_overflow, "signed overflow")
+UNDEFINED(sub_overflow, "signed overflow")
+UNDEFINED(mul_overflow, "signed overflow")
+UNDEFINED(negate_overflow, "signed overflow")
+UNDEFINED(divrem_overflow, "division by zero or signed overflow")
+}
