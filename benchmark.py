@@ -113,12 +113,16 @@ def race(budget: float, *contestants: tuple) -> list[list[float]]:
         mx.synchronize()
         return (time.perf_counter() - start) / calls
 
+    info = mx.device_info() if backend() else {}
+    room = info.get("memory_size", info.get("total_memory", 64 << 30)) // 5  # for results
     plan = []
     for f, sets in contestants:
-        run(f, sets, 2)
+        results = f(*sets[0])
+        results = results if isinstance(results, (list, tuple)) else [results]
         run(f, sets, len(sets))
-        calls = max(len(sets), min(400, int(budget / 5 / max(run(f, sets, len(sets)), 1e-6))))
-        plan.append((f, sets, max(2, min(calls, (12 << 30) // sum(a.nbytes for a in sets[0])))))
+        calls = min(400, int(budget / 5 / max(run(f, sets, len(sets)), 1e-6)))
+        calls = min(max(len(sets), calls), room // max(1, sum(a.nbytes for a in results)))
+        plan.append((f, sets, max(2, calls)))
     for _ in range(2):  # the first round at a size is for the allocator: often half as fast
         times = [[run(*entry)] for entry in plan]
     for _ in range(4):

@@ -27,7 +27,7 @@ MAX_STREAMS = 64
 # Measured on an H100 (benchmarks/). Copies of a token: 1 is x, 2 is x and dout. A thread of an
 # Apple GPU has 128 registers, hence the smaller limit there.
 REGISTER_BYTES = {("metal", 1): 256, ("cuda", 1): 256, ("metal", 2): 256, ("cuda", 2): 512}
-FORWARD_GROUPS = 2112  # fills any GPU; fewer threadgroups than tokens share coefficients
+FORWARD_GROUPS = 4096  # fills any GPU; fewer threadgroups than tokens share coefficients
 MANY_GROUPS = 1 << 16  # where a threadgroup fetches next to nothing before its first token
 BACKWARD_THREADS = 132 * 512  # what an H100 holds at 128 registers; a group leaves a row of sums
 ONE_LAUNCH_TOKENS = 1024  # up to here every threadgroup of `mhc_layer` projects H_res itself
