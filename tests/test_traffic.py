@@ -1,0 +1,146 @@
+"""Loads and stores of device memory, counted per buffer and pinned: no body moves a byte more.
+
+The simulator counts them element by element. With two threadgroups (conftest.FEW_GROUPS) what is
+fetched once per threadgroup counts 2, or 1 where 256 threads leave the backward pass only one.
+"""
+
+import pytest
+import simulator
+from cases import Case
+from conftest import executor
+from test_parity import results
+
+from mhc_mlx import ROW_FIRST, ops
+
+STREAMS = ("x", "y", "dout", "out", "dx", "dy")
+SCALARS = ("params", "eps", "_shape")  # a few numbers in registers
+HERE = {"lead": (5,), "n": 4, "C": 64}  # one pass, a token in registers
+WIDE = {"lead": (2,), "n": 8, "C": 4096, "dtype": "float16"}  # backward: not in registers
+TILED = HERE | {"n": 12}
+LAYER = {"convention": ROW_FIRST}
+TOKENS = {"per_token": (True, True)}
+# Loads of each element of an input, stores of each of an output; "in all" where elements differ.
+# Apart, after the semicolon: weights and coefficients. The floor in rows is DESIGN's, section 4.
+PINNED = [
+    (
+        Case("mhc_static", **HERE),
+        "mhc_fused: x 1, out 1; H_pre 2, H_post 2, H_res 2, weight 5",
+        "mhc_backward: x 1, dout 1, dx 1; H_pre 2, H_post 2, H_res 2, weight 10, partial 1",
+        "sum_partials: out 1; partial 1",
+    ),
+    (
+        Case("mhc_static", **WIDE),  # dweight keeps its running sum in partial
+        "mhc_fused: x 1, out 1; H_pre 2, H_post 2, H_res 2, weight 2",
+        "mhc_backward: x 2, dout 2, dx 1; H_pre 1, H_post 1, H_res 1, weight 4, "
+        "partial 8272 in all and 4096 loads",
+        "sum_partials: out 1; partial 1",
+    ),
+    (
+        Case("mhc_static", **TILED),
+        "mhc_fused: x 2, out 1; H_pre 2, H_post 2, H_res 2, weight 5",
+        "mhc_backward_tiled: x 2, dout 2, dx 1; H_pre 1, H_post 1, H_res 1, weight 10, "
+        "partial 488 in all and 256 loads",
+        "sum_partials: out 1; partial 1",
+    ),
+    (
+        Case("stream_aggregate_norm", **HERE),
+        "mhc_fused: x 1, out 1; H_pre 2, weight 5",
+        "mhc_backward: x 1, dout 1, dx 1; H_pre 2, weight 10, partial 1",
+        "sum_partials: out 1; partial 1",
+    ),
+    (
+        Case("stream_aggregate_norm", **TILED),
+        "mhc_fused: x 2, out 1; H_pre 2, weight 5",
+        "mhc_backward_tiled: x 2, dout 2, dx 1; H_pre 1, weight 10, "
+        "partial 332 in all and 256 loads",
+        "sum_partials: out 1; partial 1",
+    ),
+    (
+        Case("stream_mix_add", **HERE),
+        "stream_mix_add: x 1, y 1, out 1; h_post 2, h_res 2",
+        "mhc_backward: x 1, y 1, dout 1, dx 1, dy 1; H_post 2, H_res 2, partial 1",
+        "sum_partials: out 1; partial 1",
+    ),
+    (
+        Case("stream_mix_add", **HERE, **TOKENS),  # 16 threads: each reads its token's
+        "stream_mix_add: x 1, y 1, out 1; h_post 16, h_res 16",
+        "mhc_backward: x 1, y 1, dout 1, dx 1, dy 1; H_post 1, H_res 1, dh_post 1, dh_res 1",
+    ),
+    (
+        Case("stream_mix_add", **TILED),
+        "stream_mix_add: x 1, y 1, out 1; h_post 2, h_res 2",
+        "mhc_backward_tiled: x 1, y 1, dout 1, dx 1, dy 1; H_post 1, H_res 1, partial 1",
+        "sum_partials: out 1; partial 1",
+    ),
+    (
+        Case("stream_mix_add", **TILED, **TOKENS),
+        "stream_mix_add: x 1, y 1, out 1; h_post 16, h_res 16",
+        "mhc_backward_tiled: x 1, y 1, dout 1, dx 1, dy 1; H_post 1, H_res 1, dh_post 1, dh_res 1",
+    ),
+    (
+        Case("mhc_layer", **HERE, **LAYER),  # eight lots of lanes project the same matrix
+        "mhc_fused: x 1, out 1; H_pre 2, H_post 2, H_res 16, weight 5",
+        "mhc_backward: x 1, dout 1, dx 1; H_pre 2, H_post 2, H_res 16, weight 10, partial 1",
+        "sum_partials: out 1; partial 1, H_pre 1, H_post 1",
+        "sinkhorn_knopp_backward: ; logits 96, dh_res 32, dlogits 1",
+    ),
+    (
+        Case("mhc_layer", **TILED, **LAYER),  # idle lanes read line 0 as well
+        "sinkhorn_knopp: ; logits 1536 in all, h_res 1",
+        "mhc_fused: x 2, out 1; H_pre 2, H_post 2, H_res 2, weight 5",
+        "sinkhorn_knopp: ; logits 1536 in all, h_res 1",
+        "mhc_backward_tiled: x 2, dout 2, dx 1; H_pre 1, H_post 1, H_res 1, weight 10, "
+        "partial 488 in all and 256 loads",
+        "sum_partials: out 1; partial 1, H_pre 1, H_post 1",
+        "sinkhorn_knopp_backward: ; logits 4608 in all, dh_res 1536 in all, dlogits 1",
+    ),
+    (
+        Case("sinkhorn_knopp", (128,), 4, 4, **LAYER),
+        "sinkhorn_knopp: ; logits 1, h_res 1",
+        "sinkhorn_knopp_backward: ; logits 3, dh_res 1, dlogits 1",
+    ),
+]
+
+
+def words(record: simulator.Record) -> str:
+    """A launch as a line of PINNED."""
+
+    def count(b: simulator.Watched) -> str:
+        counts = b.stores if b.output else b.loads
+        text = f"{counts[0]}" if counts.min() == counts.max() else f"{counts.sum()} in all"
+        return text + f" and {b.loads.sum()} loads" * bool(b.output and b.loads.any())
+
+    counts = {k: f"{k} {count(b)}" for k, b in record.buffers.items() if not k.endswith(SCALARS)}
+    streams = ", ".join(v for k, v in counts.items() if k in STREAMS)
+    return f"{record.name}: {streams}; " + ", ".join(
+        v for k, v in counts.items() if k not in STREAMS
+    )
+
+
+def launches(case: Case) -> list[simulator.Record]:
+    given = [a for a in case.arrays() if a is not None]
+    with executor("simulator"), simulator.recording() as records:
+        results(getattr(ops, case.op), case, given)
+    return records
+
+
+@pytest.mark.parametrize("case, lines", [(c, lines) for c, *lines in PINNED], ids=str)
+def test_loads_and_stores(case, lines, need):
+    need("simulator")
+    assert [words(r) for r in launches(case)] == lines
+
+
+@pytest.mark.parametrize(
+    "op, forward, backward",
+    [("mhc_static", 8, 12), ("stream_aggregate_norm", 5, 9), ("stream_mix_add", 9, 14)],
+)
+@pytest.mark.parametrize("C, dtype", [(1024, "bfloat16"), (129, "float32")])
+def test_rows_of_design(op, forward, backward, C, dtype, need):
+    """Rows of C elements per token at n = 4, ragged or not: the floor, exactly."""
+    need("simulator")
+    records = [r for r in launches(Case(op, (5,), 4, C, dtype)) if r.name != "sum_partials"]
+    moved = [
+        sum(int((b.loads + b.stores).sum()) for k, b in r.buffers.items() if k in STREAMS)
+        for r in records
+    ]
+    assert moved == [forward * 5 * C, backward * 5 * C]
