@@ -6,14 +6,12 @@
 //      4 x 4 blocks of dh_res, for every SLICES-th channel where blocks are few
 // template  T, N, THREADS, MIX, NORM, GATES, POST_PER_TOKEN, RES_PER_TOKEN
 constexpr int SIMDS = THREADS / 32;
-constexpr int TILE = 32;
-constexpr int PITCH = TILE + 1;
+constexpr int TILE = 32, PITCH = TILE + 1;
 constexpr int R = MIX ? N : 1;
 constexpr int POST_AT = NORM ? N : 0;
 constexpr int RES_AT = POST_AT + (POST_PER_TOKEN || !MIX ? 0 : N);
 constexpr int WEIGHT_AT = RES_AT + (RES_PER_TOKEN || !MIX ? 0 : N * N);
-constexpr int EDGE = (N + 3) / 4;
-constexpr int BLOCKS = EDGE * EDGE;
+constexpr int EDGE = (N + 3) / 4, BLOCKS = EDGE * EDGE;
 constexpr int SLICES = THREADS < BLOCKS || N > 48 ? 1 : THREADS / BLOCKS < TILE ? THREADS / BLOCKS : TILE;
 constexpr int MINE = (BLOCKS + THREADS - 1) / THREADS;  // blocks of one thread
 constexpr int LINES = (N + SIMDS - 1) / SIMDS;          // rows of dh_pre and of dh_post of one simdgroup

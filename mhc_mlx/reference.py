@@ -34,6 +34,8 @@ def sinkhorn_knopp(logits: mx.array, convention: Convention = ROW_FIRST) -> mx.a
     """
     axes = (-1, -2) if convention.first == "rows" else (-2, -1)
     (p,) = _float(logits)
+    if p.size == 0:
+        return p
     if convention.start == "exp":
         for axis in axes:
             p = p - mx.logsumexp(p, axis=axis, keepdims=True)

@@ -16,7 +16,7 @@ FEW_GROUPS = {"FORWARD_GROUPS": 2, "MANY_GROUPS": 2, "BACKWARD_THREADS": 64}
 
 def pytest_addoption(parser):
     parser.addoption("--all-rungs", action="store_true", help="a rung that cannot run fails")
-    parser.addoption("--examples", type=int, help="this many new random calls in test_hypothesis")
+    parser.addoption("--examples", type=int, help="new random calls of each op")
 
 
 def missing(rung: str) -> str | None:
@@ -29,6 +29,10 @@ def missing(rung: str) -> str | None:
         if not sys.platform.startswith("linux"):
             return "the simulator runs on Linux"
         return None if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler"
+    if rung == "dialect":
+        import dialect
+
+        return None if dialect.available() else "libclang is not installed"
     import nvrtc
 
     return None if nvrtc.toolkit() else "nvidia-cuda-nvrtc is not installed"
@@ -49,7 +53,7 @@ def need(request):
 
 
 @contextlib.contextmanager
-def executor(rung: str):
+def executor(rung: str, few_groups: bool = True):
     """Kernels run by the simulator, this machine's GPU or the stand-in, or compiled by NVRTC.
 
     Yields the set of the variants that were launched.
@@ -60,12 +64,17 @@ def executor(rung: str):
         import simulator
 
         run = simulator.launch
-        vars(ops).update(FEW_GROUPS)
+        vars(ops).update(FEW_GROUPS if few_groups else {})
         kernel.backend = lambda: kernel._traced or "metal"
     elif rung == "stand-in":
         import standin
 
         run = standin.launch
+        kernel.backend = lambda: kernel._traced or "metal"
+    elif rung == "dialect":
+        import dialect
+
+        run = dialect.launch
         kernel.backend = lambda: kernel._traced or "metal"
     elif rung == "nvrtc":
         import nvrtc

@@ -1,21 +1,28 @@
-"""The ops inside MLX's transformations, with this machine's kernels and without."""
+"""The ops inside MLX's transformations, with this machine's kernels, the stand-in and without."""
 
 import tempfile
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
+from conftest import executor
+from mlx.utils import tree_flatten
 
-from mhc_mlx import DEEPSEEK_V4, PAPER, ROW_FIRST, kernel, ops, reference, vmap
+from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, MHCLayer, kernel, ops, reference, vmap
 
 LEAD, N, C = (6,), 4, 40
 
 
-@pytest.fixture(params=["kernels", "reference"])
+@pytest.fixture(params=["gpu", "stand-in", "reference"])
 def use_metal(request, need):
-    if request.param == "kernels":
-        need("gpu")
-    return request.param == "kernels"
+    if request.param == "reference":
+        yield False
+        return
+    need(request.param)
+    with executor(request.param):
+        yield True
 
 
 def inputs(lead=LEAD, dtype=mx.float32):
@@ -59,6 +66,58 @@ def test_compiled_training_step(use_metal):
         close(got[1], want[1])
 
 
+def gradients(f, arrays):
+    return mx.vjp(f, list(arrays), [mx.array(1.0)])[1]
+
+
+class Model(nn.Module):
+    def __init__(self, use_metal, checkpoint):
+        super().__init__()
+        mx.random.seed(5)
+        self.layers = [
+            MHCLayer(N, C, convention=c, sinkhorn_iters=3, layer_idx=k, use_metal=use_metal)
+            for k, c in enumerate((PAPER, DEEPSEEK_V4, ADDITIVE))
+        ]
+        self.linear = nn.Linear(C, C)
+        self.wrap = nn.utils.checkpoint if checkpoint else lambda layer: layer
+
+    def __call__(self, x):
+        for layer in self.layers[:-1]:
+            x = self.wrap(layer)(x)
+        return self.layers[-1](x, self.linear)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_compiled_training_of_a_model(use_metal, checkpoint):
+    """Three steps, the state of model and optimizer compiled in, against the reference's."""
+    mx.random.seed(4)
+    x, target = mx.random.normal((2, *LEAD, N, C))
+
+    def train(model, compiled):
+        optimizer = optim.SGD(1.0, momentum=0.9)
+        gradient = nn.value_and_grad(model, lambda x: ((model(x) - target) ** 2).mean())
+
+        def step(x):
+            value, gradients = gradient(x)
+            optimizer.update(model, gradients)
+            return value
+
+        optimizer.init(model.trainable_parameters())
+        state = [model.state, optimizer.state]
+        step = mx.compile(step, inputs=state, outputs=state) if compiled else step
+        return mx.stack([step(x) for _ in range(3)]), dict(tree_flatten(model.parameters()))
+
+    start = dict(tree_flatten(Model(False, False).parameters()))
+    losses, parameters = train(Model(use_metal, checkpoint), compiled=True)
+    want_losses, want = train(Model(False, False), compiled=False)
+    close(losses, want_losses, 1e-4)
+    for name in start:
+        moved = want[name] - start[name]
+        assert mx.abs(moved).max() > 1e-4, f"{name} does not train"
+        error = mx.abs(parameters[name] - want[name]).max()
+        assert error < 1e-2 * mx.abs(moved).max() + 1e-6, f"{name}: {error.item()}"
+
+
 def test_checkpoint(use_metal):
     arrays, weights = inputs(), mx.random.normal((*LEAD, N, C))
     got = mx.grad(loss(mx.checkpoint(layer(use_metal)), weights), argnums=tuple(range(5)))(*arrays)
@@ -75,6 +134,58 @@ def test_second_derivative(use_metal):
     close(curvature(layer(use_metal))(*arrays), curvature(reference.mhc_layer)(*arrays), 1e-4)
 
 
+def calls(lead=LEAD, dtype=mx.float32):
+    """Each op by what it is called for, with its arrays: streams of ``dtype``, the rest mixed."""
+    x, pre, post, res, weight = inputs(lead, dtype)
+    y = mx.random.normal((*lead, C)).astype(dtype)
+    post_each, res_each = mx.random.normal((*lead, N)), mx.random.normal((*lead, N, N))
+    pre, post_each, res = pre.astype(mx.bfloat16), post_each.astype(mx.float16), res.astype(dtype)
+    return {
+        "sinkhorn_knopp": ("sinkhorn_knopp", [res_each.astype(dtype)]),
+        "aggregate": ("stream_aggregate_norm", [x, pre, weight]),
+        "write": ("stream_mix_add", [x, y, post, res]),
+        "write post": ("stream_mix_add", [x, y, post_each, res]),
+        "write res": ("stream_mix_add", [x, y, post, res_each]),
+        "write both": ("stream_mix_add", [x, y, post_each, res_each]),
+        "write only": ("stream_mix_add", [x, y, post]),
+        "static": ("mhc_static", [x, pre, post, res, weight]),
+        "layer": ("mhc_layer", [x, pre, post, res, weight]),
+    }
+
+
+@pytest.mark.parametrize("call", calls())
+@pytest.mark.parametrize("lead", [LEAD, (2, 0), ()], ids=["tokens", "zero tokens", "one token"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_gradient_of_every_array(use_metal, call, lead, dtype):
+    """In place, in its array's shape and dtype, and the same where no other is asked for."""
+    name, arrays = calls(lead, dtype)[call]
+    plain, op = getattr(reference, name), getattr(ops, name)
+    weights = mx.random.normal(plain(*arrays).shape)
+    f = loss(lambda *a: op(*a, use_metal=use_metal), weights)
+    got = gradients(f, arrays)
+    assert [(g.shape, g.dtype) for g in got] == [(a.shape, a.dtype) for a in arrays]
+    want = gradients(loss(plain, weights), arrays)
+    for k, (g, w) in enumerate(zip(got, want, strict=True)):
+        if g.size:
+            close(g, w, 2e-5 if g.dtype == mx.float32 else 1e-2)
+            close(mx.grad(f, argnums=k)(*arrays), g, 0)
+
+
+@pytest.mark.parametrize("call", calls())
+def test_second_derivative_of_every_op(use_metal, call):
+    name, arrays = calls()[call]
+    arrays = [a.astype(mx.float32) for a in arrays]
+    weights = mx.random.normal(getattr(reference, name)(*arrays).shape)
+
+    def curvature(f):
+        return gradients(
+            lambda *a: sum((g * g).sum() for g in gradients(loss(f, weights), a)), arrays
+        )
+
+    got = curvature(lambda *a: getattr(ops, name)(*a, use_metal=use_metal))
+    close(got, curvature(getattr(reference, name)), 1e-4)
+
+
 @pytest.mark.parametrize(
     "axes", [(0, None, None, None, None), (1, None, None, None, None), (0, 0, None, None, None)]
 )
@@ -86,7 +197,8 @@ def test_vmap(use_metal, axes):
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-def test_vmap_of_gradient(use_metal, per_token):
+@pytest.mark.parametrize("power", [1, 2], ids=["cotangent shared", "cotangent mapped"])
+def test_vmap_of_gradient(use_metal, per_token, power):
     """A shared coefficient has one gradient per mapped example, not one for the whole batch."""
     x, weights = mx.random.normal((3, 2, N, C)), mx.random.normal((2, N, C))
     y, post = mx.random.normal((3, 2, C)), mx.random.normal((3, 2, N) if per_token else (N,))
@@ -94,7 +206,8 @@ def test_vmap_of_gradient(use_metal, per_token):
     axes = (0, 0, 0, 0) if per_token else (0, 0, None, None)
 
     def gradients(f):
-        return vmap(mx.grad(loss(f, weights), argnums=(0, 1, 2, 3)), in_axes=axes)(x, y, post, res)
+        one = mx.grad(loss(lambda *a: f(*a) ** power, weights), argnums=(0, 1, 2, 3))
+        return vmap(one, in_axes=axes)(x, y, post, res)
 
     close(
         gradients(lambda *a: ops.stream_mix_add(*a, use_metal=use_metal)),

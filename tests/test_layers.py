@@ -1,21 +1,31 @@
-"""MHCLayer and the helpers around it."""
+"""MHCLayer and the helpers around it, as this machine runs them and through the stand-in."""
+
+import contextlib
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from conftest import executor
 from mlx.utils import tree_flatten
 
 import mhc_mlx as m
 from mhc_mlx import reference
 
 
+@pytest.fixture(params=["here", "stand-in"])
+def launched(request):
+    with contextlib.nullcontext() if request.param == "here" else executor(request.param) as found:
+        yield found
+        assert found is None or found, "nothing was launched"
+
+
 @pytest.mark.parametrize(
     "convention", [m.PAPER, m.ROW_FIRST, m.ADDITIVE, m.DEEPSEEK_V4], ids=lambda c: c.name
 )
 @pytest.mark.parametrize("n", [1, 4])
-def test_start_values(convention, n):
+def test_start_values(convention, n, launched):
     layer = m.MHCLayer(n, 8, convention=convention, layer_idx=n + 1)
     h_pre, h_post = reference.gates(layer.H_pre, layer.H_post, convention)
     h_res = np.array(layer.mixing_matrix())
@@ -29,7 +39,7 @@ def test_start_values(convention, n):
     assert np.allclose(np.array(h_post), 1)
 
 
-def test_equals_its_equations():
+def test_equals_its_equations(launched):
     layer = m.MHCLayer(4, 16, sinkhorn_iters=7, eps=1e-3)
     layer.H_res = mx.random.normal((4, 4))
     layer.H_post = mx.random.normal((4,))
@@ -45,12 +55,12 @@ def test_equals_its_equations():
     assert mx.abs(doubled - want).max() < 2e-3
 
 
-def test_identity_sublayer_is_the_fused_layer():
+def test_identity_sublayer_is_the_fused_layer(launched):
     layer, x = m.MHCLayer(4, 16), mx.random.normal((5, 4, 16))
     assert mx.abs(layer(x) - layer(x, lambda u: u)).max() < 1e-6
 
 
-def test_every_gradient_is_alive_after_a_few_steps():
+def test_every_gradient_is_alive_after_a_few_steps(launched):
     """Equal streams hide h_res and h_pre: everywhere at step 0, in the first layer always. The mean
     at the end reads all streams alike, which hides the last h_res: its columns sum to one."""
     mx.random.seed(0)
@@ -76,7 +86,7 @@ def test_every_gradient_is_alive_after_a_few_steps():
     assert set(zero) <= {"layers.0.H_pre", "layers.0.H_res", "layers.2.H_res"}, zero
 
 
-def test_safetensors_round_trip_and_set_dtype(tmp_path):
+def test_safetensors_round_trip_and_set_dtype(tmp_path, launched):
     layer = m.MHCLayer(4, 16)
     layer.H_res = mx.random.normal((4, 4))
     layer.save_weights(str(tmp_path / "layer.safetensors"))

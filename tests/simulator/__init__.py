@@ -35,7 +35,7 @@ BOUNDS = "bounds" if "clang" in (COMPILER or "") else "bounds-strict"
 BODY_FLAGS = ["-std=c++20", "-O1", "-g1", "-w", "-ffp-contract=off", "-fPIC", "-c"]
 BODY_FLAGS += ["-ftrivial-auto-var-init=pattern"]  # a register that nobody wrote reads as -1.7e38
 BODY_FLAGS += [
-    f"-fsanitize=thread,{BOUNDS},signed-integer-overflow,shift,integer-divide-by-zero",
+    f"-fsanitize=thread,alignment,{BOUNDS},signed-integer-overflow,shift,integer-divide-by-zero",
     f"-I{HERE}",
 ]
 ENTRY = """

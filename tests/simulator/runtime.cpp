@@ -203,8 +203,7 @@ void access(void* p, size_t size, size_t alignment, bool write, void* where) {
   if (a >= stacks.data() && a < stacks.data() + stacks.size()) return;  // registers
   const char* what = write ? "writes" : "reads";
   if (uintptr_t(p) % alignment) {
-    fail(where, "thread %u of threadgroup %u %s %zu bytes at an address that is no multiple of %zu", current->tid, group,
-         what, size, alignment);
+    fail(where, "thread %u of threadgroup %u: misaligned %zu bytes", current->tid, group, size);
     leave();
   }
   const char* near = "no buffer";
@@ -335,7 +334,8 @@ struct Place {
     fail(nullptr, "%s:%u: thread %u of threadgroup %u: " what, place->file, place->line, current->tid, group);      \
     leave();                                                                                                        \
   }
-UNDEFINED(out_of_bounds, "index out of the bounds of an array of its own")
+UNDEFINED(out_of_bounds, "index out of the bounds of an array")
+UNDEFINED(type_mismatch_v1, "misaligned access")
 UNDEFINED(shift_out_of_bounds, "shift by more than the width")
 UNDEFINED(add_overflow, "signed overflow")
 UNDEFINED(sub_overflow, "signed overflow")
