@@ -375,8 +375,9 @@ def main() -> None:
 
 
 def repeat(processes: int, file: str | None) -> None:
-    """Run this command in several processes and keep the median of each figure. The compiled
-    reference is timed in the first only; ``spread`` is between processes."""
+    """Run this command in several processes and keep the median of each figure; the file is
+    written after each. The compiled reference is timed in the first only; ``spread`` is between
+    processes."""
     own = [a for i, a in enumerate(sys.argv) if not re.match("--(processes|json)", a)]
     own = [a for i, a in enumerate(own) if a not in (file, str(processes))]
     results = []
@@ -386,19 +387,25 @@ def repeat(processes: int, file: str | None) -> None:
             subprocess.run(command + ["--no-baseline"] * (k > 0), check=True)
             with open(f"{folder}/{k}.json") as f:
                 results.append(json.load(f))
+            merged = merge(results) | {"command": shlex.join(["python", *sys.argv])}
+            if file:
+                with open(file, "w") as f:
+                    json.dump(merged, f, indent=1)
+    print(f"medians of {processes} processes", *map(show, merged["rows"]), sep="\n")
+
+
+def merge(results: list[dict]) -> dict:
+    """The first process's result with the medians of all."""
+    merged = results[0] | {"processes": len(results), "rows": []}
     for rows in zip(*(r["rows"] for r in results), strict=True):
-        for key in ("gbps", "percent_of_copy"):
-            rows[0][key] = statistics.median(r[key] for r in rows)
-        times = [r["us"] for r in rows]
-        median = statistics.median(times)
-        if rows[0]["speedup_vs_compiled"]:
-            rows[0]["speedup_vs_compiled"] *= rows[0]["us"] / median
-        rows[0].update(us=median, spread=(max(times) - min(times)) / median)
-    results[0]["command"] = shlex.join(["python", *sys.argv])
-    print(f"medians of {processes} processes", *map(show, results[0]["rows"]), sep="\n")
-    if file:
-        with open(file, "w") as f:
-            json.dump(results[0], f, indent=1)
+        keys = ("us", "gbps", "percent_of_copy")
+        row = rows[0] | {k: statistics.median(r[k] for r in rows) for k in keys}
+        if len(rows) > 1:
+            row["spread"] = (max(r["us"] for r in rows) - min(r["us"] for r in rows)) / row["us"]
+        if row["speedup_vs_compiled"]:
+            row["speedup_vs_compiled"] *= rows[0]["us"] / row["us"]
+        merged["rows"].append(row)
+    return merged
 
 
 def cpu_table(cases, bench: Bench) -> None:

@@ -1,0 +1,111 @@
+"""Debug a kernel without a GPU: simulate one call, forward and backward, kernel by kernel.
+
+python tests/simulate.py mhc_static --tokens 1 --n 4 --C 8 --dtype bfloat16
+python tests/simulate.py --case mhc_layer-5-n4        (the cases of tests/cases.py that match)
+
+Each launch runs under every schedule of the simulator and is compared with the reference's maths
+for that kernel (standin.py). Printed: threads, template, loads and stores of each buffer; for a
+broken rule the schedule, line, thread and element; for a wrong result the first wrong element, the
+thread and the line that stored it. --source prints the Metal source.
+"""
+
+import argparse
+import sys
+
+import mlx.core as mx
+import numpy as np
+import simulator
+import standin
+from cases import CONVENTIONS, COVERING, DTYPES, OUTPUT_ULPS, ULP, Case
+from conftest import executor
+from test_parity import doubles, results
+from test_traffic import words
+
+from mhc_mlx import kernel, ops
+
+OPS = ("mhc_static", "mhc_layer", "stream_mix_add", "stream_aggregate_norm", "sinkhorn_knopp")
+
+
+def first_wrong(record: simulator.Record, name: str, got: mx.array, want: mx.array) -> str | None:
+    """Where an output leaves the reference by more than rounding, or None."""
+    a, b = doubles(got), doubles(want)
+    if name in simulator.SUMS:  # the stand-in has the total alone
+        a, b = a.sum(0), b.sum(0)
+    ulp = next(ULP[k] for k, d in DTYPES.items() if d == got.dtype)
+    terms = record.buffers["x"].array.size if name in (*simulator.SUMS, "dh_res", "dh_post") else 1
+    bound = OUTPUT_ULPS * ulp * np.sqrt(max(terms, 1)) * np.abs(b).max(initial=0)
+    wrong = ~(np.abs(a - b) <= bound)
+    if not wrong.any():
+        return None
+    at = int(np.argmax(wrong))
+    index = list(map(int, np.unravel_index(at, a.shape)))
+    return (
+        f"{name}{index} is {a.flat[at]}, must be {b.flat[at]} ({wrong.sum()} of {wrong.size} wrong)"
+        f"\n    stored by {record.line(name, at)}, {simulator.SCHEDULES[0]}"
+    )
+
+
+def simulate(case: Case, source: bool) -> bool:
+    """Whether every kernel that the case launches is right."""
+    right = True
+
+    def both(name, inputs, outputs, groups, threads, template, verbose=False):
+        nonlocal right
+        call = (name, inputs, outputs, groups, threads, template)
+        want = standin.launch(*call)
+        mx.eval(want)
+        options = ", ".join(f"{k}={v}" for k, v in template.items())
+        print(f"  {name}.metal: {groups} threadgroups of {threads}; {options}")
+        if source:
+            print(simulator.generated(*call))
+        try:
+            with simulator.recording() as records:
+                got = simulator.launch(*call)
+        except simulator.SimulationError as error:
+            right = False
+            print(f"    BROKEN RULE {error}")
+            return want
+        print(f"    {words(records[0])}")
+        made = [k for k, v in outputs.items() if v is not None]
+        for k, g, w in zip(made, got, want, strict=True):
+            if found := first_wrong(records[0], k, g, w):
+                right = False
+                print(f"    WRONG {found}")
+        return want
+
+    print(case)
+    with executor("simulator"):
+        kernel.launch = both
+        results(getattr(ops, case.op), case, [a for a in case.arrays() if a is not None])
+    print(f"  {'right, under every schedule' if right else 'WRONG: see above'}")
+    return right
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("op", nargs="?", choices=OPS, default="mhc_static")
+    parser.add_argument("--case", help="part of the name of cases in tests/cases.py")
+    parser.add_argument("--tokens", type=int, default=1)
+    parser.add_argument("--n", type=int, default=4)
+    parser.add_argument("--C", type=int, default=8)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--convention", choices=CONVENTIONS, default="ROW_FIRST")
+    parser.add_argument("--per-token", action="store_true", help="h_post and h_res of each token")
+    parser.add_argument("--source", action="store_true", help="print the Metal source")
+    args = parser.parse_args()
+    cases = [c for c in COVERING if args.case and args.case in str(c)]
+    if args.case and not cases:
+        parser.error(f"no case has {args.case!r} in its name")
+    if not cases:
+        convention = CONVENTIONS[args.convention]
+        convention = convention if args.op in ("mhc_layer", "sinkhorn_knopp") else None
+        shape = (args.n, args.n if args.op == "sinkhorn_knopp" else args.C)
+        each = (args.per_token,) * 2
+        cases = [Case(args.op, (args.tokens,), *shape, args.dtype, convention, per_token=each)]
+    sys.exit(not all([simulate(c, args.source) for c in cases]))
+
+
+if __name__ == "__main__":
+    main()
