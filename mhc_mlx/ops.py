@@ -275,7 +275,7 @@ def _sinkhorn_launch(name, inputs, dtype, convention, threads_per_group, verbose
     n = logits.shape[-1]
     flat = {k: _flat(a, 3) for k, a in inputs.items()}
     count, lanes = flat["logits"].shape[0], 1 << (n - 1).bit_length()
-    threads = max(threads_per_group or 128, lanes)
+    threads = max(threads_per_group or 128, lanes) // lanes * lanes  # whole matrices
     template = {"N": n, **_projection(convention), "THREADS": threads}
     if backward:  # the divisors kept on chip, of 32 KiB threadgroup memory
         kept = (30 << 10) // (4 * threads) - (2 if n > 32 else 0)

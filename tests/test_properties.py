@@ -14,7 +14,8 @@ from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, ops
 
 @pytest.fixture(params=["reference", "simulator", "gpu"], autouse=True)
 def runs(request, need):
-    """Each test runs with kernels by this executor."""
+    """Each test runs with kernels by this executor, and the same random arrays each time."""
+    mx.random.seed(0)
     if request.param == "reference":
         if ops.kernel.backend():
             pytest.skip("reference: the default device has kernels")
@@ -27,6 +28,11 @@ def runs(request, need):
 
 def bits(a: mx.array) -> bytes:
     return np.array(a.view(mx.uint16) if a.dtype.size == 2 else a).tobytes()
+
+
+def logits_of(name: str, shape) -> mx.array:
+    """Such that the convention's sums are far from 0."""
+    return mx.random.uniform(0.1, 1, shape) if name == "ADDITIVE" else mx.random.normal(shape)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 5.0, 30.0, 1e4])
@@ -45,16 +51,15 @@ def test_any_logits_give_finite_results(name, scale):
         assert np.abs(np.array(gradient) - want).max() < 1e-5 * max(1, scale) * np.abs(want).max()
 
 
+@pytest.mark.parametrize("n", [1, 3, 4, 8])
 @pytest.mark.parametrize("name", list(CONVENTIONS))
-def test_rows_and_columns_sum_to_one(name):
+def test_rows_and_columns_sum_to_one(name, n):
     c = CONVENTIONS[name]
-    logits = (
-        mx.random.uniform(0.1, 1, (8, 4, 4)) if name == "ADDITIVE" else mx.random.normal((8, 4, 4))
-    )
-    h = np.array(ops.sinkhorn_knopp(logits, c))
+    h = np.array(ops.sinkhorn_knopp(logits_of(name, (8, n, n)), c))
     last = -1 if (c.first == "columns") != c.transposed else -2  # the axis of the last half-step
     assert np.abs(h.sum(last) - 1).max() < 3e-6
     assert np.abs(h.sum(-3 - last) - 1).max() < 1e-3  # truncated after 20 iterations
+    assert (h >= 0).all()
 
 
 def test_conventions_differ_from_each_other_and_their_transposes():
@@ -69,47 +74,104 @@ def test_conventions_differ_from_each_other_and_their_transposes():
 
 
 def test_deepseek_without_eps_is_the_paper_transposed():
-    logits = 2 * mx.random.normal((6, 4, 4))
-    h = ops.sinkhorn_knopp(logits, replace(DEEPSEEK_V4, eps=0.0))
+    """The projection, and the layer: output and gradients."""
+    v4, logits = replace(DEEPSEEK_V4, eps=0.0, pre_eps=0.0), 2 * mx.random.normal((6, 4, 4))
+    h = ops.sinkhorn_knopp(logits, v4)
     assert mx.abs(h - ops.sinkhorn_knopp(logits.swapaxes(-1, -2), PAPER)).max() < 4e-7
+    x, cotangent = mx.random.normal((3, 4, 24)), mx.random.normal((3, 4, 24))
+    arrays = [x, mx.random.normal((4,)), mx.random.normal((4,)), logits[0], mx.ones(24)]
+    (a,), of_v4 = mx.vjp(lambda *b: ops.mhc_layer(*b, v4), arrays, [cotangent])
+    arrays[3] = logits[0].T
+    (b,), of_paper = mx.vjp(lambda *b: ops.mhc_layer(*b, PAPER), arrays, [cotangent])
+    of_paper[3] = of_paper[3].T
+    for g, w in zip([a, *of_v4], [b, *of_paper], strict=True):
+        assert mx.abs(g - w).max() < 3e-6 * mx.abs(w).max()
 
 
-def test_permuting_streams_permutes_results():
-    x, y, post = mx.random.normal((3, 4, 24)), mx.random.normal((3, 24)), mx.random.normal((4,))
-    res, p = mx.random.normal((4, 4)), mx.array([2, 0, 3, 1])
-    a = ops.stream_mix_add(x, y, post, res)[:, p]
-    b = ops.stream_mix_add(x[:, p], y, post[p], res[p][:, p])
-    assert mx.abs(a - b).max() < 3e-6
+ORDER = mx.array([2, 0, 3, 1])
 
 
-def test_identity_and_no_write_return_x():
-    x = mx.random.normal((3, 4, 24)).astype(mx.bfloat16)
-    weight, zeros = mx.ones(24), mx.zeros(4)
-    assert bits(ops.mhc_static(x, mx.ones(4), zeros, mx.eye(4), weight)) == bits(x)
-    assert bits(ops.mhc_static(x, mx.ones(4), zeros, None, weight)) == bits(x)
+def permuted(a: mx.array, axes: tuple[int, ...]) -> mx.array:
+    for axis in axes:
+        a = mx.take(a, ORDER, axis=axis)
+    return a
+
+
+@pytest.mark.parametrize("name", [None, *CONVENTIONS])
+def test_permuting_streams_permutes_results(name):
+    """Output and every gradient, of the write back (None) and of the layer by convention."""
+    x, pre, post = mx.random.normal((3, 4, 24)), mx.random.normal((4,)), mx.random.normal((4,))
+    if name is None:
+        arrays = [x, mx.random.normal((3, 24)), post, mx.random.normal((4, 4))]
+        axes, f = [(-2,), (), (0,), (0, 1)], ops.stream_mix_add
+    else:
+        arrays = [x, pre, post, logits_of(name, (4, 4)), mx.random.uniform(0.5, 1.5, (24,))]
+        axes = [(-2,), (0,), (0,), (0, 1), ()]
+
+        def f(*a):
+            return ops.mhc_layer(*a, CONVENTIONS[name])
+
+    cotangent = mx.random.normal(x.shape)
+    out, gradients = mx.vjp(f, arrays, [cotangent])
+    moved = [permuted(a, along) for a, along in zip(arrays, axes, strict=True)]
+    of_moved = mx.vjp(f, moved, [permuted(cotangent, (-2,))])
+    axes = [(-2,), *axes]
+    for a, b, along in zip(out + gradients, of_moved[0] + of_moved[1], axes, strict=True):
+        assert mx.abs(permuted(a, along) - b).max() < 3e-6 * mx.abs(a).max()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("n", [1, 4, 12])
+def test_identity_and_no_write_return_x(n, dtype):
+    x = (1e4 * mx.random.normal((3, n, 24))).astype(dtype)
+    y, zeros = mx.random.normal((3, 24)).astype(dtype), mx.zeros(n)
+    for h_res in (mx.eye(n), None):
+        assert bits(ops.mhc_static(x, mx.ones(n), zeros, h_res, mx.ones(24))) == bits(x)
+        assert bits(ops.stream_mix_add(x, y, zeros, h_res)) == bits(x)
+
+
+def per_token(n, C, tokens, dtype):
+    """By op: a function of arrays that all have an entry per token, and those arrays."""
+    x, y = mx.random.normal((tokens, n, C)).astype(dtype), mx.random.normal((tokens, C))
+    pre, post, res = mx.random.normal((n,)), mx.random.normal((n,)), mx.random.normal((n, n))
+    weight, logits = mx.ones(C), mx.random.normal((tokens, n, n))
+    posts = mx.random.normal((tokens, n))
+    return {
+        "mhc_layer": (lambda x: ops.mhc_layer(x, pre, post, res, weight), [x]),
+        "mhc_static": (lambda x: ops.mhc_static(x, pre, post, res, weight), [x]),
+        "stream_aggregate_norm": (lambda x: ops.stream_aggregate_norm(x, pre, weight), [x]),
+        "stream_mix_add": (ops.stream_mix_add, [x, y.astype(dtype), posts, logits]),
+        "sinkhorn_knopp": (ops.sinkhorn_knopp, [logits]),
+    }
+
+
+OPS = ("mhc_layer", "mhc_static", "stream_aggregate_norm", "stream_mix_add", "sinkhorn_knopp")
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("n", [4, 12])
-def test_a_token_does_not_depend_on_its_neighbours(n, dtype, runs):
-    """Bit for bit, however many tokens are in the call, forward and gradient."""
-    x = mx.random.normal((9, n, 72)).astype(dtype)
-    cotangent = mx.random.normal(x.shape).astype(dtype)
-    rest = (
-        mx.random.uniform(shape=(n,)),
-        mx.random.normal((n,)),
-        mx.random.normal((n, n)),
-        mx.ones(72),
-    )
+@pytest.mark.parametrize("op", OPS)
+def test_a_token_does_not_depend_on_its_neighbours(op, n, dtype, monkeypatch):
+    """Bit for bit, forward and gradient: how many tokens are in the call, which, in what order.
 
-    def f(a, g):
-        (out,), (dx,) = mx.vjp(lambda a: ops.mhc_layer(a, *rest), [a], [g])
-        return out, dx
+    More than four tokens are many here: they share threadgroups and a launch of the projection.
+    """
+    monkeypatch.setattr(ops, "ONE_LAUNCH_TOKENS", 4)
+    monkeypatch.setattr(ops, "FORWARD_GROUPS", 4)
+    monkeypatch.setattr(ops, "MANY_GROUPS", 4)
+    monkeypatch.setattr(ops, "BACKWARD_THREADS", 4 * 128)
+    f, arrays = per_token(n, 72, 9, dtype)[op]
+    cotangent = mx.random.normal(f(*arrays).shape).astype(f(*arrays).dtype)
 
-    whole = f(x, cotangent)
-    for t in (0, 4, 8):
-        for part, all_of_it in zip(f(x[t : t + 1], cotangent[t : t + 1]), whole, strict=True):
-            assert bits(part[0]) == bits(all_of_it[t])
+    def run(tokens):
+        tokens = mx.array(list(tokens))
+        outputs, gradients = mx.vjp(f, [a[tokens] for a in arrays], [cotangent[tokens]])
+        return outputs + gradients
+
+    whole = run(range(9))
+    for tokens in ([0], [4], [8], [7, 2], [8, 7, 6, 5, 4, 3, 2, 1, 0]):
+        for part, all_of_it in zip(run(tokens), whole, strict=True):
+            assert bits(part) == bits(all_of_it[mx.array(tokens)]), tokens
 
 
 def test_nan_stays_in_its_token():
@@ -130,15 +192,43 @@ def test_zero_rows_and_extreme_gates():
     assert all(mx.isfinite(g).all() for g in gradients)
 
 
-def test_same_input_same_bits():
-    x, rest = mx.random.normal((7, 4, 129)), (mx.ones(4), mx.ones(4), mx.eye(4), mx.ones(129))
+@pytest.mark.parametrize("n", [4, 12])
+@pytest.mark.parametrize("op", ["mhc_layer", "stream_mix_add"])
+def test_same_input_same_bits(op, n):
+    """Sums over tokens too."""
+    x, y = mx.random.normal((7, n, 129)), mx.random.normal((7, 129))
+    pre, post, res = mx.random.normal((n,)), mx.random.normal((n,)), mx.random.normal((n, n))
+    arrays = [x, y, post, res] if op == "stream_mix_add" else [x, pre, post, res, mx.ones(129)]
     cotangent = mx.random.normal(x.shape)
 
     def run():
-        outputs, gradients = mx.vjp(lambda *a: ops.mhc_layer(*a), [x, *rest], [cotangent])
+        outputs, gradients = mx.vjp(lambda *a: getattr(ops, op)(*a), arrays, [cotangent])
         return [bits(a) for a in outputs + gradients]
 
     assert run() == run()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_zero_tokens(op):
+    """Empty results of the right shape and dtype; a sum over no tokens is 0."""
+    f, arrays = per_token(4, 24, 0, mx.bfloat16)[op]
+    shape = {"stream_aggregate_norm": (0, 24), "sinkhorn_knopp": (0, 4, 4)}.get(op, (0, 4, 24))
+    dtype = mx.float32 if op == "sinkhorn_knopp" else mx.bfloat16
+    if op == "stream_mix_add":
+        arrays[2:] = mx.ones(4), mx.eye(4)
+    outputs, gradients = mx.vjp(f, arrays, [mx.zeros(shape, dtype)])
+    assert (outputs[0].shape, outputs[0].dtype) == (shape, dtype)
+    assert [(g.shape, g.dtype) for g in gradients] == [(a.shape, a.dtype) for a in arrays]
+    assert all((g == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize("name", list(CONVENTIONS))
+def test_zero_matrices(name):
+    empty = mx.zeros((2, 0, 4, 4))
+    outputs, gradients = mx.vjp(
+        lambda a: ops.sinkhorn_knopp(a, CONVENTIONS[name]), [empty], [empty]
+    )
+    assert outputs[0].shape == gradients[0].shape == empty.shape
 
 
 def test_additive_zero_start_is_near_the_identity():
