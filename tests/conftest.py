@@ -101,7 +101,7 @@ def executor(rung: str, few_groups: bool = True):
 
 
 def pytest_terminal_summary(terminalreporter):
-    for rung in ("simulator", "nvrtc", "gpu"):
+    for rung in ("simulator", "dialect", "nvrtc", "gpu"):
         bodies = [v[1] for v in variants if v[0] == rung]
         if bodies:
             each = ", ".join(f"{b} {bodies.count(b)}" for b in sorted(set(bodies)))
