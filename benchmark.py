@@ -240,7 +240,7 @@ def verify(cases, dtypes) -> list[dict]:
 
 def sweep(bench: Bench, op: str, shape, name: str) -> list[dict]:
     """Threads per group x vector width; marks the best and what the default picks."""
-    rows, plain = [], ops._geometry
+    rows, plain = [], ops.geometry.of_token
     for direction in ("forward", "backward"):
         copies = 1 if direction == "forward" else 2
         chosen = plain(shape[1], shape[2], DTYPES[name].size, copies, None, backend())
@@ -254,16 +254,16 @@ def sweep(bench: Bench, op: str, shape, name: str) -> list[dict]:
 
                 def forced(n, C, size, copies, _, backend, vec=vec, threads=threads, passes=passes):
                     held = passes * copies * n * (max(4, vec * size) if copies == 1 else 4 * vec)
-                    fits = n <= 8 and held <= ops.REGISTER_BYTES[backend, copies]
-                    return ops._Geometry(vec, threads, passes, fits)
+                    fits = n <= 8 and held <= ops.geometry.REGISTER_BYTES[backend, copies]
+                    return ops.geometry.Geometry(vec, threads, passes, fits)
 
-                ops._geometry = forced
+                ops.geometry.of_token = forced
                 try:
                     row = bench.row(op, direction, shape, name, threads, baseline=False) | {
                         "vec": vec
                     }
                 finally:
-                    ops._geometry = plain
+                    ops.geometry.of_token = plain
                 row["default"] = (vec, threads) == (chosen.vec, chosen.threads)
                 rows.append(row)
         best = min((r for r in rows if r["direction"] == direction), key=lambda r: r["us"])

@@ -2,7 +2,13 @@
 
 By default it reads the source files of Python's standard library and trains for two minutes. It
 prints the loss in bits per byte, the mean cosine similarity between streams (1: the streams are
-copies and the connection does nothing), and a sample.
+copies and the connection does nothing), and a sample. --connection compares variants; all but
+static and plain make their coefficients per token:
+
+    static     mHC with parameters for coefficients    mhc        arXiv 2512.24880
+    mhc-lite   arXiv 2601.05732                        kronecker  KromHC
+    identity   no mixing of streams                    hc         mixing without constraint
+    plain      an ordinary residual, one stream
 """
 
 import argparse
@@ -19,7 +25,21 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from mhc_mlx import MHCLayer, backend, expand_streams, reduce_streams
+from mhc_mlx import (
+    IDENTITY,
+    KRONECKER,
+    MHC_LITE,
+    PAPER,
+    ROW_FIRST,
+    UNCONSTRAINED,
+    MHCLayer,
+    backend,
+    expand_streams,
+    reduce_streams,
+)
+
+CONVENTIONS = {"static": ROW_FIRST, "mhc": PAPER, "mhc-lite": MHC_LITE, "kronecker": KRONECKER}
+CONVENTIONS |= {"identity": IDENTITY, "hc": UNCONSTRAINED}
 
 
 class Attention(nn.Module):
@@ -55,18 +75,35 @@ class MLP(nn.Module):
         return self.down(nn.gelu_approx(self.up(u)))
 
 
-class ByteLM(nn.Module):
-    """n streams of ``dim`` channels through ``2 * depth`` sublayers, each inside an MHCLayer."""
+class Residual(nn.Module):
+    """An ordinary pre-norm residual, on one stream."""
 
-    def __init__(self, dim: int, depth: int, heads: int, streams: int, use_metal: bool):
+    def __init__(self, dim: int):
         super().__init__()
+        self.norm = nn.RMSNorm(dim)
+
+    def __call__(self, x: mx.array, sublayer: nn.Module) -> mx.array:
+        return x + sublayer(self.norm(x[..., 0, :]))[..., None, :]
+
+
+class ByteLM(nn.Module):
+    """n streams of ``dim`` channels through ``2 * depth`` sublayers, each in its connection."""
+
+    def __init__(
+        self, dim: int, depth: int, heads: int, streams: int, connection: str, use_metal: bool
+    ):
+        super().__init__()
+        options = {"dynamic": connection != "static", "use_metal": use_metal}
         self.streams = streams
         self.embedding = nn.Embedding(256, dim)
         self.sublayers = [
             layer for _ in range(depth) for layer in (Attention(dim, heads), MLP(dim))
         ]
         self.connections = [
-            MHCLayer(streams, dim, layer_idx=k, use_metal=use_metal) for k in range(2 * depth)
+            Residual(dim)
+            if connection == "plain"
+            else MHCLayer(streams, dim, convention=CONVENTIONS[connection], layer_idx=k, **options)
+            for k in range(2 * depth)
         ]
         self.norm = nn.RMSNorm(dim)
         self.head = nn.Linear(dim, 256, bias=False)
@@ -120,7 +157,8 @@ def main() -> None:
     parser.add_argument("--data", metavar="FILE", help="text to train on")
     parser.add_argument("--seconds", type=float, default=120, help="stop after this long")
     parser.add_argument("--steps", type=int, default=10_000, help="or after so many steps")
-    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--connection", choices=[*CONVENTIONS, "plain"], default="static")
+    parser.add_argument("--streams", type=int, default=4, help="of every connection but plain")
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--depth", type=int, default=2, help="blocks of attention and MLP")
     parser.add_argument("--heads", type=int, default=4)
@@ -136,7 +174,9 @@ def main() -> None:
 
     mx.random.seed(args.seed)
     data = read_corpus(args.data)
-    model = ByteLM(args.dim, args.depth, args.heads, args.streams, not args.no_metal)
+    streams = 1 if args.connection == "plain" else args.streams
+    sizes = (args.dim, args.depth, args.heads, streams)
+    model = ByteLM(*sizes, args.connection, not args.no_metal)
 
     def adam(lr):
         # A long warm-up and an eps: without them Adam turns the rounding noise of parameters that
@@ -145,9 +185,10 @@ def main() -> None:
         schedule = optim.join_schedules([warmup, lambda _: mx.array(lr)], [300])
         return optim.AdamW(schedule, eps=1e-6, weight_decay=0.01)
 
-    # Gates and mixing logits move by whole units where weights move by hundredths.
+    # Gates and mixing logits move by whole units where weights, phi among them, move by hundredths.
     optimizer = optim.MultiOptimizer(
-        [adam(10 * args.lr), adam(args.lr)], [lambda name, _: "connections" in name]
+        [adam(10 * args.lr), adam(args.lr)],
+        [lambda name, _: "connections" in name and not name.endswith("phi")],
     )
     mx.eval(model.parameters())
     size = sum(v.size for _, v in tree_flatten(model.trainable_parameters()))

@@ -1,16 +1,41 @@
 """Manifold-constrained hyper-connections (arXiv 2512.24880) for MLX, fused and trainable."""
 
-from .conventions import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, Convention
+from .conventions import (
+    ADDITIVE,
+    DEEPSEEK_V4,
+    IDENTITY,
+    KRONECKER,
+    MHC_LITE,
+    PAPER,
+    ROW_FIRST,
+    UNCONSTRAINED,
+    Convention,
+)
 from .kernel import backend
-from .layers import MHCLayer, expand_streams, merge_streams, reduce_streams, split_streams
+from .layers import (
+    HyperConnection,
+    HyperHead,
+    MHCBlock,
+    MHCLayer,
+    MHCLiteBlock,
+    expand_streams,
+    merge_streams,
+    reduce_streams,
+    split_streams,
+    widen,
+)
 from .ops import (
+    mhc_coefficients,
+    mhc_head,
     mhc_layer,
+    mhc_pre,
     mhc_static,
     sinkhorn_knopp,
+    stream_aggregate,
     stream_aggregate_norm,
     stream_mix_add,
     vmap,
 )
-from .reference import rms_norm, stream_aggregate, stream_distribute, stream_mix
+from .reference import rms_norm, stream_distribute, stream_mix
 
 __version__ = "0.1.0"

@@ -1,15 +1,18 @@
 """Modules: parameters, initial values, calls to ops."""
 
+import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from . import ops
-from .conventions import ROW_FIRST, Convention
-from .reference import gates
+from .conventions import MHC_LITE, PAPER, ROW_FIRST, SINKHORN, Convention
+from .reference import gates, project
 
 
 def split_streams(h: mx.array, n: int) -> mx.array:
@@ -48,18 +51,202 @@ def reduce_streams(x: mx.array, how: str = "mean") -> mx.array:
     return (xf.mean(-2) if how == "mean" else xf.sum(-2)).astype(x.dtype)
 
 
-class MHCLayer(nn.Module):
-    """The self-contained static layer of mHC.cu, mhc-mlx and SuperFused.
+def _check_sizes(op: str, **sizes: tuple[int, float]) -> None:
+    for name, (value, most) in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"[{op}] {name} must be an int but got {type(value).__name__}.")
+        if not 1 <= value <= most:
+            raise ValueError(f"[{op}] {name} must be from 1 to {most} but got {value}.")
 
-    ``out[i] = sum_j h_res[i, j] x[j] + h_post[i] F(RMSNorm(sum_j h_pre[j] x[j]))``, coefficients
-    made from float32 parameters ``H_pre [n]``, ``H_post [n]``, ``H_res [n, n]`` as ``convention``
-    says; ``rms_weight [C]``.
 
-    At the start h_pre is 0.9 on stream ``layer_idx % n`` and 0.1 / (n - 1) elsewhere, h_post is 1
-    and h_res nearly the identity (off-diagonal logits -(8 + ln(n - 1))): a residual network, every
-    gate where its gradient is alive. ADDITIVE starts with H_res = 0, H_pre = 1 / n, H_post = 1.
-    Streams that are equal copies hide h_res and h_pre from the loss, so at step 0 their gradients
-    may be zero by symmetry.
+def _logit(p: float) -> float:
+    """Where the sigmoid is p, kept from 0.0001 to 0.9: beyond, a gate has hardly a gradient."""
+    p = min(max(p, 1e-4), 0.9)
+    return math.log(p / (1 - p))
+
+
+def _start(n: int, convention: Convention, layer_idx: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Starting H_pre [n], H_post [n] and H_res [R], as `HyperConnection` says."""
+    c, R = convention, convention.res_size(n)
+    if c.sigmoid:
+        pre = [0.9 if j == layer_idx % n else 0.1 / (n - 1) for j in range(n)]
+        H_pre = mx.array([_logit(p - c.pre_eps) for p in pre])
+        H_post = mx.full(n, _logit((1 - c.post_eps) / (c.post_scale or 1)))
+    else:
+        H_pre, H_post = mx.full(n, 1 / n), mx.ones(n)
+
+    def off(others: int) -> float:
+        return -8 - math.log(max(others, 1))
+
+    if c.start in ("exp", "softmax"):
+        H_res = (off(n - 1) * (1 - mx.eye(n))).flatten()
+    elif c.start == "permutations":
+        H_res = mx.array([0.0] + [off(R - 1)] * (R - 1))
+    elif c.start == "kronecker":
+        H_res = mx.array([0.0, off(R // 2)] * (R // 2))
+    else:
+        H_res = mx.zeros(R)
+    return H_pre, H_post, H_res
+
+
+def _noise(outs: int, width: int) -> mx.array:
+    """phi at the start."""
+    return mx.random.normal((outs, width)) * (0.02 / math.sqrt(width))
+
+
+class HyperConnection(nn.Module):
+    """Reads the streams for a sublayer and writes its output back, with coefficients per token.
+
+        u, add_residual = connection(x)  # u = sum_j h_pre[j] x[j]
+        x = add_residual(sublayer(u))    # x[i] = sum_j h_res[i, j] x[j] + h_post[i] y
+
+    Dynamic (arXiv 2512.24880, eq. 3, 7-9): h_pre, h_post, h_res = mhc_coefficients(x, phi, bias,
+    alpha) with parameters ``phi [2n + R, n*C]``, ``bias [2n + R]``, ``alpha [3]``; R is
+    ``convention.res_size(n)``. Each token makes its own from its own streams: causal. Static: from
+    ``H_pre [n]``, ``H_post [n]`` and ``H_res``, ``[n, n]`` or ``[R]``, for all tokens. Parameters
+    start in float32, may be cast, and are read as float.
+
+    The start preserves a network's function: on equal streams it is ``x + F(x)``, exactly but for
+    rounding.
+        h_pre: 0.9 on stream ``layer_idx % n``, so that neighbours differ, and 0.1 / (n - 1)
+            elsewhere. The sum is 1; for n = 1 it is 0.9, since a sigmoid at 1 has no gradient.
+        h_post: 1, the middle of its gate.
+        h_res: the identity but for e**-8 = 3e-4 that leaves each stream, so that a gradient comes
+            back: logits 0 on the diagonal, -(8 + ln(n - 1)) elsewhere; MHC_LITE 0 on the identity,
+            -(8 + ln(n! - 1)) on the other permutations; KRONECKER pairs (0, -(8 + ln log2 n)).
+            UNCONSTRAINED and ADDITIVE are linear and start with zeros.
+        phi: normal with deviation 0.02 / sqrt(n*C), so that at any width the noise that it adds to
+            a logit is 0.02 * ``init_scale``: too small for the model to notice, and enough for
+            alpha, which is ``init_scale``, to have a gradient at once, as phi has. The rows of
+            h_res are 0 with UNCONSTRAINED, where no gate dampens them.
+    ADDITIVE, static only, starts with h_pre = 1 / n. Streams that are equal copies hide h_res and,
+    but for its sum, h_pre from the loss: at step 0 their gradients may be zero by symmetry.
+
+    Args:
+        dim: C, channels per stream.
+        num_streams: n, 1 to 64; at most 5 with MHC_LITE, a power of two with KRONECKER.
+        layer_idx: Which stream is read at the start.
+        dynamic: Coefficients per token, or parameters.
+        convention: How coefficients are made.
+        sinkhorn_iters: Sinkhorn-Knopp iterations; None keeps the convention's, 20 in the presets.
+        init_scale: Start of alpha.
+        norm_eps: Added to the mean square of a token's n*C elements, above 0.
+        use_metal: Run the fused kernels where the default device has them (Metal or CUDA).
+        threads_per_group: Threads in a threadgroup; None picks from the shape.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_streams: int = 4,
+        *,
+        layer_idx: int = 0,
+        dynamic: bool = True,
+        convention: Convention = PAPER,
+        sinkhorn_iters: int | None = None,
+        init_scale: float = 0.01,
+        norm_eps: float = 1e-6,
+        use_metal: bool = True,
+        threads_per_group: int | None = None,
+    ):
+        super().__init__()
+        op, n = type(self).__name__, num_streams
+        _check_sizes(op, dim=(dim, math.inf), num_streams=(n, ops.MAX_STREAMS))
+        ops.check_convention(op, convention)
+        convention.check_streams(op, n)
+        if dynamic and not convention.sigmoid:
+            got = convention.name
+            raise ValueError(f"[{op}] convention must have sigmoid gates if dynamic but got {got}.")
+        ops.check_threads(op, threads_per_group)
+        ops.check_eps(op, norm_eps, "norm_eps")
+        self.dim, self.num_streams, self.dynamic, self.norm_eps = dim, n, dynamic, norm_eps
+        self._convention = (
+            convention if sinkhorn_iters is None else replace(convention, iters=sinkhorn_iters)
+        )
+        self.use_metal = use_metal
+        self.threads_per_group = threads_per_group
+        H_pre, H_post, H_res = _start(n, convention, layer_idx)
+        if dynamic:
+            self.phi = _noise(2 * n + H_res.size, n * dim)
+            if convention.start == "unconstrained":  # no gate makes the noise of h_res small
+                self.phi[2 * n :] = 0
+            self.bias = mx.concatenate([H_pre, H_post, H_res])
+            self.alpha = mx.full(3, init_scale)
+        else:
+            self.H_pre, self.H_post = H_pre, H_post
+            if H_res.size:
+                self.H_res = H_res.reshape(n, n) if H_res.size == n * n else H_res
+
+    @property
+    def convention(self) -> Convention:
+        return self._convention
+
+    @property
+    def _options(self) -> dict:
+        return {"use_metal": self.use_metal, "threads_per_group": self.threads_per_group}
+
+    def mixing_matrix(self) -> mx.array | None:
+        """h_res ``[n, n]`` float32, row = output, of a static connection; None is the identity."""
+        if self.dynamic:
+            op = type(self).__name__
+            raise ValueError(
+                f"[{op}] dynamic must be False but got True: coefficients(x) has h_res."
+            )
+        if self._convention.start in SINKHORN:
+            return ops.sinkhorn_knopp(self.H_res, self._convention, use_metal=self.use_metal)
+        logits = self.H_res.flatten() if "H_res" in self else mx.zeros(0)
+        return project(logits, self.num_streams, self._convention)
+
+    def coefficients(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array | None]:
+        """h_pre, h_post and h_res for streams x, float32: per token, or static ones."""
+        if self.dynamic:
+            arrays = (x, self.phi, self.bias, self.alpha)
+            return ops.mhc_coefficients(*arrays, self._convention, self.norm_eps, **self._options)
+        return *gates(self.H_pre, self.H_post, self._convention), self.mixing_matrix()
+
+    def _read(
+        self, x: mx.array, weight: mx.array | None = None, eps: float = 1e-5
+    ) -> tuple[mx.array, Callable[[mx.array], mx.array]]:
+        c, options = self._convention, self._options
+        if self.dynamic:
+            u, h_post, h_res, x = ops.mhc_pre(
+                *(x, self.phi, self.bias, self.alpha, weight, c, self.norm_eps, eps), **options
+            )
+        else:
+            h_pre, h_post, h_res = self.coefficients(x)
+            if weight is None:
+                u = ops.stream_aggregate(x, h_pre, **options)
+            else:
+                u = ops.stream_aggregate_norm(x, h_pre, weight, eps, **options)
+
+        def add_residual(y: mx.array) -> mx.array:
+            return ops.stream_mix_add(x, y, h_post, h_res, **options)
+
+        return u, add_residual
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, Callable[[mx.array], mx.array]]:
+        """``[..., n, C]`` to u ``[..., C]`` and the function from y ``[..., C]`` to the streams,
+        all in x's dtype.
+        """
+        n, C = self.num_streams, self.dim
+        if x.shape[-2:] != (n, C):
+            must = f"have shape [..., n={n}, C={C}]"
+            raise ValueError(f"[HyperConnection] x must {must} but got {list(x.shape)}.")
+        return self._read(x)
+
+    def _extra_repr(self) -> str:
+        c = self._convention
+        return (
+            f"n={self.num_streams}, C={self.dim}, convention={c.name}, iters={c.iters}, "
+            f"dynamic={self.dynamic}"
+        )
+
+
+class MHCLayer(HyperConnection):
+    """The self-contained layer of mHC.cu, static also of mhc-mlx and SuperFused.
+
+    ``out[i] = sum_j h_res[i, j] x[j] + h_post[i] F(RMSNorm(sum_j h_pre[j] x[j]))``: a
+    `HyperConnection`, its parameters and its start, and ``rms_weight [C]``.
 
     Args:
         n: Streams, 1 to 64.
@@ -67,10 +254,9 @@ class MHCLayer(nn.Module):
         sinkhorn_iters: Sinkhorn-Knopp iterations; None keeps the convention's.
         eps: Of the RMSNorm, above 0.
         convention: How coefficients are made.
-        dynamic: Per-token coefficients; not available yet.
-        layer_idx: Which stream the layer reads at the start.
-        use_metal: Run the fused kernels where the default device has them (Metal or CUDA).
-        threads_per_group: Threads in a threadgroup; None picks from the shape.
+        dynamic: Coefficients per token, or parameters.
+        options: Of `HyperConnection`: layer_idx, init_scale, norm_eps, use_metal,
+            threads_per_group.
     """
 
     def __init__(
@@ -82,59 +268,280 @@ class MHCLayer(nn.Module):
         eps: float = 1e-5,
         convention: Convention = ROW_FIRST,
         dynamic: bool = False,
-        layer_idx: int = 0,
-        use_metal: bool = True,
-        threads_per_group: int | None = None,
+        **options,
     ):
-        super().__init__()
-        if dynamic:
-            raise ValueError("[MHCLayer] dynamic must be False but got True: not built yet.")
-        for name, value, most in (("n", n, ops.MAX_STREAMS), ("C", C, math.inf)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"[MHCLayer] {name} must be an int but got {type(value).__name__}.")
-            if not 1 <= value <= most:
-                raise ValueError(f"[MHCLayer] {name} must be from 1 to {most} but got {value}.")
-        ops._check_convention("MHCLayer", convention)
-        ops._check_threads("MHCLayer", threads_per_group)
-        ops._check_eps("MHCLayer", eps)
+        _check_sizes("MHCLayer", n=(n, ops.MAX_STREAMS), C=(C, math.inf))
+        ops.check_eps("MHCLayer", eps)
+        options |= {"sinkhorn_iters": sinkhorn_iters, "convention": convention, "dynamic": dynamic}
+        super().__init__(C, n, **options)
         self.eps = eps
-        self._convention = (
-            convention if sinkhorn_iters is None else replace(convention, iters=sinkhorn_iters)
-        )
-        self.use_metal = use_metal
-        self.threads_per_group = threads_per_group
-        if convention.sigmoid:
-            pre = [0.9 if j == layer_idx % n else 0.1 / (n - 1) for j in range(n)]
-            self.H_pre = mx.array([math.log(p / (1 - p)) for p in pre])
-            self.H_post = mx.zeros(n)
-            self.H_res = (mx.eye(n) - 1) * (8 + math.log(max(n - 1, 1)))
-        else:
-            self.H_pre = mx.full(n, 1 / n)
-            self.H_post = mx.ones(n)
-            self.H_res = mx.zeros((n, n))
         self.rms_weight = mx.ones(C)
-
-    @property
-    def convention(self) -> Convention:
-        return self._convention
-
-    def mixing_matrix(self) -> mx.array:
-        """h_res ``[n, n]`` float32, row = output."""
-        return ops.sinkhorn_knopp(self.H_res, self._convention, use_metal=self.use_metal)
 
     def __call__(
         self, x: mx.array, sublayer: Callable[[mx.array], mx.array] | None = None
     ) -> mx.array:
         """``[..., n, C] -> [..., n, C]`` in x's dtype; sublayer is F, the identity by default."""
-        options = {"use_metal": self.use_metal, "threads_per_group": self.threads_per_group}
-        parameters = (self.H_pre, self.H_post, self.H_res, self.rms_weight)
-        if sublayer is None:
-            return ops.mhc_layer(x, *parameters, self._convention, self.eps, **options)
-        h_pre, h_post = gates(self.H_pre, self.H_post, self._convention)
-        y = sublayer(ops.stream_aggregate_norm(x, h_pre, self.rms_weight, self.eps, **options))
-        return ops.stream_mix_add(x, y, h_post, self.mixing_matrix(), **options)
+        if sublayer is None and not self.dynamic and self._convention.start in SINKHORN:
+            parameters = (self.H_pre, self.H_post, self.H_res, self.rms_weight)
+            return ops.mhc_layer(x, *parameters, self._convention, self.eps, **self._options)
+        if sublayer is None and not self.dynamic:
+            parameters = (*self.coefficients(x), self.rms_weight)
+            return ops.mhc_static(x, *parameters, self.eps, **self._options)
+        u, add_residual = self._read(x, self.rms_weight, self.eps)
+        return add_residual(u if sublayer is None else sublayer(u))
 
     def _extra_repr(self) -> str:
-        n, C = self.H_pre.shape[0], self.rms_weight.shape[0]
-        c = self._convention
-        return f"n={n}, C={C}, convention={c.name}, iters={c.iters}, eps={self.eps}"
+        return f"{super()._extra_repr()}, eps={self.eps}"
+
+
+class HyperHead(nn.Module):
+    """The learned read-out of DeepSeek V4: ``u = sum_j h_pre[j] x[j]``, h_pre made per token.
+
+    ``h_pre = sigmoid(alpha rsqrt(mean(x**2) + norm_eps) (phi @ vec(x)) + bias) + pre_eps``, as in
+    `mhc_head`; parameters ``phi [n, n*C]``, ``bias [n]``, ``alpha [1]``, float32 at the start. It
+    starts as the mean, h_pre = 1 / n, with phi as in `HyperConnection`: every sublayer has written
+    to all streams alike, and all must have a gradient at once. (For n = 1: 0.9.)
+
+    Args:
+        dim: C, channels per stream.
+        num_streams: n, 1 to 64.
+        convention: Its pre_eps.
+        init_scale, norm_eps, use_metal, threads_per_group: As in `HyperConnection`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_streams: int = 4,
+        *,
+        convention: Convention = PAPER,
+        init_scale: float = 0.01,
+        norm_eps: float = 1e-6,
+        use_metal: bool = True,
+        threads_per_group: int | None = None,
+    ):
+        super().__init__()
+        op, n = "HyperHead", num_streams
+        _check_sizes(op, dim=(dim, math.inf), num_streams=(n, ops.MAX_STREAMS))
+        ops.check_convention(op, convention)
+        if not convention.sigmoid:
+            raise ValueError(
+                f"[{op}] convention must have sigmoid gates but got {convention.name}."
+            )
+        ops.check_threads(op, threads_per_group)
+        ops.check_eps(op, norm_eps, "norm_eps")
+        self._convention, self.norm_eps = convention, norm_eps
+        self.use_metal, self.threads_per_group = use_metal, threads_per_group
+        self.phi = _noise(n, n * dim)
+        self.bias = mx.full(n, _logit(1 / n - convention.pre_eps))
+        self.alpha = mx.full(1, init_scale)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[..., n, C] -> [..., C]`` in x's dtype."""
+        options = {"use_metal": self.use_metal, "threads_per_group": self.threads_per_group}
+        parameters = (self.phi, self.bias, self.alpha)
+        return ops.mhc_head(x, *parameters, self._convention, self.norm_eps, **options)
+
+
+class MHCBlock(nn.Module):
+    """Any layer F in a hyper-connection: ``out[i] = sum_j h_res[i, j] x[j] + h_post[i] F(norm(u))``
+    with u and the coefficients of `HyperConnection`.
+
+        block = MHCBlock(Attention(dim), dim, norm=nn.RMSNorm(dim), layer_idx=k)
+        x = block(x, mask, cache=cache)
+
+    Args:
+        layer: A module or function ``[..., C] -> [..., C]`` that keeps its input's dtype. Where it
+            returns a tuple, y is the first element.
+        dim: C, channels per stream.
+        num_streams: n.
+        norm: Applied to u before the layer; None if the layer normalises or nothing should.
+        options: Of `HyperConnection`.
+    """
+
+    def __init__(
+        self,
+        layer: Callable,
+        dim: int,
+        num_streams: int = 4,
+        *,
+        norm: Callable[[mx.array], mx.array] | None = None,
+        **options,
+    ):
+        super().__init__()
+        self.connection = HyperConnection(dim, num_streams, **options)
+        self.norm = norm
+        self.layer = layer
+
+    def _branch(self, u: mx.array, *args, **kwargs):
+        return self.layer(u if self.norm is None else self.norm(u), *args, **kwargs)
+
+    def __call__(self, x: mx.array, *args, **kwargs) -> mx.array | tuple:
+        """``[..., n, C] -> [..., n, C]``. The other arguments are the layer's; where it returns
+        (y, ...), this returns (out, ...).
+        """
+        u, add_residual = self.connection(x)
+        y = self._branch(u, *args, **kwargs)
+        if isinstance(y, tuple):
+            return add_residual(y[0]), *y[1:]
+        return add_residual(y)
+
+
+class MHCLiteBlock(MHCBlock):
+    """`MHCBlock` with MHC_LITE (arXiv 2601.05732): h_res is a weighted sum of permutations, doubly
+    stochastic without iterations; n <= 5.
+
+    Args:
+        layer, dim, num_streams, norm, options: Of `MHCBlock`.
+        subtract_input: Write back ``h_post[i] (F(u) - u)`` instead of ``h_post[i] F(u)``, as
+            flash-mHC does: for weights trained with it.
+    """
+
+    def __init__(
+        self,
+        layer: Callable,
+        dim: int,
+        num_streams: int = 4,
+        *,
+        subtract_input: bool = False,
+        **options,
+    ):
+        super().__init__(layer, dim, num_streams, convention=MHC_LITE, **options)
+        self.subtract_input = subtract_input
+
+    def _branch(self, u: mx.array, *args, **kwargs):
+        y = super()._branch(u, *args, **kwargs)
+        if not self.subtract_input:
+            return y
+        return (y[0] - u, *y[1:]) if isinstance(y, tuple) else y - u
+
+
+class WidenedBlock(nn.Module):
+    """What `widen` puts before a block's own class: the same module, called on streams.
+
+    Attributes:
+        connections: A `HyperConnection` for each of the block's branches.
+        enters, leaves: The streams to expand to before the block, how to reduce after; or None.
+    """
+
+    def __call__(self, x: mx.array, *args, **kwargs) -> mx.array:
+        if self.enters is not None:
+            x = expand_streams(x, self.enters)
+        branches = _branches(self, *args, **kwargs)
+        for connection, branch in zip(self.connections, branches, strict=True):
+            u, add_residual = connection(x)
+            x = add_residual(branch(u))
+        return x if self.leaves is None else reduce_streams(x, self.leaves)
+
+
+_LLAMA = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+
+
+def _branches(block: nn.Module, *args, **kwargs) -> list[Callable[[mx.array], mx.array]]:
+    """The functions F of a block that computes ``for F in branches: x = x + F(x)``."""
+    if hasattr(block, "residual_branches"):
+        return block.residual_branches(*args, **kwargs)
+    return [
+        lambda u: block.self_attn(block.input_layernorm(u), *args, **kwargs),
+        lambda u: block.mlp(block.post_attention_layernorm(u)),
+    ]
+
+
+@functools.cache
+def _widened(cls: type) -> type:
+    return type(f"Widened{cls.__name__}", (WidenedBlock, cls), {})
+
+
+def _check_block(block: nn.Module, dim: int) -> None:
+    """That a block is the sum of its branches, on two tokens."""
+    dtype = next(
+        (
+            a.dtype
+            for _, a in tree_flatten(block.parameters())
+            if mx.issubdtype(a.dtype, mx.floating)
+        ),
+        mx.float32,
+    )
+    x = mx.random.normal((1, 2, dim), dtype=dtype, key=mx.random.key(0))
+    want, got = block(x), x
+    for branch in _branches(block):
+        got = got + branch(got)
+    error = mx.abs(got - want).max() / mx.abs(want).max()
+    if error.item() > 8 * mx.finfo(dtype).eps:
+        name = type(block).__name__
+        raise ValueError(
+            f"[widen] layers must compute x + F(x) for each branch F but got {name}, which does "
+            f"not (relative error {error.item():.1e}): give it a method residual_branches."
+        )
+
+
+def widen(
+    model: nn.Module,
+    num_streams: int = 4,
+    *,
+    convention: Convention = PAPER,
+    layers: list[nn.Module] | None = None,
+    dim: int | None = None,
+    reduce: str = "mean",
+    **options,
+) -> nn.Module:
+    """Put a hyper-connection around every residual branch of a transformer, in place.
+
+    The first block expands ``[..., C]`` to n equal streams and the last one reduces them, so the
+    model's own code stays as it is; `HyperConnection` starts so that its outputs do too, but for
+    rounding. Blocks keep their parameters, names and attributes (weights, adapters, quantization
+    and caches work as before) and gain ``connections.0``, ``connections.1``, ..., trainable even
+    in a frozen model: to train those alone, call ``model.freeze()`` first.
+
+    A block is a module whose call is ``for F in branches: x = x + F(x)``. It has a method
+    ``residual_branches(*args, **kwargs)``, which gets the arguments of the call after x and returns
+    that list of functions, or is like llama's in mlx-lm: ``self_attn`` after ``input_layernorm``,
+    called with these arguments, then ``mlp`` after ``post_attention_layernorm``, and no other
+    children. One block of each class is run on two tokens, without further arguments, to see that
+    it is so (in the mode the model is in: dropout must be off).
+
+    Args:
+        model: The transformer.
+        num_streams: n.
+        convention: How coefficients are made.
+        layers: The blocks in the order in which they run; None is ``model.layers``.
+        dim: C; None is the size of ``input_layernorm``'s weight.
+        reduce: ``"mean"``, ``"first"`` or, in a model that then normalises, ``"sum"``.
+        options: Of `HyperConnection`: dynamic, sinkhorn_iters, ...
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: A block is not a module of one of the two forms.
+        ValueError: A block is widened already, there twice, or not the sum of its branches.
+    """
+    layers = list(model.layers if layers is None else layers)
+    if not layers:
+        raise ValueError("[widen] layers must have at least one block but got none.")
+    if reduce not in ("mean", "sum", "first"):
+        raise ValueError(f"[widen] reduce must be 'mean', 'sum' or 'first' but got {reduce!r}.")
+    for block in layers:
+        name = type(block).__name__
+        if isinstance(block, WidenedBlock) or sum(b is block for b in layers) > 1:
+            raise ValueError(f"[widen] layers must be distinct and not yet widened but got {name}.")
+        if not hasattr(block, "residual_branches") and (
+            not isinstance(block, nn.Module) or set(block.children()) != _LLAMA
+        ):
+            must = f"have a method residual_branches or the children {sorted(_LLAMA)}"
+            raise TypeError(f"[widen] layers must {must} but got {name}.")
+    if dim is None and not hasattr(layers[0], "input_layernorm"):
+        raise ValueError("[widen] dim must be the channels of layers with no input_layernorm.")
+    dim = layers[0].input_layernorm.weight.shape[-1] if dim is None else dim
+    for block in {type(block): block for block in layers}.values():
+        _check_block(block, dim)
+    index, options = itertools.count(), options | {"convention": convention}
+    for block in layers:
+        block.connections = [
+            HyperConnection(dim, num_streams, layer_idx=next(index), **options)
+            for _ in _branches(block)
+        ]
+        block.enters = num_streams if block is layers[0] else None
+        block.leaves = reduce if block is layers[-1] else None
+        block.__class__ = _widened(type(block))
+    return model

@@ -8,9 +8,11 @@ Raises, in the ops of the same names: ValueError where a shape or a number does 
 where a dtype or a type does not.
 """
 
+import itertools
+
 import mlx.core as mx
 
-from .conventions import ROW_FIRST, Convention
+from .conventions import PAPER, ROW_FIRST, SINKHORN, Convention
 
 
 def _float(*arrays: mx.array) -> list[mx.array]:
@@ -47,6 +49,43 @@ def sinkhorn_knopp(logits: mx.array, convention: Convention = ROW_FIRST) -> mx.a
     for k in range(done, 2 * convention.iters):
         p = p / (p.sum(axis=axes[k % 2], keepdims=True) + convention.eps)
     return p.swapaxes(-1, -2) if convention.transposed else p
+
+
+def project(logits: mx.array, n: int, convention: Convention = PAPER) -> mx.array | None:
+    """The mixing matrix h_res ``[..., n, n]`` float32, row = output, of R logits.
+
+    ``sinkhorn_knopp`` of the logits as ``[..., n, n]``, or one of the projections that
+    `Convention` lists: exactly doubly stochastic or unconstrained.
+
+    Args:
+        logits: ``[..., R]``, R = ``convention.res_size(n)``.
+        n: Streams.
+        convention: The projection.
+
+    Returns:
+        h_res, or None, the identity, where R is 0.
+    """
+    lead = logits.shape[:-1]
+    (logits,) = _float(logits)
+    if convention.start in SINKHORN:
+        return sinkhorn_knopp(logits.reshape(*lead, n, n), convention)
+    if convention.start == "unconstrained":
+        return mx.eye(n) + logits.reshape(*lead, n, n)
+    if logits.shape[-1] == 0:
+        return None
+    if convention.start == "permutations":
+        weights, eye = mx.softmax(logits, axis=-1, precise=True), mx.eye(n)
+        orders = enumerate(itertools.permutations(range(n)))
+        return sum(weights[..., k, None, None] * eye[mx.array(order)] for k, order in orders)
+    h_res = mx.ones((*lead, 1, 1))
+    for k in range(0, logits.shape[-1], 2):
+        p = mx.softmax(logits[..., k : k + 2], axis=-1, precise=True)
+        pair = mx.stack([p, p[..., ::-1]], axis=-2)
+        size = 2 * h_res.shape[-1]
+        # one new axis at a time: MLX 0.32 maps two at once wrongly
+        h_res = h_res[..., :, None, :][..., None] * pair[..., None, :, :][..., None, :]
+        h_res = h_res.reshape(*lead, size, size)
+    return h_res
 
 
 def gates(H_pre: mx.array, H_post: mx.array, convention: Convention) -> tuple[mx.array, mx.array]:
@@ -187,3 +226,106 @@ def mhc_layer(
     """
     h_pre, h_post = gates(H_pre, H_post, convention)
     return mhc_static(x, h_pre, h_post, sinkhorn_knopp(H_res, convention), weight, eps)
+
+
+def _logits(x: mx.array, phi: mx.array, norm_eps: float) -> mx.array:
+    """``rsqrt(mean(x**2) + norm_eps) * (phi @ vec(x))``, ``[..., O]`` float32."""
+    v = x.astype(mx.float32).reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+    (phi,) = _float(phi)
+    raw = mx.stack([(v * row).sum(-1) for row in phi], axis=-1)
+    return raw * mx.rsqrt(mx.mean(v * v, axis=-1, keepdims=True) + norm_eps)
+
+
+def mhc_coefficients(
+    x: mx.array,
+    phi: mx.array,
+    bias: mx.array,
+    alpha: mx.array,
+    convention: Convention = PAPER,
+    norm_eps: float = 1e-6,
+) -> tuple[mx.array, mx.array, mx.array | None]:
+    """The coefficients that each token makes for itself (arXiv 2512.24880, eq. 7-9).
+
+    ``l = rsqrt(mean(x**2) + norm_eps) * (phi @ vec(x))``, in three parts pre [n], post [n], res
+    [R]; h_pre, h_post = gates(alpha[0] l_pre + b_pre, alpha[1] l_post + b_post);
+    h_res = project(alpha[2] l_res + b_res).
+
+    Args:
+        x: ``[..., n, C]``.
+        phi: ``[2n + R, n*C]``, R = ``convention.res_size(n)``; a norm weight of ``[n*C]`` folds
+            into it: ``phi * weight``.
+        bias: ``[2n + R]``.
+        alpha: ``[3]``.
+        convention: How coefficients are made; not ADDITIVE, whose gates take no logits.
+        norm_eps: Added to the mean square of the n*C elements, above 0.
+
+    Returns:
+        h_pre ``[..., n]``, h_post ``[..., n]``, h_res ``[..., n, n]``, float32; h_res is None, the
+        identity, where R is 0.
+    """
+    n = x.shape[-2]
+    alpha, bias = _float(alpha, bias)
+    size = (n, n, phi.shape[0] - 2 * n)
+    scale = mx.concatenate([mx.broadcast_to(alpha[i], (k,)) for i, k in enumerate(size)])
+    z = scale * _logits(x, phi, norm_eps) + bias
+    h_pre, h_post = gates(z[..., :n], z[..., n : 2 * n], convention)
+    return h_pre, h_post, project(z[..., 2 * n :], n, convention)
+
+
+def mhc_pre(
+    x: mx.array,
+    phi: mx.array,
+    bias: mx.array,
+    alpha: mx.array,
+    weight: mx.array | None = None,
+    convention: Convention = PAPER,
+    norm_eps: float = 1e-6,
+    eps: float = 1e-5,
+) -> tuple[mx.array, mx.array, mx.array | None, mx.array]:
+    """What a sublayer reads, and all that its write-back needs.
+
+    h_pre, h_post, h_res = mhc_coefficients(x, phi, bias, alpha, convention, norm_eps);
+    u = stream_aggregate(x, h_pre), or with a weight stream_aggregate and rms_norm, rounded once.
+
+    Args:
+        x, phi, bias, alpha, convention, norm_eps: As in `mhc_coefficients`.
+        weight: ``[C]``, or None for no RMSNorm.
+        eps: Of that RMSNorm, above 0.
+
+    Returns:
+        u ``[..., C]`` in x's dtype, h_post, h_res as in `mhc_coefficients`, and x itself: a
+        write-back that uses this x has its gradient summed inside the kernel.
+    """
+    h_pre, h_post, h_res = mhc_coefficients(x, phi, bias, alpha, convention, norm_eps)
+    u = stream_aggregate(x.astype(mx.float32), h_pre)
+    u = u if weight is None else rms_norm(u, weight, eps)
+    return u.astype(x.dtype), h_post, h_res, x
+
+
+def mhc_head(
+    x: mx.array,
+    phi: mx.array,
+    bias: mx.array,
+    alpha: mx.array,
+    convention: Convention = PAPER,
+    norm_eps: float = 1e-6,
+) -> mx.array:
+    """The learned read-out of DeepSeek V4: only h_pre, made per token.
+
+    ``u = sum_j h_pre[j] x[j]``, h_pre = sigmoid(alpha[0] l + bias) + pre_eps with l as in
+    `mhc_coefficients`.
+
+    Args:
+        x: ``[..., n, C]``.
+        phi: ``[n, n*C]``.
+        bias: ``[n]``.
+        alpha: ``[1]``.
+        convention: Its pre_eps.
+        norm_eps: Added to the mean square of the n*C elements, above 0.
+
+    Returns:
+        ``[..., C]`` in x's dtype, rounded once.
+    """
+    alpha, bias = _float(alpha, bias)
+    z = alpha * _logits(x, phi, norm_eps) + bias
+    return stream_aggregate(x, gates(z, z, convention)[0])

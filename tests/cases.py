@@ -6,18 +6,23 @@ import mlx.core as mx
 import numpy as np
 
 from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, Convention
+from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE, UNCONSTRAINED
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 CONVENTIONS = {c.name: c for c in (PAPER, ROW_FIRST, ADDITIVE, DEEPSEEK_V4)}
+EXACT = {c.name: c for c in (MHC_LITE, KRONECKER, IDENTITY, UNCONSTRAINED)}  # no half-steps
+PROJECTED = ("mhc_coefficients", "mhc_pre", "mhc_head")  # ops that take phi, bias and alpha
 STREAMS = (1, 2, 3, 4, 8, 12, 16, 32, 64)
 # smallest, one pack, prime and ragged, small, ragged above a simdgroup, and three model widths
 CHANNELS = (1, 8, 31, 64, 129, 1280, 1920, 4096)
 ULP = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 OUTPUT_ULPS = 8  # of the largest value of the token or matrix: a sum may cancel to anything
+SIGMAS, DRAWS = 6, 16  # more, of the rounding of logits that are sums over n * C: see logit_ulps
 GRADIENT = 4e-6  # times sqrt(tokens) times the largest gradient, in float32
 REFERENCE = 3  # times that for the reference: MLX's plain sums over a row are less exact
 HALF_GRADIENT_ULPS = 1  # more, where the gradient itself is float16 or bfloat16
-MAX_VARIANTS = 150
+AT_SCALE = ((0.1, 1e-5), (1.0, 1e-5), (5.0, 1e-5), (30.0, 1e-3))  # of logits; largest gradients
+MAX_VARIANTS = (150, 200)  # of COVERING, of DYNAMIC
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,14 @@ class Case:
     dtype: str = "float32"
     convention: Convention | None = None
     eps: float = 1e-5
-    per_token: tuple[bool, bool] = (False, False)  # h_post, h_res
+    per_token: tuple[bool, bool] = (False, False)  # h_post (or h_pre, where it is alone), h_res
     identity: bool = False  # h_res is None
     offset: int = 0  # elements between the buffer's start and the slice that is passed
     weights: str = "float32"  # dtype of coefficients and weights
     scale: float = 2.0  # of logits
+    phi: str = "float32"  # dtype of phi
+    norm: bool = True  # mhc_pre has a weight
+    norm_eps: float = 1e-6
 
     def __str__(self) -> str:
         marks = [self.convention.name] if self.convention else []
@@ -44,9 +52,12 @@ class Case:
             if self.convention and self.convention.iters != 20
             else []
         )
-        marks += [n for n, flag in zip(("post", "res"), self.per_token, strict=True) if flag]
+        first = "pre" if self.op == "stream_aggregate" else "post"
+        marks += [n for n, flag in zip((first, "res"), self.per_token, strict=True) if flag]
         marks += ["identity"] * self.identity + [f"offset{self.offset}"] * bool(self.offset)
         marks += [self.weights] * (self.weights != "float32")
+        marks += [f"phi-{self.phi}"] * (self.phi != "float32") + ["plain"] * (not self.norm)
+        marks += [f"scale{self.scale:g}"] * (self.scale != 2.0)
         lead = "x".join(map(str, self.lead)) or "one"
         return "-".join([self.op, lead, f"n{self.n}", f"C{self.C}", self.dtype, *marks])
 
@@ -56,19 +67,32 @@ class Case:
 
     @property
     def statics(self) -> tuple:
-        if self.op in ("sinkhorn_knopp", "mhc_layer"):
-            return (
-                (self.convention,) if self.op == "sinkhorn_knopp" else (self.convention, self.eps)
-            )
-        return (self.eps,) if self.op != "stream_mix_add" else ()
+        c, n, eps, norm_eps = self.convention, self.n, self.eps, self.norm_eps
+        return {
+            "sinkhorn_knopp": (c,),
+            "project": (n, c),
+            "mhc_layer": (c, eps),
+            "stream_mix_add": (),
+            "stream_aggregate": (),
+            "mhc_coefficients": (c, norm_eps),
+            "mhc_pre": (c, norm_eps, eps),
+            "mhc_head": (c, norm_eps),
+        }.get(self.op, (eps,))
+
+    @property
+    def absent(self) -> int | None:
+        """Which of the arrays is None."""
+        if self.op == "mhc_pre":
+            return None if self.norm else 4
+        return 3 if self.identity else None
 
     def arrays(self, seed: int = 0) -> list[mx.array | None]:
         """Non-symmetric random inputs; each slice starts ``offset`` elements into its buffer."""
         rng = np.random.default_rng([seed, self.n, self.C, len(self.op)])
 
-        def array(shape, dtype, low=None):
+        def array(shape, dtype, low=None, scale=1.0):
             values = rng.normal(size=shape) if low is None else rng.uniform(low, low + 1, shape)
-            a = mx.array(values.astype(np.float32).ravel()).astype(DTYPES[dtype])
+            a = mx.array((scale * values).astype(np.float32).ravel()).astype(DTYPES[dtype])
             if self.offset:
                 a = mx.concatenate([mx.zeros(self.offset, a.dtype), a])
                 mx.eval(a)
@@ -83,8 +107,19 @@ class Case:
         n, C, lead, w = self.n, self.C, self.lead, self.weights
         if self.op == "sinkhorn_knopp":
             return [logits((*lead, n, n))]
+        if self.op == "project":
+            return [logits((*lead, self.convention.res_size(n)))]
         x, weight = array((*lead, n, C), self.dtype), array((C,), w, 0.5)
+        if self.op in PROJECTED:  # logits alpha * l + bias, l of variance 1
+            head, half = self.op == "mhc_head", self.scale / 2**0.5
+            outs = n if head else 2 * n + self.convention.res_size(n)
+            phi = array((outs, n * C), self.phi, scale=(n * C) ** -0.5)
+            bias, alpha = array((outs,), w, scale=half), array((1 if head else 3,), w, 0.5, half)
+            last = [weight if self.norm else None] if self.op == "mhc_pre" else []
+            return [x, phi, bias, alpha, *last]
         post = array((*lead, n) if self.per_token[0] else (n,), w, 0.2)
+        if self.op == "stream_aggregate":
+            return [x, post]
         res = None if self.identity else array((*lead, n, n) if self.per_token[1] else (n, n), w)
         if self.op == "stream_mix_add":
             return [x, array((*lead, C), self.dtype), post, res]
@@ -93,7 +128,10 @@ class Case:
             return [x, pre, weight]
         return [x, pre, post, logits((n, n)) if self.op == "mhc_layer" else res, weight]
 
-    def cotangent(self, like: mx.array, seed: int = 1) -> mx.array:
+    def cotangent(self, like, seed: int = 1):
+        """Of the output, or a tuple of the outputs of an op that has several."""
+        if isinstance(like, tuple):
+            return tuple(self.cotangent(a, seed + k) for k, a in enumerate(like))
         rng = np.random.default_rng([seed, self.n, self.C])
         return mx.array(rng.normal(size=like.shape).astype(np.float32)).astype(like.dtype)
 
@@ -139,3 +177,79 @@ def covering() -> list[Case]:
 
 
 COVERING = covering()
+
+
+def dynamic() -> list[Case]:
+    """Every convention, n, C and dtype, kind of phi, of read, of tokens, of slice: see below."""
+    f32, f16, bf16 = DTYPES
+    P, R, V4, L, K = PAPER, ROW_FIRST, DEEPSEEK_V4, MHC_LITE, KRONECKER
+    none, free = IDENTITY, UNCONSTRAINED
+    few, many, axes = (5,), (70,), (2, 3)
+    pre = [
+        (few, 1, 8, f32, P, {}),
+        (axes, 1, 31, bf16, none, {"norm": False}),
+        (few, 1, 31, f16, K, {}),  # no logits: h_res is None
+        (few, 2, 1, f32, L, {}),
+        (axes, 2, 64, f16, K, {"phi": f16, "offset": 1}),
+        (few, 3, 31, f32, V4, {"offset": 1}),
+        (axes, 3, 129, bf16, L, {"phi": bf16, "norm": False}),
+        (axes, 4, 1280, f32, P, {}),
+        (many, 4, 64, f32, P, {"norm": False}),
+        ((), 4, 1280, bf16, V4, {"weights": bf16, "phi": bf16, "norm": False}),  # decoding
+        (few, 4, 1280, f16, L, {"offset": 1}),
+        (axes, 4, 129, bf16, R, {"weights": f16}),
+        (many, 4, 31, bf16, K, {"offset": 1, "norm": False}),
+        (few, 4, 64, f16, none, {"phi": bf16}),
+        (axes, 4, 8, f32, free, {}),
+        (axes, 5, 31, f32, L, {"phi": f16}),
+        (few, 8, 129, f32, K, {}),
+        (few, 8, 1280, bf16, P, {"norm": False}),
+        (axes, 12, 31, f16, R, {}),
+        (few, 16, 64, f32, K, {"norm": False}),
+        ((2,), 16, 31, bf16, V4, {"phi": bf16}),
+        ((2,), 32, 8, f32, P, {}),
+        ((2,), 32, 64, f16, none, {"offset": 1}),
+    ]
+    made = [
+        (few, 1, 129, f16, L, {}),
+        (axes, 2, 31, f32, R, {"weights": bf16}),
+        (many, 4, 129, f32, V4, {"offset": 1}),
+        ((), 4, 64, bf16, free, {"phi": bf16}),
+        (axes, 5, 8, bf16, P, {}),
+        (axes, 8, 31, f16, free, {"phi": f16}),
+        (few, 12, 64, f32, none, {}),
+        ((2,), 32, 31, bf16, K, {}),
+    ]
+    head = [
+        (few, 1, 1, f32, P, {}),
+        (axes, 4, 1280, bf16, V4, {"phi": bf16}),
+        (many, 3, 129, f16, V4, {"offset": 1}),
+        (few, 16, 31, f32, none, {"weights": f16}),
+    ]
+    read = [
+        (axes, 1, 8, f32, None, {"per_token": (True, False)}),
+        (many, 4, 129, bf16, None, {"per_token": (True, False), "offset": 1}),
+        (few, 4, 1280, f16, None, {"weights": f16}),
+        ((), 12, 31, f32, None, {"offset": 1}),
+        (few, 32, 64, bf16, None, {"per_token": (True, False), "weights": bf16}),
+    ]
+    cases = []
+    names = ("mhc_pre", "mhc_coefficients", "mhc_head", "stream_aggregate")
+    for op, rows in zip(names, (pre, made, head, read), strict=True):
+        for lead, n, C, dtype, convention, special in rows:
+            # scale-free otherwise: see covering()
+            eps = 0.5 if C == 1 else 1e-5
+            norm_eps = 0.5 if n * C == 1 else 1e-6
+            cases.append(Case(op, lead, n, C, dtype, convention, eps, norm_eps=norm_eps, **special))
+    few = replace(PAPER, iters=1)
+    return cases + [
+        Case("mhc_coefficients", (5,), 4, 8, convention=few),
+        Case("mhc_pre", (0,), 4, 8, convention=PAPER),
+        Case("mhc_pre", (0,), 4, 8, "bfloat16", IDENTITY, norm=False),
+        Case("mhc_coefficients", (2, 0), 4, 8, convention=MHC_LITE),
+        Case("mhc_head", (0,), 4, 8, convention=PAPER),
+        Case("stream_aggregate", (0,), 4, 8),
+    ]
+
+
+DYNAMIC = dynamic()

@@ -59,12 +59,12 @@ def executor(rung: str, few_groups: bool = True):
     Yields the set of the variants that were launched.
     """
     launch, backend = kernel.launch, kernel.backend
-    groups = {k: getattr(ops, k) for k in FEW_GROUPS}
+    groups = {k: getattr(ops.geometry, k) for k in FEW_GROUPS}
     if rung == "simulator":
         import simulator
 
         run = simulator.launch
-        vars(ops).update(FEW_GROUPS if few_groups else {})
+        vars(ops.geometry).update(FEW_GROUPS if few_groups else {})
         kernel.backend = lambda: kernel._traced or "metal"
     elif rung == "stand-in":
         import standin
@@ -97,7 +97,7 @@ def executor(rung: str, few_groups: bool = True):
     finally:
         variants.update(launched)
         kernel.launch, kernel.backend = launch, backend
-        vars(ops).update(groups)
+        vars(ops.geometry).update(groups)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -3,11 +3,15 @@
 pip install nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-cccl
 """
 
+import contextlib
 import ctypes
 import functools
+import os
 import re
 import site
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import mlx.core as mx
@@ -66,7 +70,7 @@ def cuda_source(name, inputs, outputs, threads, template) -> str:
                 f"constexpr {'bool' if isinstance(v, bool) else 'int'} {k} = {int(v)};"
             )
     return WRAPPER.format(
-        header=kernel.text("cuda.h").replace("THREADS", str(threads)) + kernel.text("common.h"),
+        header=kernel.cuda_header(name, threads),
         name=name,
         parameters=", ".join(parameters),
         constants="\n".join(constants),
@@ -114,12 +118,41 @@ def compile_cuda(name: str, source: str, arch: str = "sm_90a") -> tuple[str, dic
 
 def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> list[mx.array]:
     """`kernel.launch` that compiles, for two architectures, and runs nothing."""
-    source = cuda_source(name, inputs, outputs, threads, template)
-    key = (name, source)
-    if key not in figures:
-        error, figures[key] = compile_cuda(name, source)
-        assert not error, f"{name}.metal does not compile for CUDA:\n{error[:2000]}"
-        if not any(k[0] == name for k in figures if k != key):  # once per body
-            error, _ = compile_cuda(name, source, "sm_80")
-            assert not error, f"{name}.metal does not compile for sm_80:\n{error[:2000]}"
+    key = (name, cuda_source(name, inputs, outputs, threads, template))
+    if _collecting is not None:
+        _collecting.append(key)
+    else:
+        compile_all([key])
     return [mx.zeros(*spec) for spec in outputs.values() if spec is not None]
+
+
+_collecting: list | None = None
+
+
+@contextlib.contextmanager
+def collecting():
+    """Launches only collect (name, source), for `compile_all`."""
+    global _collecting
+    _collecting = []
+    try:
+        yield _collecting
+    finally:
+        _collecting = None
+
+
+def compile_all(keys: list[tuple[str, str]]) -> None:
+    """Fills `figures`; a body's first variant also compiles for sm_80. Many go to processes, one a
+    core, since NVRTC compiles one program at a time in each."""
+    new = [key for key in dict.fromkeys(keys) if key not in figures]
+    seen = {name for name, _ in figures}
+    older = [(k, s, "sm_80") for k, s in {k: s for k, s in reversed(new) if k not in seen}.items()]
+    jobs = [(name, source, "sm_90a") for name, source in new] + older
+    if len(jobs) > 8:
+        with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+            made = list(pool.map(compile_cuda, *zip(*jobs, strict=True), chunksize=4))
+    else:
+        made = [compile_cuda(*job) for job in jobs]
+    for (name, source, arch), (error, found) in zip(jobs, made, strict=True):
+        assert not error, f"{name}.metal does not compile for {arch}:\n{error[:2000]}"
+        if arch == "sm_90a":
+            figures[name, source] = found

@@ -57,12 +57,28 @@ def sigmoid(v):
     )
 
 
-def norm_backward(u, weight, eps, dy):
-    """Gradients of rms_norm: u, weight."""
+def gates(H_pre, H_post, convention):
+    """h_pre and h_post, and the function of their cotangents."""
+    c = convention
+    if not c.sigmoid:
+        return (H_pre, H_post), lambda dpre, dpost: (dpre, dpost)
+    pre, post = sigmoid(H_pre), sigmoid(H_post)
+
+    def backward(dpre, dpost):
+        return dpre * pre * (1 - pre), dpost * c.post_scale * post * (1 - post)
+
+    return (pre + c.pre_eps, c.post_scale * post + c.post_eps), backward
+
+
+def rms_norm(u, weight, eps):
     r = 1 / np.sqrt((u * u).mean(axis=-1, keepdims=True) + eps)
-    g = dy * weight
-    du = r * g - r**3 * u * (g * u).mean(axis=-1, keepdims=True)
-    return du, (dy * u * r).reshape(-1, u.shape[-1]).sum(0)
+
+    def backward(dy):
+        g = dy * weight
+        du = r * g - r**3 * u * (g * u).mean(axis=-1, keepdims=True)
+        return du, over_tokens((dy * u * r), 1)
+
+    return u * r * weight, backward
 
 
 def over_tokens(a, ndim):
@@ -70,16 +86,23 @@ def over_tokens(a, ndim):
     return a.reshape(-1, *a.shape[a.ndim - ndim :]).sum(0) if a.ndim > ndim else a
 
 
+def stream_aggregate(x, h_pre):
+    def backward(du):
+        dx = h_pre[..., None] * du[..., None, :]
+        return dx, over_tokens((x * du[..., None, :]).sum(-1), h_pre.ndim)
+
+    return (h_pre[..., None] * x).sum(-2), backward
+
+
 def stream_aggregate_norm(x, h_pre, weight, eps=1e-5):
-    u = (h_pre[..., None] * x).sum(-2)
-    r = 1 / np.sqrt((u * u).mean(axis=-1, keepdims=True) + eps)
+    u, read_back = stream_aggregate(x, h_pre)
+    y, norm_back = rms_norm(u, weight, eps)
 
     def backward(dy):
-        du, dweight = norm_backward(u, weight, eps, dy)
-        dx = h_pre[..., None] * du[..., None, :]
-        return dx, over_tokens((x * du[..., None, :]).sum(-1), h_pre.ndim), dweight
+        du, dweight = norm_back(dy)
+        return (*read_back(du), dweight)
 
-    return u * r * weight, backward
+    return y, backward
 
 
 def stream_mix_add(x, y, h_post, h_res=None):
@@ -109,18 +132,122 @@ def mhc_static(x, h_pre, h_post, h_res, weight, eps=1e-5):
 
 
 def mhc_layer(x, H_pre, H_post, H_res, weight, convention, eps=1e-5):
-    c = convention
-    pre, post = (sigmoid(H_pre), sigmoid(H_post)) if c.sigmoid else (H_pre, H_post)
-    h_pre, h_post = (
-        (pre + c.pre_eps, c.post_scale * post + c.post_eps) if c.sigmoid else (pre, post)
-    )
-    h_res, project_back = sinkhorn_knopp(H_res, c)
+    (h_pre, h_post), gates_back = gates(H_pre, H_post, convention)
+    h_res, project_back = sinkhorn_knopp(H_res, convention)
     out, back = mhc_static(x, h_pre, h_post, h_res, weight, eps)
 
     def backward(g):
         dx, dpre, dpost, dres, dweight = back(g)
-        if c.sigmoid:
-            dpre, dpost = dpre * pre * (1 - pre), dpost * c.post_scale * post * (1 - post)
-        return dx, dpre, dpost, project_back(dres), dweight
+        return dx, *gates_back(dpre, dpost), project_back(dres), dweight
 
     return out, backward
+
+
+def softmax(a):
+    e = np.exp(a - a.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def softmax_backward(p, dp):
+    return p * (dp - (dp * p).sum(-1, keepdims=True))
+
+
+def project(logits, n, convention):
+    """h_res of R logits; where R is 0, None for the identity, and backward takes nothing."""
+    lead = logits.shape[:-1]
+    if logits.shape[-1] == 0:
+        return None, lambda: np.zeros_like(logits)
+    if convention.start == "unconstrained":
+        return np.eye(n) + logits.reshape(*lead, n, n), lambda g: 1 * g.reshape(logits.shape)
+    if convention.start == "permutations":
+        orders = [s for s in np.ndindex((n,) * n) if len(set(s)) == n]  # lexicographic
+        matrices = np.eye(n)[np.array(orders)]  # row i has its 1 in column s[i]
+        p = softmax(logits)
+
+        def backward(g):
+            dp = np.einsum("...ij,kij->...k", g, matrices)
+            return softmax_backward(p, dp)
+
+        return np.einsum("...k,kij->...ij", p, matrices), backward
+    if convention.start == "kronecker":  # h[i, j] = prod_k p[k, bit k of i xor bit k of j]
+        bits = n.bit_length() - 1
+        p = softmax(logits.reshape(*lead, bits, 2))
+        differ = np.arange(n)[:, None] ^ np.arange(n)
+        choice = np.array([differ >> (bits - 1 - k) & 1 for k in range(bits)])  # outermost first
+        factors = np.stack([p[..., k, choice[k]] for k in range(bits)])
+
+        def backward(g):
+            dp = np.zeros_like(p)
+            for k in range(bits):
+                dfactor = g * np.delete(factors, k, 0).prod(0)
+                for b in (0, 1):
+                    dp[..., k, b] = (dfactor * (choice[k] == b)).sum((-1, -2))
+            return softmax_backward(p, dp).reshape(logits.shape)
+
+        return factors.prod(0), backward
+    h_res, back = sinkhorn_knopp(logits.reshape(*lead, n, n), convention)
+    return h_res, lambda g: back(g).reshape(logits.shape)
+
+
+def token_logits(x, phi, norm_eps):
+    """l = phi @ vec(x) / rms(vec(x))."""
+    v = x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+    r = 1 / np.sqrt((v * v).mean(axis=-1, keepdims=True) + norm_eps)
+    logits = r * (v @ phi.T)
+
+    def backward(g):
+        dr = (g * logits).sum(-1, keepdims=True) / r
+        dv = r * (g @ phi) - r**3 * v * dr / v.shape[-1]
+        dphi = (r * g).reshape(-1, len(phi)).T @ v.reshape(-1, v.shape[-1])
+        return dv.reshape(x.shape), dphi
+
+    return logits, backward
+
+
+def mhc_coefficients(x, phi, bias, alpha, convention, norm_eps=1e-6):
+    """h_pre, h_post and, unless it is the identity, h_res; backward takes as many cotangents."""
+    n = x.shape[-2]
+    logits, logits_back = token_logits(x, phi, norm_eps)
+    scale = np.repeat(alpha, (n, n, len(phi) - 2 * n))
+    z_pre, z_post, z_res = np.split(scale * logits + bias, [n, 2 * n], axis=-1)
+    gated, gates_back = gates(z_pre, z_post, convention)
+    h_res, project_back = project(z_res, n, convention)
+
+    def backward(g):
+        dz = np.concatenate([*gates_back(*g[:2]), project_back(*g[2:])], axis=-1)
+        dscale = over_tokens(dz * logits, 1)
+        dalpha = np.array([part.sum() for part in np.split(dscale, [n, 2 * n])])
+        return *logits_back(scale * dz), over_tokens(dz, 1), dalpha
+
+    return gated if h_res is None else (*gated, h_res), backward
+
+
+def mhc_pre(x, phi, bias, alpha, weight, convention, norm_eps=1e-6, eps=1e-5):
+    """u, h_post, h_res unless it is the identity, and x; backward takes as many cotangents."""
+    (h_pre, *kept), make_back = mhc_coefficients(x, phi, bias, alpha, convention, norm_eps)
+    u, read_back = stream_aggregate(x, h_pre)
+    u, norm_back = (u, lambda du: (du,)) if weight is None else rms_norm(u, weight, eps)
+
+    def backward(g):
+        du, *dkept, dx_out = g
+        du, *dweight = norm_back(du)
+        dx_read, dh_pre = read_back(du)
+        dx_made, *dmade = make_back((dh_pre, *dkept))
+        return dx_made + dx_read + dx_out, *dmade, *dweight
+
+    return (u, *kept, x), backward
+
+
+def mhc_head(x, phi, bias, alpha, convention, norm_eps=1e-6):
+    logits, logits_back = token_logits(x, phi, norm_eps)
+    z = alpha * logits + bias
+    (h_pre, _), gates_back = gates(z, z, convention)
+    u, read_back = stream_aggregate(x, h_pre)
+
+    def backward(du):
+        dx_read, dh_pre = read_back(du)
+        dz, _ = gates_back(dh_pre, 0.0)
+        dx_made, dphi = logits_back(alpha * dz)
+        return dx_made + dx_read, dphi, over_tokens(dz, 1), (dz * logits).sum().reshape(1)
+
+    return u, backward

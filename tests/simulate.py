@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 import simulator
 import standin
-from cases import CONVENTIONS, COVERING, DTYPES, OUTPUT_ULPS, ULP, Case
+from cases import CONVENTIONS, COVERING, DTYPES, DYNAMIC, OUTPUT_ULPS, ULP, Case
 from conftest import executor
 from test_parity import doubles, results
 from test_traffic import words
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--per-token", action="store_true", help="h_post and h_res of each token")
     parser.add_argument("--source", action="store_true", help="print the Metal source")
     args = parser.parse_args()
-    cases = [c for c in COVERING if args.case and args.case in str(c)]
+    cases = [c for c in COVERING + DYNAMIC if args.case and args.case in str(c)]
     if args.case and not cases:
         parser.error(f"no case has {args.case!r} in its name")
     if not cases:

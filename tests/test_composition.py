@@ -10,9 +10,25 @@ import pytest
 from conftest import executor
 from mlx.utils import tree_flatten
 
-from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, MHCLayer, kernel, ops, reference, vmap
+from mhc_mlx import (
+    ADDITIVE,
+    DEEPSEEK_V4,
+    IDENTITY,
+    KRONECKER,
+    MHC_LITE,
+    PAPER,
+    ROW_FIRST,
+    UNCONSTRAINED,
+    HyperHead,
+    MHCLayer,
+    kernel,
+    ops,
+    reference,
+    vmap,
+)
 
 LEAD, N, C = (6,), 4, 40
+DYNAMIC = (PAPER, ROW_FIRST, DEEPSEEK_V4, MHC_LITE, KRONECKER, IDENTITY, UNCONSTRAINED)
 
 
 @pytest.fixture(params=["gpu", "stand-in", "reference"])
@@ -52,8 +68,19 @@ def layer(use_metal):
     return lambda *a: ops.mhc_layer(*a, ROW_FIRST, 1e-5, use_metal=use_metal)
 
 
+def results(made) -> list[mx.array]:
+    """What a call returns, but for None."""
+    return [r for r in made if r is not None] if isinstance(made, tuple) else [made]
+
+
 def loss(f, weights):
-    return lambda *a: (f(*a).astype(mx.float32) * weights).sum()
+    weights = weights if isinstance(weights, list) else [weights]
+
+    def total(*a):
+        pairs = zip(results(f(*a)), weights, strict=True)
+        return sum((r.astype(mx.float32) * w).sum() for r, w in pairs)
+
+    return total
 
 
 def test_compiled_training_step(use_metal):
@@ -71,24 +98,30 @@ def gradients(f, arrays):
 
 
 class Model(nn.Module):
-    def __init__(self, use_metal, checkpoint):
+    def __init__(self, use_metal, checkpoint, dynamic=False):
         super().__init__()
         mx.random.seed(5)
+        options = {"sinkhorn_iters": 3, "use_metal": use_metal, "dynamic": dynamic}
         self.layers = [
-            MHCLayer(N, C, convention=c, sinkhorn_iters=3, layer_idx=k, use_metal=use_metal)
-            for k, c in enumerate((PAPER, DEEPSEEK_V4, ADDITIVE))
+            MHCLayer(N, C, convention=c, layer_idx=k, **options)
+            for k, c in enumerate((PAPER, DEEPSEEK_V4, MHC_LITE if dynamic else ADDITIVE))
         ]
+        self.head = HyperHead(C, N, use_metal=use_metal) if dynamic else None
+        for layer in [*self.layers, self.head] if dynamic else []:  # so that tokens differ
+            layer.phi, layer.alpha = 25 * layer.phi, 50 * layer.alpha
         self.linear = nn.Linear(C, C)
         self.wrap = nn.utils.checkpoint if checkpoint else lambda layer: layer
 
     def __call__(self, x):
         for layer in self.layers[:-1]:
             x = self.wrap(layer)(x)
-        return self.layers[-1](x, self.linear)
+        x = self.layers[-1](x, self.linear)
+        return x if self.head is None else x + self.head(x)[..., None, :]
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-def test_compiled_training_of_a_model(use_metal, checkpoint):
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiled_training_of_a_model(use_metal, checkpoint, dynamic):
     """Three steps, the state of model and optimizer compiled in, against the reference's."""
     mx.random.seed(4)
     x, target = mx.random.normal((2, *LEAD, N, C))
@@ -107,9 +140,9 @@ def test_compiled_training_of_a_model(use_metal, checkpoint):
         step = mx.compile(step, inputs=state, outputs=state) if compiled else step
         return mx.stack([step(x) for _ in range(3)]), dict(tree_flatten(model.parameters()))
 
-    start = dict(tree_flatten(Model(False, False).parameters()))
-    losses, parameters = train(Model(use_metal, checkpoint), compiled=True)
-    want_losses, want = train(Model(False, False), compiled=False)
+    start = dict(tree_flatten(Model(False, False, dynamic).parameters()))
+    losses, parameters = train(Model(use_metal, checkpoint, dynamic), compiled=True)
+    want_losses, want = train(Model(False, False, dynamic), compiled=False)
     close(losses, want_losses, 1e-4)
     for name in start:
         moved = want[name] - start[name]
@@ -135,12 +168,13 @@ def test_second_derivative(use_metal):
 
 
 def calls(lead=LEAD, dtype=mx.float32):
-    """Each op by what it is called for, with its arrays: streams of ``dtype``, the rest mixed."""
+    """Each op by what it is called for, with its arrays: streams of ``dtype``, the rest mixed; and
+    its convention."""
     x, pre, post, res, weight = inputs(lead, dtype)
     y = mx.random.normal((*lead, C)).astype(dtype)
     post_each, res_each = mx.random.normal((*lead, N)), mx.random.normal((*lead, N, N))
     pre, post_each, res = pre.astype(mx.bfloat16), post_each.astype(mx.float16), res.astype(dtype)
-    return {
+    made = {
         "sinkhorn_knopp": ("sinkhorn_knopp", [res_each.astype(dtype)]),
         "aggregate": ("stream_aggregate_norm", [x, pre, weight]),
         "write": ("stream_mix_add", [x, y, post, res]),
@@ -150,18 +184,48 @@ def calls(lead=LEAD, dtype=mx.float32):
         "write only": ("stream_mix_add", [x, y, post]),
         "static": ("mhc_static", [x, pre, post, res, weight]),
         "layer": ("mhc_layer", [x, pre, post, res, weight]),
+        "read": ("stream_aggregate", [x, pre]),
+        "read each": ("stream_aggregate", [x, post_each]),
     }
+    for c in DYNAMIC:
+        outs = 2 * N + c.res_size(N)
+        phi = (mx.random.normal((outs, N * C)) / (N * C) ** 0.5).astype(dtype)
+        bias, alpha = mx.random.normal((outs,)).astype(mx.float16), mx.random.uniform(0.5, 2, (3,))
+        made[f"coefficients {c.name}"] = ("mhc_coefficients", [x, phi, bias, alpha], c)
+        made[f"pre {c.name}"] = ("mhc_pre", [x, phi, bias, alpha], c)
+        made[f"pre norm {c.name}"] = ("mhc_pre", [x, phi, bias, alpha, weight], c)
+    made["head"] = ("mhc_head", [x, phi[:N], bias[:N], alpha[:1]], DEEPSEEK_V4)
+    return made
+
+
+def functions(call, use_metal=True, **of_arrays):
+    """The reference's function of a call, the op's, and their arrays."""
+    name, arrays, *convention = calls(**of_arrays)[call]
+    options = {"convention": convention[0]} if convention else {}
+    return (
+        lambda *a: getattr(reference, name)(*a, **options),
+        lambda *a, **more: getattr(ops, name)(*a, **options, use_metal=use_metal, **more),
+        arrays,
+    )
+
+
+def random_like(made) -> list[mx.array]:
+    return [mx.random.normal(r.shape) for r in results(made)]
 
 
 @pytest.mark.parametrize("call", calls())
-@pytest.mark.parametrize("lead", [LEAD, (2, 0), ()], ids=["tokens", "zero tokens", "one token"])
+@pytest.mark.parametrize("lead", [LEAD, (2, 3), (2, 0), ()], ids=["tokens", "axes", "none", "one"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
-def test_gradient_of_every_array(use_metal, call, lead, dtype):
+def test_results_and_gradient_of_every_array(use_metal, call, lead, dtype):
     """In place, in its array's shape and dtype, and the same where no other is asked for."""
-    name, arrays = calls(lead, dtype)[call]
-    plain, op = getattr(reference, name), getattr(ops, name)
-    weights = mx.random.normal(plain(*arrays).shape)
-    f = loss(lambda *a: op(*a, use_metal=use_metal), weights)
+    plain, op, arrays = functions(call, use_metal, lead=lead, dtype=dtype)
+    made, wanted = results(op(*arrays)), results(plain(*arrays))
+    assert [(r.shape, r.dtype) for r in made] == [(w.shape, w.dtype) for w in wanted]
+    for r, w in zip(made, wanted, strict=True):
+        if r.size:
+            close(r, w, 2e-5 if r.dtype == mx.float32 else 1e-2)
+    weights = random_like(plain(*arrays))
+    f = loss(op, weights)
     got = gradients(f, arrays)
     assert [(g.shape, g.dtype) for g in got] == [(a.shape, a.dtype) for a in arrays]
     want = gradients(loss(plain, weights), arrays)
@@ -173,17 +237,66 @@ def test_gradient_of_every_array(use_metal, call, lead, dtype):
 
 @pytest.mark.parametrize("call", calls())
 def test_second_derivative_of_every_op(use_metal, call):
-    name, arrays = calls()[call]
+    plain, op, arrays = functions(call, use_metal)
     arrays = [a.astype(mx.float32) for a in arrays]
-    weights = mx.random.normal(getattr(reference, name)(*arrays).shape)
+    weights = random_like(plain(*arrays))
 
     def curvature(f):
         return gradients(
             lambda *a: sum((g * g).sum() for g in gradients(loss(f, weights), a)), arrays
         )
 
-    got = curvature(lambda *a: getattr(ops, name)(*a, use_metal=use_metal))
-    close(got, curvature(getattr(reference, name)), 1e-4)
+    close(curvature(op), curvature(plain), 1e-4)
+
+
+@pytest.mark.parametrize("call", calls())
+def test_checkpoint_of_every_op(use_metal, call):
+    plain, op, arrays = functions(call, use_metal)
+    weights = random_like(plain(*arrays))
+    arrays = [a.astype(mx.float32) for a in arrays]
+    got = gradients(loss(mx.checkpoint(lambda *a: tuple(results(op(*a)))), weights), arrays)
+    close(got, gradients(loss(plain, weights), arrays))
+
+
+@pytest.mark.parametrize("call", calls())
+@pytest.mark.parametrize("mapped", ["tokens", "all"])
+@pytest.mark.parametrize("gradient", [False, True], ids=["results", "gradients"])
+def test_vmap_of_every_op(use_metal, call, mapped, gradient):
+    """Over a leading axis of the arrays per token, or of all arrays: example by example."""
+    plain, op, arrays = functions(call, use_metal, lead=(2, 3))
+    arrays = [a.astype(mx.float32) for a in arrays]
+    axes = [0 if a.shape[:2] == (2, 3) else None for a in arrays]
+    if mapped == "all":
+        arrays = [
+            mx.stack([a, a[::-1]]) if i is None else a for a, i in zip(arrays, axes, strict=True)
+        ]
+        axes = [0] * len(arrays)
+
+    def example(k):
+        return [a if i is None else a[k] for a, i in zip(arrays, axes, strict=True)]
+
+    weights = random_like(plain(*example(0)))
+
+    def of(f):
+        if gradient:
+            return lambda *a: tuple(gradients(loss(f, weights), a))
+        return lambda *a: tuple(results(f(*a)))
+
+    got = vmap(of(op), in_axes=tuple(axes))(*arrays)
+    each = zip(*(of(plain)(*example(k)) for k in range(2)), strict=True)
+    close(got, [mx.stack(pair) for pair in each])
+
+
+@pytest.mark.parametrize("call", calls())
+def test_export_of_every_op(use_metal, call):
+    plain, op, arrays = functions(call, use_metal)
+
+    def f(*a):
+        return tuple(results(op(*a, differentiable=False)))
+
+    with tempfile.TemporaryDirectory() as folder:
+        mx.export_function(f"{folder}/op.mlxfn", f, *arrays)
+        close(mx.import_function(f"{folder}/op.mlxfn")(*arrays), results(plain(*arrays)))
 
 
 @pytest.mark.parametrize(

@@ -6,25 +6,18 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from cases import COVERING
+from cases import COVERING, DYNAMIC
 from conftest import executor
+from test_parity import results
 
 from mhc_mlx import kernel, ops
 
 
-@pytest.mark.parametrize("case", COVERING, ids=str)
+@pytest.mark.parametrize("case", COVERING + DYNAMIC, ids=str)
 def test_is_metal(case, need):
     need("dialect")
-    arrays = dict(enumerate(case.arrays()))
-    given = {k: a for k, a in arrays.items() if a is not None}
-
-    def f(*values):
-        whole = arrays | dict(zip(given, values, strict=True))
-        return getattr(ops, case.op)(*whole.values(), *case.statics)
-
     with executor("dialect"):
-        out = f(*given.values())
-        mx.eval(mx.vjp(f, list(given.values()), [mx.zeros(out.shape, out.dtype)]))
+        results(getattr(ops, case.op), case, [a for a in case.arrays() if a is not None])
 
 
 @functools.cache

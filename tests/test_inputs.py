@@ -9,6 +9,9 @@ from mhc_mlx import ops
 x, y, n, C = mx.zeros((2, 4, 8)), mx.zeros((2, 8)), 4, 8
 gate, mix, weight = mx.zeros(4), mx.zeros((4, 4)), mx.ones(8)
 layer = (x, gate, gate, mix, weight)
+dynamic = {"x": x, "phi": mx.zeros((24, 32)), "bias": mx.zeros(24), "alpha": mx.zeros(3)}
+head = {"x": x, "phi": mx.zeros((4, 32)), "bias": gate, "alpha": mx.zeros(1)}
+six = dynamic | {"x": mx.zeros((2, 6, 8))}
 
 
 def changed(k, value):
@@ -114,6 +117,210 @@ BAD = [
     (lambda: m.sinkhorn_knopp(mx.zeros((65, 65))), ValueError, "n from 1 to 64"),
     (lambda: m.sinkhorn_knopp(mx.zeros(4)), ValueError, "logits must have shape"),
     (lambda: m.stream_aggregate_norm(x, mx.zeros(5), weight), ValueError, "h_pre must have shape"),
+    (
+        lambda: m.mhc_pre(**dynamic | {"phi": mx.zeros((24, 31))}),
+        ValueError,
+        r"\[mhc_pre\] phi must have shape \[\(2n\+R\)=24, \(n\*C\)=32\] but got \[24, 31\]",
+    ),
+    (
+        lambda: m.mhc_coefficients(**dynamic | {"phi": mx.zeros((23, 32))}),
+        ValueError,
+        r"\(2n\+R\)=24, .* but got \[23, 32\]",
+    ),
+    (
+        lambda: m.mhc_pre(**dynamic | {"phi": dynamic["phi"].astype(mx.int32)}),
+        TypeError,
+        "phi must be float32, float16 or bfloat16",
+    ),
+    (
+        lambda: m.mhc_coefficients(**dynamic | {"phi": dynamic["phi"].astype(mx.complex64)}),
+        TypeError,
+        "phi must be float32",
+    ),
+    (
+        lambda: m.mhc_pre(**dynamic | {"phi": None}),
+        TypeError,
+        "phi must be an mx.array but got NoneType",
+    ),
+    (
+        lambda: m.mhc_pre(**dynamic | {"bias": mx.zeros(23)}),
+        ValueError,
+        r"bias must have shape \[\(2n\+R\)=24\] but got \[23\]",
+    ),
+    (
+        lambda: m.mhc_coefficients(**dynamic | {"bias": dynamic["bias"].astype(mx.complex64)}),
+        TypeError,
+        "bias must be float32",
+    ),
+    (
+        lambda: m.mhc_pre(**dynamic | {"bias": dynamic["bias"].astype(mx.int8)}),
+        TypeError,
+        "bias must be float32",
+    ),
+    (
+        lambda: m.mhc_pre(**dynamic | {"alpha": mx.zeros(2)}),
+        ValueError,
+        r"alpha must have shape \[parts=3\] but got \[2\]",
+    ),
+    (
+        lambda: m.mhc_coefficients(**dynamic | {"alpha": mx.array(0.01)}),
+        ValueError,
+        r"alpha must have shape \[parts=3\] but got \[\]",
+    ),
+    (
+        lambda: m.mhc_pre(**dynamic | {"alpha": mx.zeros(3, mx.int32)}),
+        TypeError,
+        "alpha must be float32",
+    ),
+    (
+        lambda: m.mhc_pre(**dynamic | {"alpha": [0.01] * 3}),
+        TypeError,
+        "alpha must be an mx.array but got list",
+    ),
+    (
+        lambda: m.mhc_pre(**dynamic | {"x": mx.zeros((2, 3, 8))}),
+        ValueError,
+        r"phi must have shape \[\(2n\+R\)=15, \(n\*C\)=24\]",
+    ),
+    (
+        lambda: m.mhc_coefficients(**dynamic | {"x": mx.zeros((2, 4, 9))}),
+        ValueError,
+        r"phi must have shape .*\(n\*C\)=36",
+    ),
+    (
+        lambda: m.mhc_pre(**dynamic | {"x": mx.zeros(8)}),
+        ValueError,
+        r"x must have shape \[\.\.\., n, C\]",
+    ),
+    (lambda: m.mhc_pre(**dynamic | {"x": mx.zeros((2, 65, 8))}), ValueError, "n from 1 to 64"),
+    (
+        lambda: m.mhc_coefficients(**dynamic | {"x": x.astype(mx.int32)}),
+        TypeError,
+        "x must be float32",
+    ),
+    (
+        lambda: m.mhc_pre(**dynamic | {"convention": m.IDENTITY}),
+        ValueError,
+        r"phi must have shape \[\(2n\+R\)=8,",
+    ),
+    (
+        lambda: m.mhc_pre(**dynamic | {"convention": m.ADDITIVE}),
+        ValueError,
+        r"\[mhc_pre\] convention must have gates of logits but got ADDITIVE",
+    ),
+    (
+        lambda: m.mhc_coefficients(**dynamic | {"convention": m.ADDITIVE}),
+        ValueError,
+        "gates of logits but got ADDITIVE",
+    ),
+    (
+        lambda: m.mhc_pre(**dynamic | {"convention": "PAPER"}),
+        TypeError,
+        "convention must be a Convention but got str",
+    ),
+    (
+        lambda: m.mhc_pre(**dynamic | {"norm_eps": 0.0}),
+        ValueError,
+        "norm_eps must be finite and above 0 but got 0.0",
+    ),
+    (
+        lambda: m.mhc_coefficients(**dynamic | {"norm_eps": float("inf")}),
+        ValueError,
+        "norm_eps must be finite and above 0",
+    ),
+    (
+        lambda: m.mhc_coefficients(**dynamic | {"norm_eps": "1"}),
+        TypeError,
+        "norm_eps must be a number but got str",
+    ),
+    (
+        lambda: m.mhc_pre(**dynamic | {"eps": -1.0}),
+        ValueError,
+        r"\[mhc_pre\] eps must be finite and above 0",
+    ),
+    (
+        lambda: m.mhc_pre(**dynamic | {"eps": True}),
+        TypeError,
+        r"\[mhc_pre\] eps must be a number but got bool",
+    ),
+    (
+        lambda: m.mhc_pre(**dynamic | {"weight": mx.zeros(9)}),
+        ValueError,
+        r"weight must have shape \[C=8\] but got \[9\]",
+    ),
+    (
+        lambda: m.mhc_pre(**dynamic | {"weight": mx.zeros((1, 8))}),
+        ValueError,
+        r"weight must have shape \[C=8\] but got \[1, 8\]",
+    ),
+    (
+        lambda: m.mhc_pre(**dynamic | {"weight": weight.astype(mx.int8)}),
+        TypeError,
+        "weight must be float32",
+    ),
+    (
+        lambda: m.mhc_pre(**dynamic | {"threads_per_group": 33}),
+        ValueError,
+        "multiple of 32 from 32 to 1024",
+    ),
+    (
+        lambda: m.mhc_head(**head | {"phi": mx.zeros((24, 32))}),
+        ValueError,
+        r"\[mhc_head\] phi must have shape \[n=4, \(n\*C\)=32\] but got \[24",
+    ),
+    (
+        lambda: m.mhc_head(**head | {"bias": mx.zeros(5)}),
+        ValueError,
+        r"bias must have shape \[n=4\] but got \[5\]",
+    ),
+    (
+        lambda: m.mhc_head(**head | {"alpha": mx.zeros(3)}),
+        ValueError,
+        r"alpha must have shape \[parts=1\] but got \[3\]",
+    ),
+    (
+        lambda: m.mhc_head(**head | {"alpha": mx.zeros(1, mx.complex64)}),
+        TypeError,
+        "alpha must be float32",
+    ),
+    (
+        lambda: m.mhc_head(**head | {"convention": m.ADDITIVE}),
+        ValueError,
+        r"\[mhc_head\] convention must have gates of logits",
+    ),
+    (
+        lambda: m.mhc_head(**head | {"norm_eps": -1e-6}),
+        ValueError,
+        r"\[mhc_head\] norm_eps must be finite and above 0",
+    ),
+    (
+        lambda: m.mhc_pre(**six, convention=m.MHC_LITE),
+        ValueError,
+        "at most 5 with MHC_LITE.* 6: KRONECKER",
+    ),
+    (
+        lambda: m.mhc_coefficients(**six, convention=m.MHC_LITE),
+        ValueError,
+        "at most 5 with MHC_LITE.* 6: KRONECKER",
+    ),
+    (
+        lambda: m.mhc_pre(**six, convention=m.KRONECKER),
+        ValueError,
+        "n must be a power of two with KRONECKER but got 6",
+    ),
+    (
+        lambda: m.stream_aggregate(x, mx.zeros(5)),
+        ValueError,
+        r"\[stream_aggregate\] h_pre must have shape \[n=4\] or \[2, n=4\] but got \[5\]",
+    ),
+    (
+        lambda: m.stream_aggregate(x, mx.zeros((3, 4))),
+        ValueError,
+        r"h_pre must have .* but got \[3, 4\]",
+    ),
+    (lambda: m.stream_aggregate(x, gate.astype(mx.int32)), TypeError, "h_pre must be float32"),
+    (lambda: m.stream_aggregate(x.astype(mx.complex64), gate), TypeError, "x must be float32"),
+    (lambda: m.stream_aggregate(x, None), TypeError, "h_pre must be an mx.array but got NoneType"),
     (lambda: m.Convention("X", iters=0), ValueError, "iters must be at least 1"),
     (lambda: m.Convention("X", iters=2.0), TypeError, "iters must be an int"),
     (lambda: m.Convention("X", eps=-1e-6), ValueError, "eps must be finite and at least 0"),
@@ -127,7 +334,6 @@ BAD = [
     (lambda: m.MHCLayer(0, 8), ValueError, "n must be from 1 to 64"),
     (lambda: m.MHCLayer(65, 8), ValueError, "n must be from 1 to 64"),
     (lambda: m.MHCLayer(4, 8.0), TypeError, "C must be an int"),
-    (lambda: m.MHCLayer(4, 8, dynamic=True), ValueError, "dynamic must be False"),
     (lambda: m.MHCLayer(4, 8, sinkhorn_iters=0), ValueError, "iters must be at least 1"),
     (lambda: m.MHCLayer(4, 8, eps=0.0), ValueError, "eps must be finite and above 0"),
     (lambda: m.MHCLayer(4, 8, threads_per_group=33), ValueError, "multiple of 32"),

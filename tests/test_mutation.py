@@ -9,6 +9,7 @@ parity: results against the float64 oracle. traffic: loads and stores per buffer
 
 import contextlib
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from test_parity import check, results
 from test_traffic import words
 
 from mhc_mlx import DEEPSEEK_V4, PAPER, ROW_FIRST, kernel, ops
+from mhc_mlx.conventions import KRONECKER, MHC_LITE
 
 RUNGS = ("dialect", "nvrtc", "rules", "parity", "traffic")
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
@@ -42,6 +44,14 @@ SINKHORN_EPS = Case("sinkhorn_knopp", (101,), 3, 3, convention=EPS)
 SINKHORN_64 = Case("sinkhorn_knopp", (3,), 64, 64, convention=replace(PAPER, iters=2))
 LONG = Case("sinkhorn_knopp", (), 4, 4, convention=replace(ROW_FIRST, iters=300))
 MANY = Case("mhc_layer", (70,), 4, 8, convention=ROW_FIRST)  # with a threadgroup for each token
+READ = Case("stream_aggregate", (5,), 4, 64)
+READ_EACH = Case("stream_aggregate", (5,), 3, 129, per_token=(True, False))
+PRE = Case("mhc_pre", (5,), 4, 64, convention=PAPER)
+PRE_RAGGED = Case("mhc_pre", (5,), 3, 129, convention=DEEPSEEK_V4)
+PRE_5 = Case("mhc_pre", (5,), 5, 31, convention=PAPER)
+PRE_MANY = Case("mhc_pre", (70,), 4, 64, convention=PAPER)
+LITE = Case("mhc_pre", (5,), 3, 31, convention=MHC_LITE)
+FACTORS = Case("mhc_pre", (5,), 4, 31, convention=KRONECKER)
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,10 @@ back_common = mistakes("mhc_backward", "common.h")
 tiled, sums = mistakes("mhc_backward_tiled"), mistakes("sum_partials")
 sink, sink_common = mistakes("sinkhorn_knopp"), mistakes("sinkhorn_knopp", "common.h")
 sink_back = mistakes("sinkhorn_knopp_backward")
+pre, pre_back = mistakes("mhc_pre"), mistakes("mhc_pre_backward")
+outer = mistakes("mhc_phi_gradient")
+read, read_back = mistakes("stream_aggregate"), mistakes("stream_aggregate_backward")
+exact, exact_back = mistakes("mixing_matrix"), mistakes("mixing_matrix_backward")
 OUTSIDE, BOUNDS, TWO = "out of bounds", "the bounds of an array", "which thread"
 RACE, UNWRITTEN = "race", "nobody wrote"
 WRONG, MORE = "of the bound", "in all"
@@ -371,6 +385,95 @@ MISTAKES = [
     sums("rows skipped", MANY, "g += 32", "g += 33", parity=WRONG, traffic=MORE),
     sums("sigmoid's slope dropped", MANY, "h * (1.0f - h)", "h", parity=WRONG),
     sums("a column too many", MANY, "if (tid < 8 &&", "if (tid < 9 &&", rules=BOUNDS),
+    # stream_aggregate and its backward
+    read("no barrier", READ, BARRIER, "", rules=UNWRITTEN),
+    read(
+        "wrong stride of h_pre",
+        READ_EACH,
+        "size_t(t) * N + j",
+        "size_t(t) + j",
+        parity=WRONG,
+        traffic=MORE,
+    ),
+    read_back("a token's sums not cleared", READ_EACH, "g_pre[j] = 0.0f;", ";", parity=WRONG),
+    read_back("no barrier after a token's h_pre", READ_EACH, BARRIER, "", nth=1, rules=UNWRITTEN),
+    read_back(
+        "du of the first token",
+        READ,
+        "du + size_t(t) * size_t(C)",
+        "du",
+        parity=WRONG,
+        traffic=MORE,
+    ),
+    # mhc_pre
+    pre("no barrier before a span is used", PRE, BARRIER, "", rules=UNWRITTEN),
+    pre("no barrier after a span is used", PRE_RAGGED, BARRIER, "", nth=1, rules=RACE),
+    pre("no barrier before the coefficients", PRE, BARRIER, "", nth=2, rules=RACE),
+    pre("no barrier before u", PRE, BARRIER, "", nth=3, rules=UNWRITTEN),
+    pre("a tile past the last token", PRE, "first + i < tokens && k0", "k0", rules=OUTSIDE),
+    pre(
+        "outputs past the last",
+        PRE_RAGGED,
+        "if (lane == 0 && o < OUTS) raw",
+        "if (lane == 0) raw",
+        rules=RACE,
+    ),
+    pre("norm forgotten", PRE, "unit = scale * raw", "unit = raw", parity=WRONG),
+    pre("alpha of pre alone", PRE, "alpha[part]", "alpha[0]", parity=WRONG),
+    pre(
+        "h_pre of another token",
+        PRE,
+        "o[e] += pre[i * N + j] * v[e]",
+        "o[e] += pre[j] * v[e]",
+        parity=WRONG,
+    ),
+    pre("slope dropped", PRE, "(through - slope * norm)", "through", parity=WRONG),
+    pre(
+        "half the channels squared",
+        PRE,
+        "squares[q] += v[e] * v[e]",
+        "squares[q] += v[0] * v[0]",
+        parity=WRONG,
+    ),
+    # mhc_pre_backward
+    pre_back("no barrier before dp is used", PRE_RAGGED, BARRIER, "", rules=RACE),
+    pre_back("no barrier after a tile", PRE, BARRIER, "", nth=2, rules=RACE),
+    pre_back("the norm's own gradient dropped", PRE, "pull[i] * v[e]", "0.0f * v[e]", parity=WRONG),
+    pre_back(
+        "half of what passed through", PRE, "read + more[e]", "read + 0.5f * more[e]", parity=WRONG
+    ),
+    pre_back("dalpha without l", PRE, "sum_l += g * ", "sum_l += ", parity=WRONG),
+    pre_back(
+        "dbias of the last tile alone",
+        PRE,
+        "(again ? mine[o] : 0.0f) + sum;",
+        "sum;",
+        parity=WRONG,
+        traffic="partial",
+    ),
+    pre_back("slope added", PRE, "* w[e] - u[e] * slope", "* w[e] + u[e] * slope", parity=WRONG),
+    # mhc_phi_gradient
+    outer("no barrier before dp is used", PRE, BARRIER, "", rules=UNWRITTEN),
+    outer("no barrier after dp is used", PRE_MANY, BARRIER, "", nth=1, rules=RACE),
+    outer(
+        "outputs past the last", PRE_5, "if (o0 + o < OUTS)", "if (o0 + o <= OUTS)", rules=OUTSIDE
+    ),
+    outer(
+        "every chunk from the first token",
+        PRE_MANY,
+        "uint(chunk) * each",
+        "0u",
+        parity=WRONG,
+        traffic=MORE,
+    ),
+    # mixing_matrix and its backward
+    exact("weights not divided", LITE, "line[c] / sum", "line[c]", parity=WRONG),
+    exact("factors in another order", FACTORS, "R / 2 - 1 - b", "b", parity=WRONG),
+    exact("a row too many", FACTORS, "id < rows", "id <= rows", rules=OUTSIDE),
+    exact_back("softmax's sum added", LITE, "ds - dot / sum", "ds + dot / sum", parity=WRONG),
+    exact_back(
+        "sigmoid's slope dropped", FACTORS, "dp * own * (1.0f - own)", "dp * own", parity=WRONG
+    ),
 ]
 
 
@@ -437,12 +540,11 @@ def caught(case: Case, body: str, mistake: Mistake | None = None) -> dict[str, s
 
     says, normal = dict.fromkeys(RUNGS, ""), traffic(case)
     calls = launches(case, body)
-    with planted(mistake):
-        for name, inputs, outputs, groups, threads, template, *_ in calls:
-            metal = simulator.generated(name, inputs, outputs, groups, threads, template)
-            says["dialect"] += "; ".join(dialect.refusals(metal))
-            cuda = nvrtc.cuda_source(name, inputs, outputs, threads, template)
-            says["nvrtc"] += compiled_by_nvrtc(name, cuda)
+    with planted(mistake), ThreadPoolExecutor(1) as pool:
+        cuda = [(c[0], nvrtc.cuda_source(*c[:3], c[4], c[5])) for c in calls]
+        compiled = pool.map(lambda one: compiled_by_nvrtc(*one), cuda)  # while the others run
+        for call in calls:
+            says["dialect"] += "; ".join(dialect.refusals(simulator.generated(*call[:6])))
         try:
             with executor("simulator", few_groups=case is not MANY):
                 with simulator.recording() as records:
@@ -455,6 +557,7 @@ def caught(case: Case, body: str, mistake: Mistake | None = None) -> dict[str, s
             says["rules"] = str(error)
         except AssertionError as error:
             says["parity"] = str(error)
+        says["nvrtc"] = "".join(compiled)
     return {rung: message for rung, message in says.items() if message}
 
 

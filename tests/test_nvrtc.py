@@ -2,37 +2,35 @@
 
 import mlx.core as mx
 import pytest
-from cases import COVERING
+from cases import COVERING, DYNAMIC
 from conftest import executor
+from test_parity import results
 
 from mhc_mlx import kernel, ops
 
+CASES = COVERING + DYNAMIC
 
-@pytest.mark.parametrize("case", COVERING, ids=str)
-def test_compiles_without_spills(case, need):
+
+@pytest.fixture(scope="module")
+def variants() -> list[list]:
+    """What each case compiles; compiled together, on all cores."""
+    import nvrtc
+
+    each = []
+    for case in CASES:
+        with executor("nvrtc"), nvrtc.collecting() as keys:
+            results(getattr(ops, case.op), case, [a for a in case.arrays() if a is not None])
+        each.append(keys)
+    nvrtc.compile_all([key for keys in each for key in keys])
+    return each
+
+
+@pytest.mark.parametrize("k", range(len(CASES)), ids=[str(c) for c in CASES])
+def test_compiles_without_spills(k, need, request):
     need("nvrtc")
     import nvrtc
 
-    before = set(nvrtc.figures)
-    given = [a for a in case.arrays() if a is not None]
-    with executor("nvrtc"):
-        full = iter(given)
-        arrays = [
-            None if case.identity and k == 3 else next(full)
-            for k in range(len(given) + case.identity)
-        ]
-        op = getattr(ops, case.op)
-        out = op(*arrays, *case.statics)
-        present = [k for k, a in enumerate(arrays) if a is not None]
-
-        def f(*a):
-            whole = list(arrays)
-            for k, v in zip(present, a, strict=True):
-                whole[k] = v
-            return op(*whole, *case.statics)
-
-        mx.eval(mx.vjp(f, given, [mx.zeros(out.shape, out.dtype)]))
-    for key in set(nvrtc.figures) - before:
+    for key in request.getfixturevalue("variants")[k]:
         assert nvrtc.figures[key]["spills"] == 0, f"{key[0]}: {nvrtc.figures[key]}"
         assert nvrtc.figures[key]["shared"] <= 32 << 10, f"{key[0]}: {nvrtc.figures[key]}"
 

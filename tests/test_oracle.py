@@ -1,6 +1,7 @@
 """The oracle against finite differences of itself, in float64, and against the plain definition."""
 
 import ast
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -8,8 +9,8 @@ from types import ModuleType
 import numpy as np
 import oracle
 import pytest
-from cases import CONVENTIONS, Case
-from test_parity import case_arrays, doubles
+from cases import CONVENTIONS, EXACT, PROJECTED, Case
+from test_parity import case_arrays, doubles, several
 
 from mhc_mlx import DEEPSEEK_V4
 
@@ -39,6 +40,20 @@ def cases() -> list[Case]:
         found.append(Case("stream_aggregate_norm", (2, 2), n, 4, eps=EPS))
         found.append(Case("mhc_static", (3,), n, 4, eps=EPS))
         found.append(Case("mhc_static", (), n, 3, eps=EPS, identity=True))
+        for per_token in (False, True):
+            found.append(Case("stream_aggregate", (2, 2), n, 3, per_token=(per_token, False)))
+        found.append(Case("mhc_head", (2,), n, 3, convention=VISIBLE, norm_eps=EPS))
+        for c in (*CONVENTIONS.values(), *EXACT.values(), VISIBLE):
+            if c.start == "kronecker" and n & (n - 1):
+                continue
+            c = replace(c, iters=3)
+            if c.res_size(n):
+                found.append(Case("project", (2,), n, n, convention=c))
+            if c.start == "additive":  # its sums may be 0
+                continue
+            made = {"convention": c, "norm_eps": EPS, "eps": EPS}
+            found.append(Case("mhc_coefficients", (2,), n, 2, **made))
+            found.append(Case("mhc_pre", (1, 2), n, 2, norm=n % 2 == 0, **made))
     return found
 
 
@@ -47,17 +62,22 @@ def worst(case: Case, module: ModuleType = oracle) -> float:
     op = getattr(module, case.op)
     arrays = [doubles(a) for a in case.arrays() if a is not None]
     out, backward = op(*case_arrays(case, arrays), *case.statics)
-    cotangent = np.random.default_rng(case.n).normal(size=out.shape)
-    gradients = backward(cotangent)
-    gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+    rng = np.random.default_rng(case.n)
+    cotangents = [rng.normal(size=a.shape) for a in several(out)]
+    gradients = backward(cotangents if isinstance(out, tuple) else cotangents[0])
+
+    def value_now() -> float:
+        outputs = several(op(*case_arrays(case, arrays), *case.statics)[0])
+        return sum((a * g).sum() for a, g in zip(outputs, cotangents, strict=True))
+
     ratio = 0.0
-    for a, gradient in zip(arrays, gradients, strict=True):
+    for a, gradient in zip(arrays, several(gradients), strict=True):
         assert a.shape == gradient.shape
         difference = np.empty_like(a)
         for index in np.ndindex(a.shape):
             value, ends = a[index], []
             for a[index] in (value + STEP, value - STEP):
-                ends.append((op(*case_arrays(case, arrays), *case.statics)[0] * cotangent).sum())
+                ends.append(value_now())
             a[index], difference[index] = value, (ends[0] - ends[1]) / (2 * STEP)
         bound = RELATIVE * np.abs(difference).max() + ABSOLUTE
         ratio = max(ratio, np.abs(gradient - difference).max() / bound)
@@ -80,6 +100,37 @@ def test_gradients_are_central_differences(case):
         ("stream_aggregate_norm", "(dy * u * r)"),
         ("stream_aggregate_norm", "(x * du[..., None, :])"),
         ("stream_aggregate_norm", "h_pre[..., None] * du[..., None, :]"),
+        ("stream_aggregate", "(x * du[..., None, :])"),
+        ("stream_aggregate", "h_pre[..., None] * du[..., None, :]"),
+        ("project", "softmax_backward(p, dp)\n"),
+        ("project", "softmax_backward(p, dp).reshape"),
+        ("project", "(dp * p).sum(-1, keepdims=True)"),
+        ("project", "g.reshape(logits.shape)\n    if"),
+        ("project", "back(g).reshape(logits.shape)"),
+        ("project", 'np.einsum("...ij,kij->...k"'),
+        ("project", "np.delete(factors, k, 0)"),
+        ("project", "(choice[k] == b)"),
+        ("mhc_coefficients", "(g * logits)"),
+        ("mhc_coefficients", "(g @ phi)"),
+        ("mhc_coefficients", "r**3 * v * dr"),
+        ("mhc_coefficients", "(r * g).reshape"),
+        ("mhc_coefficients", "dpre * pre * (1 - pre)"),
+        ("mhc_coefficients", "dpost * c.post_scale * post * (1 - post)"),
+        ("mhc_coefficients", "over_tokens(dz, 1), dalpha"),
+        ("mhc_coefficients", "over_tokens(dz * logits, 1)"),
+        ("mhc_coefficients", "scale * dz)"),
+        ("mhc_pre", "dx_made + dx_read + dx_out"),
+        ("mhc_pre", "dx_read + dx_out"),
+        ("mhc_pre", "dx_out, *dmade"),
+        ("mhc_pre", "r**3 * u"),
+        ("mhc_pre", "(dy * u * r)"),
+        ("mhc_pre", "dh_pre, *dkept"),
+        ("mhc_head", "dx_made + dx_read, dphi"),
+        ("mhc_head", "dx_read, dphi"),
+        ("mhc_head", "dh_pre, 0.0"),
+        ("mhc_head", "alpha * dz"),
+        ("mhc_head", "over_tokens(dz, 1), (dz"),
+        ("mhc_head", "(dz * logits)"),
         ("stream_mix_add", "np.swapaxes(mix, -1, -2) @ g"),
         ("stream_mix_add", "(h_post[..., None] * g)"),
         ("stream_mix_add", "(g * y[..., None, :])"),
@@ -117,3 +168,54 @@ def test_projection_is_its_definition(convention):
         p = p / (p.sum(axis=axis, keepdims=True) + c.eps * (not softmax)) + c.eps * softmax
     h, _ = oracle.sinkhorn_knopp(logits, c)
     assert np.abs(h - (np.swapaxes(p, -1, -2) if c.transposed else p)).max() < 1e-14
+
+
+def test_exact_projections_are_their_definitions():
+    """By itertools and numpy.kron, token by token."""
+    rng, n = np.random.default_rng(0), 4
+    logits = rng.normal(size=(3, 24))
+    h, _ = oracle.project(logits, n, EXACT["MHC_LITE"])
+    for token, got in zip(logits, h, strict=True):
+        want = np.zeros((n, n))
+        for weight, order in zip(np.exp(token), itertools.permutations(range(n)), strict=True):
+            for i, j in enumerate(order):
+                want[i, j] += weight / np.exp(token).sum()
+        assert np.abs(got - want).max() < 1e-15
+    logits = rng.normal(size=(3, 6))
+    h, _ = oracle.project(logits, 8, EXACT["KRONECKER"])
+    for (a, b, c, d, e, f), got in zip(np.exp(logits), h, strict=True):
+        pairs = [np.array([[p, q], [q, p]]) / (p + q) for p, q in ((a, b), (c, d), (e, f))]
+        assert np.abs(got - np.kron(np.kron(*pairs[:2]), pairs[2])).max() < 1e-15
+    logits = rng.normal(size=(3, 16))
+    h, _ = oracle.project(logits, n, EXACT["UNCONSTRAINED"])
+    assert (h[1, 2, 3], h[1, 3, 3]) == (logits[1, 11], 1 + logits[1, 15])
+    assert oracle.project(np.zeros((3, 0)), n, EXACT["IDENTITY"])[0] is None
+
+
+@pytest.mark.parametrize("op", PROJECTED)
+def test_dynamic_ops_are_their_definitions(op):
+    """Token by token, output by output, element by element."""
+    convention = replace(VISIBLE, iters=2)
+    case = Case(op, (2,), 3, 2, convention=convention, eps=EPS, norm_eps=EPS)
+    x, phi, bias, alpha, *weight = (doubles(a) for a in case.arrays())
+    outputs = several(getattr(oracle, op)(x, phi, bias, alpha, *weight, *case.statics)[0])
+    for t in range(2):
+        elements = [x[t, j, c] for j in range(3) for c in range(2)]
+        norm = (sum(e * e for e in elements) / 6 + EPS) ** 0.5
+        z = []
+        for o, row in enumerate(phi):
+            part = 0 if o < 3 else 1 if o < 6 else 2
+            z.append(alpha[part] * sum(map(float.__mul__, row, elements)) / norm + bias[o])
+        h_pre = [1 / (1 + np.exp(-a)) + 0.2 for a in z[:3]]
+        h_post = [1.5 / (1 + np.exp(-a)) + 0.3 for a in z[3:6]]
+        u = [sum(h_pre[j] * x[t, j, c] for j in range(3)) for c in range(2)]
+        if op == "mhc_pre":
+            root = (sum(a * a for a in u) / 2 + EPS) ** 0.5
+            u = [a / root * w for a, w in zip(u, weight[0], strict=True)]
+        wants = [u]
+        if op != "mhc_head":
+            h_res, _ = oracle.sinkhorn_knopp(np.array(z[6:]).reshape(3, 3), convention)
+            first = h_pre if op == "mhc_coefficients" else u
+            wants = [first, h_post, h_res, x[t]][: len(outputs)]
+        for got, want in zip(outputs, wants, strict=True):
+            assert np.abs(got[t] - want).max() < 1e-14

@@ -1,15 +1,16 @@
 """Properties of the maths, on the reference, the simulator and the GPU."""
 
+import itertools
 from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import oracle
 import pytest
-from cases import CONVENTIONS
+from cases import CONVENTIONS, EXACT
 from conftest import executor
 
-from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, ops
+from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, kernel, ops
 
 
 @pytest.fixture(params=["reference", "simulator", "gpu"], autouse=True)
@@ -17,7 +18,7 @@ def runs(request, need):
     """Each test runs with kernels by this executor, and the same random arrays each time."""
     mx.random.seed(0)
     if request.param == "reference":
-        if ops.kernel.backend():
+        if kernel.backend():
             pytest.skip("reference: the default device has kernels")
         yield request.param
         return
@@ -156,10 +157,10 @@ def test_a_token_does_not_depend_on_its_neighbours(op, n, dtype, monkeypatch):
 
     More than four tokens are many here: they share threadgroups and a launch of the projection.
     """
-    monkeypatch.setattr(ops, "ONE_LAUNCH_TOKENS", 4)
-    monkeypatch.setattr(ops, "FORWARD_GROUPS", 4)
-    monkeypatch.setattr(ops, "MANY_GROUPS", 4)
-    monkeypatch.setattr(ops, "BACKWARD_THREADS", 4 * 128)
+    monkeypatch.setattr(ops.geometry, "ONE_LAUNCH_TOKENS", 4)
+    monkeypatch.setattr(ops.geometry, "FORWARD_GROUPS", 4)
+    monkeypatch.setattr(ops.geometry, "MANY_GROUPS", 4)
+    monkeypatch.setattr(ops.geometry, "BACKWARD_THREADS", 4 * 128)
     f, arrays = per_token(n, 72, 9, dtype)[op]
     cotangent = mx.random.normal(f(*arrays).shape).astype(f(*arrays).dtype)
 
@@ -241,3 +242,123 @@ def test_iterations_are_not_run_to_convergence():
     results = [ops.sinkhorn_knopp(logits, replace(ROW_FIRST, iters=k)) for k in (1, 2, 20)]
     assert mx.abs(results[0] - results[1]).max() > 1e-3
     assert mx.abs(results[1] - results[2]).max() > 1e-3
+
+
+def h_res_of(logits: mx.array, n: int, convention, op: str) -> mx.array | None:
+    """h_res of logits [tokens, R], through `project` or as the bias of one token per call."""
+    if op == "project":
+        return ops.project(logits, n, convention)
+    outs = 2 * n + convention.res_size(n)
+    x, phi, alpha = mx.ones((1, n, 8)), mx.zeros((outs, 8 * n)), mx.ones(3)
+    biases = [mx.concatenate([mx.zeros(2 * n), token]) for token in logits]
+    made = [ops.mhc_coefficients(x, phi, bias, alpha, convention)[2] for bias in biases]
+    return None if made[0] is None else mx.concatenate(made)
+
+
+# Where mhc_coefficients is fused, its own bodies make h_res.
+THROUGH = ("project", "mhc_coefficients")
+KRON, LITE = EXACT["KRONECKER"], EXACT["MHC_LITE"]
+
+
+@pytest.mark.parametrize("op", THROUGH)
+def test_presets_differ_from_each_other_and_their_transposes(op):
+    """From the first R of the same logits; KRONECKER and IDENTITY are symmetric."""
+    logits = mx.random.uniform(0.5, 3, (1, 24), key=mx.random.key(5))
+    presets = {k: replace(c, iters=2) for k, c in (CONVENTIONS | EXACT).items()}
+    if op == "mhc_coefficients":  # not of per-token logits
+        del presets["ADDITIVE"]
+    made = {}
+    for name, c in presets.items():
+        h = h_res_of(logits[:, : c.res_size(4)], 4, c, op)
+        made[name] = np.eye(4) if h is None else np.array(h)[0]
+    for name, a in made.items():
+        symmetric = name in ("KRONECKER", "IDENTITY")
+        assert (np.abs(a - a.T).max() > 1e-3) != symmetric, name
+        for other in made:
+            if other != name:
+                assert np.abs(a - made[other]).max() > 1e-3, (name, other)
+
+
+@pytest.mark.parametrize("op", THROUGH)
+@pytest.mark.parametrize(
+    "convention, n", [(LITE, n) for n in range(1, 6)] + [(KRON, 2**k) for k in range(1, 6)], ids=str
+)
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_exact_rows_and_columns_sum_to_one(convention, n, scale, op):
+    """Off by rounding alone, with R logits at most 2R times.
+
+    Of n! weights: their sum, then the sum of the line. Of log2(n) = R/2 pairs: the sum of the pair,
+    its inverse, the quotient and the product.
+    """
+    h = np.array(h_res_of(scale * mx.random.normal((8, convention.res_size(n))), n, convention, op))
+    assert h.shape == (8, n, n) and (h >= 0).all()
+    for axis in (-1, -2):
+        off = np.abs(h.astype(np.float64).sum(axis) - 1).max()
+        assert off <= 2 * convention.res_size(n) * 2**-24
+
+
+@pytest.mark.parametrize("op", THROUGH)
+@pytest.mark.parametrize("n", [2, 4, 8, 16, 32])
+def test_kronecker_is_the_product_of_its_pairs_first_outermost(n, op):
+    """Each of at most 5 pairs rounded at most 5 times: difference, exp, sum, quotient, product."""
+    logits = mx.random.normal((3, KRON.res_size(n)))
+    h = np.array(h_res_of(logits, n, KRON, op))
+    for token, got in zip(np.array(logits).astype(np.float64), h, strict=True):
+        want = np.ones((1, 1))
+        for a, b in np.exp(token).reshape(-1, 2):
+            want = np.kron(want, np.array([[a, b], [b, a]]) / (a + b))
+        assert np.abs(got - want).max() < 25 * 2**-24 * want.max()
+
+
+@pytest.mark.parametrize("op", THROUGH)
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_a_huge_logit_is_that_permutation(n, op):
+    """Row i has its 1 in column order[i]; the orders are those of itertools."""
+    orders = list(itertools.permutations(range(n)))
+    some = sorted({0, 1 % len(orders), len(orders) // 2, len(orders) - 1})
+    h = np.array(h_res_of(1e4 * mx.eye(len(orders))[mx.array(some)], n, LITE, op))
+    for k, got in zip(some, h, strict=True):
+        want = np.zeros((n, n))
+        want[np.arange(n), orders[k]] = 1
+        assert (got == want).all(), orders[k]
+
+
+@pytest.mark.parametrize("op", THROUGH)
+def test_identity_has_no_mixing_matrix(op):
+    assert h_res_of(mx.zeros((1, 0)), 4, EXACT["IDENTITY"], op) is None
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_mhc_pre_passes_x_through(norm):
+    x = (1e4 * mx.random.normal((3, 4, 24))).astype(mx.bfloat16)
+    phi, bias = mx.random.normal((24, 96)), mx.random.normal((24,))
+    made = ops.mhc_pre(x, phi, bias, mx.ones(3), mx.ones(24) if norm else None)
+    assert bits(made[3]) == bits(x)
+
+
+@pytest.mark.parametrize(
+    "convention, n, words",
+    [
+        (LITE, 6, "at most 5 with MHC_LITE.* but got 6: KRONECKER"),
+        (KRON, 6, "a power of two with KRONECKER but got 6"),
+        (KRON, 12, "a power of two with KRONECKER but got 12"),
+    ],
+    ids=str,
+)
+def test_streams_that_a_projection_lacks(convention, n, words):
+    with pytest.raises(ValueError, match=rf"\[some_op\] n must be {words}"):
+        convention.check_streams("some_op", n)
+    x, outs = mx.ones((2, n, 8)), 2 * n + convention.res_size(n)
+    arrays = [x, mx.ones((outs, 8 * n)), mx.ones(outs), mx.ones(3)]
+    with pytest.raises(ValueError, match=rf"\[mhc_coefficients\] n must be {words}"):
+        ops.mhc_coefficients(*arrays, convention)
+    with pytest.raises(ValueError, match=rf"\[mhc_pre\] n must be {words}"):
+        ops.mhc_pre(*arrays, None, convention)
+
+
+@pytest.mark.parametrize("convention", [*CONVENTIONS.values(), *EXACT.values()], ids=str)
+def test_streams_that_a_projection_has(convention):
+    for n in {"MHC_LITE": range(1, 6), "KRONECKER": (1, 2, 4, 8, 16, 32, 64)}.get(
+        convention.name, (1, 3, 6, 64)
+    ):
+        convention.check_streams("some_op", n)

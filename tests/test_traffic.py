@@ -10,14 +10,16 @@ from cases import Case
 from conftest import executor
 from test_parity import results
 
-from mhc_mlx import ROW_FIRST, ops
+from mhc_mlx import PAPER, ROW_FIRST, ops
+from mhc_mlx.conventions import MHC_LITE
 
-STREAMS = ("x", "y", "dout", "out", "dx", "dy")
-SCALARS = ("params", "eps", "_shape")  # a few numbers in registers
+STREAMS = ("x", "y", "dout", "out", "dx", "dy", "u", "du", "dx_out")
+SCALARS = ("params", "eps", "alpha", "rows", "_shape")  # a few numbers in registers
 HERE = {"lead": (5,), "n": 4, "C": 64}  # one pass, a token in registers
 WIDE = {"lead": (2,), "n": 8, "C": 4096, "dtype": "float16"}  # backward: not in registers
 TILED = HERE | {"n": 12}
 LAYER = {"convention": ROW_FIRST}
+TILES = HERE | {"lead": (6,), "convention": PAPER}
 TOKENS = {"per_token": (True, True)}
 # Loads of each element of an input, stores of each of an output; "in all" where elements differ.
 # Apart, after the semicolon: weights and coefficients. The floor in rows is DESIGN's, section 4.
@@ -99,6 +101,59 @@ PINNED = [
         "sinkhorn_knopp: ; logits 1, h_res 1",
         "sinkhorn_knopp_backward: ; logits 3, dh_res 1, dlogits 1",
     ),
+    (
+        Case("stream_aggregate", **HERE),
+        "stream_aggregate: x 1, u 1; h_pre 2",
+        "stream_aggregate_backward: x 1, du 1, dx 1; h_pre 2, partial 1",
+        "sum_partials: out 1; partial 1",
+    ),
+    (
+        Case("stream_aggregate", **HERE, per_token=(True, False)),
+        "stream_aggregate: x 1, u 1; h_pre 16",
+        "stream_aggregate_backward: x 1, du 1, dx 1; h_pre 1, dh_pre 1",
+    ),
+    (
+        Case("mhc_coefficients", **TILES),  # phi and bias once a tile of two tokens, or for each
+        "mhc_pre: x 1; phi 3, bias 6, h_pre 1, h_post 1, logits 1",
+        "sinkhorn_knopp: ; logits 512 in all, h_res 1",
+        "mhc_pre: x 1; phi 3, bias 6, dh_pre 1, dh_post 1, h_pre 1, logits 1, l 1, dz 1",
+        "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
+        "mhc_pre_backward: x 1, dx 1; phi 3, h_pre 1, l 2, dz 1, dz_res 1, dp 1, "
+        "partial 144 in all and 48 loads",
+        "sum_partials: out 1; partial 1",
+        "mhc_phi_gradient: x 1; dp 1, partial 1",
+    ),
+    (
+        Case("mhc_pre", **TILES, norm=False),  # the second read of x comes from the cache
+        "mhc_pre: x 2, u 1; phi 3, bias 6, h_post 1, logits 1",
+        "sinkhorn_knopp: ; logits 512 in all, h_res 1",
+        "mhc_pre: x 2, du 1; phi 3, bias 6, dh_post 1, h_pre 1, logits 1, l 1, dz 1",
+        "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
+        "mhc_pre_backward: x 1, du 1, dx_out 1, dx 1; phi 3, h_pre 1, l 2, dz 1, dz_res 1, dp 1, "
+        "partial 144 in all and 48 loads",
+        "sum_partials: out 1; partial 1",
+        "mhc_phi_gradient: x 1; dp 1, partial 1",
+    ),
+    (
+        Case("mhc_pre", **TILES | {"convention": MHC_LITE}),  # a norm goes over x once more
+        "mhc_pre: x 3, u 1; phi 3, bias 6, weight 6, h_post 1, logits 1",
+        "mixing_matrix: ; logits 8, h_res 1",
+        "mhc_pre: x 3, du 1; phi 3, bias 6, weight 6, dh_post 1, h_pre 1, logits 1, l 1, dz 1",
+        "mixing_matrix_backward: ; logits 3, dh_res 12, dlogits 1",
+        "mhc_pre_backward: x 2, du 1, dx_out 1, dx 1; phi 3, weight 3, h_pre 1, l 2, dz 1, "
+        "dz_res 1, dp 1, partial 384 in all and 128 loads",
+        "sum_partials: out 1; partial 1",
+        "mhc_phi_gradient: x 2; dp 1, partial 1",  # 32 outputs in two halves
+    ),
+    (
+        Case("mhc_head", **TILES),
+        "mhc_pre: x 2, u 1; phi 3, bias 6",
+        "mhc_pre: x 2, du 1; phi 3, bias 6, h_pre 1, l 1, dz 1",
+        "mhc_pre_backward: x 1, du 1, dx 1; phi 3, h_pre 1, l 2, dz 1, dp 1, "
+        "partial 24 in all and 8 loads",
+        "sum_partials: out 1; partial 1",
+        "mhc_phi_gradient: x 1; dp 1, partial 1",
+    ),
 ]
 
 
@@ -132,7 +187,12 @@ def test_loads_and_stores(case, lines, need):
 
 @pytest.mark.parametrize(
     "op, forward, backward",
-    [("mhc_static", 8, 12), ("stream_aggregate_norm", 5, 9), ("stream_mix_add", 9, 14)],
+    [
+        ("mhc_static", 8, 12),
+        ("stream_aggregate", 5, 9),
+        ("stream_aggregate_norm", 5, 9),
+        ("stream_mix_add", 9, 14),
+    ],
 )
 @pytest.mark.parametrize("C, dtype", [(1024, "bfloat16"), (129, "float32")])
 def test_rows_of_design(op, forward, backward, C, dtype, need):

@@ -1,0 +1,29 @@
+// stream_aggregate: what a sublayer reads, u = sum_j h_pre[j] x[j].
+//
+// in   x [tokens, N, C] T, h_pre [N] or [tokens, N] any float     out  u [tokens, C] T
+// own  a threadgroup takes tokens in turn, a thread VEC neighbours of all streams: each element is read once
+// template  T, N, VEC, THREADS, PER_TOKEN
+constexpr int AHEAD = N <= 8 ? N : 4;  // streams loaded ahead
+threadgroup float pre[PER_TOKEN ? 1 : N];
+const uint tid = thread_position_in_threadgroup.x;
+const int C = x_shape[2];
+const uint tokens = x_shape[0];
+const bool whole = mhc::aligned<VEC>(x);
+if constexpr (!PER_TOKEN) mhc::load_gates<N, THREADS, false, false>(h_pre, pre, h_pre, tid);
+threadgroup_barrier(mem_flags::mem_threadgroup);
+
+for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_grid.x) {
+  const auto row = x + size_t(t) * size_t(N * C);
+  for (int c = int(tid) * VEC; c < C; c += THREADS * VEC) {
+    float acc[VEC] = {};
+#pragma unroll AHEAD
+    for (int j = 0; j < N; ++j) {
+      const float h = PER_TOKEN ? static_cast<float>(h_pre[size_t(t) * N + j]) : pre[PER_TOKEN ? 0 : j];
+      const mhc::Pack<T, VEC> v = mhc::load<T, VEC>(row + j * C + c, whole);
+      UNROLL for (int e = 0; e < VEC; ++e) acc[e] += h * static_cast<float>(v.v[e]);
+    }
+    mhc::Pack<T, VEC> o;
+    UNROLL for (int e = 0; e < VEC; ++e) o.v[e] = static_cast<T>(acc[e]);
+    *(device mhc::Pack<T, VEC>*)(u + size_t(t) * size_t(C) + c) = o;
+  }
+}

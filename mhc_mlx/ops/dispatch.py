@@ -1,0 +1,276 @@
+"""What all fused ops share: checks, gradients, transformations, and one dispatch.
+
+Every op takes the positional arguments of its namesake in `reference` and four keywords:
+
+    use_metal: Run the kernels where the default device has them (Metal or CUDA); otherwise, and on
+        a CPU, the reference.
+    threads_per_group: Threads in a threadgroup, a multiple of 32 from 32 to 1024; None picks.
+    verbose: Print the generated kernel source (without a GPU: the Metal source).
+    differentiable: False calls the kernel bare, which `mx.export_function` can record; it then has
+        no gradient.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from .. import kernel, reference
+from ..conventions import Convention
+
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+MAX_STREAMS = 64
+
+
+class Kernels(NamedTuple):
+    """How kernels compute `reference.NAME(*arrays, *statics)`.
+
+    shared_ndim: Per array, with how many axes it is shared by all tokens; None if it never is.
+    forward: Of arrays, statics and options; the result, or a tuple of them.
+    backward: Of arrays, the cotangent or a tuple of them, statics and options; a list of gradients.
+    absent: What stands for an array that is None, made from the number of streams.
+    missing: Of the number of streams and the statics: which result is None, or None.
+    """
+
+    shared_ndim: tuple
+    forward: Callable
+    backward: Callable
+    absent: Callable = lambda n: None
+    missing: Callable = lambda n, *statics: None
+
+
+KERNELS: dict[str, Kernels] = {}
+
+
+def fail(op: str, argument: str, must: str, got) -> str:
+    return f"[{op}] {argument} must {must} but got {got}."
+
+
+def check_dtype(op: str, **arrays: mx.array) -> None:
+    for name, a in arrays.items():
+        if not isinstance(a, mx.array):
+            raise TypeError(fail(op, name, "be an mx.array", type(a).__name__))
+        if a.dtype not in FLOATS:
+            raise TypeError(fail(op, name, "be float32, float16 or bfloat16", a.dtype))
+
+
+def check_array(op: str, name: str, a: mx.array, axes: str, sizes: tuple[int, ...], *lead) -> None:
+    """Check dtype and shape: ``sizes``, also behind leading axes if such are given."""
+    check_dtype(op, **{name: a})
+    if tuple(a.shape) not in (sizes, *((*axis, *sizes) for axis in lead)):
+        own = [f"{letter}={size}" for letter, size in zip(axes, sizes, strict=True)]
+        shapes = [[*map(str, axis), *own] for axis in ((), *lead)]
+        must = " or ".join(f"[{', '.join(s)}]" for s in shapes)
+        raise ValueError(fail(op, name, f"have shape {must}", list(a.shape)))
+
+
+def check_streams(op: str, x: mx.array) -> tuple[tuple[int, ...], int, int]:
+    """Leading axes, n and C of x."""
+    check_dtype(op, x=x)
+    if x.ndim < 2:
+        raise ValueError(fail(op, "x", "have shape [..., n, C]", list(x.shape)))
+    *lead, n, C = x.shape
+    if not 1 <= n <= MAX_STREAMS or C < 1:
+        must = f"have shape [..., n, C] with n from 1 to {MAX_STREAMS} and C at least 1"
+        raise ValueError(fail(op, "x", must, list(x.shape)))
+    return tuple(lead), n, C
+
+
+def check_eps(op: str, eps: float, name: str = "eps") -> None:
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(fail(op, name, "be a number", type(eps).__name__))
+    if not 0 < eps < math.inf:
+        raise ValueError(fail(op, name, "be finite and above 0", eps))
+
+
+def check_convention(op: str, convention: Convention) -> None:
+    if not isinstance(convention, Convention):
+        raise TypeError(fail(op, "convention", "be a Convention", type(convention).__name__))
+
+
+def check_threads(op: str, threads: int | None) -> None:
+    name = "threads_per_group"
+    if threads is None:
+        return
+    if isinstance(threads, bool) or not isinstance(threads, int):
+        raise TypeError(fail(op, name, "be None or an int", type(threads).__name__))
+    if threads % 32 or not 32 <= threads <= 1024:
+        raise ValueError(fail(op, name, "be a multiple of 32 from 32 to 1024", threads))
+
+
+_mapping: ContextVar[bool] = ContextVar("mapping", default=False)  # whether `vmap` traces
+
+
+class _Fused(NamedTuple):
+    forward: Callable  # the kernels bare
+    op: Callable  # differentiable
+
+
+def _fuse(plain: Callable, forward: Callable, backward: Callable, shared_ndim: tuple) -> _Fused:
+    """Tie kernels to the function of arrays that they compute.
+
+    Args:
+        plain: By the reference.
+        forward: By kernels.
+        backward: Of the arrays and the cotangents; a gradient per array, in its dtype.
+        shared_ndim: Per array, with how many axes it is shared by all tokens; None if it never is.
+    """
+
+    count = len(shared_ndim)
+
+    def plain_gradient(*inputs):
+        return tuple(mx.vjp(plain, list(inputs[:count]), list(inputs[count:]))[1])
+
+    def several(arrays):
+        return arrays if isinstance(arrays, (tuple, list)) else (arrays,)
+
+    def fold(inputs, axes, of_gradient):
+        """The inputs with the mapped axis as one more axis of tokens; None where it is not one,
+        because an array per token is not mapped, a shared one is, or a gradient sums over tokens.
+        """
+        ndims = (*shared_ndim, *(None for _ in inputs[count:]))
+        for a, axis, ndim in zip(inputs, axes, ndims, strict=True):
+            per_token = ndim is None or a.ndim - (axis is not None) > ndim
+            if per_token != (axis is not None) or (of_gradient and not per_token):
+                return None
+        return [a if i is None else mx.moveaxis(a, i, 0) for a, i in zip(inputs, axes, strict=True)]
+
+    @mx.custom_function
+    def op(*primals):
+        return (plain if _mapping.get() else forward)(*primals)
+
+    @mx.custom_function
+    def gradient(*inputs):
+        return plain_gradient(*inputs) if _mapping.get() else tuple(backward(*inputs))
+
+    @op.vjp
+    def _(primals, cotangent, _):
+        return gradient(*several(primals), *several(cotangent))
+
+    @gradient.vjp
+    def _(inputs, cotangents, _):
+        return tuple(mx.vjp(plain_gradient, list(inputs), list(several(cotangents)))[1])
+
+    @op.vmap
+    def _(inputs, axes):
+        inputs, axes = several(inputs), several(axes)
+        folded = fold(inputs, axes, of_gradient=False)
+        results = op(*folded) if folded else mx.vmap(plain, in_axes=tuple(axes))(*inputs)
+        return results, (0,) * len(results) if isinstance(results, (tuple, list)) else 0
+
+    @gradient.vmap
+    def _(inputs, axes):
+        folded = fold(inputs, axes, of_gradient=True)
+        mapped = mx.vmap(plain_gradient, in_axes=tuple(axes))
+        results = gradient(*folded) if folded else mapped(*inputs)
+        return tuple(results), (0,) * len(results)
+
+    return _Fused(forward, op)
+
+
+def vmap(f: Callable, in_axes=0, out_axes=0) -> Callable:
+    """`mx.vmap` for functions that call these ops on a GPU.
+
+    MLX 0.32 maps what a custom_function computes even where it has a rule of its own, and cannot
+    map a custom kernel. So this traces f with the reference, which the ops' rules then replace by
+    kernels over one more axis of tokens where that is the same, and leave where it is not.
+    """
+
+    def traced(*args):
+        token = _mapping.set(True)
+        try:
+            return f(*args)
+        finally:
+            _mapping.reset(token)
+
+    return mx.vmap(traced, in_axes, out_axes)
+
+
+@functools.cache
+def _fused(name: str, present: tuple[bool, ...], statics: tuple, options: tuple) -> _Fused:
+    """The kernels of `reference.<name>`, as functions of the arrays that are present."""
+    kernels = KERNELS[name]
+
+    def whole(arrays):
+        rest, absent = iter(arrays), kernels.absent(arrays[0].shape[-2])
+        return [next(rest) if here else absent for here in present]
+
+    def some(values):
+        return [v for v, here in zip(values, present, strict=True) if here]
+
+    def plain(*arrays):
+        rest = iter(arrays)
+        arrays = [next(rest) if here else None for here in present]
+        results = getattr(reference, name)(*arrays, *statics)
+        return tuple(r for r in results if r is not None) if isinstance(results, tuple) else results
+
+    def backward(*inputs):
+        arrays, cotangents = inputs[: sum(present)], inputs[sum(present) :]
+        cotangents = cotangents if len(cotangents) > 1 else cotangents[0]
+        return some(kernels.backward(*whole(arrays), cotangents, *statics, *options))
+
+    return _fuse(
+        plain,
+        lambda *a: kernels.forward(*whole(a), *statics, *options),
+        backward,
+        tuple(some(kernels.shared_ndim)),
+    )
+
+
+@functools.cache
+def constants(*values: float) -> mx.array:
+    return mx.array(values, dtype=mx.float32)
+
+
+@functools.cache
+def identity(n: int) -> mx.array:
+    return mx.eye(n)
+
+
+def flat(a: mx.array, ndim: int) -> mx.array:  # all leading axes as one
+    return a if a.ndim == ndim else a.reshape(-1, *a.shape[a.ndim - ndim + 1 :])
+
+
+def unflat(a: mx.array, shape: tuple[int, ...]) -> mx.array:
+    return a if a.shape == shape else a.reshape(shape)
+
+
+def fused_op(check: Callable) -> Callable:
+    """The public op of ``check``, which validates its arguments and returns (arrays, statics)."""
+    name = check.__name__
+
+    @functools.wraps(check)
+    def op(
+        *args,
+        use_metal: bool = True,
+        threads_per_group: int | None = None,
+        verbose: bool = False,
+        differentiable: bool = True,
+        **kwargs,
+    ):
+        arrays, statics = check(*args, **kwargs)
+        check_threads(name, threads_per_group)
+        here = use_metal and kernel.backend() is not None and arrays[0].size > 0
+        if here or (use_metal and verbose):
+            present = tuple(a is not None for a in arrays)
+            fused = _fused(name, present, statics, (threads_per_group, verbose))
+            given = [a for a in arrays if a is not None]
+            if here:
+                results = (fused.op if differentiable else fused.forward)(*given)
+                missing = KERNELS[name].missing(arrays[0].shape[-2], *statics)
+                if missing is None:
+                    return results
+                return (*results[:missing], None, *results[missing:])
+            zeros = (mx.zeros(a.shape, a.dtype) for a in given)
+            print(kernel.metal_source(fused.forward, *zeros))
+        return getattr(reference, name)(*arrays, *statics)
+
+    own, shared = inspect.signature(check), inspect.signature(op, follow_wrapped=False)
+    keywords = [p for p in shared.parameters.values() if p.kind is p.KEYWORD_ONLY]
+    op.__signature__ = own.replace(parameters=[*own.parameters.values(), *keywords])
+    op.__doc__ = getattr(reference, name).__doc__
+    return op
