@@ -21,7 +21,7 @@ import time
 
 import mlx.core as mx
 
-from mhc_mlx import ops, reference
+from mhc_mlx import ROW_FIRST, ops, reference
 from mhc_mlx.kernel import backend
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -58,6 +58,7 @@ PRESETS = {
         "mhc_layer": SEEDS[:14],
         "stream_mix_add": SEEDS,
         "stream_aggregate_norm": SEEDS,
+        "mhc_dynamic": [*SEEDS[:14], (65536, 4, 1024), (16384, 4, 4096)],
         "sinkhorn_knopp": [
             (1, 4, 4),
             (1, 8, 8),
@@ -84,7 +85,27 @@ def make_inputs(op: str, shape: tuple[int, int, int], dtype: mx.Dtype) -> list[m
         "mhc_layer": lambda: [x, gate, gate[::-1] + 0.0, mx.random.normal((n, n)), weight],
         "stream_aggregate_norm": lambda: [x, gate, weight],
         "stream_mix_add": lambda: [x, mx.random.normal((B, C)).astype(dtype), gate, mix],
+        "mhc_dynamic": lambda: [x, *dynamic_parameters(n, C), weight],
     }[op]()
+
+
+def dynamic_parameters(n: int, C: int) -> list[mx.array]:
+    """phi, bias, alpha."""
+    outs = 2 * n + ROW_FIRST.res_size(n)
+    phi = mx.random.normal((outs, n * C)) * (n * C) ** -0.5
+    return [phi, mx.random.normal((outs,)), mx.random.uniform(0.5, 1.5, (3,))]
+
+
+def function(module, op: str, **options):
+    """An op, or ``mhc_dynamic``: the dynamic layer of mHC.cu, whose sublayer is the RMSNorm."""
+    if op != "mhc_dynamic":
+        return lambda *a: getattr(module, op)(*a, **options)
+
+    def layer(x, phi, bias, alpha, weight):
+        u, h_post, h_res, x = module.mhc_pre(x, phi, bias, alpha, weight, ROW_FIRST, **options)
+        return module.stream_mix_add(x, u, h_post, h_res, **options)
+
+    return layer
 
 
 def mandatory_bytes(op: str, direction: str, shape: tuple[int, int, int], dtype: mx.Dtype) -> int:
@@ -96,6 +117,7 @@ def mandatory_bytes(op: str, direction: str, shape: tuple[int, int, int], dtype:
         rows = {
             "stream_mix_add": (2 * n + 1, 3 * n + 2),
             "stream_aggregate_norm": (n + 1, 2 * n + 1),
+            "mhc_dynamic": (3 * n + 2, 6 * n + 3),
         }
         forward, backward = (r * B * C * dtype.size for r in rows.get(op, (2 * n, 3 * n)))
     return {"forward": forward, "backward": backward, "forward+backward": forward + backward}[
@@ -147,7 +169,7 @@ def worst_error(op: str, arrays: list[mx.array], cotangent: mx.array, **options)
     """Largest difference from the reference, relative to the largest value, over all results."""
     worst = 0.0
     results = []
-    for f in (getattr(reference, op), lambda *a: getattr(ops, op)(*a, **options)):
+    for f in (function(reference, op), function(ops, op, **options)):
         outputs, gradients = mx.vjp(f, arrays, [cotangent])
         results.append(outputs + gradients)
     for want, got in zip(*results, strict=True):
@@ -174,15 +196,13 @@ class Bench:
     def row(
         self, op: str, direction: str, shape, name: str, threads: int | None, baseline: bool = True
     ) -> dict:
-        dtype, plain = DTYPES[name], getattr(reference, op)
+        dtype, plain = DTYPES[name], function(reference, op)
+        fused = function(ops, op, threads_per_group=threads)
 
         def inputs():
             arrays = make_inputs(op, shape, dtype)
             out_dtype = mx.float32 if op == "sinkhorn_knopp" else dtype
             return [*arrays, mx.random.normal(plain(*arrays).shape).astype(out_dtype)]
-
-        def fused(*arrays):
-            return getattr(ops, op)(*arrays, threads_per_group=threads)
 
         size = mandatory_bytes(op, direction, shape, dtype)
         sets, half = self.sets(inputs), max(64, size // 2 // 4)  # float32 read, and written
@@ -221,7 +241,7 @@ def verify(cases, dtypes) -> list[dict]:
         B = min(shape[0], 512)
         for name in dtypes(op):
             arrays = make_inputs(op, (B, *shape[1:]), DTYPES[name])
-            want = reference.__dict__[op](*arrays)
+            want = function(reference, op)(*arrays)
             error = worst_error(op, arrays, mx.random.normal(want.shape).astype(want.dtype))
             bound = {"float32": 3e-5, "float16": 2e-3, "bfloat16": 1.6e-2}[name]
             rows.append(
@@ -413,7 +433,7 @@ def cpu_table(cases, bench: Bench) -> None:
         shape = (min(B, 256), n, C)
         arrays = make_inputs(op, shape, mx.float32)
         mx.eval(arrays)
-        f = getattr(reference, op)
+        f = function(reference, op)
         times = race(bench.budget, (f, [arrays]), (mx.compile(f), [arrays]))
         plain, fast = map(statistics.median, times)
         print(

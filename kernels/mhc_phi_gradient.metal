@@ -46,7 +46,7 @@ if (k < K) {
   UNROLL for (int o = 0; o < EACH; ++o) {
     if (o0 + o < OUTS) {
       UNROLL for (int e = 0; e < VEC; ++e)
-        partial[size_t(chunk) * size_t(OUTS * K) + (size_t(o0 + o) * size_t(K) + size_t(k + e))] = acc[o * VEC + e];
+        partial[(size_t(chunk) * OUTS + size_t(o0 + o)) * size_t(K) + size_t(k + e)] = acc[o * VEC + e];
     }
   }
 }

@@ -16,7 +16,11 @@ ROOT = Path(__file__).parent.parent
 def test_mandatory_bytes():
     rows = 16384 * 1024 * 2  # one row of C per token in bfloat16
     shape = (16384, 4, 1024)
-    for op, forward, backward in (("mhc_static", 8, 12), ("stream_mix_add", 9, 14)):
+    for op, forward, backward in (
+        ("mhc_static", 8, 12),
+        ("stream_mix_add", 9, 14),
+        ("mhc_dynamic", 14, 27),
+    ):
         got = [benchmark.mandatory_bytes(op, d, shape, mx.bfloat16) for d in benchmark.DIRECTIONS]
         assert got == [forward * rows, backward * rows, (forward + backward) * rows]
 
