@@ -12,6 +12,7 @@ from mhc_mlx import kernel, ops
 variants: set = set()
 # In the simulator: so few threadgroups that each takes several of a case's tokens or matrices.
 FEW_GROUPS = {"FORWARD_GROUPS": 2, "MANY_GROUPS": 2, "BACKWARD_THREADS": 64}
+FEW_TOKENS = 6  # without a GPU: so few that cases have both sizes of tile
 
 
 def pytest_addoption(parser):
@@ -59,7 +60,9 @@ def executor(rung: str, few_groups: bool = True):
     Yields the set of the variants that were launched.
     """
     launch, backend = kernel.launch, kernel.backend
-    groups = {k: getattr(ops.geometry, k) for k in FEW_GROUPS}
+    literals = {k: getattr(ops.geometry, k) for k in (*FEW_GROUPS, "FEW_TOKENS")}
+    if rung in ("simulator", "dialect", "nvrtc"):
+        ops.geometry.FEW_TOKENS = FEW_TOKENS
     if rung == "simulator":
         import simulator
 
@@ -97,7 +100,7 @@ def executor(rung: str, few_groups: bool = True):
     finally:
         variants.update(launched)
         kernel.launch, kernel.backend = launch, backend
-        vars(ops.geometry).update(groups)
+        vars(ops.geometry).update(literals)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -214,3 +214,24 @@ def test_kernels(case, rung, need):
     dynamic = case in DYNAMIC
     count = sum(v[:2] == (rung, dynamic) for v in compiled)
     assert count <= MAX_VARIANTS[dynamic], f"{count} compiled variants"
+
+
+@pytest.mark.parametrize("threads", [32, 96, 1024])
+@pytest.mark.parametrize("op", ["stream_aggregate", *PROJECTED])
+def test_threads_per_group_of_dynamic_ops(op, threads, need):
+    need("simulator")
+    case = Case(op, (9,), 4, 33, convention=CONVENTIONS["PAPER"] if op in PROJECTED else None)
+    given = [a for a in case.arrays() if a is not None]
+    with executor("simulator"):
+        f = getattr(ops, op)
+        check(case, results(lambda *a: f(*a, threads_per_group=threads), case, given))
+
+
+def test_bits_do_not_depend_on_the_size_of_a_tile(need):
+    need("simulator")
+    case = Case("mhc_pre", (9,), 3, 33, convention=CONVENTIONS["DEEPSEEK_V4"])
+    x, *rest = case.arrays()
+    with executor("simulator"):  # nine tokens are many there, and three are few
+        many = ops.mhc_pre(x, *rest, *case.statics)
+        few = ops.mhc_pre(x[4:7], *rest, *case.statics)
+    assert all(mx.array_equal(a[4:7], b) for a, b in zip(many, few, strict=True))

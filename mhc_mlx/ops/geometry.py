@@ -10,6 +10,7 @@ REGISTER_BYTES = {("metal", 1): 256, ("cuda", 1): 256, ("metal", 2): 256, ("cuda
 FORWARD_GROUPS = 4096  # fills any GPU; fewer threadgroups than tokens share coefficients
 MANY_GROUPS = 1 << 16  # where a threadgroup fetches next to nothing before its first token
 BACKWARD_THREADS = 132 * 512  # what an H100 holds at 128 registers; a group leaves a row of sums
+FEW_TOKENS = 2048  # up to here small tiles, for more threadgroups
 ONE_LAUNCH_TOKENS = 1024  # up to here every threadgroup of `mhc_layer` projects H_res itself
 
 
@@ -52,12 +53,18 @@ def even(count: int, most: int) -> int:
     return math.ceil(count / max(1, math.ceil(count / most)))
 
 
-def of_projection(n: int, outs: int, tokens: int, threads: int | None) -> tuple[int, int, int]:
-    """Threads, tokens of a tile and outputs of a simdgroup in `mhc_pre`: at most 32 sums a thread,
-    30 KiB of threadgroup memory, and where tokens are few small tiles, for more threadgroups."""
-    tile, threads = 8 if tokens > 2048 else 2, threads or min(256, 32 * max(4, outs))
-    while tile > 1 and 4 * tile * (outs + n + 257) > 30 << 10:
+def _tile(tokens: int, floats: int) -> int:
+    """Tokens of a tile, of ``floats`` each in 30 KiB of threadgroup memory."""
+    tile = 8 if tokens > FEW_TOKENS else 2
+    while tile > 1 and 4 * tile * floats > 30 << 10:
         tile //= 2
+    return tile
+
+
+def of_projection(n: int, outs: int, tokens: int, threads: int | None) -> tuple[int, int, int]:
+    """Threads, tokens of a tile and outputs of a simdgroup in `mhc_pre`: at most 32 sums a
+    thread."""
+    tile, threads = _tile(tokens, outs + n + 257), threads or min(256, 32 * max(4, outs))
     shares = math.ceil(outs / (threads // 32))
     return threads, tile, math.ceil(shares / math.ceil(shares / min(8, 32 // tile)))
 
@@ -65,9 +72,7 @@ def of_projection(n: int, outs: int, tokens: int, threads: int | None) -> tuple[
 def of_spread(n: int, C: int, outs: int, tokens: int, threads: int | None) -> tuple[int, int, int]:
     """Threads, tokens of a tile and neighbours per load in `mhc_pre_backward`."""
     vec = math.gcd(C, 2)
-    tile = 8 if tokens > 2048 else 2
-    while tile > 1 and 4 * tile * (outs + n + 1) > 30 << 10:
-        tile //= 2
+    tile = _tile(tokens, outs + n + 1)
     return threads or min(256, 32 * math.ceil(C / vec / 32)), tile, vec
 
 
