@@ -18,6 +18,7 @@ const uint slot = tid / W;
 const uint exchange = slot * (N > 32 ? 128 : 0);
 const size_t count = logits_shape[0];
 const bool live = lane < N;
+const float bound = static_cast<float>(eps[0]);
 
 for (size_t first = threadgroup_position_in_grid.x * (THREADS / W); first < count;
      first += threadgroups_per_grid.x * (THREADS / W)) {
@@ -30,15 +31,16 @@ for (size_t first = threadgroup_position_in_grid.x * (THREADS / W); first < coun
   for (int end = 2 * ITERS; end > FIRST; end -= KEPT) {
     const int begin = end - KEPT > FIRST ? end - KEPT : FIRST;
     mhc::load_line<N, COLUMNS>(p, logits + base, lane);
-    mhc::sinkhorn_start<N, START>(p, eps[0], lane, simd_lane, scratch + exchange);
+    mhc::sinkhorn_start<N, START>(p, bound, lane, simd_lane, scratch + exchange);
     for (int k = FIRST; k < end; ++k) {
-      const float d = mhc::half_step(p, k, eps[0], lane, simd_lane, scratch + exchange);
+      const float d = mhc::half_step(p, k, bound, lane, simd_lane, scratch + exchange);
       if (k >= begin) divisors[(k - begin) * THREADS + tid] = d;
     }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int k = end - 1; k >= begin; --k) {
-      const float d = divisors[(k - begin) * THREADS + tid];
+      const int at = (k - begin) * THREADS + int(tid);
       if (k % 2 == 0) {
-        const float r = RECIPROCAL(d);
+        const float d = divisors[at], r = RECIPROCAL(d);
         float dot = 0.0f;
         UNROLL for (int j = 0; j < N; ++j) dot += g[j] * p[j];
         UNROLL for (int j = 0; j < N; ++j) {
@@ -49,18 +51,20 @@ for (size_t first = threadgroup_position_in_grid.x * (THREADS / W); first < coun
         UNROLL for (int j = 0; j < N; ++j) all[j] = g[j] * p[j];
         const float dot = mhc::across<N, false>(all, lane, scratch + exchange);
         mhc::gather<N>(dots, dot, lane, simd_lane, scratch + exchange);
-        mhc::gather<N>(all, RECIPROCAL(d), lane, simd_lane, scratch + exchange);
-        UNROLL for (int j = 0; j < N; ++j) g[j] = live ? (g[j] - dots[j]) * all[j] : 0.0f;
-        mhc::gather<N>(all, d, lane, simd_lane, scratch + exchange);
-        UNROLL for (int j = 0; j < N; ++j) p[j] *= all[j];
+        UNROLL for (int j = 0; j < N; ++j) {
+          const float d = divisors[at - int(lane) + j];
+          g[j] = live ? (g[j] - dots[j]) * RECIPROCAL(d) : 0.0f;
+          p[j] *= d;
+        }
       }
     }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 
   if (START == mhc::START_EXP) {
     // the second log-domain step: dl = g p - p (g p).sum(across);  p is its result
     mhc::load_line<N, COLUMNS>(p, logits + base, lane);
-    mhc::sinkhorn_start<N, START>(p, eps[0], lane, simd_lane, scratch + exchange);
+    mhc::sinkhorn_start<N, START>(p, bound, lane, simd_lane, scratch + exchange);
     UNROLL for (int j = 0; j < N; ++j) g[j] *= p[j];
     mhc::gather<N>(dots, mhc::across<N, false>(g, lane, scratch + exchange), lane, simd_lane, scratch + exchange);
     UNROLL for (int j = 0; j < N; ++j) g[j] -= p[j] * dots[j];

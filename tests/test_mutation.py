@@ -372,10 +372,10 @@ MISTAKES = [
     sink("matrices past the last", SINKHORN, "m < count && lane", "lane", rules=TWO),
     # sinkhorn_knopp_backward
     sink_back("a sum dropped along", SINKHORN, "(g[j] - dot) * r", "g[j] * r", parity=WRONG),
-    sink_back("p not restored", SINKHORN, "p[j] *= all[j];", ";", parity=WRONG),
-    sink_back(
-        "a sum dropped across", SINKHORN, "(g[j] - dots[j]) * all[j]", "g[j] * all[j]", parity=WRONG
-    ),
+    sink_back("p not restored", SINKHORN, "p[j] *= d;", ";", parity=WRONG, nth=1),
+    sink_back("a sum dropped across", SINKHORN, "(g[j] - dots[j])", "g[j]", parity=WRONG),
+    sink_back("divisors read at once", SINKHORN, BARRIER, "", rules=RACE),
+    sink_back("divisors written at once", LONG, BARRIER, "", rules=RACE, nth=1),
     sink_back(
         "softmax applied twice", SINKHORN, "if (START == mhc::START_SOFTMAX) g", "g", parity=WRONG
     ),
