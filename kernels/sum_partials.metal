@@ -19,7 +19,7 @@ threadgroup_barrier(mem_flags::mem_threadgroup);
 if (tid < 8 && p < columns) {
   UNROLL for (uint k = 1; k < 32; ++k) s += sums[k * 8 + tid];
   if (GATES && p < 2 * N) {
-    const float h = mhc::sigmoid(static_cast<float>(p < N ? H_pre[p] : H_post[p - N]));
+    const float h = mhc::sigmoid(p < N ? static_cast<float>(H_pre[p]) : static_cast<float>(H_post[p - N]));
     s *= (p < N ? 1.0f : static_cast<float>(params[2])) * h * (1.0f - h);
   }
   out[p] = s;

@@ -99,22 +99,25 @@ class Case:
                 a = a[self.offset :]
             return a.reshape(shape)
 
+        n, C, lead, w, w2 = self.n, self.C, self.lead, self.weights, self.weights
+        if w == "mixed":  # neighbours among the arguments differ
+            w, w2 = "bfloat16", "float32"
+
         def logits(shape):
             if self.convention.start == "additive":
-                return array(shape, self.weights, 0.1)
-            return (self.scale * array(shape, "float32")).astype(DTYPES[self.weights])
+                return array(shape, w, 0.1)
+            return (self.scale * array(shape, "float32")).astype(DTYPES[w])
 
-        n, C, lead, w = self.n, self.C, self.lead, self.weights
         if self.op == "sinkhorn_knopp":
             return [logits((*lead, n, n))]
         if self.op == "project":
             return [logits((*lead, self.convention.res_size(n)))]
-        x, weight = array((*lead, n, C), self.dtype), array((C,), w, 0.5)
+        x, weight = array((*lead, n, C), self.dtype), array((C,), w2, 0.5)
         if self.op in PROJECTED:  # logits alpha * l + bias, l of variance 1
             head, half = self.op == "mhc_head", self.scale / 2**0.5
             outs = n if head else 2 * n + self.convention.res_size(n)
             phi = array((outs, n * C), self.phi, scale=(n * C) ** -0.5)
-            bias, alpha = array((outs,), w, scale=half), array((1 if head else 3,), w, 0.5, half)
+            bias, alpha = array((outs,), w2, scale=half), array((1 if head else 3,), w, 0.5, half)
             last = [weight if self.norm else None] if self.op == "mhc_pre" else []
             return [x, phi, bias, alpha, *last]
         post = array((*lead, n) if self.per_token[0] else (n,), w, 0.2)
@@ -123,7 +126,7 @@ class Case:
         res = None if self.identity else array((*lead, n, n) if self.per_token[1] else (n, n), w)
         if self.op == "stream_mix_add":
             return [x, array((*lead, C), self.dtype), post, res]
-        pre = array((n,), w, 0.2)
+        pre = array((n,), w2, 0.2)
         if self.op == "stream_aggregate_norm":
             return [x, pre, weight]
         return [x, pre, post, logits((n, n)) if self.op == "mhc_layer" else res, weight]
@@ -146,7 +149,7 @@ def covering() -> list[Case]:
             C = CHANNELS[(i + 3 * j) % len(CHANNELS)]
             lead = (2,) if n >= 32 or C >= 1920 else (2, 3) if k % 3 else (5,)
             eps = 0.5 if 1 in (n, C) else 1e-5  # scale-free: without eps h_pre has no gradient
-            weights = dtype if n in (2, 16) else "float32"
+            weights = {2: dtype, 16: "mixed"}.get(n, "float32")
             special = {"offset": k % 4 and 1, "weights": weights}
             op = layers[k % len(layers)]
             convention = conventions[(i if n > 8 else k // 2) % 4] if op == "mhc_layer" else None
