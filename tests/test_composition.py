@@ -151,22 +151,6 @@ def test_compiled_training_of_a_model(use_metal, checkpoint, dynamic):
         assert error < 1e-2 * mx.abs(moved).max() + 1e-6, f"{name}: {error.item()}"
 
 
-def test_checkpoint(use_metal):
-    arrays, weights = inputs(), mx.random.normal((*LEAD, N, C))
-    got = mx.grad(loss(mx.checkpoint(layer(use_metal)), weights), argnums=tuple(range(5)))(*arrays)
-    close(got, mx.grad(loss(reference.mhc_layer, weights), argnums=tuple(range(5)))(*arrays))
-
-
-def test_second_derivative(use_metal):
-    arrays, weights = inputs(), mx.random.normal((*LEAD, N, C))
-
-    def curvature(f):
-        first = mx.grad(loss(f, weights), argnums=tuple(range(5)))
-        return mx.grad(lambda *a: sum((g * g).sum() for g in first(*a)), argnums=tuple(range(5)))
-
-    close(curvature(layer(use_metal))(*arrays), curvature(reference.mhc_layer)(*arrays), 1e-4)
-
-
 def calls(lead=LEAD, dtype=mx.float32):
     """Each op by what it is called for, with its arrays: streams of ``dtype``, the rest mixed; and
     its convention."""
