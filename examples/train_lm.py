@@ -14,6 +14,7 @@ static and plain make their coefficients per token:
 import argparse
 import csv
 import math
+import statistics
 import sysconfig
 import time
 from functools import partial
@@ -211,11 +212,13 @@ def main() -> None:
         optimizer.update(model, gradients)
         return loss, similarity
 
-    history, start = [], time.perf_counter()
+    history, seconds, start = [], [], time.perf_counter()
     with tqdm(total=args.steps, unit="step", mininterval=1.0) as progress:
         while len(history) < args.steps and time.perf_counter() - start < args.seconds:
+            began = time.perf_counter()
             values = step()
             mx.eval(values, state)
+            seconds.append(time.perf_counter() - began)
             history.append(tuple(v.item() for v in values))
             progress.update()
             progress.set_postfix(
@@ -230,7 +233,11 @@ def main() -> None:
             )
     last = history[-100:]
     bits, similarity = (sum(h[k] for h in last) / len(last) for k in range(2))
-    print(f"{len(history)} steps in {time.perf_counter() - start:.0f} s")
+    print(
+        f"{len(history)} steps in {time.perf_counter() - start:.0f} s, "
+        f"{1e3 * statistics.median(seconds):.1f} ms per step, "
+        f"peak memory {mx.get_peak_memory() / 2**20:.0f} MiB"
+    )
     print(
         f"bits per byte {bits:.3f}, similarity between streams {similarity:.3f} "
         f"(mean of the last {len(last)} steps)"

@@ -1,8 +1,15 @@
 """What only a GPU can show: more than 2**31 elements, more than 65535 tokens, peak memory."""
 
-import mlx.core as mx
-import pytest
+import importlib.util
+from pathlib import Path
 
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import pytest
+from mlx.utils import tree_flatten
+
+import mhc_mlx as m
 from mhc_mlx import ops, reference
 
 
@@ -47,6 +54,49 @@ def test_more_elements_than_an_int_counts():
     )
 
 
+def dynamic_arrays(n, C):
+    mx.random.seed(2)
+    outs = 2 * n + n * n
+    phi = mx.random.normal((outs, n * C)) * (n * C) ** -0.5
+    return phi, mx.random.normal((outs,)), mx.random.uniform(0.5, 1.5, (3,))
+
+
+def sublayer(module):
+    """Coefficients per token around the identity."""
+
+    def f(x, *parameters):
+        u, h_post, h_res, x = module.mhc_pre(x, *parameters)
+        return module.stream_mix_add(x, u, h_post, h_res)
+
+    return f
+
+
+def test_more_elements_than_an_int_counts_per_token():
+    n, C, T = 4, 4096, (1 << 31) // (4 * 4096) + 5
+    if mx.device_info().get("memory_size", 1 << 60) < 40 << 30:
+        pytest.skip("needs 40 GB of GPU memory")
+    x = mx.zeros((T, n, C), mx.bfloat16)
+    x[-3:] = mx.random.normal((3, n, C)).astype(mx.bfloat16)
+    assert x.size > 1 << 31
+    parameters = dynamic_arrays(n, C)
+    (out,), gradients = mx.vjp(sublayer(ops), [x, *parameters], [x])
+    (want,), wanted = mx.vjp(sublayer(reference), [x[-3:], *parameters], [x[-3:]])
+    same(out[-3:], want)
+    same(gradients[0][-3:], wanted[0])
+    same(gradients[1], wanted[1])  # phi's: the other tokens are zeros
+
+
+@pytest.mark.parametrize("n", [4, 12])
+def test_more_tokens_than_a_grid_axis_counts_per_token(n):
+    x, cotangent = mx.random.normal((70001, n, 8)), mx.random.normal((70001, n, 8))
+    given = [x, *dynamic_arrays(n, 8)]
+    (got,), gradients = mx.vjp(sublayer(ops), given, [cotangent])
+    (want,), wanted = mx.vjp(sublayer(reference), given, [cotangent])
+    same(got, want, 1e-5)
+    for a, b in zip(gradients, wanted, strict=True):
+        same(a, b, 1e-3)
+
+
 @pytest.mark.parametrize("n", [4, 12])
 def test_more_tokens_than_a_grid_axis_counts(n):
     x, cotangent = mx.random.normal((70001, n, 8)), mx.random.normal((70001, n, 8))
@@ -80,12 +130,70 @@ def test_peak_memory_of_forward_and_backward():
     assert extra <= 0.02 * x.nbytes
 
 
+def test_sinkhorn_saves_its_input_alone():
+    logits, cotangent = mx.random.normal((1 << 18, 4, 4)), mx.random.normal((1 << 18, 4, 4))
+    mx.eval(logits, cotangent, mx.vjp(ops.sinkhorn_knopp, [logits[:1]], [cotangent[:1]]))
+    mx.synchronize()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(mx.vjp(ops.sinkhorn_knopp, [logits], [cotangent]))
+    extra = mx.get_peak_memory() - before  # h_res and dlogits are two
+    print(f"beyond logits and dh_res: {extra / logits.nbytes:.3f} times the logits")
+    assert extra <= 2.01 * logits.nbytes
+
+
+def test_peak_memory_of_a_training_step():
+    """At most 1.15 times what a 12-layer transformer must hold.
+
+    That is, per sublayer, x, u, y and 4 (n**2 + 2n) bytes of coefficients a token; the gradients
+    and the optimiser's two moments; and what the sublayers F hold themselves (attention: q, k, v,
+    the rotated q and k, its probabilities and output; MLP: the wide layer before and after GELU).
+    The last is measured: it is what the same transformer with plain residuals holds, less the
+    stream and its norm of each sublayer.
+    """
+    pytest.importorskip("tqdm")
+    file = Path(__file__).parent.parent / "examples" / "train_lm.py"
+    spec = importlib.util.spec_from_file_location("train_lm", file)
+    train_lm = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train_lm)
+    dim, depth, n, batch = 256, 12, 4, mx.random.randint(0, 256, (32, 257))
+    tokens = batch.shape[0] * (batch.shape[1] - 1)
+
+    def peak(connection, streams):
+        model = train_lm.ByteLM(dim, depth, 4, streams, connection, True)
+        optimizer = optim.AdamW(1e-3)
+
+        def loss(model):
+            logits, _ = model(batch[:, :-1])
+            return nn.losses.cross_entropy(logits, batch[:, 1:], reduction="mean")
+
+        step = nn.value_and_grad(model, loss)
+        for _ in range(2):
+            mx.synchronize()
+            mx.clear_cache()
+            mx.reset_peak_memory()
+            before = mx.get_active_memory()
+            value, gradients = step(model)
+            optimizer.update(model, gradients)
+            mx.eval(value, model.parameters(), optimizer.state)
+            del value, gradients
+        held = sum(a.nbytes for _, a in tree_flatten(model.parameters()))
+        return mx.get_peak_memory() - before, held
+
+    (plain, weights), (measured, more) = peak("plain", 1), peak("mhc", n)
+    row = 4 * dim * tokens
+    connection = (n + 2) * row + 4 * (n * n + 2 * n) * tokens
+    needed = plain + 2 * depth * (connection - 2 * row) + 3 * (more - weights)
+    print(
+        f"peak {measured / 2**20:.0f} MiB, needed {needed / 2**20:.0f} MiB: "
+        f"{measured / needed:.3f}; of these {plain / 2**20:.0f} MiB with plain residuals"
+    )
+    assert measured <= 1.15 * needed
+
+
 def test_training_with_and_without_kernels():
     """The same losses for 100 steps of a small network of layers."""
-    import mlx.nn as nn
-    import mlx.optimizers as optim
-
-    import mhc_mlx as m
 
     def losses(use_metal):
         mx.random.seed(0)
