@@ -47,6 +47,13 @@ template <int VEC, typename P> inline void load_floats(thread float (&v)[VEC], P
   }
 }
 
+// A lane's share of a row, in loads of up to 16 bytes.
+template <typename T, int COUNT> constexpr int run_vec() { return COUNT * int(sizeof(T)) > 16 ? 16 / int(sizeof(T)) : COUNT; }
+template <typename T, int COUNT> struct Run { Pack<T, run_vec<T, COUNT>()> p[COUNT / run_vec<T, COUNT>()]; };
+template <typename T, int COUNT> inline float run_float(const thread Run<T, COUNT>& r, int e) {
+  return static_cast<float>(r.p[e / run_vec<T, COUNT>()].v[e % run_vec<T, COUNT>()]);
+}
+
 // to[i] = channels c.. of stream i, for COUNT streams of C channels
 template <int COUNT, int VEC, typename T, typename P>
 inline void load_streams(thread Pack<T, VEC>* to, P row, int C, int c, bool whole) {
@@ -224,6 +231,41 @@ inline void sinkhorn(thread float (&p)[N], P logits, int iters, float eps, uint 
   load_line<N, COLUMNS>(p, logits, lane);
   sinkhorn_start<N, START>(p, eps, lane, simd_lane, scratch);
   for (int k = steps_of(START); k < 2 * iters; ++k) half_step(p, k, eps, lane, simd_lane, scratch);
+}
+
+// p = the projection of the logits p, N * N in one lane; p[i] is line i
+template <int N, int START> inline void sinkhorn_alone(thread float (&p)[N][N], int iters, float eps) {
+  if (START == START_EXP) {
+    UNROLL for (int i = 0; i < N; ++i) {
+      float m = p[i][0], s = 0.0f;
+      UNROLL for (int j = 1; j < N; ++j) m = metal::max(m, p[i][j]);
+      UNROLL for (int j = 0; j < N; ++j) s += metal::precise::exp(p[i][j] - m);
+      s = metal::precise::log(s);
+      UNROLL for (int j = 0; j < N; ++j) p[i][j] = (p[i][j] - m) - s;
+    }
+    UNROLL for (int j = 0; j < N; ++j) {
+      float m = p[0][j], s = 0.0f;
+      UNROLL for (int i = 1; i < N; ++i) m = metal::max(m, p[i][j]);
+      UNROLL for (int i = 0; i < N; ++i) s += (p[i][j] = metal::precise::exp(p[i][j] - m));
+      UNROLL for (int i = 0; i < N; ++i) p[i][j] *= RECIPROCAL(s);
+    }
+  } else {
+    UNROLL for (int i = 0; i < N; ++i) {
+      if (START == START_SOFTMAX) softmax_line(p[i]);
+      UNROLL for (int j = 0; j < N; ++j) p[i][j] += START == START_SOFTMAX ? eps : i == j ? 1.0f : 0.0f;
+    }
+  }
+  for (int k = steps_of(START); k < 2 * iters; ++k) {
+    UNROLL for (int a = 0; a < N; ++a) {
+      float d = eps;
+      UNROLL for (int b = 0; b < N; ++b) d += k % 2 == 0 ? p[a][b] : p[b][a];
+      d = RECIPROCAL(d);
+      UNROLL for (int b = 0; b < N; ++b) {
+        if (k % 2 == 0) p[a][b] *= d;
+        else p[b][a] *= d;
+      }
+    }
+  }
 }
 
 // mix = the projection of N x N logits, N <= 8, by one simdgroup; COLUMNS as in sinkhorn_knopp.metal

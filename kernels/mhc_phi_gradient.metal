@@ -5,7 +5,8 @@
 // template  T, N, OUTS, VEC, THREADS, EACH     grid  chunks * ceil(N C / (THREADS VEC)) * ceil(OUTS / EACH)
 constexpr int TILE = 32;  // tokens whose dp is staged at once
 constexpr int BLOCKS = (OUTS + EACH - 1) / EACH;
-threadgroup float dps[TILE * EACH];
+constexpr int PACKS = (EACH + 3) / 4;
+threadgroup mhc::Pack<float, 4> dps[TILE * PACKS];
 const int tid = int(thread_position_in_threadgroup.x);
 const int K = N * x_shape[2];
 const uint tokens = x_shape[0];
@@ -22,10 +23,10 @@ const bool whole = mhc::aligned<VEC>(x);
 
 float acc[EACH * VEC] = {};
 for (uint t0 = begin; t0 < end; t0 += TILE) {
-  for (int q = tid; q < TILE * EACH; q += THREADS) {
-    const size_t t = t0 + uint(q / EACH);
-    const int o = o0 + q % EACH;
-    dps[q] = t < end && o < OUTS ? static_cast<float>(dp[t * OUTS + o]) : 0.0f;
+  for (int q = tid; q < TILE * PACKS * 4; q += THREADS) {
+    const size_t t = t0 + uint(q / (4 * PACKS));
+    const int e = q % (4 * PACKS), o = o0 + e;
+    dps[q / 4].v[q % 4] = t < end && e < EACH && o < OUTS ? static_cast<float>(dp[t * OUTS + o]) : 0.0f;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (k < K) {
@@ -35,8 +36,11 @@ for (uint t0 = begin; t0 < end; t0 += TILE) {
     for (int i = 0; i < count; ++i) {
       float v[VEC];
       mhc::load_floats<VEC>(v, row + size_t(i) * size_t(K), whole);
-      UNROLL for (int o = 0; o < EACH; ++o) {
-        UNROLL for (int e = 0; e < VEC; ++e) acc[o * VEC + e] += dps[i * EACH + o] * v[e];
+      UNROLL for (int q = 0; q < PACKS; ++q) {
+        const mhc::Pack<float, 4> g = dps[i * PACKS + q];
+        UNROLL for (int o = 4 * q; o < 4 * q + 4 && o < EACH; ++o) {
+          UNROLL for (int e = 0; e < VEC; ++e) acc[o * VEC + e] += g.v[o - 4 * q] * v[e];
+        }
       }
     }
   }

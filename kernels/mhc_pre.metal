@@ -1,184 +1,143 @@
 // mhc_pre: the coefficients that each token makes for itself, and what its sublayer reads.
 //
 //   l = rsqrt(mean(x**2) + norm_eps) * (phi @ vec(x));   z = alpha * l + bias, in the parts pre [N], post [N], res [R]
-//   h_pre = sigmoid(z_pre) + pre_eps;   h_post = post_scale * sigmoid(z_post) + post_eps;   logits = z_res
+//   h_pre = sigmoid(z_pre) + pre_eps;   h_post = post_scale * sigmoid(z_post) + post_eps
+//   PROJECT: h_res = sinkhorn_knopp(z_res), N <= 8; otherwise logits = z_res
 //   u = sum_j h_pre[j] x[j], or with NORM u = rms_norm(u, weight, eps)
-//   BACKWARD, from the cotangents of u and h_post, with r = rsqrt(mean(u**2) + eps) and slope = r**2 mean(du weight u):
-//   dh_pre[j] = sum du x[j], or with NORM r * (sum du weight x[j] - slope * sum u x[j]);   dz of pre and post
 //
-// in   x [tokens, N, C] T; phi [OUTS, N * C], bias [OUTS], alpha [parts], weight [C] any float, OUTS = 2 N + R (N for HEAD);
-//      params [5] float: pre_eps, post_scale, post_eps, norm_eps, eps;   BACKWARD: du [tokens, C] T (dh_pre [tokens, N] float
-//      without READ), dh_post [tokens, N] float
-// out  h_pre, h_post [tokens, N], logits [tokens, R] float, u [tokens, C] T, as far as they are asked for;
-//      BACKWARD: h_pre, logits, l [tokens, OUTS], dz [tokens, N or 2 N], rows [tokens, 3] float: the token's
-//      rsqrt(mean(x**2) + norm_eps), r, slope
-// own  a threadgroup takes tiles of TILE tokens in turn. Projection: a simdgroup takes EACH outputs of all of them, x
-//      goes through threadgroup memory, so x and phi are read once a tile. u: a simdgroup takes a token, x comes from cache.
+// in   x [tokens, N, C] T; phi [OUTS, N * C] P, bias [OUTS], alpha [parts], weight [C] any float, OUTS = 2 N + R (N for
+//      HEAD); params [6] float: pre_eps, post_scale, post_eps, norm_eps, eps, the projection's eps
+// out  h_pre, h_post [tokens, N], h_res [tokens, N, N], logits [tokens, R] float, u [tokens, C] T, as far as they are
+//      asked for; SAVE: l [tokens, OUTS + 1] float, whose last is the token's rsqrt(mean(x**2) + norm_eps)
+// own  a threadgroup takes tiles of TILE tokens in turn. Projection: of the runs of 32 k a simdgroup takes every
+//      SLICES-th, for 8 * TILES tokens and 8 * BLOCK outputs at once; x and phi go straight into products of matrices.
+//      SPLITS threadgroups may share a tile: each makes a range of outputs, the first also u.
+//      u: a simdgroup takes a token, x comes from cache.
 //      The order of every sum depends on N and C alone.
-// template  T, N, OUTS, VEC, THREADS, TILE, EACH, HEAD, READ (u is made), NORM, BACKWARD, WRITE_PRE
+// template  T, P, N, OUTS, VEC, THREADS, SLICES, TILES, BLOCK, SPLITS, HEAD, READ (u is made), NORM, WRITE_PRE, SAVE,
+//           PROJECT, ITERS, START, COLUMNS, OUT_COLUMNS
 constexpr int SIMDS = THREADS / 32;
-constexpr int SPAN = 64 * VEC;  // elements of a token staged at once
-constexpr int OWN = (TILE + SIMDS - 1) / SIMDS;
+constexpr int TILE = 8 * TILES * (SIMDS / SLICES);
+constexpr int WIDE = 8 * BLOCK;  // outputs at once
+constexpr int PITCH = WIDE + 1;  // and sum(x ** 2)
+constexpr int SHARE = ((OUTS + WIDE - 1) / WIDE + SPLITS - 1) / SPLITS * WIDE;  // outputs of a threadgroup
 constexpr int R = HEAD ? 0 : OUTS - 2 * N;
-constexpr int GATED = HEAD ? N : 2 * N;
 constexpr int AHEAD = N <= 8 ? N : 1;
-threadgroup float xs[TILE * SPAN];
-threadgroup float raw[TILE * (OUTS + 1)];  // phi @ vec(x), then sum(x ** 2)
+threadgroup float sums[SLICES * TILE * PITCH];
+threadgroup float scale[TILE];
 threadgroup float pre[TILE * N];
+threadgroup float mix[PROJECT ? TILE * N * N : 1];
 const int tid = int(thread_position_in_threadgroup.x);
 const int lane = int(thread_index_in_simdgroup);
 const int simd = int(simdgroup_index_in_threadgroup);
+const int slice = simd % SLICES, band = simd / SLICES * TILES * 8;
 const int C = x_shape[2], K = N * C;
 const uint tokens = x_shape[0];
 const bool whole = mhc::aligned<VEC>(x);
-const bool p_whole = mhc::aligned<VEC>(phi);
+const bool all_whole = K % 32 == 0 && mhc::aligned<mhc::run_vec<T, 8>()>(x) && mhc::aligned<mhc::run_vec<P, 8 / mhc::PHI_ROWS>()>(phi);
+const uint tiles = (tokens + TILE - 1) / TILE;
+const int begin = int(threadgroup_position_in_grid.x % SPLITS) * SHARE;
+const int end = begin + SHARE < OUTS ? begin + SHARE : OUTS;
 
-for (uint first = threadgroup_position_in_grid.x * TILE; first < tokens; first += threadgroups_per_grid.x * TILE) {
-  float squares[OWN] = {};
-  for (int o0 = 0; o0 < OUTS; o0 += SIMDS * EACH) {
-    float acc[TILE * EACH] = {};
-    for (int k0 = 0; k0 < K; k0 += SPAN) {
-      UNROLL for (int q = 0; q < OWN; ++q) {
-        const int i = q * SIMDS + simd;
-        if (i < TILE) {
-          UNROLL for (int k = 0; k < SPAN; k += 32 * VEC) {
-            const int at = k + lane * VEC;
-            float v[VEC] = {};
-            if (first + i < tokens && k0 + at < K)
-              mhc::load_floats<VEC>(v, x + size_t(first + i) * size_t(K) + (k0 + at), whole);
-            UNROLL for (int e = 0; e < VEC; ++e) {
-              xs[i * SPAN + at + e] = v[e];
-              if (o0 == 0) squares[q] += v[e] * v[e];
-            }
-          }
-        }
+for (uint tile = threadgroup_position_in_grid.x / SPLITS; tile < tiles; tile += threadgroups_per_grid.x / SPLITS) {
+  const uint first = tile * TILE;
+  for (int o0 = begin; o0 < end; o0 += WIDE) {
+    float sum[TILES][BLOCK][2] = {}, squares[TILES][2] = {};
+    if (all_whole) mhc::sweep<true, OUTS, T, P>(sum, squares, x, phi, tokens, K, first + uint(band), o0, 32 * slice, 32 * SLICES, lane);
+    else mhc::sweep<false, OUTS, T, P>(sum, squares, x, phi, tokens, K, first + uint(band), o0, 32 * slice, 32 * SLICES, lane);
+    UNROLL for (int m = 0; m < TILES; ++m) {
+      const int row = (slice * TILE + band + m * 8) * PITCH;
+      UNROLL for (int b = 0; b < BLOCK; ++b) {
+        UNROLL for (int e = 0; e < 2; ++e)
+          sums[row + mhc::sum_token(lane, e) * PITCH + b * 8 + mhc::sum_output(lane, e)] = sum[m][b][e];
       }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-      UNROLL for (int k = 0; k < SPAN; k += 32 * VEC) {
-        const int at = k + lane * VEC;
-        if (k0 + at < K) {
-          UNROLL for (int p = 0; p < EACH; ++p) {
-            const int o = o0 + simd * EACH + p;
-            if (o < OUTS) {
-              float w[VEC];
-              mhc::load_floats<VEC>(w, phi + size_t(o) * size_t(K) + (k0 + at), p_whole);
-              UNROLL for (int i = 0; i < TILE; ++i) {
-                UNROLL for (int e = 0; e < VEC; ++e) acc[i * EACH + p] += w[e] * xs[i * SPAN + at + e];
-              }
-            }
-          }
-        }
+      const float s = mhc::sum_squares<T>(squares[m], lane);
+      if (mhc::x_k(lane) == 0) sums[row + mhc::x_row(lane) * PITCH + WIDE] = s;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (o0 == begin) {
+      for (int i = tid; i < TILE; i += THREADS) {
+        float s = 0.0f;
+        UNROLL for (int w = 0; w < SLICES; ++w) s += sums[(w * TILE + i) * PITCH + WIDE];
+        scale[i] = metal::precise::rsqrt(s / static_cast<float>(K) + static_cast<float>(params[3]));
+        const size_t t = first + uint(i);
+        if (SAVE && begin == 0 && t < tokens) l[t * (OUTS + 1) + OUTS] = scale[i];
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
-    UNROLL for (int p = 0; p < EACH; ++p) {
-      const int o = o0 + simd * EACH + p;
-      UNROLL for (int i = 0; i < TILE; ++i) {
-        const float s = simd_sum(acc[i * EACH + p]);
-        if (lane == 0 && o < OUTS) raw[i * (OUTS + 1) + o] = s;
+
+    for (int q = tid; q < TILE * WIDE; q += THREADS) {
+      const int i = q / WIDE, o = o0 + q % WIDE, part = o < N ? 0 : o < 2 * N ? 1 : 2;
+      const size_t t = first + uint(i);
+      if (t < tokens && o < OUTS) {
+        float s = 0.0f;
+        UNROLL for (int w = 0; w < SLICES; ++w) s += sums[(w * TILE + i) * PITCH + q % WIDE];
+        const float unit = scale[i] * s;
+        const float z = static_cast<float>(alpha[part]) * unit + static_cast<float>(bias[o]);
+        if (SAVE) l[t * (OUTS + 1) + o] = unit;
+        if (part == 0) {
+          const float h = mhc::sigmoid(z) + static_cast<float>(params[0]);
+          pre[i * N + o] = h;
+          if (WRITE_PRE) h_pre[t * N + o] = h;
+        } else if (!HEAD && part == 1) {
+          h_post[t * N + (o - N)] = static_cast<float>(params[1]) * mhc::sigmoid(z) + static_cast<float>(params[2]);
+        } else if (PROJECT) {
+          mix[i * R + (o - 2 * N)] = z;
+        } else if (R > 0) {
+          logits[t * R + (o - 2 * N)] = z;
+        }
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+
+  if constexpr (PROJECT) {  // by the last simdgroups; the first go on to u
+    constexpr int LANES = N <= 4 ? 1 : mhc::lanes(N);
+    for (int m0 = (SIMDS - 1 - simd) * (32 / LANES); m0 < TILE; m0 += THREADS / LANES) {
+      const int m = m0 + lane / LANES;
+      const size_t t = first + uint(m);
+      const bool live = m < TILE && t < tokens;
+      const int at = (live ? m : 0) * N * N;
+      if constexpr (N <= 4) {
+        float p[N][N];
+        UNROLL for (int q = 0; q < N * N; ++q) p[q / N][q % N] = mix[at + (COLUMNS ? q % N * N + q / N : q)];
+        mhc::sinkhorn_alone<N, START>(p, ITERS, static_cast<float>(params[5]));
+        if (live) {
+          UNROLL for (int q = 0; q < N * N; ++q) h_res[t * (N * N) + q] = OUT_COLUMNS ? p[q % N][q / N] : p[q / N][q % N];
+        }
+      } else {
+        const int line = lane % LANES;
+        float p[N];
+        mhc::sinkhorn<N, START, COLUMNS>(p, mix + at, ITERS, static_cast<float>(params[5]), uint(line), uint(lane), mix);
+        if (live && line < N) {
+          UNROLL for (int j = 0; j < N; ++j) h_res[t * (N * N) + (OUT_COLUMNS ? j * N + line : line * N + j)] = p[j];
+        }
       }
     }
   }
-  UNROLL for (int q = 0; q < OWN; ++q) {
-    const float s = simd_sum(squares[q]);
-    if (lane == 0 && q * SIMDS + simd < TILE) raw[(q * SIMDS + simd) * (OUTS + 1) + OUTS] = s;
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  for (int q = tid; q < TILE * OUTS; q += THREADS) {
-    const int i = q / OUTS, o = q % OUTS, part = o < N ? 0 : o < 2 * N ? 1 : 2;
-    const size_t t = first + i;
-    if (t < tokens) {
-      const float mean = raw[i * (OUTS + 1) + OUTS] / static_cast<float>(K);
-      const float scale = metal::precise::rsqrt(mean + static_cast<float>(params[3]));
-      const float unit = scale * raw[i * (OUTS + 1) + o];
-      const float z = static_cast<float>(alpha[part]) * unit + static_cast<float>(bias[o]);
-      if (part == 0) {
-        const float s = mhc::sigmoid(z), h = s + static_cast<float>(params[0]);
-        if (BACKWARD && !READ) dz[t * GATED + o] = static_cast<float>(dh_pre[t * N + o]) * s * (1.0f - s);
-        pre[i * N + o] = h;
-        if (WRITE_PRE) h_pre[t * N + o] = h;
-      } else if (!HEAD && part == 1) {
-        const float s = mhc::sigmoid(z), scale_post = static_cast<float>(params[1]);
-        if (BACKWARD) dz[t * GATED + o] = static_cast<float>(dh_post[t * N + (o - N)]) * scale_post * s * (1.0f - s);
-        else h_post[t * N + (o - N)] = scale_post * s + static_cast<float>(params[2]);
-      } else if (R > 0) {
-        logits[t * R + (o - 2 * N)] = z;
-      }
-      if (BACKWARD) {
-        l[t * OUTS + o] = unit;
-        if (o == 0) rows[t * 3] = scale;
-        if (!READ && o < 2) rows[t * 3 + 1 + o] = 0.0f;
-      }
-    }
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-
-  for (int i = simd; i < TILE && first + uint(i) < tokens && READ; i += SIMDS) {
+  for (int i = simd; READ && i < TILE && first + uint(i) < tokens && begin == 0; i += SIMDS) {
     const size_t t = first + uint(i);
     const auto row = x + t * size_t(K);
-    float squared = 0.0f, both = 0.0f;
-    if (BACKWARD) {
-      float g_pre[N] = {}, g_norm[N] = {};
+    float squared = 0.0f, r = 1.0f;
+    UNROLL for (int sweep = NORM ? 0 : 1; sweep < 2; ++sweep) {
       for (int c = lane * VEC; c < C; c += 32 * VEC) {
-        float d[VEC], u[VEC] = {}, v[VEC];
-        mhc::load_floats<VEC>(d, du + t * size_t(C) + c, mhc::aligned<VEC>(du));
-        if (NORM) {
-          float w[VEC];
-          mhc::load_floats<VEC>(w, weight + c, mhc::aligned<VEC>(weight));
-#pragma unroll AHEAD
-          for (int j = 0; j < N; ++j) {
-            mhc::load_floats<VEC>(v, row + j * C + c, whole);
-            UNROLL for (int e = 0; e < VEC; ++e) u[e] += pre[i * N + j] * v[e];
-          }
-          UNROLL for (int e = 0; e < VEC; ++e) {
-            d[e] *= w[e];
-            squared += u[e] * u[e];
-            both += d[e] * u[e];
-          }
-        }
+        float o[VEC] = {}, v[VEC], w[VEC];
 #pragma unroll AHEAD
         for (int j = 0; j < N; ++j) {
           mhc::load_floats<VEC>(v, row + j * C + c, whole);
-          UNROLL for (int e = 0; e < VEC; ++e) {
-            g_pre[j] += d[e] * v[e];
-            if (NORM) g_norm[j] += u[e] * v[e];
-          }
+          UNROLL for (int e = 0; e < VEC; ++e) o[e] += pre[i * N + j] * v[e];
+        }
+        if (sweep == 0) {
+          UNROLL for (int e = 0; e < VEC; ++e) squared += o[e] * o[e];
+        } else {
+          if (NORM) mhc::load_floats<VEC>(w, weight + c, mhc::aligned<VEC>(weight));
+          mhc::Pack<T, VEC> packed;
+          UNROLL for (int e = 0; e < VEC; ++e) packed.v[e] = static_cast<T>(NORM ? o[e] * r * w[e] : o[e]);
+          *(device mhc::Pack<T, VEC>*)(u + t * size_t(C) + c) = packed;
         }
       }
-      float r = 1.0f, slope = 0.0f;
-      if (NORM) {
-        r = metal::precise::rsqrt(simd_sum(squared) / static_cast<float>(C) + static_cast<float>(params[4]));
-        slope = r * r * (simd_sum(both) / static_cast<float>(C));
-      }
-#pragma unroll AHEAD
-      for (int j = 0; j < N; ++j) {
-        const float through = simd_sum(g_pre[j]), norm = NORM ? simd_sum(g_norm[j]) : 0.0f;
-        const float s = pre[i * N + j] - static_cast<float>(params[0]);
-        if (lane == 0) dz[t * GATED + j] = r * (through - slope * norm) * s * (1.0f - s);
-      }
-      if (lane < 2) rows[t * 3 + 1 + lane] = lane == 0 ? r : slope;
-    } else {
-      float r = 1.0f;
-      UNROLL for (int pass = NORM ? 0 : 1; pass < 2; ++pass) {
-        for (int c = lane * VEC; c < C; c += 32 * VEC) {
-          float o[VEC] = {}, v[VEC], w[VEC];
-#pragma unroll AHEAD
-          for (int j = 0; j < N; ++j) {
-            mhc::load_floats<VEC>(v, row + j * C + c, whole);
-            UNROLL for (int e = 0; e < VEC; ++e) o[e] += pre[i * N + j] * v[e];
-          }
-          if (pass == 0) {
-            UNROLL for (int e = 0; e < VEC; ++e) squared += o[e] * o[e];
-          } else {
-            if (NORM) mhc::load_floats<VEC>(w, weight + c, mhc::aligned<VEC>(weight));
-            mhc::Pack<T, VEC> packed;
-            UNROLL for (int e = 0; e < VEC; ++e) packed.v[e] = static_cast<T>(NORM ? o[e] * r * w[e] : o[e]);
-            *(device mhc::Pack<T, VEC>*)(u + t * size_t(C) + c) = packed;
-          }
-        }
-        if (pass == 0) r = metal::precise::rsqrt(simd_sum(squared) / static_cast<float>(C) + static_cast<float>(params[4]));
-      }
+      if (sweep == 0) r = metal::precise::rsqrt(simd_sum(squared) / static_cast<float>(C) + static_cast<float>(params[4]));
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);

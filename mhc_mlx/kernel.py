@@ -36,14 +36,21 @@ def text(name: str) -> str:
     return re.sub(r"[ \t]*//.*", "", (folder / name).read_text())
 
 
-# NVRTC spills a few bytes of these to fit one more threadgroup, unless told that one is enough.
-_ONE_GROUP = ("mhc_pre", "mhc_pre_backward", "mhc_phi_gradient")
+# Bodies that multiply tiles of matrices.
+_TILED = ("mhc_pre",)
+# NVRTC spills a few bytes of these to fit one more threadgroup, unless told how many are enough.
+_GROUPS = {"mhc_pre": 512, "mhc_pre_backward": 512, "mhc_phi_gradient": 512}  # threads
 
 
 def cuda_header(name: str, threads: int) -> str:
     """What goes before a body on CUDA; it bounds the registers for this many threads."""
-    bounds = f"{threads}, 1" if name in _ONE_GROUP else f"{threads}"
-    return text("cuda.h").replace("THREADS", bounds) + text("common.h")
+    bounds = f"{threads}, {max(1, _GROUPS[name] // threads)}" if name in _GROUPS else f"{threads}"
+    return text("cuda.h").replace("THREADS", bounds) + _header(name, "cuda")
+
+
+def _header(name: str, backend: str) -> str:
+    tiles = (f"tiles_{backend}.h", "tiles.h") if name in _TILED else ()
+    return "".join(map(text, ("common.h", *tiles)))
 
 
 @functools.cache
@@ -51,7 +58,7 @@ def _build(backend: str, name: str, inputs: tuple, outputs: tuple, absent: str, 
     source = absent + text(f"{name}.metal")
     names = {"name": name, "input_names": inputs, "output_names": outputs}
     if backend == "metal":
-        return mx.fast.metal_kernel(**names, source=source, header=text("common.h"))
+        return mx.fast.metal_kernel(**names, source=source, header=_header(name, "metal"))
     header = cuda_header(name, threads)
     return mx.fast.cuda_kernel(**names, source="METAL_POSITIONS " + source, header=header)
 

@@ -94,6 +94,9 @@ def _noise(outs: int, width: int) -> mx.array:
     return mx.random.normal((outs, width)) * (0.02 / math.sqrt(width))
 
 
+_OPTIONS = ("use_metal", "threads_per_group", "differentiable")  # of ops, attributes of modules
+
+
 class HyperConnection(nn.Module):
     """Reads the streams for a sublayer and writes its output back, with coefficients per token.
 
@@ -133,6 +136,8 @@ class HyperConnection(nn.Module):
         norm_eps: Added to the mean square of a token's n*C elements, above 0.
         use_metal: Run the fused kernels where the default device has them (Metal or CUDA).
         threads_per_group: Threads in a threadgroup; None picks from the shape.
+        differentiable: False calls the kernels bare: `mx.export_function` can record the module,
+            and it has no gradient. Like the two before, an attribute that may be set later.
     """
 
     def __init__(
@@ -148,6 +153,7 @@ class HyperConnection(nn.Module):
         norm_eps: float = 1e-6,
         use_metal: bool = True,
         threads_per_group: int | None = None,
+        differentiable: bool = True,
     ):
         super().__init__()
         op, n = type(self).__name__, num_streams
@@ -163,8 +169,8 @@ class HyperConnection(nn.Module):
         self._convention = (
             convention if sinkhorn_iters is None else replace(convention, iters=sinkhorn_iters)
         )
-        self.use_metal = use_metal
-        self.threads_per_group = threads_per_group
+        self.use_metal, self.threads_per_group = use_metal, threads_per_group
+        self.differentiable = differentiable
         H_pre, H_post, H_res = _start(n, convention, layer_idx)
         if dynamic:
             self.phi = _noise(2 * n + H_res.size, n * dim)
@@ -183,7 +189,7 @@ class HyperConnection(nn.Module):
 
     @property
     def _options(self) -> dict:
-        return {"use_metal": self.use_metal, "threads_per_group": self.threads_per_group}
+        return {k: getattr(self, k) for k in _OPTIONS}
 
     def mixing_matrix(self) -> mx.array | None:
         """h_res ``[n, n]`` float32, row = output, of a static connection; None is the identity."""
@@ -193,7 +199,8 @@ class HyperConnection(nn.Module):
                 f"[{op}] dynamic must be False but got True: coefficients(x) has h_res."
             )
         if self._convention.start in SINKHORN:
-            return ops.sinkhorn_knopp(self.H_res, self._convention, use_metal=self.use_metal)
+            options = self._options | {"threads_per_group": None}
+            return ops.sinkhorn_knopp(self.H_res, self._convention, **options)
         logits = self.H_res.flatten() if "H_res" in self else mx.zeros(0)
         return project(logits, self.num_streams, self._convention)
 
@@ -256,7 +263,7 @@ class MHCLayer(HyperConnection):
         convention: How coefficients are made.
         dynamic: Coefficients per token, or parameters.
         options: Of `HyperConnection`: layer_idx, init_scale, norm_eps, use_metal,
-            threads_per_group.
+            threads_per_group, differentiable.
     """
 
     def __init__(
@@ -306,7 +313,7 @@ class HyperHead(nn.Module):
         dim: C, channels per stream.
         num_streams: n, 1 to 64.
         convention: Its pre_eps.
-        init_scale, norm_eps, use_metal, threads_per_group: As in `HyperConnection`.
+        init_scale, norm_eps, use_metal, threads_per_group, differentiable: As in `HyperConnection`.
     """
 
     def __init__(
@@ -319,6 +326,7 @@ class HyperHead(nn.Module):
         norm_eps: float = 1e-6,
         use_metal: bool = True,
         threads_per_group: int | None = None,
+        differentiable: bool = True,
     ):
         super().__init__()
         op, n = "HyperHead", num_streams
@@ -332,13 +340,14 @@ class HyperHead(nn.Module):
         ops.check_eps(op, norm_eps, "norm_eps")
         self._convention, self.norm_eps = convention, norm_eps
         self.use_metal, self.threads_per_group = use_metal, threads_per_group
+        self.differentiable = differentiable
         self.phi = _noise(n, n * dim)
         self.bias = mx.full(n, _logit(1 / n - convention.pre_eps))
         self.alpha = mx.full(1, init_scale)
 
     def __call__(self, x: mx.array) -> mx.array:
         """``[..., n, C] -> [..., C]`` in x's dtype."""
-        options = {"use_metal": self.use_metal, "threads_per_group": self.threads_per_group}
+        options = {k: getattr(self, k) for k in _OPTIONS}
         parameters = (self.phi, self.bias, self.alpha)
         return ops.mhc_head(x, *parameters, self._convention, self.norm_eps, **options)
 

@@ -15,7 +15,7 @@ from mhc_mlx.conventions import STARTS
 COEFFICIENTS = ("h_pre", "h_post", "h_res", "weight")  # in the order of the columns of `partial`
 
 SAME = {"x", "y", "dout", "du", "dx_out", "partial"}  # of dtype T
-FLOAT32 = {"params", "eps", "l", "dz", "dz_res", "rows", "dp", "dh_pre", "dh_post"}
+FLOAT32 = {"params", "eps", "l", "dz_res", "dp", "dh_pre", "dh_post"}
 
 
 def opaque(a: mx.array) -> mx.array:
@@ -129,59 +129,66 @@ def of_outputs(t: dict, alpha: mx.array) -> mx.array:
     return mx.concatenate([mx.broadcast_to(alpha[i], (k,)) for i, k in enumerate(sizes)])
 
 
-def mhc_pre(
-    t, groups, x, phi, bias, alpha, params, weight=None, du=None, dh_pre=None, dh_post=None
-):
-    c, norm_eps, eps = convention({"GATES": True}, None, params[:3]), params[3], params[4]
-    n, gated = t["N"], t["N"] if t["HEAD"] else 2 * t["N"]
-    unit = reference._logits(x, phi, norm_eps)
-    z = of_outputs(t, alpha) * unit + bias
-
-    def pre(z):
-        return reference.gates(z, z, c)[0]
-
-    def post(z):
-        return reference.gates(z, z, c)[1]
-
-    def read(z):
-        u = reference.stream_aggregate(x, pre(z))
-        return reference.rms_norm(u, weight, eps) if t["NORM"] else u
-
-    made = {"h_pre": pre(z[:, :n])} if t["WRITE_PRE"] else {}
-    made |= {"logits": z[:, gated:]} if t["OUTS"] > gated else {}
-    if not t["BACKWARD"]:
-        made |= {} if t["HEAD"] else {"h_post": post(z[:, n:gated])}
-        return made | ({"u": read(z[:, :n])} if t["READ"] else {})
-    f, d = (read, du) if t["READ"] else (pre, dh_pre)
-    dz = mx.vjp(f, [z[:, :n]], [d])[1]
-    dz += [] if t["HEAD"] else mx.vjp(post, [z[:, n:gated]], [dh_post])[1]
-    rows = [mx.rsqrt((x * x).mean((1, 2)) + norm_eps), *2 * [mx.zeros(x.shape[0])]]
-    if t["NORM"]:
-        u = reference.stream_aggregate(x, pre(z[:, :n]))
-        rows[1] = mx.rsqrt((u * u).mean(-1) + eps)
-        rows[2] = rows[1] ** 2 * (du * weight * u).mean(-1)
-    elif t["READ"]:
-        rows[1] = mx.ones(x.shape[0])
-    return made | {"l": unit, "dz": mx.concatenate(dz, -1), "rows": mx.stack(rows, -1)}
+def pre_parts(t, alpha, bias, params):
+    """Logits of l, and h_pre and h_post of logits."""
+    c = convention({"GATES": True}, None, params[:3])
+    return (
+        lambda unit: of_outputs(t, alpha) * unit + bias,
+        lambda z: reference.gates(z, z, c)[0],
+        lambda z: reference.gates(z, z, c)[1],
+    )
 
 
-def mhc_pre_backward(
-    t, groups, x, phi, alpha, h_pre, dz, rows, weight=None, dz_res=None, du=None, dx_out=None, **by
-):
-    unit, (scale, r, slope) = by["l"], mx.split(rows, 3, -1)
-    dz = mx.concatenate([dz, dz_res], -1) if t["OUTS"] > dz.shape[1] else dz
-    dl = of_outputs(t, alpha) * dz
-    dp, sums = scale * dl, [dz.sum(0), (dz * unit).sum(0)]
-    dx = (dp[..., None] * phi).sum(1).reshape(x.shape)
-    dx += (-scale * scale * (dl * unit).sum(-1, keepdims=True) / phi.shape[1])[..., None] * x
-    if t["NORM"]:
-        u = reference.stream_aggregate(x, h_pre)
-        sums.append((du * u * r).sum(0))
-        du = r * (du * weight - u * slope)
+def mhc_pre(t, groups, x, phi, bias, alpha, params, weight=None):
+    n, (logits, pre, post) = t["N"], pre_parts(t, alpha, bias, params)
+    unit = reference._logits(x, phi, params[3])
+    z, made = logits(unit), {}
+    h_pre = pre(z[:, :n])
+    if t["SAVE"]:
+        scale = mx.rsqrt((x * x).mean((1, 2)) + params[3])
+        made["l"] = mx.concatenate([unit, scale[:, None]], -1)
     if t["READ"]:
-        dx += h_pre[..., None] * du[:, None]
-    dx = dx + dx_out if t["PASS"] else dx
-    return {"dx": dx, "dp": dp, "partial": partials(groups, *sums)}
+        u = reference.stream_aggregate(x, h_pre)
+        made["u"] = reference.rms_norm(u, weight, params[4]) if t["NORM"] else u
+    made |= {"h_pre": h_pre} if t["WRITE_PRE"] else {}
+    made |= {} if t["HEAD"] else {"h_post": post(z[:, n : 2 * n])}
+    if t["PROJECT"]:
+        c = convention(t, params[5])
+        h_res = reference.sinkhorn_knopp(z[:, 2 * n :].reshape(-1, n, n), c)
+        made["h_res"] = h_res.reshape(-1, n * n)
+    elif not t["HEAD"] and t["OUTS"] > 2 * n:
+        made["logits"] = z[:, 2 * n :]
+    return made
+
+
+def mhc_pre_backward(t, groups, x, phi, bias, alpha, params, weight=None, **d):
+    n, gated, eps = t["N"], t["N"] if t["HEAD"] else 2 * t["N"], params[4]
+    (logits, pre, post), (unit, scale) = (
+        pre_parts(t, alpha, bias, params),
+        mx.split(d["l"], [-1], -1),
+    )
+    z = logits(unit)
+
+    def read(x, z, *weight):
+        u = reference.stream_aggregate(x, pre(z))
+        return reference.rms_norm(u, *weight, eps) if weight else u
+
+    dx, dz, sums = 0, [], []
+    if t["READ"]:
+        given = [x, z[:, :n]] + ([weight] if t["NORM"] else [])
+        dx, dz_pre, *sums = mx.vjp(read, given, [d["du"]])[1]
+        dz = [dz_pre]
+    else:
+        dz = mx.vjp(pre, [z[:, :n]], [d["dh_pre"]])[1]
+    dz = list(dz) + ([] if t["HEAD"] else mx.vjp(post, [z[:, n:gated]], [d["dh_post"]])[1])
+    dz = mx.concatenate(dz + ([d["dz_res"]] if t["OUTS"] > gated else []), -1)
+    dl = of_outputs(t, alpha) * dz
+    dp = scale * dl
+    dx += (dp[..., None] * phi).sum(1).reshape(x.shape)
+    dx += (-scale * scale * (dl * unit).sum(-1, keepdims=True) / phi.shape[1])[..., None] * x
+    dx = dx + d["dx_out"] if t["PASS"] else dx
+    rows = groups // t["SPLITS"]
+    return {"dx": dx, "dp": dp, "partial": partials(rows, dz.sum(0), (dz * unit).sum(0), *sums)}
 
 
 def mhc_phi_gradient(t, groups, x, dp):
@@ -210,11 +217,9 @@ def promised(t: dict, given: dict) -> dict:
         return {"logits": (count, t["R"]) if "R" in t else shape, "dh_res": shape, "eps": (1,)}
     tokens, n, C = given["x"].shape
     outs, gated = t.get("OUTS"), n if t.get("HEAD") else 2 * n
-    made = {"phi": (outs, n * C), "bias": (outs,), "l": (tokens, outs), "dp": (tokens, outs)}
-    made |= {"dz_res": (tokens, outs - gated)} if outs else {}
+    made = {"phi": (outs, n * C), "bias": (outs,), "dp": (tokens, outs)}
+    made |= {"dz_res": (tokens, outs - gated), "l": (tokens, outs + 1)} if outs else {}
     return made | {
-        "dz": (tokens, gated),
-        "rows": (tokens, 3),
         "x": (tokens, t["N"], C),
         "y": (tokens, C),
         "dout": (tokens, n, C) if t.get("MIX") else (tokens, C),
@@ -227,7 +232,7 @@ def promised(t: dict, given: dict) -> dict:
         "h_post": (tokens, n) if t.get("POST_PER_TOKEN") else (n,),
         "h_res": (tokens, n, n) if t.get("RES_PER_TOKEN") else (n, n),
         "weight": (C,),
-        "params": (5,),
+        "params": (6,) if outs else (5,),
     }
 
 

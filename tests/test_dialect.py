@@ -33,6 +33,8 @@ HEADER = "inline float sigmoid(float v) {"  # the first function of common.h tha
 LOAD = "mhc::load_floats<VEC>(w, weight + c, w_whole);"
 STORE = "static_cast<T>(MIX ?"
 SPACE = "needs an address space"
+MATRIX = BODY + " simdgroup_float8x8 m(0.0f); const simdgroup_float8x8 k = m; "
+MULTIPLY = MATRIX + "simdgroup_multiply_accumulate"
 # what is put in place of what, in the body for which dtype, and what is said of it
 MISTAKES = {
     "threadgroup for thread": (LOAD, LOAD.replace("(w,", "(pre,"), "no matching function"),
@@ -71,6 +73,29 @@ MISTAKES = {
     ),
     "invented name": (BODY, BODY + " metal::exact::exp(1.0f);", "no member named 'exact' in"),
     "overload that Metal lacks": (BODY, BODY + ' simd_sum("x");', "no matching function"),
+    "device for a matrix": (BODY, MULTIPLY + "(m, H_res, m, m);", "no matching function"),
+    "float for a matrix": (BODY, MULTIPLY + "(m, m, m, 0.0f);", "no matching function"),
+    "zero to a matrix": (BODY, BODY + " simdgroup_float8x8 z = 0.0f;", "no viable conversion"),
+    "product in a constant": (BODY, MULTIPLY + "(k, m, m, m);", "no matching function"),
+    "product in threadgroup": (
+        BODY,
+        BODY + "\nthreadgroup simdgroup_float8x8 s[1];\n simdgroup_multiply_accumulate(s[0], s[0], "
+        "s[0], s[0]);",
+        "no matching function",
+    ),
+    "word that a matrix lacks": (BODY, MATRIX + "m.load(x);", "no member named 'load'"),
+    "element of a constant": (BODY, MATRIX + "k.thread_elements()[0] = 0.0f;", "not assignable"),
+    "swizzle of a matrix": (BODY, MATRIX + "m.thread_elements().x = 0.0f;", "member reference"),
+    "reference to an element": (
+        BODY,
+        MATRIX + "thread float& e = m.thread_elements()[0];",
+        "cannot bind to vector element",
+    ),
+    "matrix parameter": (
+        HEADER,
+        "inline void f(simdgroup_float8x8& m) { m.thread_elements()[0] = 0.0f; } " + HEADER,
+        SPACE,
+    ),
     "early return": (BODY, BODY + " if (tid > 64) return;", "an early return"),
     "lambda": (BODY, BODY + " auto f = [](float v) { return v; };", "a lambda"),
     "goto": (BODY, BODY + " goto end; end:;", "goto"),
@@ -119,6 +144,27 @@ def test_an_implicit_float_to_half_is_refused(need):
 
     found = dialect.refusals(source(mx.float16).replace(STORE, "(MIX ?"))
     assert len(found) == 1 and "loses floating-point precision" in found[0], found
+
+
+def test_simdgroup_matrices_are_accepted(need):
+    need("dialect")
+    import dialect
+
+    helper = """template <int K>
+inline void accumulate(thread simdgroup_float8x8& d, const thread simdgroup_float8x8 (&a)[K]) {
+  for (int k = 0; k < K; ++k) simdgroup_multiply_accumulate(d, a[k], a[K - 1 - k], d);
+}
+"""
+    use = """ simdgroup_float8x8 a[2], d(0.0f);
+  for (int k = 0; k < 2; ++k) a[k] = simdgroup_float8x8(0.0f);
+  a[0].thread_elements()[1] = static_cast<float>(x[tid]);
+  mhc::accumulate(d, a);
+  const simdgroup_float8x8 made = d;
+  thread auto& elements = d.thread_elements();
+  elements[0] += made.thread_elements()[1];
+"""
+    text = source(mx.bfloat16).replace(HEADER, helper + HEADER).replace(BODY, BODY + use)
+    assert dialect.refusals(text) == []
 
 
 def test_text_without_fence_is_the_same(need):

@@ -94,27 +94,15 @@ def test_vmap_gives_each_examples_results_and_gradients(dynamic, launched):
         close(a, mx.stack(b), 2e-5)
 
 
-def test_export(launched, tmp_path):
-    """A model by the reference, and by bare kernels: MLX exports no function that has a gradient of
-    its own, and that is what ops with differentiable=True call kernels in."""
+@pytest.mark.parametrize("option", ["use_metal", "differentiable"])
+def test_export(launched, tmp_path, option):
+    """MLX exports no function that has a gradient of its own: by the reference, by bare kernels."""
     model, path = shaken(Tiny(), 0.1), str(tmp_path / "model.mlxfn")
     want = model(TOKENS)
     for module in model.modules():
-        if hasattr(module, "use_metal"):
-            module.use_metal = False
+        if hasattr(module, option):
+            setattr(module, option, False)
     mx.export_function(path, model, TOKENS)
-    close(mx.import_function(path)(TOKENS)[0], want)
-
-    def bare(tokens):
-        x, options = m.expand_streams(model.embedding(tokens), N), {"differentiable": False}
-        for block in model.blocks:
-            c = block.connection
-            u, h_post, h_res, x = m.mhc_pre(x, c.phi, c.bias, c.alpha, **options)
-            x = m.stream_mix_add(x, block.layer(u), h_post, h_res, **options)
-        h = m.mhc_head(x, model.head.phi, model.head.bias, model.head.alpha, **options)
-        return model.embedding.as_linear(h)
-
-    mx.export_function(path, bare, TOKENS)
     close(mx.import_function(path)(TOKENS)[0], want)
 
 

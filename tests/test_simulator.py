@@ -62,6 +62,46 @@ def test_threadgroups_and_shuffles(run):
     assert np.array_equal(np.array(got), np.concatenate([reverse, reverse + 1]))
 
 
+# a and b are 8 x 8, two elements of a row in each lane; Metal makes of d(2.0f) a diagonal matrix
+MATRICES = """const uint row = tid / 16 % 2 * 4 + tid / 2 % 4;
+const uint column = tid / 8 % 2 * 4 + tid % 2 * 2;
+const uint at = tid / 32 * 64 + row * 8 + column;
+simdgroup_float8x8 a, b, d(2.0f), nobody_wrote;
+for (int e = 0; e < 2; ++e) {
+  a.thread_elements()[e] = x[at + e];
+  b.thread_elements()[e] = x[at + 128 + e];
+}
+"""
+STORE = "const simdgroup_float8x8 made = d;\n"
+STORE += "for (int e = 0; e < 2; ++e) out[at + e] = made.thread_elements()[e];\n"
+
+
+def product(run, body: str) -> tuple[np.ndarray, ...]:
+    """a, b and what the body leaves in d, of each of two simdgroups."""
+    a, b = x = np.random.default_rng(2).normal(size=(2, 2, 8, 8)).astype(np.float32)
+    out = run(TID + MATRICES + body + STORE, {"x": mx.array(x)}, size=128)
+    return a, b, np.array(out).reshape(a.shape)
+
+
+def test_simdgroup_matrices_multiply(run):
+    """d = a b + 2 I, then d = b d + a, as a chain of fused multiply-adds in order of k."""
+
+    def multiply_add(a, b, c):
+        for k in range(8):
+            c = (a[:, :, k, None].astype(np.float64) * b[:, k, None] + c).astype(np.float32)
+        return c
+
+    body = "simdgroup_multiply_accumulate(d, a, b, d);\n"
+    a, b, got = product(run, body + "simdgroup_multiply_accumulate(d, b, d, a);\n")
+    want = multiply_add(b, multiply_add(a, b, 2 * np.eye(8, dtype=np.float32)), a)
+    assert np.array_equal(got, want)
+
+
+def test_a_simdgroup_matrix_that_nobody_wrote(run):
+    *_, got = product(run, "simdgroup_multiply_accumulate(d, nobody_wrote, b, d);\n")
+    assert np.isnan(got).all()
+
+
 READ_NEXT = "out[tid] = s[(tid + 33) % 64];"
 REFUSED = {
     "a race on any schedule": (
@@ -97,6 +137,21 @@ REFUSED = {
     "lanes at different simd operations": (
         "if (tid % 2 == 0) out[tid] = simd_sum(x[tid]);\nelse out[tid] = simd_sum(x[tid]);",
         "lanes at different simd operations",
+    ),
+    "a matrix product that a lane skips": (
+        "simdgroup_float8x8 d(0.0f);\nif (tid != 5) simdgroup_multiply_accumulate(d, d, d, d);\n"
+        "out[tid] = d.thread_elements()[0];",
+        "thread 0 is at the simd operation at toy.metal:3, thread 5 has returned",
+    ),
+    "lanes at different matrix products": (
+        "simdgroup_float8x8 d(0.0f);\nif (tid == 5) simdgroup_multiply_accumulate(d, d, d, d);\n"
+        "else simdgroup_multiply_accumulate(d, d, d, d);\nout[tid] = d.thread_elements()[0];",
+        "lanes at different simd operations: thread 0 is at the simd operation at toy.metal:4, "
+        "thread 5 is at the simd operation at toy.metal:3",
+    ),
+    "a third element of a matrix": (
+        "simdgroup_float8x8 d(0.0f);\nout[tid] = d.thread_elements()[2 + tid / 64];",
+        "toy.metal:3: thread 0 of threadgroup 0: index out of the bounds of an array",
     ),
     "a barrier that some skip": (
         "if (tid < 32) " + BARRIER + "out[tid] = x[tid];",

@@ -34,6 +34,8 @@ class Kernels(NamedTuple):
     backward: Of arrays, the cotangent or a tuple of them, statics and options; a list of gradients.
     absent: What stands for an array that is None, made from the number of streams.
     missing: Of the number of streams and the statics: which result is None, or None.
+    results: How many results there are with that one.
+    saves: How many arrays forward, called with ``save=True``, appends for ``backward(saved=...)``.
     """
 
     shared_ndim: tuple
@@ -41,6 +43,8 @@ class Kernels(NamedTuple):
     backward: Callable
     absent: Callable = lambda n: None
     missing: Callable = lambda n, *statics: None
+    results: int = 1
+    saves: int = 0
 
 
 KERNELS: dict[str, Kernels] = {}
@@ -110,23 +114,39 @@ class _Fused(NamedTuple):
     op: Callable  # differentiable
 
 
-def _fuse(plain: Callable, forward: Callable, backward: Callable, shared_ndim: tuple) -> _Fused:
+def _several(arrays) -> tuple | list:
+    return arrays if isinstance(arrays, (tuple, list)) else (arrays,)
+
+
+def _fuse(
+    plain: Callable,
+    forward: Callable,
+    saving: Callable,
+    backward: Callable,
+    shared_ndim: tuple,
+    results: Callable,
+) -> _Fused:
     """Tie kernels to the function of arrays that they compute.
 
     Args:
         plain: By the reference.
         forward: By kernels.
-        backward: Of the arrays and the cotangents; a gradient per array, in its dtype.
+        saving: By kernels, with what the gradient reuses as further results.
+        backward: Of lists of the arrays, the cotangents and what was saved; a gradient per array,
+            in its dtype.
         shared_ndim: Per array, with how many axes it is shared by all tokens; None if it never is.
+        results: Of the first array, how many results there are.
     """
 
     count = len(shared_ndim)
 
+    def parts(inputs):
+        """The arrays, the cotangents, and what was saved."""
+        given = count + results(inputs[0])
+        return list(inputs[:count]), list(inputs[count:given]), list(inputs[given:])
+
     def plain_gradient(*inputs):
         return tuple(mx.vjp(plain, list(inputs[:count]), list(inputs[count:]))[1])
-
-    def several(arrays):
-        return arrays if isinstance(arrays, (tuple, list)) else (arrays,)
 
     def fold(inputs, axes, of_gradient):
         """The inputs with the mapped axis as one more axis of tokens; None where it is not one,
@@ -139,37 +159,54 @@ def _fuse(plain: Callable, forward: Callable, backward: Callable, shared_ndim: t
                 return None
         return [a if i is None else mx.moveaxis(a, i, 0) for a, i in zip(inputs, axes, strict=True)]
 
+    def shown(made, x):
+        """The results among those and what was saved."""
+        made = _several(made)[: results(x)]
+        return made if len(made) > 1 else made[0]
+
     @mx.custom_function
     def op(*primals):
-        return (plain if _mapping.get() else forward)(*primals)
+        return (plain if _mapping.get() else saving)(*primals)
 
     @mx.custom_function
     def gradient(*inputs):
-        return plain_gradient(*inputs) if _mapping.get() else tuple(backward(*inputs))
+        if _mapping.get():
+            return plain_gradient(*inputs)
+        arrays, cotangents, saved = parts(inputs)
+        if saving is not forward and not saved:  # under vmap, whose trace is the reference's
+            saved = list(_several(saving(*arrays)))[len(cotangents) :]
+        return tuple(backward(arrays, cotangents, saved))
 
     @op.vjp
-    def _(primals, cotangent, _):
-        return gradient(*several(primals), *several(cotangent))
+    def _(primals, cotangents, outputs):
+        primals, outputs = _several(primals), _several(outputs)
+        end = results(primals[0])
+        return gradient(*primals, *_several(cotangents)[:end], *outputs[end:])
 
     @gradient.vjp
     def _(inputs, cotangents, _):
-        return tuple(mx.vjp(plain_gradient, list(inputs), list(several(cotangents)))[1])
+        arrays, given, saved = parts(inputs)
+        made = mx.vjp(plain_gradient, arrays + given, list(_several(cotangents)))[1]
+        return (*made, *map(mx.zeros_like, saved))
 
     @op.vmap
     def _(inputs, axes):
-        inputs, axes = several(inputs), several(axes)
+        inputs, axes = _several(inputs), _several(axes)
         folded = fold(inputs, axes, of_gradient=False)
-        results = op(*folded) if folded else mx.vmap(plain, in_axes=tuple(axes))(*inputs)
-        return results, (0,) * len(results) if isinstance(results, (tuple, list)) else 0
+        if folded:
+            made = shown(op(*folded), folded[0])
+        else:
+            made = mx.vmap(plain, in_axes=tuple(axes))(*inputs)
+        return made, (0,) * len(made) if isinstance(made, (tuple, list)) else 0
 
     @gradient.vmap
     def _(inputs, axes):
         folded = fold(inputs, axes, of_gradient=True)
         mapped = mx.vmap(plain_gradient, in_axes=tuple(axes))
-        results = gradient(*folded) if folded else mapped(*inputs)
-        return tuple(results), (0,) * len(results)
+        made = gradient(*folded) if folded else mapped(*inputs)
+        return tuple(made), (0,) * len(made)
 
-    return _Fused(forward, op)
+    return _Fused(forward, lambda *arrays: shown(op(*arrays), arrays[0]))
 
 
 def vmap(f: Callable, in_axes=0, out_axes=0) -> Callable:
@@ -208,17 +245,19 @@ def _fused(name: str, present: tuple[bool, ...], statics: tuple, options: tuple)
         results = getattr(reference, name)(*arrays, *statics)
         return tuple(r for r in results if r is not None) if isinstance(results, tuple) else results
 
-    def backward(*inputs):
-        arrays, cotangents = inputs[: sum(present)], inputs[sum(present) :]
-        cotangents = cotangents if len(cotangents) > 1 else cotangents[0]
-        return some(kernels.backward(*whole(arrays), cotangents, *statics, *options))
+    def forward(*arrays, **save):
+        return kernels.forward(*whole(arrays), *statics, *options, **save)
 
-    return _fuse(
-        plain,
-        lambda *a: kernels.forward(*whole(a), *statics, *options),
-        backward,
-        tuple(some(kernels.shared_ndim)),
-    )
+    def backward(arrays, cotangents, saved):
+        cotangents = cotangents if len(cotangents) > 1 else cotangents[0]
+        kept = {"saved": saved} if kernels.saves else {}
+        return some(kernels.backward(*whole(arrays), cotangents, *statics, *options, **kept))
+
+    def results(x):
+        return kernels.results - (kernels.missing(x.shape[-2], *statics) is not None)
+
+    saving = functools.partial(forward, save=True) if kernels.saves else forward
+    return _fuse(plain, forward, saving, backward, tuple(some(kernels.shared_ndim)), results)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from .dispatch import (
     fused_op,
     unflat,
 )
-from .static import sinkhorn_backward, sinkhorn_forward
+from .static import projection, sinkhorn_backward, sinkhorn_forward
 
 
 def _sum(partial: mx.array, verbose: bool) -> mx.array:
@@ -135,46 +135,79 @@ def _project_backward(logits, dh_res, n, convention, *options):
 # ---- coefficients, and what is read with them
 
 
-def _pre_launch(arrays, outputs, template, convention, norm_eps, eps, threads_per_group, verbose):
-    """`mhc_pre.metal`; the outputs by name."""
-    x, phi = arrays["x"], arrays["phi"]
-    tokens, n, C = x.shape
-    threads, tile, each = geometry.of_projection(n, phi.shape[0], tokens, threads_per_group)
-    template |= {"T": x.dtype, "N": n, "OUTS": phi.shape[0], "VEC": math.gcd(C, 4)}
-    template |= {"THREADS": threads, "TILE": tile, "EACH": each}
+def _gates(convention, *rest) -> mx.array:
     c = convention
-    params = constants(c.pre_eps, c.post_scale, c.post_eps, norm_eps, eps)
-    results = kernel.launch(
-        "mhc_pre",
-        arrays | {"params": params},
-        outputs,
-        min(math.ceil(tokens / tile), geometry.MANY_GROUPS),
-        threads,
-        template,
-        verbose,
-    )
-    return dict(zip((k for k, v in outputs.items() if v is not None), results, strict=True))
+    return constants(c.pre_eps, c.post_scale, c.post_eps, *rest, c.eps)
+
+
+def _projected(n, convention, head) -> bool:
+    """Whether `mhc_pre` itself makes h_res of its logits."""
+    return not head and n <= 8 and convention.start in SINKHORN
 
 
 def _pre_forward(
-    x, phi, bias, alpha, weight, convention, norm_eps, eps, threads, verbose, head=False, read=True
+    x,
+    phi,
+    bias,
+    alpha,
+    weight,
+    convention,
+    norm_eps,
+    eps,
+    threads_per_group,
+    verbose,
+    head=False,
+    read=True,
+    save=False,
 ):
-    """u, h_pre, h_post, h_res, as far as they are asked for: None otherwise."""
-    lead, (n, C) = x.shape[:-2], x.shape[-2:]
+    """u, h_pre, h_post, h_res, as far as they are asked for, otherwise None, and what is saved."""
+    lead, (n, C), outs = x.shape[:-2], x.shape[-2:], phi.shape[0]
     x = flat(x, 3)
     tokens, size = x.shape[0], 0 if head else convention.res_size(n)
-    floats = {"h_pre": (not read, n), "h_post": (not head, n), "logits": (size > 0, size)}
-    outputs = {k: ((tokens, w), mx.float32) if here else None for k, (here, w) in floats.items()}
-    outputs |= {"u": ((tokens, C), x.dtype) if read else None}
-    outputs |= dict.fromkeys(("l", "dz", "rows"))
-    arrays = {"x": x, "phi": phi, "bias": bias, "alpha": alpha, "weight": weight}
-    arrays |= dict.fromkeys(("du", "dh_pre", "dh_post"))
-    flags = {"HEAD": head, "READ": read, "NORM": weight is not None}
-    flags |= {"BACKWARD": False, "WRITE_PRE": not read}
-    made = _pre_launch(arrays, outputs, flags, convention, norm_eps, eps, threads, verbose)
-    h_res = None if head else _project(made.get("logits"), n, convention, threads, verbose)
+    projected = _projected(n, convention, head)
+    widths = {
+        "u": C if read else 0,
+        "h_pre": 0 if read else n,
+        "h_post": 0 if head else n,
+        "h_res": n * n if projected else 0,
+        "logits": 0 if projected else size,
+        "l": outs + 1 if save else 0,
+    }
+    outputs = {
+        k: ((tokens, w), x.dtype if k == "u" else mx.float32) if w else None
+        for k, w in widths.items()
+    }
+    g = geometry.of_projection(n, C, x.dtype, outs, tokens, threads_per_group)
+    template = {"T": x.dtype, "P": phi.dtype, "N": n, "OUTS": outs, "VEC": g.vec}
+    template |= {"THREADS": g.threads, "SLICES": g.slices, "TILES": g.tiles, "BLOCK": g.block}
+    template |= {
+        "SPLITS": g.splits,
+        "HEAD": head,
+        "READ": read,
+        "NORM": weight is not None,
+        "WRITE_PRE": not read,
+    }
+    template |= {"SAVE": save, "PROJECT": projected}
+    template |= projection(convention if projected else None)
+    results = kernel.launch(
+        "mhc_pre",
+        {"x": x, "phi": phi, "bias": bias, "alpha": alpha, "weight": weight}
+        | {"params": _gates(convention, norm_eps, eps)},
+        outputs,
+        g.splits * min(math.ceil(tokens / g.tokens), geometry.MANY_GROUPS),
+        g.threads,
+        template,
+        verbose,
+    )
+    made = dict(zip((k for k, v in outputs.items() if v is not None), results, strict=True))
+    if projected:
+        h_res = made["h_res"].reshape(tokens, n, n)
+    else:
+        options = (threads_per_group, verbose)
+        h_res = None if head else _project(made.get("logits"), n, convention, *options)
     results = [made.get("u"), made.get("h_pre"), made.get("h_post"), h_res]
-    return [None if a is None else unflat(a, (*lead, *a.shape[1:])) for a in results]
+    results = [None if a is None else unflat(a, (*lead, *a.shape[1:])) for a in results]
+    return results, ([made["l"]] if save else [])
 
 
 def _pre_backward(
@@ -189,54 +222,44 @@ def _pre_backward(
     eps,
     threads_per_group,
     verbose,
+    saved,
     head=False,
 ):
     """Gradients of x, phi, bias, alpha, weight from the cotangents of u, h_pre, h_post, h_res and
     of the x that was passed through: None where there is none."""
     shape, (n, C), outs = x.shape, x.shape[-2:], phi.shape[0]
-    x = flat(x, 3)
-    tokens, size = x.shape[0], 0 if head else convention.res_size(n)
+    x, (unit,) = flat(x, 3), saved
+    tokens, gated = x.shape[0], n if head else 2 * n
     ndims = (2, 2, 2, 3, 3)
     du, dh_pre, dh_post, dh_res, dx_out = (
         None if a is None else flat(a, ndim) for a, ndim in zip(cotangents, ndims, strict=True)
     )
-    read, gated = du is not None, n if head else 2 * n
-    floats = {"h_pre": n, "logits": size, "l": outs, "dz": gated, "rows": 3}
-    outputs = {k: ((tokens, w), mx.float32) if w else None for k, w in floats.items()}
-    outputs |= dict.fromkeys(("h_post", "u"))
-    arrays = {"x": x, "phi": phi, "bias": bias, "alpha": alpha, "weight": weight}
-    given = arrays | {"du": du, "dh_pre": dh_pre, "dh_post": dh_post}
-    flags = {"HEAD": head, "READ": read, "NORM": weight is not None}
-    made = _pre_launch(
-        given,
-        outputs,
-        flags | {"BACKWARD": True, "WRITE_PRE": True},
-        convention,
-        norm_eps,
-        eps,
-        threads_per_group,
-        verbose,
-    )
-    options = (threads_per_group, verbose)
-    dz_res = _project_backward(made.pop("logits", None), dh_res, n, convention, *options)
+    dz_res = None
+    if outs > gated:
+        logits = alpha[2].astype(mx.float32) * unit[:, gated:outs] + bias[gated:].astype(mx.float32)
+        dz_res = _project_backward(logits, dh_res, n, convention, threads_per_group, verbose)
 
-    threads, tile, vec = geometry.of_spread(n, C, outs, tokens, threads_per_group)
-    groups = min(math.ceil(tokens / tile), max(1, geometry.BACKWARD_THREADS // threads))
+    threads, tile, vec, splits = geometry.of_spread(
+        n, C, x.dtype.size, outs, tokens, threads_per_group
+    )
+    groups = min(math.ceil(tokens / tile), max(1, geometry.BACKWARD_THREADS // threads // splits))
     columns = 2 * outs + (C if weight is not None else 0)
     template = {"T": x.dtype, "N": n, "OUTS": outs, "VEC": vec, "THREADS": threads, "TILE": tile}
+    template |= {"SPLITS": splits, "HEAD": head, "READ": du is not None}
+    template |= {"NORM": weight is not None, "PASS": dx_out is not None}
     dx, dp, partial = kernel.launch(
         "mhc_pre_backward",
-        {k: v for k, v in arrays.items() if k != "bias"}
-        | made
-        | {"dz_res": dz_res, "du": du, "dx_out": dx_out},
+        {"x": x, "phi": phi, "bias": bias, "alpha": alpha, "weight": weight, "l": unit}
+        | {"params": _gates(convention, norm_eps, eps), "dz_res": dz_res}
+        | {"du": du, "dh_pre": dh_pre, "dh_post": dh_post, "dx_out": dx_out},
         {
             "dx": (x.shape, x.dtype),
             "dp": ((tokens, outs), mx.float32),
             "partial": ((groups, columns), mx.float32),
         },
-        groups,
+        groups * splits,
         threads,
-        template | flags | {"PASS": dx_out is not None},
+        template,
         verbose,
     )
     sums = _sum(partial, verbose)
@@ -262,39 +285,43 @@ def _pre_backward(
     ]
 
 
-def _coefficients_forward(x, phi, bias, alpha, convention, norm_eps, threads, verbose):
+def _coefficients_forward(x, phi, bias, alpha, convention, norm_eps, *options, **save):
     arrays = (x, phi, bias, alpha, None)
-    _, *made = _pre_forward(*arrays, convention, norm_eps, 1.0, threads, verbose, read=False)
-    return tuple(a for a in made if a is not None)
+    made, saved = _pre_forward(*arrays, convention, norm_eps, 1.0, *options, read=False, **save)
+    return (*(a for a in made[1:] if a is not None), *saved)
 
 
-def _coefficients_backward(x, phi, bias, alpha, cotangents, convention, norm_eps, *options):
+def _coefficients_backward(
+    x, phi, bias, alpha, cotangents, convention, norm_eps, *options, **saved
+):
     dh_pre, dh_post, *dh_res = cotangents
     given = (None, dh_pre, dh_post, dh_res[0] if dh_res else None, None)
-    return _pre_backward(x, phi, bias, alpha, None, given, convention, norm_eps, 1.0, *options)[:4]
+    arrays = (x, phi, bias, alpha, None)
+    return _pre_backward(*arrays, given, convention, norm_eps, 1.0, *options, **saved)[:4]
 
 
-def _mhc_pre_forward(x, *rest):
-    u, _, h_post, h_res = _pre_forward(x, *rest)
-    return tuple(a for a in (u, h_post, h_res, x) if a is not None)
+def _mhc_pre_forward(x, *rest, **save):
+    (u, _, h_post, h_res), saved = _pre_forward(x, *rest, **save)
+    return (*(a for a in (u, h_post, h_res, x) if a is not None), *saved)
 
 
-def _mhc_pre_backward(x, phi, bias, alpha, weight, cotangents, *rest):
+def _mhc_pre_backward(x, phi, bias, alpha, weight, cotangents, *rest, **saved):
     du, dh_post, *dh_res, dx = cotangents
     given = (du, None, dh_post, dh_res[0] if dh_res else None, dx)
-    return _pre_backward(x, phi, bias, alpha, weight, given, *rest)
+    return _pre_backward(x, phi, bias, alpha, weight, given, *rest, **saved)
 
 
-def _head_forward(x, phi, bias, alpha, convention, norm_eps, *options):
+def _head_forward(x, phi, bias, alpha, convention, norm_eps, *options, **save):
     arrays = (x, phi, bias, alpha, None)
-    return _pre_forward(*arrays, convention, norm_eps, 1.0, *options, head=True)[0]
+    made, saved = _pre_forward(*arrays, convention, norm_eps, 1.0, *options, head=True, **save)
+    return (made[0], *saved) if saved else made[0]
 
 
-def _head_backward(x, phi, bias, alpha, du, convention, norm_eps, *options):
-    given = (du, None, None, None, None)
-    return _pre_backward(
-        x, phi, bias, alpha, None, given, convention, norm_eps, 1.0, *options, head=True
-    )[:4]
+def _head_backward(x, phi, bias, alpha, du, convention, norm_eps, *options, **saved):
+    given, arrays = (du, None, None, None, None), (x, phi, bias, alpha, None)
+    return _pre_backward(*arrays, given, convention, norm_eps, 1.0, *options, head=True, **saved)[
+        :4
+    ]
 
 
 def _missing(at):
@@ -305,12 +332,22 @@ def _missing(at):
 KERNELS |= {
     "stream_aggregate": Kernels((None, 1), _aggregate_forward, _aggregate_backward),
     "mhc_coefficients": Kernels(
-        (None, 2, 1, 1), _coefficients_forward, _coefficients_backward, missing=_missing(2)
+        (None, 2, 1, 1),
+        _coefficients_forward,
+        _coefficients_backward,
+        missing=_missing(2),
+        results=3,
+        saves=1,
     ),
     "mhc_pre": Kernels(
-        (None, 2, 1, 1, 1), _mhc_pre_forward, _mhc_pre_backward, missing=_missing(2)
+        (None, 2, 1, 1, 1),
+        _mhc_pre_forward,
+        _mhc_pre_backward,
+        missing=_missing(2),
+        results=4,
+        saves=1,
     ),
-    "mhc_head": Kernels((None, 2, 1, 1), _head_forward, _head_backward),
+    "mhc_head": Kernels((None, 2, 1, 1), _head_forward, _head_backward, saves=1),
 }
 
 

@@ -4,6 +4,8 @@ import functools
 import math
 from typing import NamedTuple
 
+import mlx.core as mx
+
 # Measured on an H100 (benchmarks/). Copies of a token: 1 is x, 2 is x and dout. A thread of an
 # Apple GPU has 128 registers, hence the smaller limit there.
 REGISTER_BYTES = {("metal", 1): 256, ("cuda", 1): 256, ("metal", 2): 256, ("cuda", 2): 512}
@@ -11,6 +13,7 @@ FORWARD_GROUPS = 4096  # fills any GPU; fewer threadgroups than tokens share coe
 MANY_GROUPS = 1 << 16  # where a threadgroup fetches next to nothing before its first token
 BACKWARD_THREADS = 132 * 512  # what an H100 holds at 128 registers; a group leaves a row of sums
 FEW_TOKENS = 2048  # up to here small tiles, for more threadgroups
+FILLING_GROUPS = 264  # two for each multiprocessor of an H100
 ONE_LAUNCH_TOKENS = 1024  # up to here every threadgroup of `mhc_layer` projects H_res itself
 
 
@@ -53,27 +56,52 @@ def even(count: int, most: int) -> int:
     return math.ceil(count / max(1, math.ceil(count / most)))
 
 
-def _tile(tokens: int, floats: int) -> int:
-    """Tokens of a tile, of ``floats`` each in 30 KiB of threadgroup memory."""
-    tile = 8 if tokens > FEW_TOKENS else 2
-    while tile > 1 and 4 * tile * floats > 30 << 10:
+class Projection(NamedTuple):
+    vec: int
+    threads: int
+    slices: int  # of k, each a simdgroup's
+    tiles: int  # of 8 tokens, of a simdgroup
+    block: int  # tiles of 8 outputs at once
+    splits: int  # threadgroups that share the outputs of a token
+
+    @property
+    def tokens(self) -> int:  # of a threadgroup
+        return 8 * self.tiles * (self.threads // 32 // self.slices)
+
+
+@functools.cache
+def of_projection(
+    n: int, C: int, dtype: mx.Dtype, outs: int, tokens: int, threads: int | None
+) -> Projection:
+    """How `mhc_pre` multiplies. Slices, and so the order of sums, are the same for all tokens."""
+    threads, vec = threads or 256, math.gcd(C, 16 // dtype.size)
+    slices = math.gcd(threads // 32, 8)
+    wider = dtype == mx.bfloat16 and tokens > FEW_TOKENS and threads <= 512  # or registers spill
+    tiles = 2 if wider else 1
+    wide = math.ceil(outs / 8)
+    block = math.ceil(wide / math.ceil(wide / 3))
+    splits = 1
+    if n > 8:
+        blocks, groups = math.ceil(wide / block), math.ceil(tokens / (8 * tiles))
+        own = math.ceil(n / (8 * block))  # the first threadgroup makes all of h_pre
+        splits = math.ceil(blocks / max(own, math.ceil(blocks * groups / FILLING_GROUPS)))
+    return Projection(vec, threads, slices, tiles, block, splits)
+
+
+def of_spread(
+    n: int, C: int, size: int, outs: int, tokens: int, threads: int | None
+) -> tuple[int, int, int, int]:
+    """Threads, tokens of a tile, neighbours per load and threadgroups that share a tile, in
+    `mhc_pre_backward`."""
+    vec, splits = math.gcd(C, 4), 1
+    tile = 4 if 2 * tokens > FEW_TOKENS else 2  # 8 leave room for one threadgroup, not two
+    while tile > 1 and 4 * tile * (outs + n + 3) > 30 << 10:
         tile //= 2
-    return tile
-
-
-def of_projection(n: int, outs: int, tokens: int, threads: int | None) -> tuple[int, int, int]:
-    """Threads, tokens of a tile and outputs of a simdgroup in `mhc_pre`: at most 32 sums a
-    thread."""
-    tile, threads = _tile(tokens, outs + n + 257), threads or min(256, 32 * max(4, outs))
-    shares = math.ceil(outs / (threads // 32))
-    return threads, tile, math.ceil(shares / math.ceil(shares / min(8, 32 // tile)))
-
-
-def of_spread(n: int, C: int, outs: int, tokens: int, threads: int | None) -> tuple[int, int, int]:
-    """Threads, tokens of a tile and neighbours per load in `mhc_pre_backward`."""
-    vec = math.gcd(C, 2)
-    tile = _tile(tokens, outs + n + 1)
-    return threads or min(256, 32 * math.ceil(C / vec / 32)), tile, vec
+    if n > 8:  # phi is longer than a tile of tokens
+        splits = min(
+            math.ceil(FILLING_GROUPS / math.ceil(tokens / tile)), math.ceil(C / (32 * vec))
+        )
+    return threads or min(256, 32 * math.ceil(C / splits / vec / 32)), tile, vec, splits
 
 
 def of_outer(

@@ -34,7 +34,7 @@ def check_layer(op: str, x: mx.array, eps: float, **arrays: mx.array) -> None:
         check_array(op, name, a, *shapes[name.split("_")[-1]])
 
 
-def _projection(convention: Convention | None) -> dict[str, int | bool]:
+def projection(convention: Convention | None) -> dict[str, int | bool]:
     """Template arguments of a projection; a lane holds a line of the first half-step's axis."""
     c = convention or ROW_FIRST
     columns = c.first == "columns"
@@ -54,7 +54,7 @@ def _sinkhorn_launch(name, inputs, dtype, convention, threads_per_group, verbose
     whole = {k: flat(a, 3) for k, a in inputs.items()}
     count, lanes = whole["logits"].shape[0], 1 << (n - 1).bit_length()
     threads = max(threads_per_group or 128, lanes) // lanes * lanes  # whole matrices
-    template = {"N": n, **_projection(convention), "THREADS": threads}
+    template = {"N": n, **projection(convention), "THREADS": threads}
     if backward:  # the divisors kept on chip, of 32 KiB threadgroup memory
         kept = (30 << 10) // (4 * threads) - (2 if n > 32 else 0)
         template |= {"KEPT": min(2 * convention.iters, kept), "D": dtype}
@@ -93,7 +93,7 @@ def _layer_forward(
     arrays = {"x": x, "H_pre": H_pre, "H_post": H_post, "H_res": H_res, "weight": weight}
     template = {"T": x.dtype, "N": n, "VEC": g.vec, "THREADS": g.threads, "PASSES": g.passes}
     template |= {"CACHED": g.fits, "MIX": mix, "SINKHORN": sinkhorn}
-    template |= {"GATES": convention is not None and convention.sigmoid, **_projection(convention)}
+    template |= {"GATES": convention is not None and convention.sigmoid, **projection(convention)}
     (out,) = kernel.launch(
         "mhc_fused",
         arrays | {"params": _params(eps, convention)},
@@ -183,7 +183,7 @@ def _backward(
     template |= {"POST_PER_TOKEN": post_per_token, "RES_PER_TOKEN": res_per_token}
     if n <= 8:
         template |= {"VEC": g.vec, "PASSES": g.passes, "CACHED": g.fits, "SINKHORN": sinkhorn}
-        template |= _projection(convention)
+        template |= projection(convention)
     inputs = {"x": x, "y": None if norm else flat(y, 2), "dout": flat(dout, 3 if mix else 2)}
     inputs |= {"H_pre": H_pre, "H_post": H_post, "H_res": H_res, "weight": weight, "params": params}
     outputs = {

@@ -31,6 +31,19 @@ float simd_sum(float);                       // sdpa_vector.h
 float simd_shuffle(float, ushort lane);      // scan.h
 float simd_shuffle_xor(float, ushort mask);  // steel/attn/mma.h
 
+struct simdgroup_float8x8 {  // gated_delta_update.h
+  typedef float elements __attribute__((vector_size(8)));
+  simdgroup_float8x8() = default;
+  explicit simdgroup_float8x8(float);  // a diagonal matrix
+  thread elements& thread_elements() thread;
+  elements thread_elements() const thread;
+
+ private:
+  elements of_lane;
+};
+void simdgroup_multiply_accumulate(  // gated_delta_update.h
+    thread simdgroup_float8x8& d, simdgroup_float8x8 a, simdgroup_float8x8 b, simdgroup_float8x8 c);
+
 namespace metal {
 float max(float, float);  // binary_ops.h
 namespace precise {

@@ -195,14 +195,19 @@ def cpp(name: str, source: str) -> tuple[str, list[str]]:
             arguments.append(POSITIONS[attribute])
     instance = re.search(r"decltype\((\w+<.*?>)\)", source)
     instance = instance or re.search(r"\[\[kernel\]\] void (\w+)", source)
-    for file in ("common.h", f"{name}.metal"):  # so that errors name our lines
+    headers = sorted(p.name for p in kernel._FOLDERS[1].glob("*.h"))
+    for file in (*headers, f"{name}.metal"):  # so that errors name our lines
         text = kernel.text(file)
         source = source.replace(text, f'\n#line 1 "{file}"\n{text}\n#line 1 "generated"\n')
     source = re.sub(r"(?m)^template \[\[host_name.*$", "", source)
     source = re.sub(r" \[\[[^\]]*\]\]|\[\[kernel\]\]", "", source)
     source = re.sub(
-        r"\bthreadgroup ([\w:]+) (\w+)((?:\[[^;]*\])+);", r"THREADGROUP_ARRAY(\1, \2, \3);", source
+        r"(?m)^threadgroup ([\w:]+(?:<[^;=]*?>)?) (\w+)((?:\[[^;]*\])+);",
+        r"THREADGROUP_ARRAY(\2, \3, \1);",
+        source,
     )
+    left = re.search(r"(?m)^threadgroup .*", source)
+    assert left is None, f"{name}: not one array on a line of its own: {left and left.group()}"
     source = re.sub(r"\b(device|constant|thread|threadgroup)\b", "", source)
     entry = ENTRY.format(kernel=instance.group(1), arguments=", ".join(arguments))
     return '#include "body.hpp"\n' + source + entry, names

@@ -44,6 +44,9 @@ void* sim_buffer(int k);
 void* sim_threadgroup(const char* name, size_t bytes, size_t element);
 void sim_barrier(int flags, const char* file, int line);
 float sim_exchange(float v, uint lane, const char* file, int line);
+uint sim_row();
+uint sim_column();
+void sim_matrix(float* d, const float* a, const float* b, const float* c, const char* file, int line);
 }
 
 #define HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
@@ -53,6 +56,22 @@ inline float simd_shuffle(float v, ushort lane, HERE) { return sim_exchange(v, l
 inline float simd_sum(float v, HERE) {
   for (ushort o = 1; o < 32; o *= 2) v += sim_exchange(v, (sim_thread() & 31u) ^ o, file, line);
   return v;
+}
+
+struct simdgroup_float8x8 {
+  typedef float Elements __attribute__((vector_size(8)));  // of this lane
+  simdgroup_float8x8() : elements{__builtin_nanf(""), __builtin_nanf("")} {}
+  explicit simdgroup_float8x8(float v)  // a diagonal matrix
+      : elements{sim_row() == sim_column() ? v : 0.0f, sim_row() == sim_column() + 1 ? v : 0.0f} {}
+  Elements& thread_elements() { return elements; }
+  Elements thread_elements() const { return elements; }
+
+ private:
+  Elements elements;
+};
+inline void simdgroup_multiply_accumulate(simdgroup_float8x8& d, simdgroup_float8x8 a, simdgroup_float8x8 b,
+                                          simdgroup_float8x8 c, HERE) {
+  sim_matrix((float*)&d, (float*)&a, (float*)&b, (float*)&c, file, line);
 }
 #undef HERE
 namespace metal {
@@ -65,6 +84,9 @@ inline float rsqrt(float v) { return 1.0f / __builtin_sqrtf(v); }
 }  // namespace metal
 using namespace metal;
 
-// The declaration `threadgroup T name[extent];` becomes a reference to memory that the runtime watches.
-#define THREADGROUP_ARRAY(T, name, extents) \
-  T(&name) extents = *reinterpret_cast<T(*) extents>(sim_threadgroup(#name, sizeof(T extents), sizeof(T)))
+// The declaration `threadgroup T name[extent];` becomes a reference to memory that the runtime watches, number by number.
+template <typename T> constexpr auto sim_element(int) -> decltype(sizeof(T().v[0])) { return sizeof(T().v[0]); }
+template <typename T> constexpr size_t sim_element(...) { return sizeof(T); }
+#define THREADGROUP_ARRAY(name, extents, ...)                                       \
+  __VA_ARGS__(&name) extents = *reinterpret_cast<__VA_ARGS__(*) extents>(sim_threadgroup( \
+      #name, sizeof(__VA_ARGS__ extents), sim_element<__VA_ARGS__>(0)))

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -23,8 +24,8 @@ struct Fiber {
   bool started;
   int state, line, flags;
   const char* file;
-  uint tid, arrays;
-  float value;
+  uint tid, arrays, turn;
+  float values[2][4];  // published at this simd operation and at the one before
 };
 
 struct Buffer {  // filled in by __init__.py
@@ -85,6 +86,15 @@ void stop(int state, const char* file, int line) {
   if (!_setjmp(current->here)) leave();
 }
 
+// Publishes to the simdgroup, waits for its lanes, and returns the first. Who is at the next operation publishes in the
+// other turn, so nobody overwrites a value before all have read it.
+const Fiber* publish(std::initializer_list<float> values, const char* file, int line) {
+  current->turn ^= 1;
+  std::copy(values.begin(), values.end(), current->values[current->turn]);
+  stop(AT_SIMD, file, line);
+  return &fibers[current->tid & ~31u];
+}
+
 void thread_main() {
   kernel();
   current->state = DONE;
@@ -107,7 +117,7 @@ bool resume(Fiber& f) {
 std::string words(const Fiber& f) {
   const char* what[] = {"runs", "is at the simd operation at", "is at the barrier at", "has returned"};
   std::string text = "thread " + std::to_string(f.tid) + " " + what[f.state];
-  return f.line ? text + " " + f.file + ":" + std::to_string(f.line < 0 ? -f.line : f.line) : text;
+  return f.line ? text + " " + f.file + ":" + std::to_string(f.line) : text;
 }
 bool apart(const Fiber& a, const Fiber& b, const char* what) {
   return fail(nullptr, "%s: %s, %s, threadgroup %u", what, words(a).c_str(), words(b).c_str(), group);
@@ -249,7 +259,7 @@ void* sim_threadgroup(const char* name, size_t bytes, size_t element) {
   if (k == arrays.size()) {
     size_t total = bytes, offset = RED_ZONE;
     for (auto& a : arrays) total += a.bytes, offset += a.bytes + RED_ZONE;
-    offset = (offset + 15) / 16 * 16;
+    offset += -reinterpret_cast<uintptr_t>(arena.data() + offset) % 64;
     if (total > LIMIT) {
       fail(nullptr, "%zu bytes of threadgroup memory with %s: Metal has %zu", total, name, LIMIT);
       leave();
@@ -265,12 +275,25 @@ void sim_barrier(int flags, const char* file, int line) {
 }
 
 float sim_exchange(float v, uint lane, const char* file, int line) {
-  current->value = v;
-  const Fiber* first = &fibers[current->tid & ~31u];
-  stop(AT_SIMD, file, line);
-  v = first[lane].value;
-  stop(AT_SIMD, file, -line);  // nobody overwrites a value before all have read it
-  return v;
+  return publish({v}, file, line)[lane].values[current->turn][0];
+}
+
+// A lane holds two elements of an 8 x 8 matrix: [row][column] and [row][column + 1].
+uint sim_row() { return current->tid / 16 % 2 * 4 + current->tid / 2 % 4; }
+uint sim_column() { return current->tid / 8 % 2 * 4 + current->tid % 2 * 2; }
+
+// d = a * b + c, fused, in ascending order of the columns of a
+void sim_matrix(float* d, const float* a, const float* b, const float* c, const char* file, int line) {
+  const Fiber* lanes = publish({a[0], a[1], b[0], b[1]}, file, line);
+  auto published = [&](int matrix, uint row, uint column) {
+    const uint lane = row / 4 * 16 + column / 4 * 8 + row % 4 * 2 + column / 2 % 2;
+    return lanes[lane].values[current->turn][matrix * 2 + column % 2];
+  };
+  for (uint e = 0; e < 2; ++e) {
+    d[e] = c[e];
+    for (uint k = 0; k < 8; ++k)
+      d[e] = __builtin_fmaf(published(0, sim_row(), k), published(1, k, sim_column() + e), d[e]);
+  }
 }
 
 // Runs the grid. Returns an error or null; *where becomes the instruction's offset in its library, 0 if there is none.
@@ -284,7 +307,7 @@ const char* simulate(void (*entry)(), Buffer* list, int count, uint group_count,
   buffers.clear();
   for (int k = 0; k < count; ++k) buffers.push_back(list + k);
   arrays.clear();
-  arena.resize(LIMIT + 32 * RED_ZONE);
+  arena.resize(LIMIT + 32 * (RED_ZONE + 64));
   fibers.resize(threads);
   stacks.resize(threads * STACK);
   for (group = 0; group < groups && error.empty(); ++group) {
@@ -294,7 +317,7 @@ const char* simulate(void (*entry)(), Buffer* list, int count, uint group_count,
       f.started = false;
       f.state = RUNNING;
       f.tid = i;
-      f.arrays = 0;
+      f.arrays = f.turn = 0;
       getcontext(&f.start);
       f.start.uc_stack.ss_sp = &stacks[i * STACK];
       f.start.uc_stack.ss_size = STACK;

@@ -1,0 +1,65 @@
+// Sums over k of products of tiles, 8 tokens x 32 k by 8 outputs x 32 k; goes after tiles_metal.h or tiles_cuda.h.
+namespace mhc {
+
+// from[0..COUNT): zeros from the `left`-th on; WHOLE: all or none are left, and from is aligned
+template <bool WHOLE, typename T, int COUNT, typename P>
+inline void load_run(thread Run<T, COUNT>& r, P from, int left) {
+  constexpr int VEC = run_vec<T, COUNT>();
+  if (WHOLE) {
+    if (left > 0) {
+      UNROLL for (int i = 0; i < COUNT / VEC; ++i) r.p[i] = *packs<VEC>(from + i * VEC);
+    }
+  } else {
+    UNROLL for (int e = 0; e < COUNT; ++e) {
+      r.p[e / VEC].v[e % VEC] = static_cast<T>(0.0f);
+      if (e < left) r.p[e / VEC].v[e % VEC] = from[e];
+    }
+  }
+}
+
+// For TILES tiles of tokens from `token` on and BLOCK of outputs from `output` on, over the runs of 32 k at first,
+// first + step, ...: sum[token, output] += x phi^T and squares[token] += sum(x ** 2). WHOLE: K % 32 == 0, all aligned.
+template <bool WHOLE, int OUTS, typename T, typename P, int TILES, int BLOCK, typename XP, typename PP>
+inline void sweep(thread float (&sum)[TILES][BLOCK][2], thread float (&squares)[TILES][2], XP x, PP phi, uint tokens,
+                  int K, uint token, int output, int first, int step, int lane) {
+  Run<T, 8> xs[TILES] = {};
+  Run<P, 8 / PHI_ROWS> ps[BLOCK][PHI_ROWS] = {};
+  XP x_at[TILES];
+  PP p_at[BLOCK][PHI_ROWS];
+  bool live[TILES], made[BLOCK][PHI_ROWS];
+  UNROLL for (int m = 0; m < TILES; ++m) {
+    const uint t = token + uint(m * 8 + x_row(lane));
+    live[m] = t < tokens;
+    x_at[m] = x + (size_t(live[m] ? t : 0u) * size_t(K) + size_t(first + x_k(lane)));
+    load_run<WHOLE>(xs[m], x_at[m], live[m] ? K - first - x_k(lane) : 0);
+  }
+  UNROLL for (int b = 0; b < BLOCK; ++b) {
+    UNROLL for (int q = 0; q < PHI_ROWS; ++q) {
+      const int o = output + b * 8 + phi_row(lane) + q;
+      made[b][q] = OUTS % (8 * BLOCK) == 0 || o < OUTS;
+      p_at[b][q] = phi + (size_t(made[b][q] ? o : 0) * size_t(K) + size_t(first + phi_k(lane)));
+      load_run<WHOLE>(ps[b][q], p_at[b][q], made[b][q] ? K - first - phi_k(lane) : 0);
+    }
+  }
+  for (int k = first; k < K; k += step) {  // registers are loaded again as soon as they are used
+    const int left = K - k - step;
+    XTile<T> xt[TILES];
+    UNROLL for (int m = 0; m < TILES; ++m) {
+      to_tile(xt[m], xs[m]);
+      add_squares(squares[m], xt[m], xs[m]);
+      x_at[m] += step;
+      load_run<WHOLE>(xs[m], x_at[m], live[m] ? left - x_k(lane) : 0);
+    }
+    UNROLL for (int b = 0; b < BLOCK; ++b) {
+      PhiTile<P> pt;
+      to_tile(pt, ps[b]);
+      UNROLL for (int q = 0; q < PHI_ROWS; ++q) {
+        p_at[b][q] += step;
+        load_run<WHOLE>(ps[b][q], p_at[b][q], made[b][q] ? left - phi_k(lane) : 0);
+      }
+      UNROLL for (int m = 0; m < TILES; ++m) multiply_add(sum[m][b], xt[m], pt);
+    }
+  }
+}
+
+}  // namespace mhc

@@ -1,0 +1,49 @@
+// Products of matrices by a simdgroup on Metal: tiles of 8 tokens x 32 k and of 8 outputs x 32 k; goes after common.h, before tiles.h.
+// tiles_cuda.h has the same words for CUDA.
+namespace mhc {
+
+enum { PHI_ROWS = 2 };  // a lane loads 4 neighbours of two outputs
+
+// Lane to element as in MLX's own kernels: row, column and column + 1 of an 8 x 8 matrix. Four products cover 32 k, the
+// s-th those with k % 4 == s, so that a lane's share of a row of x is 8 neighbours.
+inline int matrix_row(int lane) { return lane / 16 * 4 + lane / 2 % 4; }
+inline int matrix_column(int lane) { return lane / 8 % 2 * 4 + lane % 2 * 2; }
+inline int x_row(int lane) { return matrix_row(lane); }
+inline int x_k(int lane) { return matrix_column(lane) * 4; }
+inline int phi_row(int lane) { return matrix_column(lane); }
+inline int phi_k(int lane) { return matrix_row(lane) * 4; }
+inline int sum_token(int lane, int) { return matrix_row(lane); }
+inline int sum_output(int lane, int e) { return matrix_column(lane) + e; }
+template <typename T> struct XTile { simdgroup_float8x8 m[4]; };
+template <typename P> struct PhiTile { simdgroup_float8x8 m[4]; };
+
+template <typename T> inline void to_tile(thread XTile<T>& t, const thread Run<T, 8>& r) {
+  UNROLL for (int s = 0; s < 4; ++s) {
+    t.m[s].thread_elements()[0] = run_float(r, s);
+    t.m[s].thread_elements()[1] = run_float(r, s + 4);
+  }
+}
+template <typename P> inline void to_tile(thread PhiTile<P>& t, const thread Run<P, 4> (&r)[PHI_ROWS]) {
+  UNROLL for (int s = 0; s < 4; ++s) {
+    UNROLL for (int e = 0; e < 2; ++e) t.m[s].thread_elements()[e] = run_float(r[e], s);
+  }
+}
+
+// s += a lane's share of sum(x ** 2) of its token; then the sum itself, in all lanes of the token.
+template <typename T> inline void add_squares(thread float (&s)[2], const thread XTile<T>&, const thread Run<T, 8>& r) {
+  UNROLL for (int e = 0; e < 8; ++e) s[0] += run_float(r, e) * run_float(r, e);
+}
+template <typename T> inline float sum_squares(const thread float (&s)[2], int) {
+  const float v = s[0] + simd_shuffle_xor(s[0], ushort(1));
+  return v + simd_shuffle_xor(v, ushort(8));
+}
+
+// sum[token, output] += x phi^T
+template <typename T, typename P>
+inline void multiply_add(thread float (&sum)[2], const thread XTile<T>& x, const thread PhiTile<P>& phi) {
+  simdgroup_float8x8 d = simdgroup_float8x8(0.0f);
+  UNROLL for (int s = 0; s < 4; ++s) simdgroup_multiply_accumulate(d, x.m[s], phi.m[s], d);
+  UNROLL for (int e = 0; e < 2; ++e) sum[e] += d.thread_elements()[e];
+}
+
+}  // namespace mhc
