@@ -3,7 +3,7 @@
 // in   x [tokens, N, C] T, dp [tokens, OUTS] float     out  partial [chunks, OUTS * N * C] float, a row per chunk of tokens
 // own  a threadgroup takes a chunk of tokens, THREADS * VEC neighbours k and EACH outputs; a thread sums VEC * EACH products
 // template  T, N, OUTS, VEC, THREADS, EACH     grid  chunks * ceil(N C / (THREADS VEC)) * ceil(OUTS / EACH)
-constexpr int TILE = 32;  // tokens whose dp is staged at once
+constexpr int TILE = 64;  // tokens whose dp is staged at once
 constexpr int BLOCKS = (OUTS + EACH - 1) / EACH;
 constexpr int PACKS = (EACH + 3) / 4;
 threadgroup mhc::Pack<float, 4> dps[TILE * PACKS];
@@ -32,7 +32,7 @@ for (uint t0 = begin; t0 < end; t0 += TILE) {
   if (k < K) {
     const auto row = x + (size_t(t0) * size_t(K) + size_t(k));
     const int count = end - t0 < uint(TILE) ? int(end - t0) : TILE;
-#pragma unroll 4
+#pragma unroll 8
     for (int i = 0; i < count; ++i) {
       float v[VEC];
       mhc::load_floats<VEC>(v, row + size_t(i) * size_t(K), whole);

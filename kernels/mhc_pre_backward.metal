@@ -165,7 +165,7 @@ for (uint tile = owner; tile < tiles; tile += threadgroups_per_grid.x / SPLITS) 
     for (int j = 0; j < N; ++j) {
       float acc[TILE * VEC] = {}, p[VEC];
       auto column = phi + (j * C + c);
-#pragma unroll 4
+#pragma unroll 2
       for (int o = 0; o < OUTS; ++o, column += K) {
         mhc::load_floats<VEC>(p, column, p_whole);
         const mhc::Pack<float, TILE> g = dps[o];

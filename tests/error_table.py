@@ -2,15 +2,15 @@
 
     python tests/error_table.py [--op OP ...] [--dtype DTYPE ...] [--quick] [--markdown]
 
-A figure is the largest error / the 99.9th percentile, in units in the last place of the result's
-dtype: of the largest value of a token or matrix (outputs) or of the array (gradients). These are
-the errors that test_parity bounds. Coefficients, weights and their gradients are float32.
+A figure is the largest error / the 99.9th percentile, in units in the last place of the dtype of
+each array: of the largest value of a token or matrix (outputs) or of the array (gradients). These
+are the errors that test_parity bounds. Parameters, coefficients and their gradients are float32.
 """
 
 import argparse
 import contextlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,23 +18,25 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # mhc_mlx, from a checkout
 
-from cases import DTYPES, Case
+from cases import DTYPES, PROJECTED, Case
 from conftest import executor, missing
 from test_parity import errors, results
 from tqdm import tqdm
 
-from mhc_mlx import ROW_FIRST, kernel, ops, reference
+from mhc_mlx import DEEPSEEK_V4, PAPER, ROW_FIRST, kernel, ops, reference
+from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE, UNCONSTRAINED
 
 OPS = ("sinkhorn_knopp", "stream_aggregate_norm", "stream_mix_add", "mhc_static", "mhc_layer")
+OPS += ("stream_aggregate", *PROJECTED)
 RUNGS = ("reference", "simulator", "gpu")
 QUANTITIES = ("output", "gradient")
 TOKENS = 12  # in two axes: enough values for a percentile, and sums over tokens that round
-SHAPES = (  # n, C: of cases.STREAMS and cases.CHANNELS
-    (2, 31),  # few terms to a sum; C is prime, so loads are single
-    (4, 1280),  # the streams of every published model, at a model width
-    (8, 129),  # the most that stay in registers; ragged above a simdgroup
-    (16, 64),  # the bodies that read twice
-)
+SHAPES = {  # n, C: of cases.STREAMS and cases.CHANNELS; conventions of coefficients per token
+    (2, 31): (ROW_FIRST, IDENTITY),  # few terms to a sum; C is prime, so loads are single
+    (4, 1280): (PAPER, DEEPSEEK_V4, MHC_LITE),  # streams of every published model, a model width
+    (8, 129): (KRONECKER, UNCONSTRAINED),  # the most in registers; ragged above a simdgroup
+    (16, 64): (PAPER,),  # the bodies that read twice
+}
 
 
 @dataclass(frozen=True)
@@ -47,26 +49,40 @@ class Row:
 
 
 def cases(names=OPS, dtypes=tuple(DTYPES), quick=False) -> list[Case]:
-    found = []
-    for op in names:
-        for dtype in dtypes:
-            for n, C in SHAPES[:1] if quick else SHAPES:
-                lead = (TOKENS // 4, 4)
-                if op == "sinkhorn_knopp":  # has no C, and no dtype but that of the logits
-                    found.append(Case(op, lead, n, n, convention=ROW_FIRST, weights=dtype))
-                else:
-                    convention = ROW_FIRST if op == "mhc_layer" else None
-                    found.append(Case(op, lead, n, C, dtype, convention))
-    return found
+    return [
+        case
+        for op in names
+        for dtype in dtypes
+        for n, C in list(SHAPES)[: 1 if quick else None]
+        for case in variants(Case(op, (TOKENS // 4, 4), n, C, dtype))
+    ]
+
+
+def variants(case: Case) -> list[Case]:
+    """By convention, coefficients shared or per token, with the weight of a norm or without."""
+    if case.op == "sinkhorn_knopp":  # has no C, and no dtype but that of the logits
+        logits = {"C": case.n, "dtype": "float32", "weights": case.dtype}
+        return [replace(case, convention=ROW_FIRST, **logits)]
+    if case.op in ("stream_aggregate", "stream_mix_add"):
+        return [case, replace(case, per_token=(True, case.op == "stream_mix_add"))]
+    if case.op in ("mhc_coefficients", "mhc_pre"):
+        norms = (True, case.op != "mhc_pre", True)
+        made = zip(SHAPES[case.n, case.C], norms, strict=False)
+        return [replace(case, convention=c, norm=norm) for c, norm in made]
+    made = {"mhc_layer": ROW_FIRST, "mhc_head": DEEPSEEK_V4}
+    return [replace(case, convention=made.get(case.op))]
 
 
 def measure(case: Case, rung: str) -> Row:
     given = [a for a in case.arrays() if a is not None]
     module = reference if rung == "reference" else ops
     with contextlib.nullcontext() if rung == "reference" else executor(rung):
-        output, *gradients = errors(case, results(getattr(module, case.op), case, given))
+        found = errors(case, results(getattr(module, case.op), case, given))
+    outputs, gradients = found[: -len(given)], found[-len(given) :]
+    if case.op == "mhc_pre":
+        outputs.pop()  # x itself
     figures = {}
-    for quantity, of in zip(QUANTITIES, ([output], gradients), strict=True):
+    for quantity, of in zip(QUANTITIES, (outputs, gradients), strict=True):
         ulps = np.concatenate([e.ulps.ravel() for e in of])
         figures[quantity] = (float(ulps.max()), float(np.quantile(ulps, 0.999)))
     return Row(case, rung, figures)
@@ -77,14 +93,14 @@ def dtype_of(case: Case) -> str:
 
 
 def table(rows: list[Row], by_shape: bool) -> list[list[str]]:
-    """Cells, header first: a line per op and dtype, with ``by_shape`` also per n and C."""
+    """Cells, header first: a line per op and dtype, with ``by_shape`` one per case."""
     rungs = [r for r in RUNGS if any(row.rung == r for row in rows)]
     lines: dict[tuple, list[Row]] = {}
     for row in rows:
         C = "" if row.case.op == "sinkhorn_knopp" else str(row.case.C)
-        shape = (str(row.case.n), C) if by_shape else ()
+        shape = (str(row.case.n), C, "-".join(str(row.case).split("-")[5:])) if by_shape else ()
         lines.setdefault((row.case.op, dtype_of(row.case), *shape), []).append(row)
-    header = ["op", "dtype", *(("n", "C") if by_shape else ())]
+    header = ["op", "dtype", *(("n", "C", "variant") if by_shape else ())]
     cells = [header + [f"{rung} {q}" for q in QUANTITIES for rung in rungs]]
     for key, of in lines.items():
         line = list(key)
@@ -102,7 +118,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
     parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES))
     parser.add_argument("--quick", action="store_true", help="the smallest shape only")
-    parser.add_argument("--markdown", action="store_true", help="worst over shapes, for README.md")
+    parser.add_argument("--markdown", action="store_true", help="worst of each op, for README.md")
     options = parser.parse_args(arguments)
     absent = {rung: missing(rung) for rung in RUNGS[1:]}
     rungs = [rung for rung in RUNGS if not absent.get(rung)]

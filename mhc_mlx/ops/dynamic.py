@@ -239,9 +239,7 @@ def _pre_backward(
         logits = alpha[2].astype(mx.float32) * unit[:, gated:outs] + bias[gated:].astype(mx.float32)
         dz_res = _project_backward(logits, dh_res, n, convention, threads_per_group, verbose)
 
-    threads, tile, vec, splits = geometry.of_spread(
-        n, C, x.dtype.size, outs, tokens, threads_per_group
-    )
+    threads, tile, vec, splits = geometry.of_spread(n, C, outs, tokens, threads_per_group)
     groups = min(math.ceil(tokens / tile), max(1, geometry.BACKWARD_THREADS // threads // splits))
     columns = 2 * outs + (C if weight is not None else 0)
     template = {"T": x.dtype, "N": n, "OUTS": outs, "VEC": vec, "THREADS": threads, "TILE": tile}

@@ -75,11 +75,17 @@ def of_projection(
 ) -> Projection:
     """How `mhc_pre` multiplies. Slices, and so the order of sums, are the same for all tokens."""
     threads, vec = threads or 256, math.gcd(C, 16 // dtype.size)
-    slices = math.gcd(threads // 32, 8)
-    wider = dtype == mx.bfloat16 and tokens > FEW_TOKENS and threads <= 512  # or registers spill
-    tiles = 2 if wider else 1
+    most = 2 if dtype == mx.bfloat16 and threads <= 512 else 1  # or registers spill
+    tiles = most if tokens > (FEW_TOKENS if n <= 8 else 8) else 1  # phi is long for n > 8
     wide = math.ceil(outs / 8)
     block = math.ceil(wide / math.ceil(wide / 3))
+    simds, each = threads // 32, n + 1 + (n * n if n <= 8 else 0)  # floats kept of a token
+
+    def fits(slices: int) -> bool:
+        sums = 8 * most * simds  # of a token and slice, for 8 * block outputs and one more
+        return 4 * (sums * (8 * block + 1) + sums // slices * each) <= 30 << 10
+
+    slices = next(s for s in range(min(8, simds), simds + 1) if simds % s == 0 and fits(s))
     splits = 1
     if n > 8:
         blocks, groups = math.ceil(wide / block), math.ceil(tokens / (8 * tiles))
@@ -89,11 +95,11 @@ def of_projection(
 
 
 def of_spread(
-    n: int, C: int, size: int, outs: int, tokens: int, threads: int | None
+    n: int, C: int, outs: int, tokens: int, threads: int | None
 ) -> tuple[int, int, int, int]:
     """Threads, tokens of a tile, neighbours per load and threadgroups that share a tile, in
     `mhc_pre_backward`."""
-    vec, splits = math.gcd(C, 4), 1
+    vec, splits = math.gcd(C, 8), 1
     tile = 4 if 2 * tokens > FEW_TOKENS else 2  # 8 leave room for one threadgroup, not two
     while tile > 1 and 4 * tile * (outs + n + 3) > 30 << 10:
         tile //= 2
@@ -101,7 +107,7 @@ def of_spread(
         splits = min(
             math.ceil(FILLING_GROUPS / math.ceil(tokens / tile)), math.ceil(C / (32 * vec))
         )
-    return threads or min(256, 32 * math.ceil(C / splits / vec / 32)), tile, vec, splits
+    return threads or min(128, 32 * math.ceil(C / splits / vec / 32)), tile, vec, splits
 
 
 def of_outer(
