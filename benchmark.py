@@ -58,7 +58,7 @@ PRESETS = {
         "mhc_layer": SEEDS[:14],
         "stream_mix_add": SEEDS,
         "stream_aggregate_norm": SEEDS,
-        "mhc_dynamic": [*SEEDS[:14], (65536, 4, 1024), (16384, 4, 4096)],
+        "mhc_dynamic": SEEDS[:17],
         "sinkhorn_knopp": [
             (1, 4, 4),
             (1, 8, 8),

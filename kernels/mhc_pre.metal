@@ -140,5 +140,4 @@ for (uint tile = threadgroup_position_in_grid.x / SPLITS; tile < tiles; tile += 
       if (sweep == 0) r = metal::precise::rsqrt(simd_sum(squared) / static_cast<float>(C) + static_cast<float>(params[4]));
     }
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
 }

@@ -13,7 +13,8 @@
 // out  dx [tokens, N, C] T, dp [tokens, OUTS] float, partial [threadgroups / SPLITS, P] float: sums of dz, of dz l, and
 //      with NORM dweight, in this order
 // own  a threadgroup takes tiles of TILE tokens in turn, a thread VEC neighbours of all streams: phi is read once a tile.
-//      dh_pre: a simdgroup takes a token. SPLITS threadgroups share a tile, each a range of channels.
+//      dh_pre: a simdgroup takes a token. SPLITS threadgroups share a tile, each a range of channels of dx; for n > 8,
+//      where phi is most of the bytes, so that each may make dh_pre and dp anew.
 // template  T, N, OUTS, VEC, THREADS, TILE, SPLITS, HEAD, READ, NORM, PASS (dx_out is given)
 constexpr int SIMDS = THREADS / 32;
 constexpr int GATED = HEAD ? N : 2 * N;

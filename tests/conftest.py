@@ -43,6 +43,12 @@ def missing(rung: str) -> str | None:
     return None if nvrtc.toolkit() else "nvidia-cuda-nvrtc is not installed"
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """So that a test draws the same numbers alone and among others."""
+    mx.random.seed(1)
+
+
 @pytest.fixture
 def need(request):
     """need(rung) skips, or with --all-rungs fails, where the rung cannot run."""

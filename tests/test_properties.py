@@ -175,6 +175,27 @@ def test_a_token_does_not_depend_on_its_neighbours(op, n, dtype, monkeypatch):
             assert bits(part) == bits(all_of_it[mx.array(tokens)]), tokens
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("n", [4, 12])
+def test_a_token_of_mhc_pre_does_not_depend_on_its_neighbours(n, dtype, runs, monkeypatch):
+    """Likewise, where the size of a tile differs: 9 tokens are many here."""
+    if runs == "reference":
+        pytest.skip("reference: MLX's products of matrices depend on their size")
+    monkeypatch.setattr(ops.geometry, "FEW_TOKENS", 4)
+    x, outs = mx.random.normal((9, n, 72)).astype(dtype), 2 * n + n * n
+    rest = [mx.random.normal((outs, 72 * n)), mx.random.normal((outs,)), mx.ones(3), mx.ones(72)]
+    cotangents = [mx.random.normal(a.shape).astype(a.dtype) for a in ops.mhc_pre(x, *rest)]
+
+    def run(tokens):
+        made = mx.vjp(lambda x: ops.mhc_pre(x, *rest), [x[tokens]], [c[tokens] for c in cotangents])
+        return made[0] + made[1]
+
+    whole = run(mx.arange(9))
+    for tokens in ([0], [4], [8], [7, 2], [8, 7, 6, 5, 4, 3, 2, 1, 0]):
+        for part, all_of_it in zip(run(mx.array(tokens)), whole, strict=True):
+            assert bits(part) == bits(all_of_it[mx.array(tokens)]), tokens
+
+
 def test_nan_stays_in_its_token():
     x = mx.random.normal((5, 4, 24))
     x[2, 1, 3] = float("nan")

@@ -11,7 +11,7 @@ from conftest import executor
 from test_parity import results
 
 from mhc_mlx import PAPER, ROW_FIRST, ops
-from mhc_mlx.conventions import MHC_LITE
+from mhc_mlx.conventions import KRONECKER, MHC_LITE
 
 STREAMS = ("x", "y", "dout", "out", "dx", "dy", "u", "du", "dx_out")
 SCALARS = ("params", "eps", "alpha", "rows", "_shape")  # a few numbers in registers
@@ -19,7 +19,7 @@ HERE = {"lead": (5,), "n": 4, "C": 64}  # one pass, a token in registers
 WIDE = {"lead": (2,), "n": 8, "C": 4096, "dtype": "float16"}  # backward: not in registers
 TILED = HERE | {"n": 12}
 LAYER = {"convention": ROW_FIRST}
-TILES = HERE | {"lead": (6,), "convention": PAPER}
+TILES = HERE | {"lead": (9,), "convention": PAPER}
 TOKENS = {"per_token": (True, True)}
 # Loads of each element of an input, stores of each of an output; "in all" where elements differ.
 # Apart, after the semicolon: weights and coefficients. The floor in rows is DESIGN's, section 4.
@@ -112,47 +112,69 @@ PINNED = [
         "stream_aggregate: x 1, u 1; h_pre 16",
         "stream_aggregate_backward: x 1, du 1, dx 1; h_pre 1, dh_pre 1",
     ),
+    # Nine tokens. mhc_pre: two tiles of eight, each a fetch of phi. x: for each block of up to 24
+    # outputs, and for u, from the cache: twice with a norm. Its backward: three tiles of four, each
+    # a fetch of phi; two threadgroups, so that one keeps a running sum. x: for dh_pre, and for dx,
+    # both twice with a norm. du: for both. bias: of the gates. l: a gate's for z, dalpha and pull,
+    # another's but for z; the last, the token's norm, for the dp of each output and for pull.
+    # Nine times 8 * 3 + 16 * 2 + 24 + 1 is 729.
     (
-        Case("mhc_coefficients", **TILES),  # phi and bias once a tile of two tokens, or for each
-        "mhc_pre: x 1; phi 3, bias 6, h_pre 1, h_post 1, logits 1",
-        "sinkhorn_knopp: ; logits 512 in all, h_res 1",
-        "mhc_pre: x 1; phi 3, bias 6, dh_pre 1, dh_post 1, h_pre 1, logits 1, l 1, dz 1",
+        Case("mhc_coefficients", **TILES),
+        "mhc_pre: x 1; phi 2, bias 9, h_pre 1, h_post 1, h_res 1, l 1",
         "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
-        "mhc_pre_backward: x 1, dx 1; phi 3, h_pre 1, l 2, dz 1, dz_res 1, dp 1, "
-        "partial 144 in all and 48 loads",
+        "mhc_pre_backward: x 1, dx 1; phi 3, bias 72 in all, l 729 in all, dz_res 1, dh_pre 1, "
+        "dh_post 1, dp 1, partial 144 in all and 48 loads",
         "sum_partials: out 1; partial 1",
         "mhc_phi_gradient: x 1; dp 1, partial 1",
     ),
     (
-        Case("mhc_pre", **TILES, norm=False),  # the second read of x comes from the cache
-        "mhc_pre: x 2, u 1; phi 3, bias 6, h_post 1, logits 1",
-        "sinkhorn_knopp: ; logits 512 in all, h_res 1",
-        "mhc_pre: x 2, du 1; phi 3, bias 6, dh_post 1, h_pre 1, logits 1, l 1, dz 1",
+        Case("mhc_pre", **TILES, norm=False),
+        "mhc_pre: x 2, u 1; phi 2, bias 9, h_post 1, h_res 1, l 1",
         "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
-        "mhc_pre_backward: x 1, du 1, dx_out 1, dx 1; phi 3, h_pre 1, l 2, dz 1, dz_res 1, dp 1, "
-        "partial 144 in all and 48 loads",
+        "mhc_pre_backward: x 2, du 2, dx_out 1, dx 1; phi 3, bias 72 in all, l 729 in all, "
+        "dz_res 1, dh_post 1, dp 1, partial 144 in all and 48 loads",
         "sum_partials: out 1; partial 1",
         "mhc_phi_gradient: x 1; dp 1, partial 1",
     ),
     (
-        Case("mhc_pre", **TILES | {"convention": MHC_LITE}),  # a norm goes over x once more
-        "mhc_pre: x 3, u 1; phi 3, bias 6, weight 6, h_post 1, logits 1",
+        Case("mhc_pre", **TILES | {"dtype": "bfloat16"}, norm=False),  # tiles of sixteen
+        "mhc_pre: x 2, u 1; phi 1, bias 9, h_post 1, h_res 1, l 1",
+        "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
+        "mhc_pre_backward: x 2, du 2, dx_out 1, dx 1; phi 3, bias 72 in all, l 729 in all, "
+        "dz_res 1, dh_post 1, dp 1, partial 144 in all and 48 loads",
+        "sum_partials: out 1; partial 1",
+        "mhc_phi_gradient: x 1; dp 1, partial 1",
+    ),
+    (
+        Case("mhc_pre", **TILES | {"convention": MHC_LITE}),  # 32 outputs: blocks of 16
+        "mhc_pre: x 4, u 1; phi 2, bias 9, weight 9, h_post 1, logits 1, l 1",
         "mixing_matrix: ; logits 8, h_res 1",
-        "mhc_pre: x 3, du 1; phi 3, bias 6, weight 6, dh_post 1, h_pre 1, logits 1, l 1, dz 1",
         "mixing_matrix_backward: ; logits 3, dh_res 12, dlogits 1",
-        "mhc_pre_backward: x 2, du 1, dx_out 1, dx 1; phi 3, weight 3, h_pre 1, l 2, dz 1, "
-        "dz_res 1, dp 1, partial 384 in all and 128 loads",
+        # weight for dh_pre of each of nine tokens, for dx of each of three tiles
+        "mhc_pre_backward: x 4, du 2, dx_out 1, dx 1; phi 3, bias 72 in all, weight 12, "
+        "l 945 in all, dz_res 1, dh_post 1, dp 1, partial 384 in all and 128 loads",
         "sum_partials: out 1; partial 1",
         "mhc_phi_gradient: x 2; dp 1, partial 1",  # 32 outputs in two halves
     ),
     (
         Case("mhc_head", **TILES),
-        "mhc_pre: x 2, u 1; phi 3, bias 6",
-        "mhc_pre: x 2, du 1; phi 3, bias 6, h_pre 1, l 1, dz 1",
-        "mhc_pre_backward: x 1, du 1, dx 1; phi 3, h_pre 1, l 2, dz 1, dp 1, "
+        "mhc_pre: x 2, u 1; phi 2, bias 9, l 1",
+        "mhc_pre_backward: x 2, du 2, dx 1; phi 3, bias 9, l 153 in all, dp 1, "
         "partial 24 in all and 8 loads",
         "sum_partials: out 1; partial 1",
         "mhc_phi_gradient: x 1; dp 1, partial 1",
+    ),
+    (
+        # Five tokens. Two threadgroups share a tile: x for 24 outputs, for 16, and by one for u.
+        # Backward, both make gates, dh_pre and pull: twice all that these read. dx: half by each.
+        # dphi: two halves of the outputs read x, 32 spans of 256 k read dp.
+        Case("mhc_pre", (5,), 16, 512, convention=KRONECKER, norm=False),
+        "mhc_pre: x 3, u 1; phi 1, bias 5, h_post 1, logits 1, l 1",
+        "mixing_matrix: ; logits 256, h_res 1",
+        "mixing_matrix_backward: ; logits 1024, dh_res 4, dlogits 1",
+        "mhc_pre_backward: x 3, du 3, dx_out 1, dx 1; phi 2, bias 320 in all, l 1530 in all, "
+        "dz_res 2, dh_post 2, dp 1, partial 2 and 80 loads",
+        "mhc_phi_gradient: x 2; dp 32, partial 1",
     ),
 ]
 
