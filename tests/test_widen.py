@@ -109,11 +109,13 @@ def train(model, loss, steps=10):
 
 def every_gradient_is_alive_after_ten_steps(gradients, convention, first):
     """Of every part of every connection, but for what equal streams hide in the first. At step 0
-    h_post's, while those of h_res and h_pre may be hidden."""
-    start, later = (
+    h_post's, while those of h_res and h_pre may be hidden. Alpha's is one sum, which may pass
+    through zero: it is alive if it was at one of the last three steps."""
+    start, *late = (
         {name for name in silent(gradients[k], convention, first, True) if ".connections." in name}
-        for k in (0, 10)
+        for k in (0, 8, 9, 10)
     )
+    later = set.intersection(*late)
     print(f"{convention.name}: zero at step 0, by symmetry: {sorted(start)}")
     assert all(name.endswith(("res", "pre")) for name in start), start
     print(f"{convention.name}: zero after ten steps: {sorted(later)}")
