@@ -18,7 +18,8 @@ inline void load_run(thread Run<T, COUNT>& r, P from, int left) {
 }
 
 // For TILES tiles of tokens from `token` on and BLOCK of outputs from `output` on, over the runs of 32 k at first,
-// first + step, ...: sum[token, output] += x phi^T and squares[token] += sum(x ** 2). WHOLE: K % 32 == 0, or a lane would use a run twice, and all aligned.
+// first + step, ...: sum[token, output] += x phi^T and squares[token] += sum(x ** 2). WHOLE: all is aligned, and
+// K % 32 == 0: in a shorter last run a lane with nothing left would use what it holds again.
 template <bool WHOLE, int OUTS, typename T, typename P, int TILES, int BLOCK, typename XP, typename PP>
 inline void sweep(thread float (&sum)[TILES][BLOCK][2], thread float (&squares)[TILES][2], XP x, PP phi, uint tokens,
                   int K, uint token, int output, int first, int step, int lane) {

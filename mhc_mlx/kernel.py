@@ -38,13 +38,16 @@ def text(name: str) -> str:
 
 # Bodies that multiply tiles of matrices.
 _TILED = ("mhc_pre",)
-# NVRTC spills a few bytes of these to fit one more threadgroup, unless told how many are enough.
-_GROUPS = {"mhc_pre": 512, "mhc_pre_backward": 512, "mhc_phi_gradient": 512}  # threads
+# NVRTC gives these registers for too few threads at once, or too many and spills, unless told.
+_RESIDENT = ("mhc_pre", "mhc_pre_backward", "mhc_phi_gradient")
+_RESIDENT_THREADS = 512
 
 
 def cuda_header(name: str, threads: int) -> str:
     """What goes before a body on CUDA; it bounds the registers for this many threads."""
-    bounds = f"{threads}, {max(1, _GROUPS[name] // threads)}" if name in _GROUPS else f"{threads}"
+    bounds = f"{threads}"
+    if name in _RESIDENT:
+        bounds += f", {max(1, _RESIDENT_THREADS // threads)}"
     return text("cuda.h").replace("THREADS", bounds) + _header(name, "cuda")
 
 

@@ -117,7 +117,9 @@ class Case:
             head, half = self.op == "mhc_head", self.scale / 2**0.5
             outs = n if head else 2 * n + self.convention.res_size(n)
             phi = array((outs, n * C), self.phi, scale=(n * C) ** -0.5)
-            bias, alpha = array((outs,), w2, scale=half), array((1 if head else 3,), w, 0.5, half)
+            positive = 0.1 if self.convention.start == "additive" else None
+            bias = array((outs,), w2, positive, 1.0 if positive else half)
+            alpha = array((1 if head else 3,), w, 0.5, half)
             last = [weight if self.norm else None] if self.op == "mhc_pre" else []
             return [x, phi, bias, alpha, *last]
         post = array((*lead, n) if self.per_token[0] else (n,), w, 0.2)
@@ -247,6 +249,8 @@ def dynamic() -> list[Case]:
     few = replace(PAPER, iters=1)
     return cases + [
         Case("mhc_coefficients", (5,), 4, 8, convention=few),
+        # nobody's, but a Convention may be: I + l under gates
+        Case("mhc_pre", (5,), 4, 8, convention=replace(ADDITIVE, sigmoid=True), scale=0.1),
         Case("mhc_pre", (0,), 4, 8, convention=PAPER),
         Case("mhc_pre", (0,), 4, 8, "bfloat16", IDENTITY, norm=False),
         Case("mhc_coefficients", (2, 0), 4, 8, convention=MHC_LITE),

@@ -98,9 +98,7 @@ def _layer_forward(
         "mhc_fused",
         arrays | {"params": _params(eps, convention)},
         {"out": (x.shape if mix else (tokens, C), x.dtype)},
-        math.ceil(
-            tokens / max(1, math.ceil(tokens / geometry.FORWARD_GROUPS))
-        ),  # as many turns for all
+        geometry.even(tokens, geometry.FORWARD_GROUPS),
         g.threads,
         template,
         verbose,
