@@ -1,0 +1,539 @@
+"""Mistakes to plant in the bodies of ops whose coefficients each token makes for itself."""
+
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+from cases import Case
+from mistakes import (
+    BARRIER,
+    BOUNDS,
+    DIFFER,
+    EPS,
+    MORE,
+    OUTSIDE,
+    RACE,
+    TWO,
+    UNWRITTEN,
+    WRONG,
+    mistakes,
+)
+
+from mhc_mlx import DEEPSEEK_V4, PAPER
+from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE
+
+READ = Case("stream_aggregate", (5,), 4, 64)
+READ_EACH = Case("stream_aggregate", (5,), 3, 129, per_token=(True, False))
+PRE = Case("mhc_pre", (5,), 4, 64, convention=PAPER)
+PRE_RAGGED = Case("mhc_pre", (5,), 3, 129, convention=DEEPSEEK_V4)
+PRE_5 = Case("mhc_pre", (5,), 5, 31, convention=PAPER)
+PRE_MANY = Case("mhc_pre", (70,), 4, 64, convention=PAPER)
+LITE = Case("mhc_pre", (5,), 3, 31, convention=MHC_LITE)
+FACTORS = Case("mhc_pre", (5,), 4, 31, convention=KRONECKER)
+PRE_LONG = Case("mhc_pre", (5,), 4, 160, convention=PAPER)  # several runs of k a simdgroup
+PRE_4 = Case("mhc_pre", (5,), 4, 31, convention=PAPER)  # aligned, but no whole runs
+PRE_HALF = Case("mhc_pre", (17,), 4, 64, "bfloat16", PAPER, phi="bfloat16")  # a simdgroup has 16
+PRE_65 = Case("mhc_pre", (65,), 4, 8, convention=PAPER)  # chunks of 33 and 32 tokens
+PRE_12 = Case("mhc_pre", (5,), 12, 33, convention=PAPER)  # threadgroups share a tile
+IDENTITY_32 = Case("mhc_pre", (20,), 32, 8, convention=IDENTITY)  # three blocks, two shares
+NORM_EPS = Case("mhc_pre", (5,), 4, 64, convention=PAPER, norm_eps=0.5)
+PRE_EPS = Case("mhc_pre", (5,), 4, 64, convention=replace(EPS, pre_eps=0.1, post_eps=0.2))
+FEW = Case("mhc_pre", (5,), 4, 64, convention=replace(PAPER, iters=2))
+FEW_5 = Case("mhc_pre", (5,), 5, 31, convention=replace(PAPER, iters=2))
+COEFFICIENTS = Case("mhc_coefficients", (5,), 4, 64, convention=PAPER)
+
+
+@dataclass(frozen=True)
+class Threads(Case):
+    """A call with so many threads a threadgroup."""
+
+    threads: int = 512
+
+
+@dataclass(frozen=True)
+class Slice(Case):
+    """A call whose phi alone is not aligned."""
+
+    def arrays(self, seed: int = 0) -> list[mx.array | None]:
+        arrays = super().arrays(seed)
+        phi = arrays[1]
+        longer = mx.concatenate([phi.flatten()[:1], phi.flatten()])
+        mx.eval(longer)
+        arrays[1] = longer[1:].reshape(phi.shape)
+        return arrays
+
+
+ONE_CHUNK = Case("mhc_pre", (129,), 4, 8, convention=PAPER)  # several tiles of dp: see run()
+PRE_BANDS = Threads("mhc_pre", (9,), 4, 64, convention=PAPER)  # two bands of eight slices
+PRE_SLICE = Slice("mhc_pre", (5,), 4, 64, convention=PAPER)
+
+pre, pre_back = mistakes("mhc_pre"), mistakes("mhc_pre_backward")
+outer, pre_common = mistakes("mhc_phi_gradient"), mistakes("mhc_pre", "common.h")
+tiles, metal = mistakes("mhc_pre", "tiles.h"), mistakes("mhc_pre", "tiles_metal.h")
+cuda = mistakes("mhc_pre", "tiles_cuda.h")
+read, read_back = mistakes("stream_aggregate"), mistakes("stream_aggregate_backward")
+exact, exact_back = mistakes("mixing_matrix"), mistakes("mixing_matrix_backward")
+
+PER_TOKEN = [
+    # stream_aggregate and its backward
+    read("no barrier", READ, BARRIER, "", rules=UNWRITTEN),
+    read(
+        "wrong stride of h_pre",
+        READ_EACH,
+        "size_t(t) * N + j",
+        "size_t(t) + j",
+        parity=WRONG,
+        traffic=MORE,
+    ),
+    read_back("a token's sums not cleared", READ_EACH, "g_pre[j] = 0.0f;", ";", parity=WRONG),
+    read_back("no barrier after a token's h_pre", READ_EACH, BARRIER, "", nth=1, rules=UNWRITTEN),
+    read_back(
+        "du of the first token",
+        READ,
+        "du + size_t(t) * size_t(C)",
+        "du",
+        parity=WRONG,
+        traffic=MORE,
+    ),
+    # mhc_pre
+    pre("no barrier before slices are added", PRE, BARRIER, "", rules=UNWRITTEN),
+    pre("no barrier before the norm is used", PRE, BARRIER, "", nth=1, rules=RACE),
+    pre("no barrier before the coefficients are used", PRE, BARRIER, "", nth=2, rules=UNWRITTEN),
+    pre("a tile past the last token", PRE, "if (t < tokens && o", "if (o", rules=OUTSIDE),
+    pre("outputs past the last", PRE_RAGGED, "t < tokens && o < OUTS", "t < tokens", rules=OUTSIDE),
+    pre("u past the last token", PRE, " && first + uint(i) < tokens", "", rules=OUTSIDE),
+    pre("norm forgotten", PRE, "unit = scale[i] * s", "unit = s", parity=WRONG),
+    pre("mean over a stream", PRE, "static_cast<float>(K)", "static_cast<float>(C)", parity=WRONG),
+    pre("norm_eps dropped", NORM_EPS, "params[3]", "params[0]", parity=WRONG),
+    pre(
+        "the last slice of k left out",
+        PRE,
+        "w < SLICES; ++w) s += sums[(w * TILE + i) * PITCH + q",
+        "w < SLICES - 1; ++w) s += sums[(w * TILE + i) * PITCH + q",
+        parity=WRONG,
+    ),
+    pre(
+        "the norm of the first slice",
+        PRE,
+        "w < SLICES; ++w) s += sums[(w * TILE + i) * PITCH + WIDE",
+        "w < 1; ++w) s += sums[(w * TILE + i) * PITCH + WIDE",
+        parity=WRONG,
+    ),
+    pre(
+        "runs of k skipped where rows are whole",
+        PRE_LONG,
+        "32 * SLICES",
+        "64 * SLICES",
+        rules=DIFFER,
+    ),
+    pre("no place for sum(x ** 2)", PRE, "PITCH = WIDE + 1", "PITCH = WIDE", rules=RACE),
+    pre(
+        "sums of one slice", PRE, "sums[SLICES * TILE * PITCH]", "sums[TILE * PITCH]", rules=BOUNDS
+    ),
+    pre("ragged rows loaded whole", PRE_4, "K % 32 == 0", "K % 4 == 0", rules=OUTSIDE),
+    pre(
+        "unaligned phi loaded whole",
+        PRE_SLICE,
+        "8 / mhc::PHI_ROWS>()>(phi)",
+        "8 / mhc::PHI_ROWS>()>(x)",
+        rules="misaligned",
+    ),
+    pre(
+        "tiles of tokens exchanged",
+        PRE_HALF,
+        "band + m * 8) * PITCH",
+        "band + (TILES - 1 - m) * 8) * PITCH",
+        parity=WRONG,
+    ),
+    pre("bands of tokens at one place", PRE_BANDS, "+ band + m", "+ m", rules=RACE),
+    pre(
+        "tiles of outputs exchanged",
+        PRE,
+        "b * 8 + mhc::sum_output",
+        "(BLOCK - 1 - b) * 8 + mhc::sum_output",
+        parity=WRONG,
+    ),
+    pre("alpha of pre alone", PRE, "alpha[part]", "alpha[0]", parity=WRONG),
+    pre("post_eps of pre", PRE_EPS, "params[2]", "params[0]", parity=WRONG),
+    pre("bias saved", PRE, "+ o] = unit;", "+ o] = z;", parity=WRONG),
+    pre("the token's norm not saved", PRE, "+ OUTS] = scale[i]", "+ OUTS] = 1.0f", parity=WRONG),
+    pre(
+        "norms saved past the last token",
+        PRE,
+        "begin == 0 && t < tokens",
+        "begin == 0",
+        rules=OUTSIDE,
+    ),
+    pre("norms saved by every share", PRE_12, "SAVE && begin == 0", "SAVE", rules=TWO),
+    pre("u by every share", PRE_12, "tokens && begin == 0", "tokens", rules=UNWRITTEN),
+    pre(
+        "shares rounded down", IDENTITY_32, "+ SPLITS - 1) / SPLITS", ") / SPLITS", rules=UNWRITTEN
+    ),
+    pre(
+        "a share past the last output",
+        IDENTITY_32,
+        "begin + SHARE < OUTS ? begin + SHARE : OUTS",
+        "begin + SHARE",
+        traffic="x",
+    ),
+    pre(
+        "a tile for each of its shares",
+        IDENTITY_32,
+        "tile += threadgroups_per_grid.x / SPLITS",
+        "tile += threadgroups_per_grid.x",
+        rules="nobody writes",
+    ),
+    pre(
+        "logits by columns",
+        PRE_RAGGED,
+        "COLUMNS ? q % N * N + q / N : q",
+        "COLUMNS ? q : q % N * N + q / N",
+        parity=WRONG,
+    ),
+    pre(
+        "h_res by columns",
+        PRE,
+        "OUT_COLUMNS ? p[q % N][q / N] : p[q / N][q % N]",
+        "p[q / N][q % N]",
+        parity=WRONG,
+    ),
+    pre(
+        "h_res by columns, a line per lane",
+        PRE_5,
+        "OUT_COLUMNS ? j * N + line : line * N + j",
+        "line * N + j",
+        parity=WRONG,
+    ),
+    pre("an iteration too few", FEW, "ITERS, static", "ITERS - 1, static", parity=WRONG),
+    pre(
+        "an iteration too few, a line per lane",
+        FEW_5,
+        "ITERS, static",
+        "ITERS - 1, static",
+        nth=1,
+        parity=WRONG,
+    ),
+    pre("matrices past the last", PRE, "m < TILE && t < tokens", "m < TILE", rules=UNWRITTEN),
+    pre("matrices past the tile", PRE_MANY, "m < TILE && t < tokens", "t < tokens", rules=BOUNDS),
+    pre("idle lanes write", PRE_5, "live && line < N", "live", rules=TWO),
+    pre(
+        "h_pre of another token",
+        PRE,
+        "o[e] += pre[i * N + j] * v[e]",
+        "o[e] += pre[j] * v[e]",
+        parity=WRONG,
+    ),
+    pre("wrong width of a step", PRE, "c += 32 * VEC", "c += 32", rules=TWO),
+    pre("u not divided by its norm", PRE, "o[e] * r * w[e]", "o[e] * w[e]", parity=WRONG),
+    pre(
+        "a square of each pack",
+        PRE,
+        "squared += o[e] * o[e]",
+        "squared += o[0] * o[0]",
+        parity=WRONG,
+    ),
+    pre_common(
+        "eps dropped, a lane alone", PRE_EPS, "float d = eps;", "float d = 0.0f;", parity=WRONG
+    ),
+    pre_common(
+        "lines for columns, a lane alone",
+        PRE,
+        "k % 2 == 0 ? p[a][b] : p[b][a]",
+        "p[a][b]",
+        parity=WRONG,
+    ),
+    pre_common(
+        "half a step too few, a lane alone",
+        FEW,
+        "k < 2 * iters",
+        "k < 2 * iters - 1",
+        nth=1,
+        parity=WRONG,
+    ),
+    # tiles of mhc_pre
+    tiles("tokens past the last", PRE, "live[m] = t < tokens", "live[m] = true", rules=OUTSIDE),
+    tiles("phi past the last output", PRE_RAGGED, "|| o < OUTS", "|| true", rules=OUTSIDE),
+    tiles("runs past the row", PRE_LONG, "if (left > 0)", "if (true)", rules=OUTSIDE),
+    tiles("k past the row", PRE_RAGGED, "if (e < left)", "if (true)", rules=OUTSIDE),
+    tiles(
+        "k past the row not zero",
+        PRE_RAGGED,
+        "r.p[e / VEC].v[e % VEC] = static_cast<T>(0.0f);",
+        "",
+        parity=WRONG,
+    ),
+    tiles("a run too many", PRE_LONG, "left = K - k - step", "left = K - k", rules=OUTSIDE),
+    tiles("x stands still", PRE_LONG, "x_at[m] += step;", "", parity=WRONG, traffic=MORE),
+    tiles("phi stands still", PRE_LONG, "p_at[b][q] += step;", "", parity=WRONG, traffic=MORE),
+    tiles(
+        "x from the first run",
+        PRE,
+        "size_t(first + x_k(lane))",
+        "size_t(x_k(lane))",
+        parity=WRONG,
+        traffic=MORE,
+    ),
+    tiles("phi's first 8 outputs", PRE, "output + b * 8 +", "output +", parity=WRONG, traffic=MORE),
+    tiles(
+        "the first 8 tokens",
+        PRE_HALF,
+        "uint(m * 8 + x_row(lane))",
+        "uint(x_row(lane))",
+        parity=WRONG,
+        traffic=MORE,
+    ),
+    tiles(
+        "all products of 8 tokens",
+        PRE_HALF,
+        "multiply_add(sum[m]",
+        "multiply_add(sum[0]",
+        parity=WRONG,
+    ),
+    tiles(
+        "half a simdgroup at a product",
+        PRE,
+        "multiply_add(sum",
+        "if (lane < 16) multiply_add(sum",
+        rules="simd operations",
+    ),
+    tiles("runs of k skipped", PRE_LONG, "k += step", "k += 2 * step", parity=WRONG, traffic=MORE),
+    metal(
+        "sums transposed",
+        PRE,
+        "sum_token(int lane, int) { return matrix_row",
+        "sum_token(int lane, int) { return matrix_column",
+        rules=RACE,
+    ),
+    metal(
+        "x transposed",
+        PRE,
+        "x_row(int lane) { return matrix_row",
+        "x_row(int lane) { return matrix_column",
+        rules=RACE,
+    ),
+    metal(
+        "phi transposed",
+        PRE,
+        "phi_row(int lane) { return matrix_column",
+        "phi_row(int lane) { return matrix_row",
+        rules=OUTSIDE,
+    ),
+    metal(
+        "lanes in another order",
+        PRE,
+        "lane / 16 * 4 + lane / 2 % 4",
+        "lane / 16 * 4 + lane / 4 % 4",
+        rules=RACE,
+    ),
+    metal("half of a lane's k", PRE, "run_float(r, s + 4)", "run_float(r, s)", parity=WRONG),
+    metal("one of a lane's outputs", PRE, "run_float(r[e], s)", "run_float(r[0], s)", parity=WRONG),
+    metal("a product short", PRE, "s < 4; ++s) simdgroup", "s < 3; ++s) simdgroup", parity=WRONG),
+    metal("a sum from nothing", PRE, "d = simdgroup_float8x8(0.0f)", "d", parity="finite"),
+    metal("x for phi", PRE, "d, x.m[s], phi.m[s], d", "d, phi.m[s], x.m[s], d", parity=WRONG),
+    metal(
+        "a float for a matrix",
+        PRE,
+        "d = simdgroup_float8x8(0.0f)",
+        "d = 0.0f",
+        dialect="no viable conversion",
+        rules="does not compile",
+    ),
+    metal(
+        "a tile in no address space",
+        PRE,
+        "to_tile(thread XTile",
+        "to_tile(XTile",
+        dialect="address space",
+    ),
+    metal("half of the squares", PRE, "e < 8; ++e) s[0]", "e < 4; ++e) s[0]", parity=WRONG),
+    metal("squares of other lanes", PRE, "ushort(8)", "ushort(16)", parity=WRONG),
+    cuda("a shorter instruction", PRE, "m16n8k16", "m16n8k8", nvrtc="mma"),
+    cuda("a float in an integer's register", PRE, '"=r"(w)', '"=f"(w)', nvrtc="cvt"),
+    # mhc_pre_backward
+    pre_back("no barrier before dh_pre", PRE, BARRIER, "", rules=UNWRITTEN),
+    pre_back("no barrier before dz is used", PRE, BARRIER, "", nth=1, rules=RACE),
+    pre_back("no barrier before the pull", PRE_RAGGED, BARRIER, "", nth=2, rules=RACE),
+    pre_back("no barrier before dx", PRE, BARRIER, "", nth=3, rules=RACE),
+    pre_back("no barrier after a tile", PRE_MANY, BARRIER, "", nth=4, rules=RACE),
+    pre_back("gates past the last token", PRE, "if (t < tokens) {", "if (true) {", rules=OUTSIDE),
+    pre_back(
+        "dp past the last token", PRE, "if (t < tokens) {", "if (true) {", nth=1, rules=OUTSIDE
+    ),
+    pre_back(
+        "dx past the last token", PRE, "if (t < tokens) {", "if (true) {", nth=2, rules=OUTSIDE
+    ),
+    pre_back("l past the last token", PRE, "o < OUTS && t < tokens", "o < OUTS", rules=OUTSIDE),
+    pre_back("du past the last token", PRE, "READ && t < tokens", "READ", rules=OUTSIDE),
+    pre_back("dh_pre past the last token", PRE, " && first + uint(i) < tokens", "", rules=OUTSIDE),
+    pre_back(
+        "unaligned phi loaded whole", PRE, "mhc::aligned<VEC>(phi)", "true", rules="misaligned"
+    ),
+    pre_back("sigmoid's slope dropped", PRE, "g = s * (1.0f - s)", "g = s", parity=WRONG),
+    pre_back(
+        "pre_eps dropped", PRE_EPS, "h = s + static_cast<float>(params[0])", "h = s", parity=WRONG
+    ),
+    pre_back(
+        "post_scale dropped", PRE, "g *= static_cast<float>(params[1]) *", "g *=", parity=WRONG
+    ),
+    pre_back(
+        "dh_pre dropped",
+        COEFFICIENTS,
+        "g *= static_cast<float>(dh_pre[t * N + o])",
+        "g *= 1.0f",
+        parity=WRONG,
+        traffic="dh_pre 0",
+    ),
+    pre_back(
+        "dz_res dropped",
+        PRE,
+        "g = static_cast<float>(dz_res[t * R + (o - GATED)])",
+        "g = 0.0f",
+        parity=WRONG,
+        traffic="dz_res 0",
+    ),
+    pre_back("slope dropped", PRE, "(through - slope * norm)", "through", parity=WRONG),
+    pre_back("slope without r", PRE, "slope = r * r *", "slope = r *", parity=WRONG),
+    pre_back(
+        "u of another token",
+        PRE,
+        "u[e] += pre[i * N + j] * v[e]",
+        "u[e] += pre[j] * v[e]",
+        parity=WRONG,
+    ),
+    pre_back("alpha dropped", PRE, "= g * a *", "= g *", parity=WRONG),
+    pre_back(
+        "dp without the token's norm",
+        PRE,
+        "= g * a * static_cast<float>(l[t * (OUTS + 1) + OUTS])",
+        "= g * a",
+        parity=WRONG,
+        traffic="l 285",
+    ),
+    pre_back("dalpha without l", PRE, "sum_l += g * ", "sum_l += ", parity=WRONG),
+    pre_back(
+        "dbias of the last tile alone",
+        PRE_MANY,
+        "(again ? mine[o] : 0.0f) + sum;",
+        "sum;",
+        parity=WRONG,
+        traffic="partial",
+    ),
+    pre_back(
+        "a running sum that starts from nothing",
+        PRE_MANY,
+        "(again ? mine[o] : 0.0f)",
+        "mine[o]",
+        rules=UNWRITTEN,
+    ),
+    pre_back("the norm's own gradient dropped", PRE, "pull[i] * v[e]", "0.0f * v[e]", parity=WRONG),
+    pre_back(
+        "the pull without the token's norm",
+        PRE,
+        "-s * static_cast<float>(l[t * (OUTS + 1) + OUTS])",
+        "-s",
+        parity=WRONG,
+        traffic="l 400",
+    ),
+    pre_back("dx_out dropped", PRE, "read + more[e]", "read", parity=WRONG),
+    pre_back(
+        "slope added", PRE, "* w[e] - u[e] * slopes[i]", "* w[e] + u[e] * slopes[i]", parity=WRONG
+    ),
+    pre_back("dweight without r", PRE, "u[e] * inverse[i];", "u[e];", parity=WRONG),
+    pre_back(
+        "phi of the first stream",
+        PRE,
+        "column = phi + (j * C + c)",
+        "column = phi + c",
+        parity=WRONG,
+        traffic="phi",
+    ),
+    pre_back("wrong stride of phi", PRE, "column += K", "column += C", parity=WRONG, traffic="phi"),
+    pre_back("dp of another output", PRE, "g = dps[o];", "g = dps[0];", parity=WRONG),
+    pre_back("dp by every share", PRE_12, "if (begin == 0) dp", "dp", rules=TWO),
+    pre_back("sums by every share", PRE_12, "if (begin == 0) {", "{", rules=TWO),
+    pre_back(
+        "shares of channels rounded down",
+        PRE_12,
+        "(C / VEC + SPLITS - 1) / SPLITS",
+        "C / VEC / SPLITS",
+        rules="nobody writes",
+    ),
+    pre_back(
+        "a share past the last channel",
+        PRE_12,
+        "begin + share < C ? begin + share : C",
+        "begin + share",
+        rules=OUTSIDE,
+    ),
+    pre_back(
+        "a tile for each of its shares",
+        PRE_12,
+        "owner = threadgroup_position_in_grid.x / SPLITS",
+        "owner = threadgroup_position_in_grid.x",
+        rules=OUTSIDE,
+    ),
+    # mhc_phi_gradient
+    outer("no barrier before dp is used", PRE, BARRIER, "", rules=UNWRITTEN),
+    outer("no barrier after dp is used", ONE_CHUNK, BARRIER, "", nth=1, rules=RACE),
+    outer(
+        "outputs past the last", PRE_5, "if (o0 + o < OUTS)", "if (o0 + o <= OUTS)", rules=OUTSIDE
+    ),
+    outer("dp past the last output", PRE_5, "e < EACH && o < OUTS", "e < EACH", rules=OUTSIDE),
+    outer(
+        "every chunk from the first token",
+        PRE_MANY,
+        "uint(chunk) * each",
+        "0u",
+        parity=WRONG,
+        traffic=MORE,
+    ),
+    outer(
+        "chunks rounded down",
+        PRE_65,
+        "(tokens + chunks - 1) / chunks",
+        "tokens / chunks",
+        parity=WRONG,
+        traffic=MORE,
+    ),
+    outer(
+        "a chunk past the last token",
+        PRE_65,
+        "begin + each < tokens ? begin + each : tokens",
+        "begin + each",
+        rules=OUTSIDE,
+    ),
+    outer(
+        "tokens past the chunk",
+        PRE,
+        "end - t0 < uint(TILE) ? int(end - t0) : TILE",
+        "TILE",
+        rules=OUTSIDE,
+    ),
+    outer("dp past the chunk", PRE_65, "t < end && e", "t < tokens && e", traffic="dp"),
+    outer("x past the row", PRE_RAGGED, "if (k < K) {", "{", rules=OUTSIDE),
+    outer("sums past the row", PRE_RAGGED, "if (k < K) {", "{", nth=1, rules=TWO),
+    outer(
+        "spans rounded down",
+        PRE_RAGGED,
+        "(K + THREADS * VEC - 1) / (THREADS * VEC)",
+        "K / (THREADS * VEC)",
+        rules=OUTSIDE,
+    ),
+    outer(
+        "packs of dp rounded down",
+        PRE_5,
+        "(EACH + 3) / 4",
+        "EACH / 4",
+        parity=WRONG,
+        traffic="dp 320",
+    ),
+    outer("sums of a pack past the last", PRE_5, " && o < EACH; ++o) {", "; ++o) {", rules=BOUNDS),
+    outer("dp of the pack before", PRE, "g.v[o - 4 * q]", "g.v[0]", parity=WRONG),
+    # mixing_matrix and its backward
+    exact("weights not divided", LITE, "line[c] / sum", "line[c]", parity=WRONG),
+    exact("factors in another order", FACTORS, "R / 2 - 1 - b", "b", parity=WRONG),
+    exact("a row too many", FACTORS, "id < rows", "id <= rows", rules=OUTSIDE),
+    exact_back("softmax's sum added", LITE, "ds - dot / sum", "ds + dot / sum", parity=WRONG),
+    exact_back(
+        "sigmoid's slope dropped", FACTORS, "dp * own * (1.0f - own)", "dp * own", parity=WRONG
+    ),
+]
