@@ -164,7 +164,7 @@ def test_dynamic_covers():
     """Each op with every dtype, and over all ops each of what DYNAMIC lists."""
     seen = {op: {c.dtype for c in DYNAMIC if c.op == op} for op in (*PROJECTED, "stream_aggregate")}
     assert all(kinds == set(DTYPES) for kinds in seen.values()), seen
-    names = {"PAPER", "ROW_FIRST", "DEEPSEEK_V4", *EXACT}
+    names = {"PAPER", "ROW_FIRST", "ADDITIVE", "DEEPSEEK_V4", *EXACT}
     assert {c.convention.name for c in DYNAMIC if c.convention} == names
     assert {c.n for c in DYNAMIC} == {1, 2, 3, 4, 5, 8, 12, 16, 32}
     assert {c.C for c in DYNAMIC} == {1, 8, 31, 64, 129, 1280}
