@@ -14,6 +14,7 @@
 // CACHED: a token stays in registers between the sums and dx; otherwise it is read twice
 // template  T, N, VEC, THREADS, PASSES, CACHED, MIX, NORM, GATES, SINKHORN, ITERS, START, COLUMNS, OUT_COLUMNS,
 //      POST_PER_TOKEN, RES_PER_TOKEN
+#include "sinkhorn.h"
 constexpr int SIMDS = THREADS / 32;
 constexpr int R = MIX ? N : 1;
 constexpr int KEPT = CACHED ? PASSES : 1;

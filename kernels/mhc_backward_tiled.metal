@@ -5,6 +5,7 @@
 // own  a tile is TILE channels of all streams in threadgroup memory: a simdgroup takes rows of dx, a thread takes
 //      4 x 4 blocks of dh_res, for every SLICES-th channel where blocks are few
 // template  T, N, THREADS, MIX, NORM, GATES, POST_PER_TOKEN, RES_PER_TOKEN
+#include "common.h"
 constexpr int SIMDS = THREADS / 32;
 constexpr int TILE = 32, PITCH = TILE + 1;
 constexpr int R = MIX ? N : 1;

@@ -11,6 +11,7 @@
 // own  a threadgroup takes tokens in turn; a thread takes VEC neighbours of all streams, PASSES times
 // CACHED: a token stays in registers between the sum and the output; otherwise x is read twice.
 // template  T, N, VEC, THREADS, PASSES, CACHED, MIX, GATES, SINKHORN, ITERS, START, COLUMNS, OUT_COLUMNS
+#include "sinkhorn.h"
 constexpr int SIMDS = THREADS / 32;
 constexpr int AHEAD = N <= 8 ? N : 4;  // streams loaded ahead
 constexpr int KEPT = CACHED ? PASSES : 1;

@@ -3,6 +3,7 @@
 // in   x [tokens, N, C] T, dp [tokens, OUTS] float     out  partial [chunks, OUTS * N * C] float, a row per chunk of tokens
 // own  a threadgroup takes a chunk of tokens, THREADS * VEC neighbours k and EACH outputs; a thread sums VEC * EACH products
 // template  T, N, OUTS, VEC, THREADS, EACH     grid  chunks * ceil(N C / (THREADS VEC)) * ceil(OUTS / EACH)
+#include "common.h"
 constexpr int TILE = 64;  // tokens whose dp is staged at once
 constexpr int BLOCKS = (OUTS + EACH - 1) / EACH;
 constexpr int PACKS = (EACH + 3) / 4;

@@ -16,6 +16,8 @@
 //      The order of every sum depends on N and C alone.
 // template  T, P, N, OUTS, VEC, THREADS, SLICES, TILES, BLOCK, SPLITS, HEAD, READ (u is made), NORM, WRITE_PRE, SAVE,
 //           PROJECT, ITERS, START, COLUMNS, OUT_COLUMNS
+#include "coefficients.h"
+#include "tiles.h"
 constexpr int SIMDS = THREADS / 32;
 constexpr int TILE = 8 * TILES * (SIMDS / SLICES);
 constexpr int WIDE = 8 * BLOCK;  // outputs at once
@@ -67,7 +69,7 @@ for (uint tile = threadgroup_position_in_grid.x / SPLITS; tile < tiles; tile += 
     }
 
     for (int q = tid; q < TILE * WIDE; q += THREADS) {
-      const int i = q / WIDE, o = o0 + q % WIDE, part = o < N ? 0 : o < 2 * N ? 1 : 2;
+      const int i = q / WIDE, o = o0 + q % WIDE, part = mhc::part_of<N>(o);
       const size_t t = first + uint(i);
       if (t < tokens && o < OUTS) {
         float s = 0.0f;
@@ -76,11 +78,11 @@ for (uint tile = threadgroup_position_in_grid.x / SPLITS; tile < tiles; tile += 
         const float z = static_cast<float>(alpha[part]) * unit + static_cast<float>(bias[o]);
         if (SAVE) l[t * (OUTS + 1) + o] = unit;
         if (part == 0) {
-          const float h = mhc::sigmoid(z) + static_cast<float>(params[0]);
+          const float h = mhc::gate(z, part, params);
           pre[i * N + o] = h;
           if (WRITE_PRE) h_pre[t * N + o] = h;
         } else if (!HEAD && part == 1) {
-          h_post[t * N + (o - N)] = static_cast<float>(params[1]) * mhc::sigmoid(z) + static_cast<float>(params[2]);
+          h_post[t * N + (o - N)] = mhc::gate(z, part, params);
         } else if (PROJECT) {
           mix[i * R + (o - 2 * N)] = z;
         } else if (R > 0) {
@@ -92,27 +94,13 @@ for (uint tile = threadgroup_position_in_grid.x / SPLITS; tile < tiles; tile += 
   }
 
   if constexpr (PROJECT) {  // by the last simdgroups; the first go on to u
-    constexpr int LANES = N <= 4 ? 1 : mhc::lanes(N);
+    constexpr int LANES = mhc::projecting(N);
     for (int m0 = (SIMDS - 1 - simd) * (32 / LANES); m0 < TILE; m0 += THREADS / LANES) {
       const int m = m0 + lane / LANES;
       const size_t t = first + uint(m);
       const bool live = m < TILE && t < tokens;
-      const int at = (live ? m : 0) * N * N;
-      if constexpr (N <= 4) {
-        float p[N][N];
-        UNROLL for (int q = 0; q < N * N; ++q) p[q / N][q % N] = mix[at + (COLUMNS ? q % N * N + q / N : q)];
-        mhc::sinkhorn_alone<N, START>(p, ITERS, static_cast<float>(params[5]));
-        if (live) {
-          UNROLL for (int q = 0; q < N * N; ++q) h_res[t * (N * N) + q] = OUT_COLUMNS ? p[q % N][q / N] : p[q / N][q % N];
-        }
-      } else {
-        const int line = lane % LANES;
-        float p[N];
-        mhc::sinkhorn<N, START, COLUMNS>(p, mix + at, ITERS, static_cast<float>(params[5]), uint(line), uint(lane), mix);
-        if (live && line < N) {
-          UNROLL for (int j = 0; j < N; ++j) h_res[t * (N * N) + (OUT_COLUMNS ? j * N + line : line * N + j)] = p[j];
-        }
-      }
+      mhc::project_token<N, START, COLUMNS, OUT_COLUMNS>(
+          mix + (live ? m : 0) * N * N, h_res + (live ? t : 0) * (N * N), live, ITERS, static_cast<float>(params[5]), lane);
     }
   }
 
@@ -122,14 +110,15 @@ for (uint tile = threadgroup_position_in_grid.x / SPLITS; tile < tiles; tile += 
     float squared = 0.0f, r = 1.0f;
     UNROLL for (int sweep = NORM ? 0 : 1; sweep < 2; ++sweep) {
       for (int c = lane * VEC; c < C; c += 32 * VEC) {
-        float o[VEC] = {}, v[VEC], w[VEC];
+        float o[VEC] = {}, v[VEC], w[VEC], some = 0.0f;
 #pragma unroll AHEAD
         for (int j = 0; j < N; ++j) {
           mhc::load_floats<VEC>(v, row + j * C + c, whole);
           UNROLL for (int e = 0; e < VEC; ++e) o[e] += pre[i * N + j] * v[e];
         }
         if (sweep == 0) {
-          UNROLL for (int e = 0; e < VEC; ++e) squared += o[e] * o[e];
+          UNROLL for (int e = 0; e < VEC; ++e) some += o[e] * o[e];
+          squared += some;
         } else {
           if (NORM) mhc::load_floats<VEC>(w, weight + c, mhc::aligned<VEC>(weight));
           mhc::Pack<T, VEC> packed;

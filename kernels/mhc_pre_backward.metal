@@ -16,6 +16,7 @@
 //      dh_pre: a simdgroup takes a token. SPLITS threadgroups share a tile, each a range of channels of dx; for n > 8,
 //      where phi is most of the bytes, so that each may make dh_pre and dp anew.
 // template  T, N, OUTS, VEC, THREADS, TILE, SPLITS, HEAD, READ, NORM, PASS (dx_out is given)
+#include "common.h"
 constexpr int SIMDS = THREADS / 32;
 constexpr int GATED = HEAD ? N : 2 * N;
 constexpr int R = OUTS - GATED;

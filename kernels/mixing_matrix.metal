@@ -5,6 +5,7 @@
 //
 // in   logits [M, R] any float     out  h_res [M, N, N] float
 // own  a thread makes a row of a matrix     template  N, R, PERMUTATIONS, THREADS     grid  any number of threadgroups
+#include "permutations.h"
 const size_t rows = size_t(logits_shape[0]) * N;
 for (size_t id = size_t(threadgroup_position_in_grid.x) * THREADS + thread_position_in_threadgroup.x; id < rows;
      id += size_t(threadgroups_per_grid.x) * THREADS) {

@@ -5,6 +5,7 @@
 //
 // in   logits [M, R], dh_res [M, N, N] any float     out  dlogits [M, R] of D
 // own  a thread takes a matrix     template  N, R, PERMUTATIONS, THREADS, D     grid  any number of threadgroups
+#include "permutations.h"
 const size_t count = logits_shape[0];
 for (size_t m = size_t(threadgroup_position_in_grid.x) * THREADS + thread_position_in_threadgroup.x; m < count;
      m += size_t(threadgroups_per_grid.x) * THREADS) {

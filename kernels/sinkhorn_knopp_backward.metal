@@ -7,6 +7,7 @@
 //
 // in   logits [M, N, N], dh_res [M, N, N] any float, eps [1]     out  dlogits [M, N, N] of D
 // own, grid as sinkhorn_knopp     template  N, ITERS, START, COLUMNS, OUT_COLUMNS, THREADS, KEPT, D (dtype of dlogits)
+#include "sinkhorn.h"
 constexpr int W = mhc::lanes(N);
 constexpr int FIRST = mhc::steps_of(START);
 threadgroup float scratch[N > 32 ? 2 * THREADS : 1];

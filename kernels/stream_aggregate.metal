@@ -3,6 +3,7 @@
 // in   x [tokens, N, C] T, h_pre [N] or [tokens, N] any float     out  u [tokens, C] T
 // own  a threadgroup takes tokens in turn, a thread VEC neighbours of all streams: each element is read once
 // template  T, N, VEC, THREADS, PER_TOKEN
+#include "common.h"
 constexpr int AHEAD = N <= 8 ? N : 4;  // streams loaded ahead
 threadgroup float pre[PER_TOKEN ? 1 : N];
 const uint tid = thread_position_in_threadgroup.x;

@@ -3,6 +3,7 @@
 // in   x [tokens, N, C] T, h_pre [N] or [tokens, N] any float, du [tokens, C] T
 // out  dx [tokens, N, C] T; dh_pre [tokens, N] float, or partial [threadgroups, N] float where h_pre is shared
 // own  as stream_aggregate     template  T, N, VEC, THREADS, PER_TOKEN
+#include "common.h"
 constexpr int AHEAD = N <= 8 ? N : 1;
 threadgroup float pre[N];
 threadgroup float scratch[N * THREADS / 32];

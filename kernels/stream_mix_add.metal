@@ -4,6 +4,7 @@
 // out  out [tokens, N, C] T
 // own  a threadgroup takes tokens in turn, a thread VEC neighbours of all streams: each element is read once
 // template  T, N, VEC, THREADS, POST_PER_TOKEN, RES_PER_TOKEN
+#include "common.h"
 constexpr int AHEAD = N <= 8 ? N : 4;  // streams loaded ahead
 threadgroup float mix[RES_PER_TOKEN ? 1 : N * N];  // transposed: mix[j * N + i]
 threadgroup float post[POST_PER_TOKEN ? 1 : N];

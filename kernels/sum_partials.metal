@@ -3,6 +3,7 @@
 // in   partial [G, P] float, H_pre [N], H_post [N] any float, params as in mhc_fused     out  out [P] float
 // GATES: columns 0..N-1 are dh_pre and the next N dh_post; they become the gradients of the logits H_pre and H_post.
 // own  a threadgroup of 256 takes 8 columns, 32 threads a column: each takes every 32nd row     template  N, GATES
+#include "common.h"
 threadgroup float sums[256];
 const uint tid = thread_position_in_threadgroup.x;
 const uint rows = partial_shape[0];

@@ -1,4 +1,6 @@
-// Sums over k of products of tiles, 8 tokens x 32 k by 8 outputs x 32 k; goes after tiles_metal.h or tiles_cuda.h.
+// Sums over k of products of tiles, 8 tokens x 32 k by 8 outputs x 32 k.
+#include "tiles_BACKEND.h"
+
 namespace mhc {
 
 // from[0..COUNT): zeros from the `left`-th on; WHOLE: all or none are left, and from is aligned

@@ -1,8 +1,10 @@
-// Products of matrices by a simdgroup on CUDA: tiles of 8 tokens x 32 k and of 8 outputs x 32 k; goes after common.h, before tiles.h.
+// Products of matrices by a simdgroup on CUDA: tiles of 8 tokens x 32 k and of 8 outputs x 32 k.
 //
 // The instruction multiplies bfloat16. A value of more bits is a sum of parts, each rounded to bfloat16: float32 has
 // three, float16 two; products of parts below the 24th bit are left out. Its 16 rows are two parts of 8 outputs, its 8
 // columns tokens. A lane holds 8 neighbours of its row, which orders k alike on both sides.
+#include "common.h"
+
 namespace mhc {
 
 enum { PHI_ROWS = 1 };
@@ -53,15 +55,17 @@ template <bool FRESH> inline void multiply(float (&d)[4], const uint* a, const u
   }
 }
 
-// s += a lane's share of sum(x ** 2) of its token; then the sum itself, in all lanes of the token. In bfloat16 the
-// squares are the diagonal of the tile times itself.
+// s += a lane's share of sum(x ** 2) of its token; the share at x_k(lane) / 8 of four; their sum, in all lanes of the
+// token. In bfloat16 the squares are the diagonal of the tile times itself: one share.
 template <typename T> inline void add_squares(float (&s)[2], const XTile<T>& x, const Run<T, 8>& r) {
   if constexpr (PARTS<T> == 1) {
     float d[4];
     multiply<true>(d, x.w[0], nullptr, x.w[0]);
     UNROLL for (int e = 0; e < 2; ++e) s[e] += d[e];
   } else {
-    UNROLL for (int e = 0; e < 8; ++e) s[0] += run_float(r, e) * run_float(r, e);
+    float run = 0.0f;
+    UNROLL for (int e = 0; e < 8; ++e) run += run_float(r, e) * run_float(r, e);
+    s[0] += run;
   }
 }
 template <typename T> inline float sum_squares(const float (&s)[2], int lane) {
@@ -71,6 +75,14 @@ template <typename T> inline float sum_squares(const float (&s)[2], int lane) {
   } else {
     const float v = s[0] + simd_shuffle_xor(s[0], 1);
     return v + simd_shuffle_xor(v, 2);
+  }
+}
+template <typename T> inline float share_of_squares(const float (&s)[2], int lane) {
+  if constexpr (PARTS<T> == 1) {
+    const float v = sum_squares<T>(s, lane);
+    return x_k(lane) == 0 ? v : 0.0f;
+  } else {
+    return s[0];
   }
 }
 

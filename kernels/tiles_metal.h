@@ -1,5 +1,7 @@
-// Products of matrices by a simdgroup on Metal: tiles of 8 tokens x 32 k and of 8 outputs x 32 k; goes after common.h, before tiles.h.
+// Products of matrices by a simdgroup on Metal: tiles of 8 tokens x 32 k and of 8 outputs x 32 k.
 // tiles_cuda.h has the same words for CUDA.
+#include "common.h"
+
 namespace mhc {
 
 enum { PHI_ROWS = 2 };  // a lane loads 4 neighbours of two outputs
@@ -29,10 +31,13 @@ template <typename P> inline void to_tile(thread PhiTile<P>& t, const thread Run
   }
 }
 
-// s += a lane's share of sum(x ** 2) of its token; then the sum itself, in all lanes of the token.
+// s += a lane's share of sum(x ** 2) of its token; the share at x_k(lane) / 8 of four; their sum, in all lanes of the token.
 template <typename T> inline void add_squares(thread float (&s)[2], const thread XTile<T>&, const thread Run<T, 8>& r) {
-  UNROLL for (int e = 0; e < 8; ++e) s[0] += run_float(r, e) * run_float(r, e);
+  float run = 0.0f;
+  UNROLL for (int e = 0; e < 8; ++e) run += run_float(r, e) * run_float(r, e);
+  s[0] += run;
 }
+template <typename T> inline float share_of_squares(const thread float (&s)[2], int) { return s[0]; }
 template <typename T> inline float sum_squares(const thread float (&s)[2], int) {
   const float v = s[0] + simd_shuffle_xor(s[0], ushort(1));
   return v + simd_shuffle_xor(v, ushort(8));

@@ -29,6 +29,8 @@ from .ops import (
     mhc_head,
     mhc_layer,
     mhc_pre,
+    mhc_seam,
+    mhc_single_pass,
     mhc_static,
     sinkhorn_knopp,
     stream_aggregate,

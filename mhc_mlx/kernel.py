@@ -25,19 +25,32 @@ def backend() -> str | None:
 
 
 @functools.cache
-def text(name: str) -> str:
-    """A file of kernels/ without its comments, lines kept: MLX hashes the source on every eval,
-    and takes words in it for attributes."""
+def _read(name: str) -> str:
     folder = next((f for f in _FOLDERS if f.is_dir()), None)
     if folder is None:
         raise FileNotFoundError(
             f"[kernel] kernels/ must be at one of {[str(f) for f in _FOLDERS]}."
         )
-    return re.sub(r"[ \t]*//.*", "", (folder / name).read_text())
+    return (folder / name).read_text()
 
 
-# Bodies that multiply tiles of matrices.
-_TILED = ("mhc_pre",)
+@functools.cache
+def text(name: str) -> str:
+    """A file of kernels/ without comments and includes, lines kept: MLX hashes the source on every
+    eval, and takes words in it for attributes."""
+    return re.sub(r"[ \t]*//.*|#include.*", "", _read(name))
+
+
+@functools.cache
+def headers(name: str, backend: str) -> tuple[str, ...]:
+    """The files that a file of kernels/ includes, in order, each once."""
+    found = []
+    for file in re.findall('#include "(.*)"', _read(name)):
+        file = file.replace("BACKEND", backend)
+        found += [f for f in (*headers(file, backend), file) if f not in found]
+    return tuple(found)
+
+
 # NVRTC gives these registers for too few threads at once, or too many and spills, unless told.
 _RESIDENT = ("mhc_pre", "mhc_pre_backward", "mhc_phi_gradient")
 _RESIDENT_THREADS = 512
@@ -52,8 +65,7 @@ def cuda_header(name: str, threads: int) -> str:
 
 
 def _header(name: str, backend: str) -> str:
-    tiles = (f"tiles_{backend}.h", "tiles.h") if name in _TILED else ()
-    return "".join(map(text, ("common.h", *tiles)))
+    return "".join(map(text, headers(f"{name}.metal", backend)))
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import itertools
 
 import mlx.core as mx
 
-from .conventions import PAPER, ROW_FIRST, SINKHORN, Convention
+from .conventions import DEEPSEEK_V4, PAPER, ROW_FIRST, SINKHORN, Convention
 
 
 def _float(*arrays: mx.array) -> list[mx.array]:
@@ -106,6 +106,11 @@ def stream_aggregate(x: mx.array, h_pre: mx.array) -> mx.array:
     """
     xf, h_pre = _float(x, h_pre)
     return (h_pre[..., None] * xf).sum(-2).astype(x.dtype)
+
+
+def _rounded(a: mx.array, dtype: mx.Dtype) -> mx.array:
+    """a as that dtype holds it, in float32; its gradient is the identity."""
+    return a + mx.stop_gradient(a.astype(dtype).astype(mx.float32) - a)
 
 
 def rms_norm(u: mx.array, weight: mx.array, eps: float = 1e-5) -> mx.array:
@@ -329,3 +334,81 @@ def mhc_head(
     alpha, bias = _float(alpha, bias)
     z = alpha * _logits(x, phi, norm_eps) + bias
     return stream_aggregate(x, gates(z, z, convention)[0])
+
+
+def mhc_seam(
+    x: mx.array,
+    y: mx.array,
+    h_pre: mx.array,
+    h_post: mx.array,
+    h_res: mx.array | None = None,
+    weight: mx.array | None = None,
+    eps: float = 1e-5,
+    round_aggregate: bool = False,
+) -> tuple[mx.array, mx.array]:
+    """Between two sublayers of a "single pass" model (DeepSeek V4.1): the write-back of one and
+    what the next one reads, with coefficients that were all made before.
+
+    ``out[i] = sum_j h_res[i, j] x[j] + h_post[i] y``, rounded to x's dtype;
+    ``u = sum_i h_pre[i] out[i]``, or with a weight ``rms_norm(u, weight, eps)``, rounded once.
+
+    Args:
+        x: ``[..., n, C]``.
+        y: ``[..., C]`` in x's dtype.
+        h_pre, h_post: ``[n]``, or ``[..., n]`` with x's leading axes.
+        h_res: ``[n, n]``, or ``[..., n, n]``, row = output; None is the identity.
+        weight: ``[C]``, or None for no RMSNorm.
+        eps: Of that RMSNorm, above 0.
+        round_aggregate: Round as a model does that aggregates and normalises in its own dtype: u to
+            x's dtype before its norm, and ``u * rsqrt(mean(u**2) + eps)`` before the weight. The
+            gradient passes such a rounding unchanged.
+
+    Returns:
+        out ``[..., n, C]`` and u ``[..., C]`` in x's dtype.
+    """
+    xf, yf = _float(x, y)
+    out = _rounded(stream_mix_add(xf, yf, h_post, h_res), x.dtype)
+    u = _read(out, h_pre, weight, eps, x.dtype if round_aggregate else mx.float32)
+    return out.astype(x.dtype), u.astype(x.dtype)
+
+
+def _read(
+    x: mx.array, h_pre: mx.array, weight: mx.array | None, eps: float, dtype: mx.Dtype
+) -> mx.array:
+    """What `mhc_seam` reads of float32 streams, in float32, rounded to dtype in between."""
+    u = stream_aggregate(x, h_pre)
+    if weight is None:
+        return u
+    (weight,) = _float(weight)
+    u = _rounded(u, dtype)
+    unit = u * mx.rsqrt(mx.mean(u * u, axis=-1, keepdims=True) + eps)
+    return _rounded(unit, dtype) * weight
+
+
+def mhc_single_pass(
+    x: mx.array,
+    y: mx.array,
+    phi: mx.array,
+    bias: mx.array,
+    alpha: mx.array,
+    weight: mx.array | None = None,
+    convention: Convention = DEEPSEEK_V4,
+    norm_eps: float = 1e-6,
+    eps: float = 1e-5,
+    round_aggregate: bool = False,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """All that stands between two sublayers of DeepSeek V4.1: the coefficients that x makes, the
+    write-back with them, and what the next sublayer reads with them.
+
+    h_pre, h_post, h_res = mhc_coefficients(x, phi, bias, alpha, convention, norm_eps);
+    out, u = mhc_seam(x, y, h_pre, h_post, h_res, weight, eps, round_aggregate).
+
+    Args:
+        x, y, weight, eps, round_aggregate: As in `mhc_seam`.
+        phi, bias, alpha, convention, norm_eps: As in `mhc_coefficients`.
+
+    Returns:
+        out and u as in `mhc_seam`, and h_pre ``[..., n]`` float32.
+    """
+    h_pre, h_post, h_res = mhc_coefficients(x, phi, bias, alpha, convention, norm_eps)
+    return *mhc_seam(x, y, h_pre, h_post, h_res, weight, eps, round_aggregate), h_pre

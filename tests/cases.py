@@ -11,7 +11,8 @@ from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE, UNCONSTRAINED
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 CONVENTIONS = {c.name: c for c in (PAPER, ROW_FIRST, ADDITIVE, DEEPSEEK_V4)}
 EXACT = {c.name: c for c in (MHC_LITE, KRONECKER, IDENTITY, UNCONSTRAINED)}  # no half-steps
-PROJECTED = ("mhc_coefficients", "mhc_pre", "mhc_head")  # ops that take phi, bias and alpha
+PROJECTED = ("mhc_coefficients", "mhc_pre", "mhc_head")  # ops of x, phi, bias and alpha
+SEAMS = ("mhc_seam", "mhc_single_pass")
 STREAMS = (1, 2, 3, 4, 8, 12, 16, 32, 64)
 # smallest, one pack, prime and ragged, small, ragged above a simdgroup, and three model widths
 CHANNELS = (1, 8, 31, 64, 129, 1280, 1920, 4096)
@@ -22,7 +23,7 @@ GRADIENT = 4e-6  # times sqrt(tokens) times the largest gradient, in float32
 REFERENCE = 3  # times that for the reference: MLX's plain sums over a row are less exact
 HALF_GRADIENT_ULPS = 1  # more, where the gradient itself is float16 or bfloat16
 AT_SCALE = ((0.1, 1e-5), (1.0, 1e-5), (5.0, 1e-5), (30.0, 1e-3))  # of logits; largest gradients
-MAX_VARIANTS = (150, 200)  # of COVERING, of DYNAMIC
+MAX_VARIANTS = (150, 220, 110)  # of COVERING, of DYNAMIC, of SINGLE
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Case:
     weights: str = "float32"  # dtype of coefficients and weights
     scale: float = 2.0  # of logits
     phi: str = "float32"  # dtype of phi
-    norm: bool = True  # mhc_pre has a weight
+    norm: bool = True  # mhc_pre, mhc_seam, mhc_single_pass have a weight
+    rounded: bool = False  # round_aggregate
     norm_eps: float = 1e-6
 
     def __str__(self) -> str:
@@ -57,6 +59,7 @@ class Case:
         marks += ["identity"] * self.identity + [f"offset{self.offset}"] * bool(self.offset)
         marks += [self.weights] * (self.weights != "float32")
         marks += [f"phi-{self.phi}"] * (self.phi != "float32") + ["plain"] * (not self.norm)
+        marks += ["rounded"] * self.rounded
         marks += [f"scale{self.scale:g}"] * (self.scale != 2.0)
         lead = "x".join(map(str, self.lead)) or "one"
         return "-".join([self.op, lead, f"n{self.n}", f"C{self.C}", self.dtype, *marks])
@@ -77,14 +80,16 @@ class Case:
             "mhc_coefficients": (c, norm_eps),
             "mhc_pre": (c, norm_eps, eps),
             "mhc_head": (c, norm_eps),
+            "mhc_seam": (eps, self.rounded),
+            "mhc_single_pass": (c, norm_eps, eps, self.rounded),
         }.get(self.op, (eps,))
 
     @property
-    def absent(self) -> int | None:
-        """Which of the arrays is None."""
-        if self.op == "mhc_pre":
-            return None if self.norm else 4
-        return 3 if self.identity else None
+    def absent(self) -> list[int]:
+        """Which of the arrays are None."""
+        weight = {"mhc_pre": 4, "mhc_seam": 5, "mhc_single_pass": 5}.get(self.op)
+        mixing = 4 if self.op == "mhc_seam" else 3
+        return [mixing] * self.identity + [weight] * (weight is not None and not self.norm)
 
     def arrays(self, seed: int = 0) -> list[mx.array | None]:
         """Non-symmetric random inputs; each slice starts ``offset`` elements into its buffer."""
@@ -113,21 +118,26 @@ class Case:
         if self.op == "project":
             return [logits((*lead, self.convention.res_size(n)))]
         x, weight = array((*lead, n, C), self.dtype), array((C,), w2, 0.5)
-        if self.op in PROJECTED:  # logits alpha * l + bias, l of variance 1
+        last = [weight if self.norm else None]
+        if self.op in (*PROJECTED, "mhc_single_pass"):  # logits alpha * l + bias, l of variance 1
             head, half = self.op == "mhc_head", self.scale / 2**0.5
             outs = n if head else 2 * n + self.convention.res_size(n)
             phi = array((outs, n * C), self.phi, scale=(n * C) ** -0.5)
             positive = 0.1 if self.convention.start == "additive" else None
             bias = array((outs,), w2, positive, 1.0 if positive else half)
             alpha = array((1 if head else 3,), w, 0.5, half)
-            last = [weight if self.norm else None] if self.op == "mhc_pre" else []
-            return [x, phi, bias, alpha, *last]
+            last = last if self.op in ("mhc_pre", "mhc_single_pass") else []
+            y = [array((*lead, C), self.dtype)] if self.op == "mhc_single_pass" else []
+            return [x, *y, phi, bias, alpha, *last]
         post = array((*lead, n) if self.per_token[0] else (n,), w, 0.2)
         if self.op == "stream_aggregate":
             return [x, post]
         res = None if self.identity else array((*lead, n, n) if self.per_token[1] else (n, n), w)
         if self.op == "stream_mix_add":
             return [x, array((*lead, C), self.dtype), post, res]
+        if self.op == "mhc_seam":  # h_pre per token where one of the others is
+            pre = array((*lead, n) if any(self.per_token) else (n,), w2, 0.2)
+            return [x, array((*lead, C), self.dtype), pre, post, res, *last]
         pre = array((n,), w2, 0.2)
         if self.op == "stream_aggregate_norm":
             return [x, pre, weight]
@@ -189,7 +199,7 @@ def dynamic() -> list[Case]:
     f32, f16, bf16 = DTYPES
     P, R, V4, L, K = PAPER, ROW_FIRST, DEEPSEEK_V4, MHC_LITE, KRONECKER
     none, free = IDENTITY, UNCONSTRAINED
-    few, many, axes = (5,), (70,), (2, 3)
+    two, few, many, axes = (2,), (5,), (70,), (2, 3)  # two: few enough for mhc_sweep
     pre = [
         (few, 1, 8, f32, P, {}),
         (axes, 1, 31, bf16, none, {"norm": False}),
@@ -201,6 +211,9 @@ def dynamic() -> list[Case]:
         (axes, 4, 1280, f32, P, {}),
         (many, 4, 64, f32, P, {"norm": False}),
         ((), 4, 1280, bf16, V4, {"weights": bf16, "phi": bf16, "norm": False}),  # decoding
+        ((), 4, 1280, f16, R, {}),
+        (two, 8, 129, f32, P, {}),
+        (two, 3, 31, f16, L, {"offset": 1}),
         (few, 4, 1280, f16, L, {"offset": 1}),
         (axes, 4, 129, bf16, R, {"weights": f16}),
         (many, 4, 31, bf16, K, {"offset": 1, "norm": False}),
@@ -217,6 +230,7 @@ def dynamic() -> list[Case]:
     ]
     made = [
         (few, 1, 129, f16, L, {}),
+        (two, 2, 64, f32, R, {}),
         (axes, 2, 31, f32, R, {"weights": bf16}),
         (many, 4, 129, f32, V4, {"offset": 1}),
         ((), 4, 64, bf16, free, {"phi": bf16}),
@@ -227,6 +241,7 @@ def dynamic() -> list[Case]:
     ]
     head = [
         (few, 1, 1, f32, P, {}),
+        (two, 4, 129, bf16, V4, {}),
         (axes, 4, 1280, bf16, V4, {"phi": bf16}),
         (many, 3, 129, f16, V4, {"offset": 1}),
         (few, 16, 31, f32, none, {"weights": f16}),
@@ -260,3 +275,46 @@ def dynamic() -> list[Case]:
 
 
 DYNAMIC = dynamic()
+
+
+def single() -> list[Case]:
+    """The ops of "single pass" models: every dtype, rounding and way to share coefficients."""
+    f32, f16, bf16 = DTYPES
+    two, few, axes = (2,), (5,), (2, 3)
+    each = {"per_token": (True, True)}
+    seam = [
+        (axes, 4, 1280, bf16, each | {"rounded": True}),
+        (few, 4, 64, f32, each),
+        (few, 1, 31, f16, {"offset": 1}),
+        (axes, 2, 129, bf16, {"per_token": (True, False), "weights": bf16, "offset": 1}),
+        (few, 3, 8, f32, {"per_token": (False, True), "norm": False}),
+        ((), 4, 129, f16, {"identity": True, "rounded": True}),
+        (few, 8, 64, bf16, each),
+        (axes, 8, 31, f32, each | {"norm": False, "rounded": True}),
+        (two, 8, 1280, f32, each),  # backward: a token is read twice, as in the first
+        ((1,), 2, 8224, bf16, each),  # u not in registers
+        (two, 12, 31, f32, each | {"weights": f16}),
+        (two, 32, 8, bf16, {"norm": False, "identity": True}),
+        ((0,), 4, 8, f32, each),
+    ]
+    whole = [  # one and two tokens: what mhc_sweep projects
+        ((), 4, 1280, bf16, DEEPSEEK_V4, {"rounded": True, "weights": bf16}),
+        (two, 4, 129, f16, DEEPSEEK_V4, {"offset": 1}),
+        (two, 8, 31, f32, ROW_FIRST, {"norm": False}),
+        (few, 4, 129, f32, DEEPSEEK_V4, {}),
+        (axes, 4, 64, bf16, PAPER, {"norm": False, "phi": bf16}),
+        (few, 2, 31, f16, IDENTITY, {}),
+        (few, 3, 8, bf16, MHC_LITE, {"rounded": True}),
+        (two, 12, 8, f32, PAPER, {}),
+        ((0,), 4, 8, f32, DEEPSEEK_V4, {}),
+    ]
+    cases = []
+    for *shape, special in seam:  # n = 1 is scale-free otherwise: see covering()
+        eps = 0.5 if shape[1] == 1 else 1e-5
+        cases.append(Case("mhc_seam", *shape, eps=eps, **special))
+    for *shape, convention, special in whole:
+        cases.append(Case("mhc_single_pass", *shape, convention, **special))
+    return cases
+
+
+SINGLE = single()

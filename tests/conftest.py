@@ -16,7 +16,7 @@ from mhc_mlx import kernel, ops
 variants: set = set()
 # In the simulator: so few threadgroups that each takes several of a case's tokens or matrices.
 FEW_GROUPS = {"FORWARD_GROUPS": 2, "MANY_GROUPS": 2, "BACKWARD_THREADS": 64}
-FEW_TOKENS = 6  # so few that cases have both sizes of tile
+FEW_TOKENS = {"FEW_TOKENS": 6, "SWEEP_TOKENS": 2}  # so few that cases have both sizes of tile
 
 
 def pytest_addoption(parser):
@@ -70,9 +70,8 @@ def executor(rung: str, few_groups: bool = True):
     Yields the set of the variants that were launched.
     """
     launch, backend = kernel.launch, kernel.backend
-    literals = {k: getattr(ops.geometry, k) for k in (*FEW_GROUPS, "FEW_TOKENS")}
-    if rung != "stand-in":
-        ops.geometry.FEW_TOKENS = FEW_TOKENS
+    literals = {k: getattr(ops.geometry, k) for k in (*FEW_GROUPS, *FEW_TOKENS)}
+    vars(ops.geometry).update(FEW_TOKENS)
     if rung == "simulator":
         import simulator
 

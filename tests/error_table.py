@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # mhc_mlx, from a checkout
 
-from cases import DTYPES, PROJECTED, Case
+from cases import DTYPES, PROJECTED, SEAMS, Case
 from conftest import executor, missing
 from test_parity import errors, results
 from tqdm import tqdm
@@ -27,7 +27,7 @@ from mhc_mlx import DEEPSEEK_V4, PAPER, ROW_FIRST, kernel, ops, reference
 from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE, UNCONSTRAINED
 
 OPS = ("sinkhorn_knopp", "stream_aggregate_norm", "stream_mix_add", "mhc_static", "mhc_layer")
-OPS += ("stream_aggregate", *PROJECTED)
+OPS += ("stream_aggregate", *PROJECTED, *SEAMS)
 RUNGS = ("reference", "simulator", "gpu")
 QUANTITIES = ("output", "gradient")
 TOKENS = 12  # in two axes: enough values for a percentile, and sums over tokens that round
@@ -65,11 +65,13 @@ def variants(case: Case) -> list[Case]:
         return [replace(case, convention=ROW_FIRST, **logits)]
     if case.op in ("stream_aggregate", "stream_mix_add"):
         return [case, replace(case, per_token=(True, case.op == "stream_mix_add"))]
+    if case.op == "mhc_seam":
+        return [replace(case, per_token=(True, True), norm=norm) for norm in (True, False)]
     if case.op in ("mhc_coefficients", "mhc_pre"):
         norms = (True, case.op != "mhc_pre", True)
         made = zip(SHAPES[case.n, case.C], norms, strict=False)
         return [replace(case, convention=c, norm=norm) for c, norm in made]
-    made = {"mhc_layer": ROW_FIRST, "mhc_head": DEEPSEEK_V4}
+    made = {"mhc_layer": ROW_FIRST, "mhc_head": DEEPSEEK_V4, "mhc_single_pass": DEEPSEEK_V4}
     return [replace(case, convention=made.get(case.op))]
 
 

@@ -65,7 +65,7 @@ fused, common = mistakes("mhc_fused"), mistakes("mhc_fused", "common.h")
 add, back = mistakes("stream_mix_add"), mistakes("mhc_backward")
 back_common = mistakes("mhc_backward", "common.h")
 tiled, sums = mistakes("mhc_backward_tiled"), mistakes("sum_partials")
-sink, sink_common = mistakes("sinkhorn_knopp"), mistakes("sinkhorn_knopp", "common.h")
+sink, sink_common = mistakes("sinkhorn_knopp"), mistakes("sinkhorn_knopp", "sinkhorn.h")
 sink_back = mistakes("sinkhorn_knopp_backward")
 OUTSIDE, BOUNDS, TWO = "out of bounds", "the bounds of an array", "which thread"
 RACE, UNWRITTEN = "race", "nobody wrote"
@@ -156,9 +156,9 @@ SHARED = [
         "half a step too few", SINKHORN, "k < 2 * iters", "k < 2 * iters - 1", parity=WRONG
     ),
     sink_common(
-        "no barrier across two simdgroups", SINKHORN_64, BARRIER, "", nth=3, rules=UNWRITTEN
+        "no barrier across two simdgroups", SINKHORN_64, BARRIER, "", nth=0, rules=UNWRITTEN
     ),
-    sink_common("no barrier after a gather", SINKHORN_64, BARRIER, "", nth=6, rules=RACE),
+    sink_common("no barrier after a gather", SINKHORN_64, BARRIER, "", nth=3, rules=RACE),
     # mhc_fused
     fused("no barrier after the coefficients", STATIC, BARRIER, "", rules=UNWRITTEN),
     fused(

@@ -67,7 +67,8 @@ PRE_BANDS = Threads("mhc_pre", (9,), 4, 64, convention=PAPER)  # two bands of ei
 PRE_SLICE = Slice("mhc_pre", (5,), 4, 64, convention=PAPER)
 
 pre, pre_back = mistakes("mhc_pre"), mistakes("mhc_pre_backward")
-outer, pre_common = mistakes("mhc_phi_gradient"), mistakes("mhc_pre", "common.h")
+outer, alone = mistakes("mhc_phi_gradient"), mistakes("mhc_pre", "sinkhorn.h")
+made = mistakes("mhc_pre", "coefficients.h")
 tiles, metal = mistakes("mhc_pre", "tiles.h"), mistakes("mhc_pre", "tiles_metal.h")
 cuda = mistakes("mhc_pre", "tiles_cuda.h")
 read, read_back = mistakes("stream_aggregate"), mistakes("stream_aggregate_backward")
@@ -153,7 +154,7 @@ PER_TOKEN = [
         parity=WRONG,
     ),
     pre("alpha of pre alone", PRE, "alpha[part]", "alpha[0]", parity=WRONG),
-    pre("post_eps of pre", PRE_EPS, "params[2]", "params[0]", parity=WRONG),
+    made("post_eps of pre", PRE_EPS, "part == 0 ? 0 : 2", "0", parity=WRONG),
     pre("bias saved", PRE, "+ o] = unit;", "+ o] = z;", parity=WRONG),
     pre("the token's norm not saved", PRE, "+ OUTS] = scale[i]", "+ OUTS] = 1.0f", parity=WRONG),
     pre(
@@ -182,21 +183,21 @@ PER_TOKEN = [
         "tile += threadgroups_per_grid.x",
         rules="nobody writes",
     ),
-    pre(
+    made(
         "logits by columns",
         PRE_RAGGED,
         "COLUMNS ? q % N * N + q / N : q",
         "COLUMNS ? q : q % N * N + q / N",
         parity=WRONG,
     ),
-    pre(
+    made(
         "h_res by columns",
         PRE,
         "OUT_COLUMNS ? p[q % N][q / N] : p[q / N][q % N]",
         "p[q / N][q % N]",
         parity=WRONG,
     ),
-    pre(
+    made(
         "h_res by columns, a line per lane",
         PRE_5,
         "OUT_COLUMNS ? j * N + line : line * N + j",
@@ -204,17 +205,10 @@ PER_TOKEN = [
         parity=WRONG,
     ),
     pre("an iteration too few", FEW, "ITERS, static", "ITERS - 1, static", parity=WRONG),
-    pre(
-        "an iteration too few, a line per lane",
-        FEW_5,
-        "ITERS, static",
-        "ITERS - 1, static",
-        nth=1,
-        parity=WRONG,
-    ),
+    made("an iteration too few, a line per lane", FEW_5, "z, iters", "z, iters - 1", parity=WRONG),
     pre("matrices past the last", PRE, "m < TILE && t < tokens", "m < TILE", rules=UNWRITTEN),
-    pre("matrices past the tile", PRE_MANY, "m < TILE && t < tokens", "t < tokens", rules=BOUNDS),
-    pre("idle lanes write", PRE_5, "live && line < N", "live", rules=TWO),
+    pre("matrices past the tile", PRE_MANY, "m < TILE && t < tokens", "t < tokens", rules=OUTSIDE),
+    made("idle lanes write", PRE_5, "live && line < N", "live", rules=TWO),
     pre(
         "h_pre of another token",
         PRE,
@@ -227,21 +221,19 @@ PER_TOKEN = [
     pre(
         "a square of each pack",
         PRE,
-        "squared += o[e] * o[e]",
-        "squared += o[0] * o[0]",
+        "some += o[e] * o[e]",
+        "some += o[0] * o[0]",
         parity=WRONG,
     ),
-    pre_common(
-        "eps dropped, a lane alone", PRE_EPS, "float d = eps;", "float d = 0.0f;", parity=WRONG
-    ),
-    pre_common(
+    alone("eps dropped, a lane alone", PRE_EPS, "float d = eps;", "float d = 0.0f;", parity=WRONG),
+    alone(
         "lines for columns, a lane alone",
         PRE,
         "k % 2 == 0 ? p[a][b] : p[b][a]",
         "p[a][b]",
         parity=WRONG,
     ),
-    pre_common(
+    alone(
         "half a step too few, a lane alone",
         FEW,
         "k < 2 * iters",
@@ -344,7 +336,7 @@ PER_TOKEN = [
         "to_tile(XTile",
         dialect="address space",
     ),
-    metal("half of the squares", PRE, "e < 8; ++e) s[0]", "e < 4; ++e) s[0]", parity=WRONG),
+    metal("half of the squares", PRE, "e < 8; ++e) run", "e < 4; ++e) run", parity=WRONG),
     metal("squares of other lanes", PRE, "ushort(8)", "ushort(16)", parity=WRONG),
     cuda("a shorter instruction", PRE, "m16n8k16", "m16n8k8", nvrtc="mma"),
     cuda("a float in an integer's register", PRE, '"=r"(w)', '"=f"(w)', nvrtc="cvt"),

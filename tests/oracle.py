@@ -70,15 +70,16 @@ def gates(H_pre, H_post, convention):
     return (pre + c.pre_eps, c.post_scale * post + c.post_eps), backward
 
 
-def rms_norm(u, weight, eps):
+def rms_norm(u, weight, eps, rounded=lambda a: a):
     r = 1 / np.sqrt((u * u).mean(axis=-1, keepdims=True) + eps)
+    unit = rounded(u * r)
 
     def backward(dy):
         g = dy * weight
         du = r * g - r**3 * u * (g * u).mean(axis=-1, keepdims=True)
-        return du, over_tokens((dy * u * r), 1)
+        return du, over_tokens(dy * unit, 1)
 
-    return u * r * weight, backward
+    return unit * weight, backward
 
 
 def over_tokens(a, ndim):
@@ -251,3 +252,53 @@ def mhc_head(x, phi, bias, alpha, convention, norm_eps=1e-6):
         return dx_made + dx_read, dphi, over_tokens(dz, 1), (dz * logits).sum().reshape(1)
 
     return u, backward
+
+
+def mhc_seam(
+    x, y, h_pre, h_post, h_res, weight, eps=1e-5, round_aggregate=False, out=None, rounded=None
+):
+    """``out`` is the streams as they were rounded, ``rounded`` rounds to their dtype."""
+    made, back = stream_mix_add(x, y, h_post, h_res)
+    streams = made if out is None else out
+    u, read_back = stream_aggregate(streams, h_pre)
+    inside = rounded if round_aggregate and rounded else lambda a: a
+    u, norm_back = (
+        (u, lambda du: (du,)) if weight is None else rms_norm(inside(u), weight, eps, inside)
+    )
+
+    def backward(g):
+        dout, du = g
+        du, *dweight = norm_back(du)
+        dread, dh_pre = read_back(du)
+        dx, dy, dh_post, *dh_res = back(dout + dread)
+        return dx, dy, dh_pre, dh_post, *dh_res, *dweight
+
+    return (made, u), backward
+
+
+def mhc_single_pass(
+    x,
+    y,
+    phi,
+    bias,
+    alpha,
+    weight,
+    convention,
+    norm_eps=1e-6,
+    eps=1e-5,
+    round_aggregate=False,
+    out=None,
+    rounded=None,
+):
+    (h_pre, h_post, *h_res), make_back = mhc_coefficients(x, phi, bias, alpha, convention, norm_eps)
+    mixing = h_res[0] if h_res else None
+    made, back = mhc_seam(x, y, h_pre, h_post, mixing, weight, eps, round_aggregate, out, rounded)
+
+    def backward(g):
+        dout, du, dh_pre = g
+        dx, dy, dpre, dpost, *rest = back((dout, du))
+        dres, dweight = rest[: len(h_res)], rest[len(h_res) :]
+        dx_made, *dmade = make_back((dpre + dh_pre, dpost, *dres))
+        return dx + dx_made, dy, *dmade, *dweight
+
+    return (*made, h_pre), backward

@@ -16,7 +16,19 @@ import mlx.core as mx
 import numpy as np
 import simulator
 import standin
-from cases import CONVENTIONS, COVERING, DTYPES, DYNAMIC, EXACT, OUTPUT_ULPS, PROJECTED, ULP, Case
+from cases import (
+    CONVENTIONS,
+    COVERING,
+    DTYPES,
+    DYNAMIC,
+    EXACT,
+    OUTPUT_ULPS,
+    PROJECTED,
+    SEAMS,
+    SINGLE,
+    ULP,
+    Case,
+)
 from conftest import executor
 from test_parity import doubles, results
 from test_traffic import words
@@ -24,7 +36,7 @@ from test_traffic import words
 from mhc_mlx import kernel, ops
 
 OPS = ("mhc_static", "mhc_layer", "stream_mix_add", "stream_aggregate_norm", "sinkhorn_knopp")
-OPS += ("stream_aggregate", *PROJECTED)
+OPS += ("stream_aggregate", *PROJECTED, *SEAMS)
 
 
 def first_wrong(record: simulator.Record, name: str, got: mx.array, want: mx.array) -> str | None:
@@ -97,11 +109,11 @@ def main() -> None:
     parser.add_argument("--per-token", action="store_true", help="h_post and h_res of each token")
     parser.add_argument("--source", action="store_true", help="print the Metal source")
     args = parser.parse_args()
-    cases = [c for c in COVERING + DYNAMIC if args.case and args.case in str(c)]
+    cases = [c for c in COVERING + DYNAMIC + SINGLE if args.case and args.case in str(c)]
     if args.case and not cases:
         parser.error(f"no case has {args.case!r} in its name")
     if not cases:
-        made = args.op in ("mhc_layer", "sinkhorn_knopp", *PROJECTED)
+        made = args.op in ("mhc_layer", "sinkhorn_knopp", "mhc_single_pass", *PROJECTED)
         convention = (CONVENTIONS | EXACT)[args.convention] if made else None
         shape = (args.n, args.n if args.op == "sinkhorn_knopp" else args.C)
         each = (args.per_token,) * 2

@@ -15,7 +15,7 @@ from mhc_mlx.conventions import STARTS
 COEFFICIENTS = ("h_pre", "h_post", "h_res", "weight")  # in the order of the columns of `partial`
 
 SAME = {"x", "y", "dout", "du", "dx_out", "partial"}  # of dtype T
-FLOAT32 = {"params", "eps", "l", "dz_res", "dp", "dh_pre", "dh_post"}
+FLOAT32 = {"params", "eps", "l", "dz_res", "dp", "runs", "dh_pre", "dh_post"}
 
 
 def opaque(a: mx.array) -> mx.array:
@@ -198,10 +198,64 @@ def mhc_phi_gradient(t, groups, x, dp):
     return {"partial": partials(chunks, (dp[..., None] * v[:, None]).sum(0))}
 
 
+def mhc_sweep(t, groups, x, phi):
+    v = x.reshape(len(x), -1)
+    fill = -v.shape[1] % 32
+    v, phi = (mx.pad(a, [(0, 0), (0, fill)]).reshape(len(a), -1, 32) for a in (v, phi))
+    products = (v[:, None] * phi).sum(-1).swapaxes(1, 2)
+    return {
+        "runs": mx.concatenate(
+            [products, mx.pad((v * v).sum(-1)[..., None], [(0, 0)] * 2 + [(0, 3)])], -1
+        )
+    }
+
+
+def seam(t, params):
+    """The function of a launch with ready coefficients, whose last argument is the weight."""
+    inside = t["T"] if t["ROUND"] else mx.float32
+
+    def f(x, y, h_pre, h_post, h_res, weight=None):
+        out = reference._rounded(reference.stream_mix_add(x, y, h_post, h_res), t["T"])
+        return out, reference._read(out, h_pre, weight, params[4], inside)
+
+    return f
+
+
+def mhc_seam(t, groups, x, params, runs=None, bias=None, alpha=None, y=None, weight=None, **h):
+    n, made = t["N"], {}
+    if t["SWEPT"]:
+        sums = runs.sum(1)
+        scale = mx.rsqrt(sums[:, t["OUTS"] :].sum(-1, keepdims=True) / x[0].size + params[3])
+        unit, (logits, pre, post) = scale * sums[:, : t["OUTS"]], pre_parts(t, alpha, bias, params)
+        z = logits(unit)
+        h = {"h_pre": pre(z[:, :n]), "h_post": post(z[:, n : 2 * n])}
+        made |= {"l": mx.concatenate([unit, scale], -1)} if t["SAVE"] else {}
+        made |= {"made_pre": h["h_pre"]} if t["WRITE_PRE"] else {}
+        made |= {} if t["HEAD"] or t["BACK"] else {"made_post": h["h_post"]}
+        if t["PROJECT"]:
+            c = convention(t, params[5])
+            h["h_res"] = reference.sinkhorn_knopp(z[:, 2 * n :].reshape(-1, n, n), c)
+            made |= {} if t["BACK"] else {"made_res": h["h_res"].reshape(-1, n * n)}
+        elif not t["HEAD"] and t["OUTS"] > 2 * n:
+            made["logits"] = z[:, 2 * n :]
+    if t["BACK"]:
+        made["out"], made["u"] = seam(t, params)(x, y, h["h_pre"], h["h_post"], h["h_res"], weight)
+    elif t["READ"]:
+        made["u"] = reference._read(x, h["h_pre"], weight, params[4], mx.float32)
+    return made
+
+
+def mhc_seam_backward(t, groups, dout, du, params, **arrays):
+    gradients = mx.vjp(seam(t, params), list(arrays.values()), [dout, du])[1]
+    made = {f"d{k}": g for k, g in zip(arrays, gradients, strict=True)}
+    return made | ({"partial": partials(groups, made.pop("dweight"))} if t["NORM"] else {})
+
+
 BODIES = {f.__name__: f for f in (sinkhorn_knopp, sinkhorn_knopp_backward, stream_mix_add)}
 BODIES |= {f.__name__: f for f in (mhc_fused, mhc_backward, sum_partials)}
 BODIES |= {f.__name__: f for f in (stream_aggregate, stream_aggregate_backward, mixing_matrix)}
 BODIES |= {f.__name__: f for f in (mixing_matrix_backward, mhc_pre, mhc_pre_backward)}
+BODIES |= {f.__name__: f for f in (mhc_sweep, mhc_seam, mhc_seam_backward)}
 BODIES["mhc_phi_gradient"] = mhc_phi_gradient
 BODIES["mhc_backward_tiled"] = mhc_backward
 
@@ -216,23 +270,25 @@ def promised(t: dict, given: dict) -> dict:
         shape = (count, t["N"], t["N"])
         return {"logits": (count, t["R"]) if "R" in t else shape, "dh_res": shape, "eps": (1,)}
     tokens, n, C = given["x"].shape
+    seam = "ROUND" in t  # its coefficients are per token
     outs, gated = t.get("OUTS"), n if t.get("HEAD") else 2 * n
     made = {"phi": (outs, n * C), "bias": (outs,), "dp": (tokens, outs)}
+    made |= {"runs": (tokens, -(-n * C // 32), outs + 4)} if outs else {}
     made |= {"dz_res": (tokens, outs - gated), "l": (tokens, outs + 1)} if outs else {}
     return made | {
         "x": (tokens, t["N"], C),
         "y": (tokens, C),
-        "dout": (tokens, n, C) if t.get("MIX") else (tokens, C),
+        "dout": (tokens, n, C) if t.get("MIX") or seam else (tokens, C),
         "du": (tokens, C),
         "dx_out": (tokens, n, C),
         "alpha": (1,) if t.get("HEAD") else (3,),
-        "h_pre": (tokens, n) if t.get("PER_TOKEN", outs) else (n,),
+        "h_pre": (tokens, n) if t.get("PER_TOKEN", outs or seam) else (n,),
         "dh_pre": (tokens, n),
         "dh_post": (tokens, n),
-        "h_post": (tokens, n) if t.get("POST_PER_TOKEN") else (n,),
-        "h_res": (tokens, n, n) if t.get("RES_PER_TOKEN") else (n, n),
+        "h_post": (tokens, n) if t.get("POST_PER_TOKEN") or seam else (n,),
+        "h_res": (tokens, n, n) if t.get("RES_PER_TOKEN") or seam else (n, n),
         "weight": (C,),
-        "params": (6,) if outs else (5,),
+        "params": (6,) if outs or seam else (5,),
     }
 
 

@@ -171,6 +171,8 @@ def calls(lead=LEAD, dtype=mx.float32):
         "read": ("stream_aggregate", [x, pre]),
         "read each": ("stream_aggregate", [x, post_each]),
     }
+    made["seam"] = ("mhc_seam", [x, y, pre, post, res, weight])
+    made["seam each"] = ("mhc_seam", [x, y, post_each, post_each[..., ::-1], res_each])
     for c in DYNAMIC:
         outs = 2 * N + c.res_size(N)
         phi = (mx.random.normal((outs, N * C)) / (N * C) ** 0.5).astype(dtype)
@@ -178,6 +180,8 @@ def calls(lead=LEAD, dtype=mx.float32):
         made[f"coefficients {c.name}"] = ("mhc_coefficients", [x, phi, bias, alpha], c)
         made[f"pre {c.name}"] = ("mhc_pre", [x, phi, bias, alpha], c)
         made[f"pre norm {c.name}"] = ("mhc_pre", [x, phi, bias, alpha, weight], c)
+        if c in (DEEPSEEK_V4, MHC_LITE, IDENTITY):
+            made[f"single pass {c.name}"] = ("mhc_single_pass", [x, y, phi, bias, alpha, weight], c)
     made["head"] = ("mhc_head", [x, phi[:N], bias[:N], alpha[:1]], DEEPSEEK_V4)
     return made
 

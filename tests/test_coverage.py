@@ -4,7 +4,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from cases import COVERING, DYNAMIC
+from cases import COVERING, DYNAMIC, SINGLE
 from test_parity import results
 
 from mhc_mlx import kernel, ops
@@ -34,9 +34,11 @@ def uncovered(monkeypatch):
 
 def test_every_body_has_a_case(uncovered):
     assert BODIES, "no kernels/*.metal"
-    assert uncovered(COVERING + DYNAMIC, BODIES) == set(), "bodies without a case in tests/cases.py"
+    assert uncovered(COVERING + DYNAMIC + SINGLE, BODIES) == set(), (
+        "bodies without a case in tests/cases.py"
+    )
 
 
 def test_a_body_without_a_case_is_named(uncovered):
-    few_streams = [case for case in COVERING + DYNAMIC if case.n <= 8]
+    few_streams = [case for case in COVERING + DYNAMIC + SINGLE if case.n <= 8]
     assert uncovered(few_streams, BODIES | {"made_up"}) == {"made_up", "mhc_backward_tiled"}

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from cases import COVERING, DYNAMIC
+from cases import COVERING, DYNAMIC, SINGLE
 from conftest import executor
 from test_parity import results
 
 from mhc_mlx import kernel, ops
 
 
-@pytest.mark.parametrize("case", COVERING + DYNAMIC, ids=str)
+@pytest.mark.parametrize("case", COVERING + DYNAMIC + SINGLE, ids=str)
 def test_is_metal(case, need):
     need("dialect")
     with executor("dialect"):

@@ -2,12 +2,12 @@
 
 import error_table
 import pytest
-from cases import CONVENTIONS, DTYPES, EXACT, OUTPUT_ULPS, PROJECTED, Case
+from cases import CONVENTIONS, DTYPES, EXACT, OUTPUT_ULPS, PROJECTED, SEAMS, Case
 from conftest import missing
 
 from mhc_mlx import PAPER
 
-OPS = ("stream_mix_add", "stream_aggregate", *PROJECTED)
+OPS = ("stream_mix_add", "stream_aggregate", *PROJECTED, *SEAMS)
 
 
 def test_quick_table(capsys):
@@ -20,7 +20,11 @@ def test_quick_table(capsys):
         assert 0 < percentile <= largest <= OUTPUT_ULPS
         assert 0 < row.figures["gradient"][1] <= row.figures["gradient"][0] < float("inf")
         # an output in 16 bits is rounded once, and its float32 error is next to nothing
-        floats = row.case.op in ("mhc_coefficients", "mhc_pre")  # some or all outputs
+        floats = row.case.op in (
+            "mhc_coefficients",
+            "mhc_pre",
+            "mhc_single_pass",
+        )  # some or all outputs
         assert row.case.dtype == "float32" or floats or largest < 0.51
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(OPS) * len(DTYPES)
@@ -36,6 +40,7 @@ def test_variants():
     assert {case.norm for case in of["mhc_pre"]} == {True, False}
     assert {case.per_token for case in of["stream_mix_add"]} == {(False, False), (True, True)}
     assert {case.per_token[0] for case in of["stream_aggregate"]} == {True, False}
+    assert {case.norm for case in of["mhc_seam"]} == {True, False}
 
 
 def test_a_wrong_result_shows(monkeypatch):

@@ -8,7 +8,18 @@ from functools import partial
 
 import numpy as np
 import pytest
-from cases import CONVENTIONS, DRAWS, DTYPES, EXACT, GRADIENT, OUTPUT_ULPS, PROJECTED, ULP, Case
+from cases import (
+    CONVENTIONS,
+    DRAWS,
+    DTYPES,
+    EXACT,
+    GRADIENT,
+    OUTPUT_ULPS,
+    PROJECTED,
+    SEAMS,
+    ULP,
+    Case,
+)
 from conftest import executor
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -18,7 +29,8 @@ from mhc_mlx import PAPER, Convention, ops
 from mhc_mlx.conventions import SINKHORN
 
 OPS = ("stream_mix_add", "stream_aggregate_norm", "mhc_static", "mhc_layer", "sinkhorn_knopp")
-OPS += ("stream_aggregate", *PROJECTED)
+OPS += ("stream_aggregate", *PROJECTED, *SEAMS)
+MADE = (*PROJECTED, "mhc_single_pass")  # of logits
 EXAMPLES = 12  # of each op; each compiles two to five kernels, in a fifth of a second each
 SENSITIVITY = 0.15  # of the bound: a kernel rounds several times on the way
 PHI = 100_000  # elements at most, unless C is 1
@@ -36,7 +48,7 @@ def streams(op: str, convention: Convention | None) -> st.SearchStrategy[int]:
         return st.integers(1, 5)
     if start == "kronecker":
         return st.integers(0, 6).map(lambda bits: 2**bits)
-    many = op not in PROJECTED or start == "identity"
+    many = op not in MADE or start == "identity"
     return st.integers(1, 8) | st.integers(1, 64 if many else 16)
 
 
@@ -44,7 +56,7 @@ def streams(op: str, convention: Convention | None) -> st.SearchStrategy[int]:
 def calls(draw, op: str) -> tuple[Case, int | None]:
     """A case, and threads_per_group. A failure shrinks to the first or least of each choice."""
     convention, most = None, 300
-    if op in PROJECTED:
+    if op in MADE:
         convention = draw(st.sampled_from([c for c in (CONVENTIONS | EXACT).values() if c.sigmoid]))
     elif op in ("mhc_layer", "sinkhorn_knopp"):
         convention = draw(st.sampled_from(list(CONVENTIONS.values())))
@@ -53,11 +65,12 @@ def calls(draw, op: str) -> tuple[Case, int | None]:
         convention = replace(convention, iters=draw(st.sampled_from([1, 2, 3, 20])))
         if n == 1:  # else the gradient is a power of eps, less than float32 resolves
             convention = replace(convention, eps=0.0)
-    if op in PROJECTED:
+    if op in MADE:
         outs = n if op == "mhc_head" else 2 * n + convention.res_size(n)
         most = min(most, max(1, PHI // (outs * n)))
     C = n if op == "sinkhorn_knopp" else draw(st.integers(1, most))
     per_token = {"stream_mix_add": (flags, flags), "stream_aggregate": (flags, st.just(False))}
+    per_token["mhc_seam"] = (flags, flags)
     case = Case(
         op,
         tuple(draw(st.lists(st.integers(1, 4), max_size=2))),
@@ -67,11 +80,11 @@ def calls(draw, op: str) -> tuple[Case, int | None]:
         convention,
         eps=n / 2 if 1 in (n, C) else 1e-5,  # as u**2: what is left of the gradient of h_pre
         per_token=draw(st.tuples(*per_token[op])) if op in per_token else (False, False),
-        identity=op in ("stream_mix_add", "mhc_static") and draw(flags),
+        identity=op in ("stream_mix_add", "mhc_static", "mhc_seam") and draw(flags),
         offset=draw(st.integers(0, 9)),
         weights=draw(st.sampled_from(list(DTYPES))),
-        phi=draw(st.sampled_from(list(DTYPES))) if op in PROJECTED else "float32",
-        norm=op != "mhc_pre" or draw(flags),
+        phi=draw(st.sampled_from(list(DTYPES))) if op in MADE else "float32",
+        norm=op not in ("mhc_pre", *SEAMS) or draw(flags),
         norm_eps=0.5 if n * C == 1 else 1e-6,  # else logits keep only the sign of x
     )
     return case, draw(st.none() | st.integers(1, 32).map(lambda simdgroups: 32 * simdgroups))

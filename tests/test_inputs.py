@@ -10,6 +10,8 @@ x, y, n, C = mx.zeros((2, 4, 8)), mx.zeros((2, 8)), 4, 8
 gate, mix, weight = mx.zeros(4), mx.zeros((4, 4)), mx.ones(8)
 layer = (x, gate, gate, mix, weight)
 dynamic = {"x": x, "phi": mx.zeros((24, 32)), "bias": mx.zeros(24), "alpha": mx.zeros(3)}
+seam = {"x": x, "y": y, "h_pre": gate, "h_post": gate, "h_res": mix, "weight": weight}
+single = dynamic | {"y": y}
 head = {"x": x, "phi": mx.zeros((4, 32)), "bias": gate, "alpha": mx.zeros(1)}
 six = dynamic | {"x": mx.zeros((2, 6, 8))}
 
@@ -257,6 +259,55 @@ BAD = [
         lambda: m.mhc_pre(**dynamic | {"weight": weight.astype(mx.int8)}),
         TypeError,
         "weight must be float32",
+    ),
+    (
+        lambda: m.mhc_seam(**seam | {"y": mx.zeros((2, 7))}),
+        ValueError,
+        r"\[mhc_seam\] y must have shape \[0=2, C=8\] but got \[2, 7\]",
+    ),
+    (
+        lambda: m.mhc_seam(**seam | {"y": y.astype(mx.float16)}),
+        TypeError,
+        r"\[mhc_seam\] y must have x's dtype",
+    ),
+    (
+        lambda: m.mhc_seam(**seam | {"h_pre": mx.zeros((1, 4))}),
+        ValueError,
+        r"\[mhc_seam\] h_pre must have shape \[n=4\] or \[2, n=4\] but got \[1, 4\]",
+    ),
+    (lambda: m.mhc_seam(**seam | {"h_post": mx.zeros(5)}), ValueError, r"\[mhc_seam\] h_post must"),
+    (lambda: m.mhc_seam(**seam | {"h_res": gate}), ValueError, r"\[mhc_seam\] h_res must have"),
+    (lambda: m.mhc_seam(**seam | {"weight": gate}), ValueError, r"\[mhc_seam\] weight must have"),
+    (lambda: m.mhc_seam(**seam | {"eps": 0.0}), ValueError, r"\[mhc_seam\] eps must be finite"),
+    (
+        lambda: m.mhc_seam(**seam | {"round_aggregate": 1}),
+        TypeError,
+        r"\[mhc_seam\] round_aggregate must be a bool but got int",
+    ),
+    (
+        lambda: m.mhc_single_pass(**single | {"phi": mx.zeros((23, 32))}),
+        ValueError,
+        r"\[mhc_single_pass\] phi must have shape",
+    ),
+    (
+        lambda: m.mhc_single_pass(**single | {"y": x}),
+        ValueError,
+        r"\[mhc_single_pass\] y must have shape",
+    ),
+    (
+        lambda: m.mhc_single_pass(**single | {"weight": gate}),
+        ValueError,
+        r"\[mhc_single_pass\] weight must have shape \[C=8\]",
+    ),
+    (
+        lambda: m.mhc_single_pass(**single | {"convention": m.ADDITIVE}),
+        ValueError,
+        r"\[mhc_single_pass\] convention must have gates of logits",
+    ),
+    (
+        lambda: m.mhc_single_pass(**single | {"norm_eps": -1.0}),
+        ValueError,
+        r"\[mhc_single_pass\] norm_eps must be finite",
     ),
     (
         lambda: m.mhc_pre(**dynamic | {"threads_per_group": 33}),

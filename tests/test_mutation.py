@@ -18,13 +18,14 @@ from cases import Case
 from conftest import executor, missing
 from mistakes import MANY, SHARED, Mistake
 from mistakes_per_token import ONE_CHUNK, PER_TOKEN, Threads
+from mistakes_seam import SEAMS
 from test_parity import check, results
 from test_traffic import words
 
 from mhc_mlx import kernel, ops
 
 RUNGS = ("dialect", "nvrtc", "rules", "parity", "traffic")
-MISTAKES = SHARED + PER_TOKEN
+MISTAKES = SHARED + PER_TOKEN + SEAMS
 
 
 @contextlib.contextmanager

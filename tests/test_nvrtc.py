@@ -2,13 +2,13 @@
 
 import mlx.core as mx
 import pytest
-from cases import COVERING, DYNAMIC
+from cases import COVERING, DYNAMIC, SINGLE
 from conftest import executor
 from test_parity import results
 
 from mhc_mlx import kernel, ops
 
-CASES = COVERING + DYNAMIC
+CASES = COVERING + DYNAMIC + SINGLE
 
 
 @pytest.fixture(scope="module")

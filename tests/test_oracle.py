@@ -36,7 +36,11 @@ def cases() -> list[Case]:
         for post in (False, True):
             for res in (False, True):
                 found.append(Case("stream_mix_add", (2, 2), n, 3, per_token=(post, res)))
+                found.append(
+                    Case("mhc_seam", (2,), n, 3, norm=post, eps=EPS, per_token=(post, res))
+                )
             found.append(Case("stream_mix_add", (3,), n, 2, per_token=(post, False), identity=True))
+            found.append(Case("mhc_seam", (2,), n, 3, norm=post, eps=EPS, identity=True))
         found.append(Case("stream_aggregate_norm", (2, 2), n, 4, eps=EPS))
         found.append(Case("mhc_static", (3,), n, 4, eps=EPS))
         found.append(Case("mhc_static", (), n, 3, eps=EPS, identity=True))
@@ -54,6 +58,7 @@ def cases() -> list[Case]:
             made = {"convention": c, "norm_eps": EPS, "eps": EPS}
             found.append(Case("mhc_coefficients", (2,), n, 2, **made))
             found.append(Case("mhc_pre", (1, 2), n, 2, norm=n % 2 == 0, **made))
+            found.append(Case("mhc_single_pass", (2,), n, 2, norm=n % 2 == 1, **made))
     return found
 
 
@@ -97,7 +102,7 @@ def test_gradients_are_central_differences(case):
         ("sinkhorn_knopp", "y * g.sum(axis=axis, keepdims=True)"),
         ("sinkhorn_knopp", "g * y, False"),
         ("stream_aggregate_norm", "r**3 * u"),
-        ("stream_aggregate_norm", "(dy * u * r)"),
+        ("stream_aggregate_norm", "dy * unit"),
         ("stream_aggregate_norm", "(x * du[..., None, :])"),
         ("stream_aggregate_norm", "h_pre[..., None] * du[..., None, :]"),
         ("stream_aggregate", "(x * du[..., None, :])"),
@@ -123,7 +128,7 @@ def test_gradients_are_central_differences(case):
         ("mhc_pre", "dx_read + dx_out"),
         ("mhc_pre", "dx_out, *dmade"),
         ("mhc_pre", "r**3 * u"),
-        ("mhc_pre", "(dy * u * r)"),
+        ("mhc_pre", "dy * unit"),
         ("mhc_pre", "dh_pre, *dkept"),
         ("mhc_head", "dx_made + dx_read, dphi"),
         ("mhc_head", "dx_read, dphi"),
@@ -135,6 +140,14 @@ def test_gradients_are_central_differences(case):
         ("stream_mix_add", "(h_post[..., None] * g)"),
         ("stream_mix_add", "(g * y[..., None, :])"),
         ("stream_mix_add", "g @ np.swapaxes(x, -1, -2)"),
+        ("mhc_seam", "dout + dread"),
+        ("mhc_seam", "dread)\n"),
+        ("mhc_seam", "dx, dy, dh_pre, dh_post, *dh_res"),
+        ("mhc_seam", "dh_pre, dh_post, *dh_res, *dweight"),
+        ("mhc_single_pass", "dx + dx_made, dy"),
+        ("mhc_single_pass", "dx_made, dy"),
+        ("mhc_single_pass", "dpre + dh_pre"),
+        ("mhc_single_pass", "dpost, *dres"),
         ("mhc_static", "dx_read, dh_pre, dh_post"),
         ("mhc_layer", "dpre * pre * (1 - pre)"),
         ("mhc_layer", "dpost * c.post_scale * post * (1 - post)"),

@@ -21,7 +21,9 @@ from cases import (
     OUTPUT_ULPS,
     PROJECTED,
     REFERENCE,
+    SEAMS,
     SIGMAS,
+    SINGLE,
     ULP,
     Case,
 )
@@ -29,7 +31,7 @@ from conftest import executor
 
 from mhc_mlx import ops, reference
 
-compiled: set = set()  # (rung, of DYNAMIC, variant)
+compiled: set = set()  # (rung, list of cases, variant)
 
 
 def doubles(a):
@@ -59,13 +61,17 @@ def results(f, case, given):
 
     cotangents = several(case.cotangent(case_output(case, given)))
     outputs, gradients = mx.vjp(call, given, cotangents)
+    if case.op == "mhc_single_pass" and f is not reference.mhc_single_pass:  # without l
+        outputs = f(*case_arrays(case, given), *case.statics, differentiable=False)
     mx.eval(outputs, gradients)
     return [*outputs, *gradients]
 
 
 def case_arrays(case, given):
     arrays = list(given)
-    return arrays if case.absent is None else [*arrays[: case.absent], None, *arrays[case.absent :]]
+    for k in case.absent:
+        arrays.insert(k, None)
+    return arrays
 
 
 def case_output(case, given):
@@ -73,9 +79,18 @@ def case_output(case, given):
     return several(out) if isinstance(out, tuple) else out
 
 
-def exact(case, wide, cotangent) -> list[np.ndarray]:
-    """Outputs and gradients by the oracle, of arrays in float64."""
-    out, backward = getattr(oracle, case.op)(*case_arrays(case, wide), *case.statics)
+def rounded(case):
+    """The function that rounds float64 to the dtype of the streams."""
+    return lambda a: doubles(mx.array(a.astype(np.float32)).astype(DTYPES[case.dtype]))
+
+
+def exact(case, wide, cotangent, got=None) -> list[np.ndarray]:
+    """Outputs and gradients by the oracle, of arrays in float64. What a seam reads is the streams
+    as they were rounded: a tie that falls otherwise is no error of what follows."""
+    f, options = getattr(oracle, case.op), {}
+    if case.op in SEAMS and got is not None:
+        options = {"out": doubles(got[0]), "rounded": rounded(case)}
+    out, backward = f(*case_arrays(case, wide), *case.statics, **options)
     gradients = backward(cotangent)
     return [*several(out), *several(gradients)]
 
@@ -100,7 +115,8 @@ def logit_ulps(case, wide, outs, chain) -> list[float]:
     rsqrt by half of that. Products, scale, bias and x as it is read: once u each.
     The oracle carries the errors of the logits, drawn per token, to the outputs.
     """
-    x, phi, bias, alpha, *rest = wide
+    x, *y, phi, bias, alpha = wide[: 5 if case.op in SEAMS else 4]
+    rest = wide[len(y) + 4 :]
     rng, u = np.random.default_rng(0), 2.0**-24
     v = x.reshape(*case.lead, case.n * case.C)
     r = 1 / np.sqrt((v * v).mean(axis=-1, keepdims=True) + case.norm_eps)
@@ -111,7 +127,7 @@ def logit_ulps(case, wide, outs, chain) -> list[float]:
     spread = u * (np.hypot(random_walk, (np.sqrt(chain) / 6 + 1) * made) + np.abs(made + bias))
     squares = [0.0] * len(outs)
     for _ in range(DRAWS):
-        moved = [x * (1 + u * rng.normal(size=x.shape)), phi]
+        moved = [x * (1 + u * rng.normal(size=x.shape)), *y, phi]
         moved += [bias + spread * rng.normal(size=spread.shape), alpha, *rest]
         of_moved = getattr(oracle, case.op)(*case_arrays(case, moved), *case.statics)[0]
         for k, (a, b) in enumerate(zip(several(of_moved), outs, strict=True)):
@@ -126,8 +142,10 @@ def errors(case, got, slack=1) -> list[Error]:
     given = [a for a in case.arrays() if a is not None]
     out = case_output(case, given)
     wide, outputs, found = [doubles(a) for a in given], several(out), []
-    wants, logits = exact(case, wide, doubles(case.cotangent(out))), [0.0] * len(outputs)
-    if case.op in PROJECTED and case.tokens:  # MLX sums in one chain at worst, a kernel in 32 lanes
+    wants, logits = exact(case, wide, doubles(case.cotangent(out)), got), [0.0] * len(outputs)
+    if (
+        case.op in (*PROJECTED, "mhc_single_pass") and case.tokens
+    ):  # MLX sums in one chain at worst, a kernel in 32 lanes
         chain = case.n * case.C if slack > 1 else case.n * case.C / 32 + 5
         logits = logit_ulps(case, wide, wants[: len(outputs)], chain)
     for k, (g, w, like) in enumerate(zip(got, wants, [*outputs, *given], strict=True)):
@@ -173,7 +191,7 @@ def test_dynamic_covers():
     assert {(c.offset, c.norm) for c in DYNAMIC} >= {(0, True), (1, True), (1, False)}
 
 
-@pytest.mark.parametrize("case", COVERING + DYNAMIC, ids=str)
+@pytest.mark.parametrize("case", COVERING + DYNAMIC + SINGLE, ids=str)
 def test_reference(case):
     given = [a for a in case.arrays() if a is not None]
     check(case, results(getattr(reference, case.op), case, given), REFERENCE)
@@ -203,17 +221,17 @@ def test_dynamic_gradients_at_scale(name, n, scale, bound, rung, need):
 
 
 @pytest.mark.parametrize("rung", ["stand-in", "simulator", "gpu"])
-@pytest.mark.parametrize("case", COVERING + DYNAMIC, ids=str)
+@pytest.mark.parametrize("case", COVERING + DYNAMIC + SINGLE, ids=str)
 def test_kernels(case, rung, need):
     need(rung)
     given = [a for a in case.arrays() if a is not None]
     with executor(rung) as launched:
         slack = REFERENCE if rung == "stand-in" else 1  # its sums are MLX's
         check(case, results(getattr(ops, case.op), case, given), slack)
-    compiled.update((rung, case in DYNAMIC, v) for v in launched)
-    dynamic = case in DYNAMIC
-    count = sum(v[:2] == (rung, dynamic) for v in compiled)
-    assert count <= MAX_VARIANTS[dynamic], f"{count} compiled variants"
+    which = (case in DYNAMIC) + 2 * (case in SINGLE)
+    compiled.update((rung, which, v) for v in launched)
+    count = sum(v[:2] == (rung, which) for v in compiled)
+    assert count <= MAX_VARIANTS[which], f"{count} compiled variants"
 
 
 @pytest.mark.parametrize("threads", [32, 96, 1024])

@@ -175,15 +175,31 @@ def test_a_token_does_not_depend_on_its_neighbours(op, n, dtype, monkeypatch):
             assert bits(part) == bits(all_of_it[mx.array(tokens)]), tokens
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-@pytest.mark.parametrize("n", [4, 12])
-def test_a_token_of_mhc_pre_does_not_depend_on_its_neighbours(n, dtype, runs, monkeypatch):
-    """Likewise, where the size of a tile differs: 9 tokens are many here."""
+def dynamic_arrays(n, C, dtype):
+    """x of nine tokens, phi, bias, alpha and weight."""
+    outs = 2 * n + n * n
+    phi = mx.random.normal((outs, C * n))
+    return mx.random.normal((9, n, C)).astype(dtype), phi, mx.random.normal((outs,)), mx.ones(3)
+
+
+FEW = ([0], [4], [8], [7, 2], [8, 7, 6, 5, 4, 3, 2, 1, 0])  # of nine tokens
+
+
+@pytest.fixture
+def few_tokens(runs, monkeypatch):
+    """Nine tokens are many, and of less than three the projection is a sweep."""
     if runs == "reference":
         pytest.skip("reference: MLX's products of matrices depend on their size")
     monkeypatch.setattr(ops.geometry, "FEW_TOKENS", 4)
-    x, outs = mx.random.normal((9, n, 72)).astype(dtype), 2 * n + n * n
-    rest = [mx.random.normal((outs, 72 * n)), mx.random.normal((outs,)), mx.ones(3), mx.ones(72)]
+    monkeypatch.setattr(ops.geometry, "SWEEP_TOKENS", 2)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("n", [4, 12])
+def test_a_token_of_mhc_pre_does_not_depend_on_its_neighbours(n, dtype, few_tokens):
+    """Likewise, where a token is one of a tile, large or small, or shared by many threadgroups."""
+    x, *rest = dynamic_arrays(n, 264, dtype)
+    rest.append(mx.ones(264))
     cotangents = [mx.random.normal(a.shape).astype(a.dtype) for a in ops.mhc_pre(x, *rest)]
 
     def run(tokens):
@@ -191,9 +207,43 @@ def test_a_token_of_mhc_pre_does_not_depend_on_its_neighbours(n, dtype, runs, mo
         return made[0] + made[1]
 
     whole = run(mx.arange(9))
-    for tokens in ([0], [4], [8], [7, 2], [8, 7, 6, 5, 4, 3, 2, 1, 0]):
+    for tokens in FEW:
         for part, all_of_it in zip(run(mx.array(tokens)), whole, strict=True):
             assert bits(part) == bits(all_of_it[mx.array(tokens)]), tokens
+
+
+@pytest.mark.parametrize("n, dtype", [(4, mx.float32), (4, mx.bfloat16), (8, mx.float16)])
+def test_speculative_tokens_are_decoded_ones(n, dtype, few_tokens):
+    """mhc_single_pass of many tokens at once, of few in two launches, and of few with gradients."""
+    x, *rest = dynamic_arrays(n, 264, dtype)
+    y, weight = mx.random.normal((9, 264)).astype(dtype), mx.random.uniform(0.5, 1.5, (264,))
+
+    def run(tokens, differentiable):
+        tokens, options = mx.array(tokens), {"differentiable": differentiable}
+        arrays = (x[tokens], y[tokens], *rest, weight)
+        return ops.mhc_single_pass(*arrays, round_aggregate=True, **options)
+
+    whole = run(list(range(9)), True)
+    for tokens in FEW:
+        for differentiable in (False, True):
+            for part, all_of_it in zip(run(tokens, differentiable), whole, strict=True):
+                assert bits(part) == bits(all_of_it[mx.array(tokens)]), tokens
+
+
+def test_round_aggregate_rounds_where_mlx_does():
+    """u is rms_norm, in bfloat16, of the aggregate in bfloat16. A sum in another order moves a tie:
+    of these 9 x 512 elements at most five; without rounding in between, a third."""
+    x, y = (mx.random.normal(s).astype(mx.bfloat16) for s in ((9, 4, 512), (9, 512)))
+    pre, post, res = (mx.random.uniform(0.1, 1, (9, *s)) for s in ((4,), (4,), (4, 4)))
+    weight = mx.random.uniform(0.5, 1.5, (512,)).astype(mx.bfloat16)
+    want = ops.stream_mix_add(x, y, post, res)
+    wanted = mx.fast.rms_norm(ops.stream_aggregate(want, pre), weight, 1e-6)
+    different = []
+    for rounded in (True, False):
+        out, u = ops.mhc_seam(x, y, pre, post, res, weight, 1e-6, rounded)
+        assert bits(out) == bits(want)
+        different.append((u != wanted).sum().item())
+    assert different[0] <= 5 and different[1] > 500, different
 
 
 def test_nan_stays_in_its_token():

@@ -20,10 +20,11 @@ BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
 def run(need, monkeypatch):
     """run(body, ...) simulates a body that is not in kernels/."""
     need("simulator")
-    plain = kernel.text
+    plain, headers = kernel.text, kernel.headers("mhc_pre.metal", "metal")
 
     def run(body, inputs=None, size=64, dtype=mx.float32, threads=64, groups=1, **template):
         monkeypatch.setattr(kernel, "text", lambda f: body if f == "toy.metal" else plain(f))
+        monkeypatch.setattr(kernel, "headers", lambda f, backend: headers)
         kernel._build.cache_clear()
         given, made = {"x": X} if inputs is None else inputs, {"out": ((size,), dtype)}
         with executor("simulator"):

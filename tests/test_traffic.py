@@ -176,6 +176,44 @@ PINNED = [
         "dz_res 2, dh_post 2, dp 1, partial 2 and 80 loads",
         "mhc_phi_gradient: x 2; dp 32, partial 1",
     ),
+    (
+        Case("mhc_seam", **HERE, **TOKENS),
+        "mhc_seam: x 1, y 1, out 1, u 1; h_pre 1, h_post 1, h_res 1, weight 5",
+        "mhc_seam_backward: x 1, y 1, dout 1, du 1, dx 1, dy 1; h_pre 1, h_post 1, h_res 1, "
+        "weight 10, dh_pre 1, dh_post 1, dh_res 1, partial 1",
+        "sum_partials: out 1; partial 1",
+    ),
+    (
+        Case("mhc_seam", (2,), 4, 1280, **TOKENS),  # two passes: the second read from the cache
+        "mhc_seam: x 1, y 1, out 1, u 1; h_pre 1, h_post 1, h_res 1, weight 2",
+        "mhc_seam_backward: x 2, y 2, dout 1, du 2, dx 1, dy 1; h_pre 1, h_post 1, h_res 1, "
+        "weight 4, dh_pre 1, dh_post 1, dh_res 1, partial 2 and 1280 loads",
+    ),
+    # Two tokens, a threadgroup each. Last, without a gradient: a sublayer in two launches.
+    (
+        Case("mhc_pre", **TILES | {"lead": (2,)}, norm=False),
+        "mhc_sweep: x 1; phi 1, runs 1",
+        "mhc_seam: x 1, u 1; runs 1, bias 2, made_post 1, made_res 1, l 1",
+        "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
+        "mhc_pre_backward: x 2, du 2, dx_out 1, dx 1; phi 1, bias 16 in all, l 162 in all, "
+        "dz_res 1, dh_post 1, dp 1, partial 1",
+        "mhc_phi_gradient: x 1; dp 1, partial 1",
+    ),
+    (
+        Case("mhc_single_pass", **TILES | {"lead": (2,)}),
+        "mhc_sweep: x 1; phi 1, runs 1",
+        "mhc_seam: x 0; runs 1, bias 2, made_pre 1, made_post 1, made_res 1, l 1",
+        "mhc_seam: x 1, y 1, out 1, u 1; h_pre 1, h_post 1, h_res 1, weight 2",
+        "mhc_seam_backward: x 1, y 1, dout 1, du 1, dx 1, dy 1; h_pre 1, h_post 1, h_res 1, "
+        "weight 4, dh_pre 1, dh_post 1, dh_res 1, partial 1",
+        "sum_partials: out 1; partial 1",
+        "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
+        "mhc_pre_backward: x 1, dx_out 1, dx 1; phi 1, bias 16 in all, l 162 in all, dz_res 1, "
+        "dh_pre 1, dh_post 1, dp 1, partial 1",
+        "mhc_phi_gradient: x 1; dp 1, partial 1",
+        "mhc_sweep: x 1; phi 1, runs 1",
+        "mhc_seam: x 1, y 1, out 1, u 1; weight 2, runs 1, bias 2, made_pre 1",
+    ),
 ]
 
 
@@ -214,6 +252,7 @@ def test_loads_and_stores(case, lines, need):
         ("stream_aggregate", 5, 9),
         ("stream_aggregate_norm", 5, 9),
         ("stream_mix_add", 9, 14),
+        ("mhc_seam", 10, 15),
     ],
 )
 @pytest.mark.parametrize("C, dtype", [(1024, "bfloat16"), (129, "float32")])

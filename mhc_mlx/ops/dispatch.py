@@ -84,6 +84,14 @@ def check_streams(op: str, x: mx.array) -> tuple[tuple[int, ...], int, int]:
     return tuple(lead), n, C
 
 
+def check_branch(op: str, x: mx.array, y: mx.array) -> None:
+    """A sublayer's output, for streams that have been checked."""
+    *lead, _, C = x.shape
+    check_array(op, "y", y, (*map(str, range(len(lead))), "C"), (*lead, C))
+    if y.dtype != x.dtype:
+        raise TypeError(fail(op, "y", f"have x's dtype {x.dtype}", y.dtype))
+
+
 def check_eps(op: str, eps: float, name: str = "eps") -> None:
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(fail(op, name, "be a number", type(eps).__name__))

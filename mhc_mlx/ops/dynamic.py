@@ -23,7 +23,7 @@ from .dispatch import (
 from .static import projection, sinkhorn_backward, sinkhorn_forward
 
 
-def _sum(partial: mx.array, verbose: bool) -> mx.array:
+def sum_rows(partial: mx.array, verbose: bool) -> mx.array:
     """The sum of the rows, in a fixed order."""
     if partial.shape[0] == 1:
         return partial[0]
@@ -86,7 +86,7 @@ def _aggregate_backward(x, h_pre, du, threads_per_group, verbose):
         threads_per_group,
         verbose,
     )
-    dh_pre = sums if per_token else _sum(sums, verbose)
+    dh_pre = sums if per_token else sum_rows(sums, verbose)
     return [unflat(dx, x.shape), unflat(dh_pre, h_pre.shape).astype(h_pre.dtype)]
 
 
@@ -135,17 +135,57 @@ def _project_backward(logits, dh_res, n, convention, *options):
 # ---- coefficients, and what is read with them
 
 
-def _gates(convention, *rest) -> mx.array:
+def token_params(convention, *rest) -> mx.array:
     c = convention
     return constants(c.pre_eps, c.post_scale, c.post_eps, *rest, c.eps)
 
 
-def _projected(n, convention, head) -> bool:
+def projected(n: int, convention: Convention, head: bool = False) -> bool:
     """Whether `mhc_pre` itself makes h_res of its logits."""
     return not head and n <= 8 and convention.start in SINKHORN
 
 
-def _pre_forward(
+def sweep(x, phi, threads_per_group, verbose) -> tuple[mx.array, int]:
+    """The products of the projection by runs of k, and in how many slices `mhc_pre` adds them."""
+    (tokens, n, C), outs = x.shape, phi.shape[0]
+    g = geometry.of_projection(n, C, x.dtype, outs, tokens, threads_per_group)
+    runs, threads = math.ceil(n * C / 32), threads_per_group or 128
+    template = {"T": x.dtype, "P": phi.dtype, "N": n, "OUTS": outs, "BLOCK": g.block}
+    (products,) = kernel.launch(
+        "mhc_sweep",
+        {"x": x, "phi": phi},
+        {"runs": ((tokens, runs, outs + 4), mx.float32)},
+        math.ceil(tokens / 8) * math.ceil(runs / (threads // 32)),
+        threads,
+        template | {"THREADS": threads},
+        verbose,
+    )
+    return products, g.slices
+
+
+SEAM_INPUTS = ("y", "h_pre", "h_post", "h_res", "weight", "runs", "bias", "alpha", "params")
+SEAM_OUTPUTS = ("out", "u", "made_pre", "made_post", "made_res", "logits", "l")
+SEAM_FLAGS = ("BACK", "READ", "NORM", "ROUND", "SWEPT", "HEAD", "SAVE", "PROJECT", "WRITE_PRE")
+
+
+def seam_launch(x, inputs, outputs, flags, threads_per_group, verbose) -> list[mx.array]:
+    """`mhc_seam` of x [tokens, n, C]; what is not given of inputs, outputs and flags is absent."""
+    tokens, n, C = x.shape
+    g = geometry.of_token(n, C, x.dtype.size, 1, threads_per_group, kernel.backend())
+    template = {"T": x.dtype, "N": n, "VEC": g.vec, "THREADS": g.threads, "PASSES": g.passes}
+    template |= dict.fromkeys(SEAM_FLAGS, False) | {"OUTS": 2 * n, "SLICES": 1}
+    return kernel.launch(
+        "mhc_seam",
+        {"x": x} | {k: inputs.get(k) for k in SEAM_INPUTS},
+        {k: outputs.get(k) for k in SEAM_OUTPUTS},
+        min(tokens, geometry.MANY_GROUPS),
+        g.threads,
+        template | projection(None) | flags,
+        verbose,
+    )
+
+
+def pre_forward(
     x,
     phi,
     bias,
@@ -164,53 +204,53 @@ def _pre_forward(
     lead, (n, C), outs = x.shape[:-2], x.shape[-2:], phi.shape[0]
     x = flat(x, 3)
     tokens, size = x.shape[0], 0 if head else convention.res_size(n)
-    projected = _projected(n, convention, head)
+    projects = projected(n, convention, head)
     widths = {
         "u": C if read else 0,
         "h_pre": 0 if read else n,
         "h_post": 0 if head else n,
-        "h_res": n * n if projected else 0,
-        "logits": 0 if projected else size,
+        "h_res": n * n if projects else 0,
+        "logits": 0 if projects else size,
         "l": outs + 1 if save else 0,
     }
     outputs = {
         k: ((tokens, w), x.dtype if k == "u" else mx.float32) if w else None
         for k, w in widths.items()
     }
-    g = geometry.of_projection(n, C, x.dtype, outs, tokens, threads_per_group)
-    template = {"T": x.dtype, "P": phi.dtype, "N": n, "OUTS": outs, "VEC": g.vec}
-    template |= {"THREADS": g.threads, "SLICES": g.slices, "TILES": g.tiles, "BLOCK": g.block}
-    template |= {
-        "SPLITS": g.splits,
-        "HEAD": head,
-        "READ": read,
-        "NORM": weight is not None,
-        "WRITE_PRE": not read,
-    }
-    template |= {"SAVE": save, "PROJECT": projected}
-    template |= projection(convention if projected else None)
-    results = kernel.launch(
-        "mhc_pre",
-        {"x": x, "phi": phi, "bias": bias, "alpha": alpha, "weight": weight}
-        | {"params": _gates(convention, norm_eps, eps)},
-        outputs,
-        g.splits * min(math.ceil(tokens / g.tokens), geometry.MANY_GROUPS),
-        g.threads,
-        template,
-        verbose,
-    )
+    flags = {"HEAD": head, "READ": read, "NORM": weight is not None, "WRITE_PRE": not read}
+    flags |= {"SAVE": save, "PROJECT": projects, **projection(convention if projects else None)}
+    params = token_params(convention, norm_eps, eps)
+    options = (threads_per_group, verbose)
+    if geometry.swept(n, C, x.dtype, tokens):
+        runs, slices = sweep(x, phi, *options)
+        inputs = {"runs": runs, "bias": bias, "alpha": alpha, "weight": weight, "params": params}
+        made = {f"made_{k[2:]}" if k[:2] == "h_" else k: v for k, v in outputs.items()}
+        flags |= {"SWEPT": True, "OUTS": outs, "SLICES": slices}
+        results = seam_launch(x, inputs, made, flags, *options)
+    else:
+        g = geometry.of_projection(n, C, x.dtype, outs, tokens, threads_per_group)
+        template = {"T": x.dtype, "P": phi.dtype, "N": n, "OUTS": outs, "VEC": g.vec}
+        template |= {"THREADS": g.threads, "SLICES": g.slices, "TILES": g.tiles, "BLOCK": g.block}
+        results = kernel.launch(
+            "mhc_pre",
+            {"x": x, "phi": phi, "bias": bias, "alpha": alpha, "weight": weight, "params": params},
+            outputs,
+            g.splits * min(math.ceil(tokens / g.tokens), geometry.MANY_GROUPS),
+            g.threads,
+            template | {"SPLITS": g.splits} | flags,
+            verbose,
+        )
     made = dict(zip((k for k, v in outputs.items() if v is not None), results, strict=True))
-    if projected:
+    if projects:
         h_res = made["h_res"].reshape(tokens, n, n)
     else:
-        options = (threads_per_group, verbose)
         h_res = None if head else _project(made.get("logits"), n, convention, *options)
     results = [made.get("u"), made.get("h_pre"), made.get("h_post"), h_res]
     results = [None if a is None else unflat(a, (*lead, *a.shape[1:])) for a in results]
     return results, ([made["l"]] if save else [])
 
 
-def _pre_backward(
+def pre_backward(
     x,
     phi,
     bias,
@@ -248,7 +288,7 @@ def _pre_backward(
     dx, dp, partial = kernel.launch(
         "mhc_pre_backward",
         {"x": x, "phi": phi, "bias": bias, "alpha": alpha, "weight": weight, "l": unit}
-        | {"params": _gates(convention, norm_eps, eps), "dz_res": dz_res}
+        | {"params": token_params(convention, norm_eps, eps), "dz_res": dz_res}
         | {"du": du, "dh_pre": dh_pre, "dh_post": dh_post, "dx_out": dx_out},
         {
             "dx": (x.shape, x.dtype),
@@ -260,7 +300,7 @@ def _pre_backward(
         template,
         verbose,
     )
-    sums = _sum(partial, verbose)
+    sums = sum_rows(partial, verbose)
     parts = [sums[outs : outs + n], sums[outs + n : outs + 2 * n], sums[outs + 2 * n : 2 * outs]]
     dalpha = mx.stack([part.sum() for part in parts[: alpha.shape[0]]])
 
@@ -275,7 +315,12 @@ def _pre_backward(
         {"T": x.dtype, "N": n, "OUTS": outs, "VEC": vec, "THREADS": threads, "EACH": each},
         verbose,
     )
-    gradients = [unflat(dx, shape), _sum(partial, verbose).reshape(phi.shape), sums[:outs], dalpha]
+    gradients = [
+        unflat(dx, shape),
+        sum_rows(partial, verbose).reshape(phi.shape),
+        sums[:outs],
+        dalpha,
+    ]
     gradients += [None if weight is None else sums[2 * outs :]]
     primals = (x, phi, bias, alpha, weight)
     return [
@@ -285,7 +330,7 @@ def _pre_backward(
 
 def _coefficients_forward(x, phi, bias, alpha, convention, norm_eps, *options, **save):
     arrays = (x, phi, bias, alpha, None)
-    made, saved = _pre_forward(*arrays, convention, norm_eps, 1.0, *options, read=False, **save)
+    made, saved = pre_forward(*arrays, convention, norm_eps, 1.0, *options, read=False, **save)
     return (*(a for a in made[1:] if a is not None), *saved)
 
 
@@ -295,31 +340,29 @@ def _coefficients_backward(
     dh_pre, dh_post, *dh_res = cotangents
     given = (None, dh_pre, dh_post, dh_res[0] if dh_res else None, None)
     arrays = (x, phi, bias, alpha, None)
-    return _pre_backward(*arrays, given, convention, norm_eps, 1.0, *options, **saved)[:4]
+    return pre_backward(*arrays, given, convention, norm_eps, 1.0, *options, **saved)[:4]
 
 
 def _mhc_pre_forward(x, *rest, **save):
-    (u, _, h_post, h_res), saved = _pre_forward(x, *rest, **save)
+    (u, _, h_post, h_res), saved = pre_forward(x, *rest, **save)
     return (*(a for a in (u, h_post, h_res, x) if a is not None), *saved)
 
 
 def _mhc_pre_backward(x, phi, bias, alpha, weight, cotangents, *rest, **saved):
     du, dh_post, *dh_res, dx = cotangents
     given = (du, None, dh_post, dh_res[0] if dh_res else None, dx)
-    return _pre_backward(x, phi, bias, alpha, weight, given, *rest, **saved)
+    return pre_backward(x, phi, bias, alpha, weight, given, *rest, **saved)
 
 
 def _head_forward(x, phi, bias, alpha, convention, norm_eps, *options, **save):
     arrays = (x, phi, bias, alpha, None)
-    made, saved = _pre_forward(*arrays, convention, norm_eps, 1.0, *options, head=True, **save)
+    made, saved = pre_forward(*arrays, convention, norm_eps, 1.0, *options, head=True, **save)
     return (made[0], *saved) if saved else made[0]
 
 
 def _head_backward(x, phi, bias, alpha, du, convention, norm_eps, *options, **saved):
     given, arrays = (du, None, None, None, None), (x, phi, bias, alpha, None)
-    return _pre_backward(*arrays, given, convention, norm_eps, 1.0, *options, head=True, **saved)[
-        :4
-    ]
+    return pre_backward(*arrays, given, convention, norm_eps, 1.0, *options, head=True, **saved)[:4]
 
 
 def _missing(at):
@@ -349,7 +392,7 @@ KERNELS |= {
 }
 
 
-def _check_dynamic(op, x, phi, bias, alpha, convention, norm_eps, parts=3) -> None:
+def check_dynamic(op, x, phi, bias, alpha, convention, norm_eps, parts=3) -> None:
     _, n, C = check_streams(op, x)
     check_convention(op, convention)
     if not convention.sigmoid:
@@ -381,7 +424,7 @@ def mhc_coefficients(
     convention: Convention = PAPER,
     norm_eps: float = 1e-6,
 ) -> tuple[mx.array, mx.array, mx.array | None]:
-    _check_dynamic("mhc_coefficients", x, phi, bias, alpha, convention, norm_eps)
+    check_dynamic("mhc_coefficients", x, phi, bias, alpha, convention, norm_eps)
     return (x, phi, bias, alpha), (convention, norm_eps)
 
 
@@ -396,7 +439,7 @@ def mhc_pre(
     norm_eps: float = 1e-6,
     eps: float = 1e-5,
 ) -> tuple[mx.array, mx.array, mx.array | None, mx.array]:
-    _check_dynamic("mhc_pre", x, phi, bias, alpha, convention, norm_eps)
+    check_dynamic("mhc_pre", x, phi, bias, alpha, convention, norm_eps)
     if weight is not None:
         check_array("mhc_pre", "weight", weight, "C", (x.shape[-1],))
     check_eps("mhc_pre", eps)
@@ -412,5 +455,5 @@ def mhc_head(
     convention: Convention = PAPER,
     norm_eps: float = 1e-6,
 ) -> mx.array:
-    _check_dynamic("mhc_head", x, phi, bias, alpha, convention, norm_eps, parts=1)
+    check_dynamic("mhc_head", x, phi, bias, alpha, convention, norm_eps, parts=1)
     return (x, phi, bias, alpha), (convention, norm_eps)

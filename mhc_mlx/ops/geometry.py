@@ -13,6 +13,8 @@ FORWARD_GROUPS = 4096  # fills any GPU; fewer threadgroups than tokens share coe
 MANY_GROUPS = 1 << 16  # where a threadgroup fetches next to nothing before its first token
 BACKWARD_THREADS = 132 * 512  # what an H100 holds at 128 registers; a group leaves a row of sums
 FEW_TOKENS = 2048  # up to here small tiles, for more threadgroups
+SWEEP_TOKENS = 16  # up to here many threadgroups share a token's projection, in two launches
+SWEEP_PACKS = 4096  # of a stream: what is kept of them to add their squares, 16 KiB
 FILLING_GROUPS = 264  # two for each multiprocessor of an H100
 ONE_LAUNCH_TOKENS = 1024  # up to here every threadgroup of `mhc_layer` projects H_res itself
 
@@ -49,6 +51,18 @@ def of_token(
         if fits:
             break
     return Geometry(vec, threads, passes, fits)
+
+
+def of_seam_backward(n: int, C: int, size: int, threads_per_group: int | None) -> Geometry:
+    """How a threadgroup takes a token in `mhc_seam_backward`, whose n (n + 2) sums leave registers
+    for few channels at once: for 128 in all, what a GPU wants, where n <= 4."""
+    vec = math.gcd(C, 16 // size)
+    while n * vec > 16:
+        vec //= 2
+    packs = C // vec
+    threads = threads_per_group or 32 * math.ceil(packs / math.ceil(packs / 256) / 32)
+    passes = math.ceil(packs / threads)
+    return Geometry(vec, threads, passes, passes == 1)
 
 
 def even(count: int, most: int) -> int:
@@ -92,6 +106,11 @@ def of_projection(
         own = math.ceil(n / (8 * block))  # the first threadgroup makes all of h_pre
         splits = math.ceil(blocks / max(own, math.ceil(blocks * groups / FILLING_GROUPS)))
     return Projection(vec, threads, slices, tiles, block, splits)
+
+
+def swept(n: int, C: int, dtype: mx.Dtype, tokens: int) -> bool:
+    """Whether `mhc_sweep` projects, and `mhc_seam` does the rest of `mhc_pre`."""
+    return n <= 8 and tokens <= SWEEP_TOKENS and C // math.gcd(C, 16 // dtype.size) <= SWEEP_PACKS
 
 
 def of_spread(

@@ -12,6 +12,7 @@ from .dispatch import (
     MAX_STREAMS,
     Kernels,
     check_array,
+    check_branch,
     check_convention,
     check_dtype,
     check_eps,
@@ -123,7 +124,7 @@ def _layer_backward(
     return [dx, *rest]
 
 
-def _mix_add_forward(x, y, h_post, h_res, threads_per_group, verbose):
+def mix_add_forward(x, y, h_post, h_res, threads_per_group, verbose):
     shape, x = x.shape, flat(x, 3)
     tokens, n, C = x.shape
     g = geometry.of_token(n, C, x.dtype.size, 1, threads_per_group, kernel.backend())
@@ -143,7 +144,7 @@ def _mix_add_forward(x, y, h_post, h_res, threads_per_group, verbose):
     return unflat(out, shape)
 
 
-def _mix_add_backward(x, y, h_post, h_res, dout, threads_per_group, verbose):
+def mix_add_backward(x, y, h_post, h_res, dout, threads_per_group, verbose):
     """Gradients of x, y, h_post, h_res."""
     dx, dy, _, dh_post, dh_res, _ = _backward(
         x, y, None, h_post, h_res, None, dout, 1.0, threads_per_group, verbose, None, True
@@ -229,7 +230,7 @@ KERNELS |= {
         (None, 1, 1), _reading(_layer_forward), _reading(_layer_backward)
     ),
     "stream_mix_add": Kernels(
-        (None, None, 1, 2), _mix_add_forward, _mix_add_backward, absent=identity
+        (None, None, 1, 2), mix_add_forward, mix_add_backward, absent=identity
     ),
     "mhc_static": Kernels((None, 1, 1, 2, 1), _layer_forward, _layer_backward, absent=identity),
     "mhc_layer": Kernels(
@@ -265,10 +266,8 @@ def stream_mix_add(
     x: mx.array, y: mx.array, h_post: mx.array, h_res: mx.array | None = None
 ) -> mx.array:
     op = "stream_mix_add"
-    lead, n, C = check_streams(op, x)
-    check_array(op, "y", y, (*map(str, range(len(lead))), "C"), (*lead, C))
-    if y.dtype != x.dtype:
-        raise TypeError(fail(op, "y", f"have x's dtype {x.dtype}", y.dtype))
+    lead, n, _ = check_streams(op, x)
+    check_branch(op, x, y)
     check_array(op, "h_post", h_post, "n", (n,), lead)
     if h_res is not None:
         check_array(op, "h_res", h_res, "nn", (n, n), lead)

@@ -1,0 +1,37 @@
+// The coefficients that a token makes for itself of its logits, for mhc_pre and mhc_seam.
+#include "sinkhorn.h"
+
+namespace mhc {
+
+template <int N> inline int part_of(int o) { return o < N ? 0 : o < 2 * N ? 1 : 2; }  // pre, post, res
+
+// h_pre = sigmoid(z) + pre_eps and h_post = post_scale * sigmoid(z) + post_eps; params holds the three numbers
+template <typename Q> inline float gate(float z, int part, Q params) {
+  const float scale = part == 0 ? 1.0f : static_cast<float>(params[1]);
+  return scale * sigmoid(z) + static_cast<float>(params[part == 0 ? 0 : 2]);
+}
+
+// Lanes that project a token's N x N logits, N <= 8: four lines fit in one lane.
+constexpr int projecting(int n) { return n <= 4 ? 1 : lanes(n); }
+
+// to = sinkhorn_knopp of the logits at z, if live; COLUMNS as in sinkhorn_knopp.metal
+template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, typename S, typename O>
+inline void project_token(S z, O to, bool live, int iters, float eps, int simd_lane) {
+  if constexpr (N <= 4) {
+    float p[N][N];
+    UNROLL for (int q = 0; q < N * N; ++q) p[q / N][q % N] = z[COLUMNS ? q % N * N + q / N : q];
+    sinkhorn_alone<N, START>(p, iters, eps);
+    if (live) {
+      UNROLL for (int q = 0; q < N * N; ++q) to[q] = OUT_COLUMNS ? p[q % N][q / N] : p[q / N][q % N];
+    }
+  } else {
+    const int line = simd_lane % lanes(N);
+    float p[N];
+    sinkhorn<N, START, COLUMNS>(p, z, iters, eps, uint(line), uint(simd_lane), z);
+    if (live && line < N) {
+      UNROLL for (int j = 0; j < N; ++j) to[OUT_COLUMNS ? j * N + line : line * N + j] = p[j];
+    }
+  }
+}
+
+}  // namespace mhc

@@ -1,0 +1,129 @@
+// mhc_seam_backward: the gradient of mhc_seam with ready coefficients, N <= 8.
+//
+//   out, u, r = rsqrt(mean(u**2) + eps) as in mhc_seam
+//   da = r * (du * weight - u * r**2 * mean(du * weight * u))   (du itself without NORM);   ds[i] = dout[i] + h_pre[i] da
+//   dx[j] = sum_i h_res[i, j] ds[i];   dy = sum_i h_post[i] ds[i];   dweight = sum_t du * u * r
+//   dh_pre[i] = sum da out[i];   dh_post[i] = sum ds[i] y;   dh_res[i, j] = sum ds[i] x[j]
+//
+// in   x, dout [tokens, N, C] T, y, du [tokens, C] T, h_pre, h_post [tokens, N], h_res [tokens, N, N], weight [C] any
+//      float, params as in mhc_seam
+// out  dx [tokens, N, C] T, dy [tokens, C] T; dh_pre, dh_post [tokens, N], dh_res [tokens, N, N] float;
+//      NORM: partial [threadgroups, C] float, this threadgroup's sum of dweight
+// own  a threadgroup takes tokens in turn, a thread VEC neighbours of all streams, PASSES times
+// CACHED: x, y and du of a token stay in registers between the sums and dx; otherwise they are read twice
+// template  T, N, VEC, THREADS, PASSES, CACHED, NORM, ROUND
+#include "seam.h"
+constexpr int SIMDS = THREADS / 32;
+constexpr int KEPT = CACHED ? PASSES : 1;
+threadgroup float pre[N];
+threadgroup float post[N];
+threadgroup float mix[N * N];  // h_res transposed
+threadgroup float sums[4 * SIMDS];
+threadgroup float scratch[N * N * SIMDS];
+const uint tid = thread_position_in_threadgroup.x;
+const int C = x_shape[2];
+const uint tokens = x_shape[0];
+const bool whole = mhc::aligned<VEC>(x) && mhc::aligned<VEC>(y) && mhc::aligned<VEC>(dout) && mhc::aligned<VEC>(du);
+const auto mine = partial + size_t(threadgroup_position_in_grid.x) * size_t(C);
+float g_weight[KEPT * VEC] = {};
+mhc::Pack<T, VEC> xv[KEPT * N], yv[KEPT], dv[KEPT];
+
+int turn = 0;
+for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_grid.x) {
+  const auto row = x + size_t(t) * size_t(N * C);
+  const auto drow = dout + size_t(t) * size_t(N * C);
+  const size_t base = size_t(t) * size_t(C);
+  // no one reads the last token's any more: group_sum ended with a barrier
+  mhc::load_gates<N, THREADS, false, false>(h_pre + size_t(t) * N, pre, params, tid);
+  mhc::load_gates<N, THREADS, false, true>(h_post + size_t(t) * N, post, params, tid);
+  mhc::load_mix<N, THREADS, true>(h_res + size_t(t) * (N * N), mix, tid);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  // both = sum(u ** 2), sum(du * weight * u)
+  float r = 1.0f, slope = 0.0f, g_pre[N] = {}, g_post[N] = {}, g_res[N * N] = {};
+  if (NORM) {
+    float both[2] = {};
+#pragma unroll KEPT
+    for (int k = 0; k < PASSES; ++k) {
+      const int c = (k * THREADS + int(tid)) * VEC, at = CACHED ? k : 0;
+      if (c < C) {
+        mhc::load_streams<N>(xv + at * N, row, C, c, whole);
+        yv[at] = mhc::load<T, VEC>(y + base + c, whole);
+        dv[at] = mhc::load<T, VEC>(du + base + c, whole);
+        UNROLL for (int e = 0; e < VEC; ++e) {
+          float xs[N], out[N];
+          UNROLL for (int j = 0; j < N; ++j) xs[j] = static_cast<float>(xv[at * N + j].v[e]);
+          float u = mhc::seam_channel<N, T>(out, xs, static_cast<float>(yv[at].v[e]), pre, post, mix);
+          if (ROUND) u = static_cast<float>(static_cast<T>(u));
+          both[0] += u * u;
+          both[1] += static_cast<float>(dv[at].v[e]) * u * static_cast<float>(weight[c + e]);
+        }
+      }
+    }
+    mhc::sum_everywhere<SIMDS>(both, sums, turn, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+    turn ^= 1;
+    r = metal::precise::rsqrt(both[0] / static_cast<float>(C) + static_cast<float>(params[4]));
+    slope = r * r * (both[1] / static_cast<float>(C));
+  }
+
+#pragma unroll KEPT
+  for (int k = 0; k < PASSES; ++k) {
+    const int c = (k * THREADS + int(tid)) * VEC, at = CACHED ? k : 0;
+    if (c < C) {
+      mhc::Pack<T, VEC> ov[N];
+      mhc::load_streams<N>(ov, drow, C, c, whole);
+      if (!NORM || !CACHED) {
+        mhc::load_streams<N>(xv + at * N, row, C, c, whole);
+        yv[at] = mhc::load<T, VEC>(y + base + c, whole);
+        dv[at] = mhc::load<T, VEC>(du + base + c, whole);
+      }
+      UNROLL for (int e = 0; e < VEC; ++e) {
+        if (NORM) {
+          UNROLL for (int j = 0; j < N; ++j) { STAY_PACKED(xv[at * N + j]); }
+        }
+        float xs[N], out[N], ds[N];
+        const float ys = static_cast<float>(yv[at].v[e]);
+        UNROLL for (int j = 0; j < N; ++j) xs[j] = static_cast<float>(xv[at * N + j].v[e]);
+        float u = mhc::seam_channel<N, T>(out, xs, ys, pre, post, mix), da = static_cast<float>(dv[at].v[e]);
+        if (NORM) {
+          if (ROUND) u = static_cast<float>(static_cast<T>(u));
+          const float unit = u * r, d = da * (ROUND ? static_cast<float>(static_cast<T>(unit)) : unit);
+          if (CACHED) g_weight[at * VEC + e] += d;  // sums here where the token is read twice
+          else mine[c + e] = (t < threadgroups_per_grid.x ? 0.0f : mine[c + e]) + d;
+          da = r * (da * static_cast<float>(weight[c + e]) - u * slope);
+        }
+        float dys = 0.0f;
+        UNROLL for (int i = 0; i < N; ++i) {
+          ds[i] = static_cast<float>(ov[i].v[e]) + pre[i] * da;
+          dys += post[i] * ds[i];
+          g_pre[i] += da * out[i];
+          g_post[i] += ds[i] * ys;
+        }
+        yv[at].v[e] = static_cast<T>(dys);
+        UNROLL for (int j = 0; j < N; ++j) {
+          float a = 0.0f;
+          UNROLL for (int i = 0; i < N; ++i) {
+            a += mix[j * N + i] * ds[i];
+            g_res[i * N + j] += ds[i] * xs[j];
+          }
+          xv[at * N + j].v[e] = static_cast<T>(a);
+        }
+      }
+      UNROLL for (int j = 0; j < N; ++j)
+        *(device mhc::Pack<T, VEC>*)(dx + size_t(t) * size_t(N * C) + j * C + c) = xv[at * N + j];
+      *(device mhc::Pack<T, VEC>*)(dy + base + c) = yv[at];
+    }
+  }
+  mhc::group_sum<N, THREADS>(g_pre, scratch, dh_pre + size_t(t) * N, tid);
+  mhc::group_sum<N, THREADS>(g_post, scratch, dh_post + size_t(t) * N, tid);
+  mhc::group_sum<N * N, THREADS>(g_res, scratch, dh_res + size_t(t) * (N * N), tid);
+}
+
+if (NORM && CACHED) {
+  UNROLL for (int k = 0; k < KEPT; ++k) {
+    const int c = (k * THREADS + int(tid)) * VEC;
+    if (c < C) {
+      UNROLL for (int e = 0; e < VEC; ++e) mine[c + e] = g_weight[k * VEC + e];
+    }
+  }
+}

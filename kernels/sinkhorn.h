@@ -1,0 +1,170 @@
+// Sinkhorn-Knopp: W lanes hold a matrix, lane i its line i (the lines that the first half-step normalises).
+#include "common.h"
+
+namespace mhc {
+
+constexpr int lanes(int n) { return n <= 1 ? 1 : n <= 2 ? 2 : n <= 4 ? 4 : n <= 8 ? 8 : n <= 16 ? 16 : n <= 32 ? 32 : 64; }
+
+// Sum (or maximum) over W <= 32 lanes of v[c], left in lane c's v[0]: each exchange halves the columns.
+template <int O, bool MAX, int W> inline void scatter_sum(thread float (&v)[W], uint lane) {
+  if constexpr (O > 0) {
+    const bool high = (lane & uint(O)) != 0;
+    UNROLL for (int j = 0; j < O; ++j) {
+      const float other = simd_shuffle_xor(high ? v[j] : v[j + O], static_cast<ushort>(O));
+      const float mine = high ? v[j + O] : v[j];
+      v[j] = MAX ? metal::max(mine, other) : mine + other;
+    }
+    scatter_sum<O / 2, MAX>(v, lane);
+  }
+}
+
+// The sum (maximum) of column c over all lines of the matrix, in lane c. scratch is used above 32 lines: 128 floats.
+template <int N, bool MAX, typename S> inline float across(thread const float (&p)[N], uint lane, S scratch) {
+  constexpr int W = lanes(N) < 32 ? lanes(N) : 32;
+  const float none = MAX ? -3.0e38f : 0.0f;
+  float v[W];
+  UNROLL for (int j = 0; j < W; ++j) v[j] = j < N ? p[j < N ? j : 0] : none;
+  scatter_sum<W / 2, MAX>(v, lane);
+  const float low = v[0];
+  if constexpr (N <= 32) {
+    return low;
+  } else {
+    UNROLL for (int j = 0; j < W; ++j) v[j] = j + 32 < N ? p[j + 32 < N ? j + 32 : 0] : none;
+    scatter_sum<W / 2, MAX>(v, lane);
+    const float high = v[0];
+    const uint c = lane % 32, half_of = (lane / 32) * 64;
+    scratch[half_of + c] = low;
+    scratch[half_of + 32 + c] = high;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    const float a = scratch[lane], b = scratch[64 + lane];
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    return MAX ? metal::max(a, b) : a + b;
+  }
+}
+
+// all[c] = lane c's value, in every lane of the matrix.
+template <int N, typename S>
+inline void gather(thread float (&all)[N], float value, uint lane, uint simd_lane, S scratch) {
+  if constexpr (N <= 32) {
+    const uint first = simd_lane & ~uint(lanes(N) - 1);
+    UNROLL for (int j = 0; j < N; ++j) all[j] = simd_shuffle(value, static_cast<ushort>(first + uint(j)));
+  } else {
+    scratch[lane] = value;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    UNROLL for (int j = 0; j < N; ++j) all[j] = scratch[j];
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+}
+
+// line i of the matrix before the first plain half-step, and how many half-steps that start already was:
+// 2 for exp (l -= logsumexp(l) along, then across: exact at any logits), 1 for softmax + eps, 0 for I + l.
+enum { START_EXP = 0, START_SOFTMAX = 1, START_ADDITIVE = 2 };
+constexpr int steps_of(int start) { return start == START_EXP ? 2 : start == START_SOFTMAX ? 1 : 0; }
+
+template <int N, bool COLUMNS, typename P> inline void load_line(thread float (&p)[N], P logits, uint lane) {
+  UNROLL for (int j = 0; j < N; ++j) {
+    const uint i = lane < uint(N) ? lane : 0u;
+    p[j] = static_cast<float>(logits[COLUMNS ? uint(j * N) + i : i * uint(N) + uint(j)]);
+  }
+}
+
+// p = softmax(p) along the line
+template <int N> inline void softmax_line(thread float (&p)[N]) {
+  float m = p[0], s = 0.0f;
+  UNROLL for (int j = 1; j < N; ++j) m = metal::max(m, p[j]);
+  UNROLL for (int j = 0; j < N; ++j) s += (p[j] = metal::precise::exp(p[j] - m));
+  UNROLL for (int j = 0; j < N; ++j) p[j] /= s;
+}
+
+template <int N, int START, typename S>
+inline void sinkhorn_start(thread float (&p)[N], float eps, uint lane, uint simd_lane, S scratch) {
+  const bool live = lane < uint(N);
+  if constexpr (START == START_EXP) {
+    float m = p[0], s = 0.0f, all[N];
+    UNROLL for (int j = 1; j < N; ++j) m = metal::max(m, p[j]);
+    UNROLL for (int j = 0; j < N; ++j) s += metal::precise::exp(p[j] - m);
+    s = metal::precise::log(s);
+    UNROLL for (int j = 0; j < N; ++j) p[j] = live ? (p[j] - m) - s : -3.0e38f;
+    gather<N>(all, across<N, true>(p, lane, scratch), lane, simd_lane, scratch);
+    UNROLL for (int j = 0; j < N; ++j) p[j] = live ? metal::precise::exp(p[j] - all[j]) : 0.0f;
+    gather<N>(all, RECIPROCAL((across<N, false>(p, lane, scratch))), lane, simd_lane, scratch);
+    UNROLL for (int j = 0; j < N; ++j) p[j] *= all[j];
+  } else {
+    if (START == START_SOFTMAX) softmax_line(p);
+    UNROLL for (int j = 0; j < N; ++j)
+      p[j] = !live ? 0.0f : p[j] + (START == START_SOFTMAX ? eps : uint(j) == lane ? 1.0f : 0.0f);
+  }
+}
+
+// p = p / (p.sum() + eps) along the lines for even k, across them for odd k; returns this lane's divisor.
+template <int N, typename S>
+inline float half_step(thread float (&p)[N], int k, float eps, uint lane, uint simd_lane, S scratch) {
+  float d = 0.0f;
+  if (k % 2 == 0) {
+    UNROLL for (int j = 0; j < N; ++j) d += p[j];
+    d = lane < uint(N) ? d + eps : 1.0f;
+    const float r = RECIPROCAL(d);
+    UNROLL for (int j = 0; j < N; ++j) p[j] *= r;
+  } else {
+    float r[N];
+    d = across<N, false>(p, lane, scratch) + eps;
+    gather<N>(r, RECIPROCAL(d), lane, simd_lane, scratch);
+    UNROLL for (int j = 0; j < N; ++j) p[j] *= r[j];
+  }
+  return d;
+}
+
+template <int N, int START, bool COLUMNS, typename P, typename S>
+inline void sinkhorn(thread float (&p)[N], P logits, int iters, float eps, uint lane, uint simd_lane, S scratch) {
+  load_line<N, COLUMNS>(p, logits, lane);
+  sinkhorn_start<N, START>(p, eps, lane, simd_lane, scratch);
+  for (int k = steps_of(START); k < 2 * iters; ++k) half_step(p, k, eps, lane, simd_lane, scratch);
+}
+
+// p = the projection of the logits p, N * N in one lane; p[i] is line i
+template <int N, int START> inline void sinkhorn_alone(thread float (&p)[N][N], int iters, float eps) {
+  if (START == START_EXP) {
+    UNROLL for (int i = 0; i < N; ++i) {
+      float m = p[i][0], s = 0.0f;
+      UNROLL for (int j = 1; j < N; ++j) m = metal::max(m, p[i][j]);
+      UNROLL for (int j = 0; j < N; ++j) s += metal::precise::exp(p[i][j] - m);
+      s = metal::precise::log(s);
+      UNROLL for (int j = 0; j < N; ++j) p[i][j] = (p[i][j] - m) - s;
+    }
+    UNROLL for (int j = 0; j < N; ++j) {
+      float m = p[0][j], s = 0.0f;
+      UNROLL for (int i = 1; i < N; ++i) m = metal::max(m, p[i][j]);
+      UNROLL for (int i = 0; i < N; ++i) s += (p[i][j] = metal::precise::exp(p[i][j] - m));
+      UNROLL for (int i = 0; i < N; ++i) p[i][j] *= RECIPROCAL(s);
+    }
+  } else {
+    UNROLL for (int i = 0; i < N; ++i) {
+      if (START == START_SOFTMAX) softmax_line(p[i]);
+      UNROLL for (int j = 0; j < N; ++j) p[i][j] += START == START_SOFTMAX ? eps : i == j ? 1.0f : 0.0f;
+    }
+  }
+  for (int k = steps_of(START); k < 2 * iters; ++k) {
+    UNROLL for (int a = 0; a < N; ++a) {
+      float d = eps;
+      UNROLL for (int b = 0; b < N; ++b) d += k % 2 == 0 ? p[a][b] : p[b][a];
+      d = RECIPROCAL(d);
+      UNROLL for (int b = 0; b < N; ++b) {
+        if (k % 2 == 0) p[a][b] *= d;
+        else p[b][a] *= d;
+      }
+    }
+  }
+}
+
+// mix = the projection of N x N logits, N <= 8, by one simdgroup; COLUMNS as in sinkhorn_knopp.metal
+template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, typename P, typename S>
+inline void project(P logits, S mix, int iters, float eps, uint simd_lane) {
+  const uint lane = simd_lane % lanes(N);
+  float p[N];
+  sinkhorn<N, START, COLUMNS>(p, logits, iters, eps, lane, simd_lane, mix);
+  UNROLL for (int j = 0; j < N; ++j) {
+    if (simd_lane < uint(N)) mix[OUT_COLUMNS ? uint(j * N) + lane : lane * uint(N) + uint(j)] = p[j];
+  }
+}
+
+}  // namespace mhc
