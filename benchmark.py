@@ -1,16 +1,23 @@
 """Measure every op: `op direction dtype shape | us | GB/s | % of copy | x compiled reference`.
 
-Bytes are the fewest that an op can move (inputs read once, outputs written once; coefficients are
-noise), and the roof is `mx.abs` moving as many bytes, timed in turn with the op. Parity with the
-reference is checked first. Input sets rotate, together larger than the cache, so that caches do not
-flatter; one evaluation spans many calls, so the time holds MLX's own work too. Backward is the
-gradients alone (no baseline: the reference cannot skip its forward), forward+backward output and
-gradients.
+Bytes are the fewest that an op can move (inputs read once, outputs written once; coefficients and
+parameters are noise), and the roof is `mx.abs` moving as many bytes, timed in turn with the op.
+Parity with the reference is checked first: what fails is not timed. Input sets rotate, together
+larger than the cache, so that caches do not flatter; one evaluation spans many calls, so the time
+holds MLX's own work too. Backward is the gradients alone (no baseline: the reference cannot skip
+its forward; nor an op whose forward saves for them), forward+backward output and gradients.
+
+Other modes, alone or after the table with --all: --sizes, forward from 1 token to 65536 (for
+--plot); --decode, a sublayer in a compiled stack at 1 to 16 tokens; --overhead, what MLX and Python
+add to a layer's kernels. With --from FILE nothing runs: --compare, --plot and --predict read FILE.
 """
 
 import argparse
+import contextlib
 import datetime
+import io
 import json
+import math
 import re
 import shlex
 import statistics
@@ -18,40 +25,148 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
 
 import mlx.core as mx
 
-from mhc_mlx import ROW_FIRST, ops, reference
-from mhc_mlx.kernel import backend
+from mhc_mlx import DEEPSEEK_V4, ROW_FIRST, HyperConnection, MHCLayer, kernel, ops, reference
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 DIRECTIONS = ("forward", "backward", "forward+backward")
+SECTIONS = ("rows", "sizes", "decode", "overhead")
 CACHE = 256 << 20  # input sets together exceed this many bytes: several times any L2
+
+
+def uniform(*shape: int, low: float = 0.1, high: float = 1.0) -> mx.array:
+    return mx.random.uniform(low, high, shape)
+
+
+def matrices(*shape: int) -> mx.array:
+    return mx.softmax(mx.random.normal(shape), axis=-1)
+
+
+def weight(x: mx.array) -> mx.array:
+    return uniform(x.shape[-1], low=0.5, high=1.5)
+
+
+def logits(x: mx.array) -> mx.array:
+    return mx.random.normal((x.shape[1], x.shape[1]))
+
+
+def branch(x: mx.array) -> mx.array:
+    """y, or another array of a row per token."""
+    return mx.random.normal((x.shape[0], x.shape[2])).astype(x.dtype)
+
+
+def dynamic(x: mx.array, parts: int = 3) -> list[mx.array]:
+    """phi, bias, alpha of coefficients per token; one part is the head's."""
+    _, n, C = x.shape
+    outs = 2 * n + n * n if parts == 3 else n
+    phi = mx.random.normal((outs, n * C)) * (n * C) ** -0.5
+    return [phi, mx.random.normal((outs,)), uniform(parts, low=0.5, high=1.5)]
+
+
+def shared(x: mx.array) -> list[mx.array]:
+    """h_pre, h_post, h_res, for all tokens."""
+    n = x.shape[1]
+    return [uniform(n), uniform(n), matrices(n, n)]
+
+
+def sublayer(module, *arrays, **options):
+    """A whole dynamic sublayer with F = identity."""
+    u, h_post, h_res, x = module.mhc_pre(*arrays, None, DEEPSEEK_V4, **options)
+    return module.stream_mix_add(x, u, h_post, h_res, **options)
+
+
+def dynamic_layer(module, *arrays, **options):
+    """The dynamic layer of mHC.cu: F is the RMSNorm."""
+    u, h_post, h_res, x = module.mhc_pre(*arrays, ROW_FIRST, **options)
+    return module.stream_mix_add(x, u, h_post, h_res, **options)
+
+
+def single_pass(module, x, y, *parameters, **options):
+    """A whole sublayer of DeepSeek V4.1 but for F."""
+    return module.mhc_single_pass(x, y, *parameters, DEEPSEEK_V4, 1e-6, 1e-6, True, **options)
+
+
+class Op(NamedTuple):
+    """What is timed under a name.
+
+    inputs: Of x; x and the other arrays.
+    forward, backward: The fewest rows of C elements per token that move: (a, b) is a * n + b.
+    statics: What follows the arrays in a call.
+    call: A function of a module, the arrays and options, or another op's name.
+    saves: Whether its forward saves for its gradients, which then cannot run alone.
+    """
+
+    inputs: Callable
+    forward: tuple[int, int]
+    backward: tuple[int, int]
+    statics: tuple = ()
+    call: Callable | str | None = None
+    saves: bool = False
+
+
+def mix(x: mx.array) -> list[mx.array]:
+    return [x, branch(x), uniform(*x.shape[:2]), matrices(*x.shape[:2], x.shape[1])]
+
+
+def seam(x: mx.array) -> list[mx.array]:
+    x, y, h_post, h_res = mix(x)
+    return [x, y, uniform(*x.shape[:2]), h_post, h_res, weight(x)]
+
+
+def whole(x: mx.array) -> list[mx.array]:
+    return [x, branch(x), *dynamic(x), weight(x)]
+
+
+V4 = (DEEPSEEK_V4,)
+OPS = {
+    "sinkhorn_knopp": Op(lambda logits: [logits], (0, 0), (0, 0)),
+    "mhc_static": Op(lambda x: [x, *shared(x), weight(x)], (2, 0), (3, 0)),
+    "mhc_layer": Op(lambda x: [x, *shared(x)[:2], logits(x), weight(x)], (2, 0), (3, 0)),
+    "stream_mix_add": Op(lambda x: [x, branch(x), *shared(x)[1:]], (2, 1), (3, 2)),
+    "stream_mix_add_per_token": Op(mix, (2, 1), (3, 2), call="stream_mix_add"),
+    "stream_aggregate": Op(lambda x: [x, uniform(*x.shape[:2])], (1, 1), (2, 1)),  # per token
+    "stream_aggregate_norm": Op(lambda x: [x, uniform(x.shape[1]), weight(x)], (1, 1), (2, 1)),
+    "mhc_coefficients": Op(lambda x: [x, *dynamic(x)], (1, 0), (2, 0), V4, saves=True),
+    "mhc_pre": Op(lambda x: [x, *dynamic(x)], (1, 1), (3, 1), (None, *V4), saves=True),
+    "mhc_head": Op(lambda x: [x, *dynamic(x, 1)], (1, 1), (2, 1), V4, saves=True),
+    "sublayer": Op(lambda x: [x, *dynamic(x)], (3, 2), (6, 3), call=sublayer, saves=True),
+    "mhc_seam": Op(seam, (2, 2), (3, 3), (1e-6, True)),
+    "single_pass": Op(
+        lambda x: [x, branch(x), *dynamic(x), weight(x)],
+        (3, 2),
+        (4, 3),
+        call=single_pass,
+        saves=True,
+    ),
+    "mhc_dynamic": Op(
+        lambda x: [x, *dynamic(x), weight(x)], (3, 2), (6, 3), call=dynamic_layer, saves=True
+    ),
+}
+
+TARGETS = ("stream_mix_add_per_token", "stream_aggregate", "mhc_pre", "sublayer")
+LARGE = [(65536, 4, 1024), (16384, 4, 4096)]
+OTHERS = ("stream_aggregate_norm", "mhc_coefficients", "mhc_dynamic", "mhc_head", "mhc_seam")
+OTHERS += ("single_pass",)
 DEFAULT = {
     "mhc_static": [(16384, 4, 1024), (8192, 8, 1024), (64, 32, 1280)],
     "mhc_layer": [(320, 4, 1280)],
     "stream_mix_add": [(16384, 4, 1024)],
     "sinkhorn_knopp": [(65536, 4, 4)],
+    **dict.fromkeys(TARGETS, LARGE),
+    **dict.fromkeys(OTHERS, [(16384, 4, 1024)]),
 }
-BFLOAT16_ALONE = ("mhc_layer", "stream_mix_add")  # of the default list
-SEEDS = [
-    (320, 4, 1280),
-    (512, 4, 1920),
-    (1280, 4, 2560),
-    (2560, 4, 1280),
-    (128, 8, 1280),
-    (256, 8, 1280),
-]
-SEEDS += [
-    (32, 32, 1280),
-    (64, 32, 1280),
-    (128, 32, 1280),
-    (128, 4, 1280),
-    (256, 4, 1280),
-    (512, 4, 2560),
-]
-SEEDS += [(1024, 4, 1920), (1024, 4, 2560), (65536, 4, 1024), (16384, 4, 1024), (16384, 4, 4096)]
-SEEDS += [(8192, 8, 1024), (8192, 12, 1024)]
+FLOAT32_TOO = ("mhc_static",)  # of the default list
+BASELINE = ("mhc_static", "mhc_layer", "stream_mix_add", "sinkhorn_knopp")  # unless told otherwise
+SEEDS = [(320, 4, 1280), (512, 4, 1920), (1280, 4, 2560), (2560, 4, 1280), (128, 8, 1280)]
+SEEDS += [(256, 8, 1280), (32, 32, 1280), (64, 32, 1280), (128, 32, 1280), (128, 4, 1280)]
+SEEDS += [(256, 4, 1280), (512, 4, 2560), (1024, 4, 1920), (1024, 4, 2560), (65536, 4, 1024)]
+SEEDS += [(16384, 4, 1024), (16384, 4, 4096), (8192, 8, 1024), (8192, 12, 1024)]
+MATRICES = ((1, 4), (1, 8), (1, 16), (65536, 4), (8192, 8), (4096, 16), (1, 64))
 PRESETS = {
     "seeds": {
         "mhc_static": SEEDS,
@@ -59,70 +174,55 @@ PRESETS = {
         "stream_mix_add": SEEDS,
         "stream_aggregate_norm": SEEDS,
         "mhc_dynamic": SEEDS[:17],
-        "sinkhorn_knopp": [
-            (1, 4, 4),
-            (1, 8, 8),
-            (1, 16, 16),
-            (65536, 4, 4),
-            (8192, 8, 8),
-            (4096, 16, 16),
-            (1, 64, 64),
-        ],
+        "sinkhorn_knopp": [(B, n, n) for B, n in MATRICES],
     }
 }
+# Of --sizes: C by n, tokens, ops.
+GRID = {4: (1024, 1280, 2560, 4096, 5120, 7168), 2: (1024, 4096), 8: (1024, 4096), 16: (1024, 4096)}
+TOKENS = [4**k for k in range(9)]
+GROWING = ("stream_mix_add_per_token", "mhc_pre", "sublayer")
+STACKS = ("sublayer", "single_pass")
+DECODE = [(T, 4, C) for C in (4096, 5120, 7168) for T in (1, 2, 4, 8, 16)]
+LAYERS, PLAIN_LAYERS = 61, 8  # of a stack: of kernels, and of plain ops, slow to compile
+OVERHEAD = [(1, 4, 4096), (16384, 4, 1024)]
+
+
+def room() -> int:
+    """Bytes that one kind of array may take: a fifth of the memory."""
+    info = mx.device_info() if kernel.backend() else {}
+    return info.get("memory_size", info.get("total_memory", 64 << 30)) // 5
 
 
 def make_inputs(op: str, shape: tuple[int, int, int], dtype: mx.Dtype) -> list[mx.array]:
-    """Random arrays for one call; coefficients are shared by all tokens."""
-    B, n, C = shape
-    if op == "sinkhorn_knopp":
-        return [mx.random.normal(shape).astype(dtype)]
-    x = mx.random.normal(shape).astype(dtype)
-    gate, weight = mx.random.uniform(0.1, 1, (n,)), mx.random.uniform(0.5, 1.5, (C,))
-    mix = mx.softmax(mx.random.normal((n, n)), axis=-1)
-    return {
-        "mhc_static": lambda: [x, gate, gate[::-1] + 0.0, mix, weight],
-        "mhc_layer": lambda: [x, gate, gate[::-1] + 0.0, mx.random.normal((n, n)), weight],
-        "stream_aggregate_norm": lambda: [x, gate, weight],
-        "stream_mix_add": lambda: [x, mx.random.normal((B, C)).astype(dtype), gate, mix],
-        "mhc_dynamic": lambda: [x, *dynamic_parameters(n, C), weight],
-    }[op]()
-
-
-def dynamic_parameters(n: int, C: int) -> list[mx.array]:
-    """phi, bias, alpha."""
-    outs = 2 * n + ROW_FIRST.res_size(n)
-    phi = mx.random.normal((outs, n * C)) * (n * C) ** -0.5
-    return [phi, mx.random.normal((outs,)), mx.random.uniform(0.5, 1.5, (3,))]
+    """Random arrays for one call."""
+    return OPS[op].inputs(mx.random.normal(shape).astype(dtype))
 
 
 def function(module, op: str, **options):
-    """An op, or ``mhc_dynamic``: the dynamic layer of mHC.cu, whose sublayer is the RMSNorm."""
-    if op != "mhc_dynamic":
-        return lambda *a: getattr(module, op)(*a, **options)
+    """An op of ops or of reference, as a function of its arrays."""
+    call, statics = OPS[op].call, OPS[op].statics
+    if callable(call):
+        return lambda *arrays: call(module, *arrays, *statics, **options)
+    return lambda *arrays: getattr(module, call or op)(*arrays, *statics, **options)
 
-    def layer(x, phi, bias, alpha, weight):
-        u, h_post, h_res, x = module.mhc_pre(x, phi, bias, alpha, weight, ROW_FIRST, **options)
-        return module.stream_mix_add(x, u, h_post, h_res, **options)
 
-    return layer
+def several(results) -> list[mx.array]:
+    return list(results) if isinstance(results, (list, tuple)) else [results]
+
+
+def random_like(arrays: list[mx.array]) -> list[mx.array]:
+    return [mx.random.normal(a.shape).astype(a.dtype) for a in arrays]
 
 
 def mandatory_bytes(op: str, direction: str, shape: tuple[int, int, int], dtype: mx.Dtype) -> int:
-    """The fewest bytes, in rows of C elements per token: (forward, backward)."""
+    """The fewest bytes that an op can move."""
     B, n, C = shape
     if op == "sinkhorn_knopp":  # logits, h_res float32; logits, dh_res float32, dlogits
         forward, backward = B * n * C * (dtype.size + 4), B * n * C * (2 * dtype.size + 4)
     else:
-        rows = {
-            "stream_mix_add": (2 * n + 1, 3 * n + 2),
-            "stream_aggregate_norm": (n + 1, 2 * n + 1),
-            "mhc_dynamic": (3 * n + 2, 6 * n + 3),
-        }
-        forward, backward = (r * B * C * dtype.size for r in rows.get(op, (2 * n, 3 * n)))
-    return {"forward": forward, "backward": backward, "forward+backward": forward + backward}[
-        direction
-    ]
+        rows = OPS[op].forward, OPS[op].backward
+        forward, backward = ((a * n + b) * B * C * dtype.size for a, b in rows)
+    return {"forward": forward, "backward": backward}.get(direction, forward + backward)
 
 
 def race(budget: float, *contestants: tuple) -> list[list[float]]:
@@ -135,16 +235,14 @@ def race(budget: float, *contestants: tuple) -> list[list[float]]:
         mx.synchronize()
         return (time.perf_counter() - start) / calls
 
-    info = mx.device_info() if backend() else {}
-    room = info.get("memory_size", info.get("total_memory", 64 << 30)) // 5  # for results
     plan = []
     for f, sets in contestants:
-        results = f(*sets[0])
-        results = results if isinstance(results, (list, tuple)) else [results]
+        results = several(f(*sets[0]))
         run(f, sets, len(sets))
         calls = min(400, int(budget / 5 / max(run(f, sets, len(sets)), 1e-6)))
-        calls = min(max(len(sets), calls), room // max(1, sum(a.nbytes for a in results)))
+        calls = min(max(len(sets), calls), room() // max(1, sum(a.nbytes for a in results)))
         plan.append((f, sets, max(2, calls)))
+        del results
     for _ in range(2):  # the first round at a size is for the allocator: often half as fast
         times = [[run(*entry)] for entry in plan]
     for _ in range(4):
@@ -154,62 +252,65 @@ def race(budget: float, *contestants: tuple) -> list[list[float]]:
 
 
 def directed(f, direction: str, arrays: int):
-    """f, its gradients, or both, as one compiled function of the arrays and a cotangent."""
+    """f, its gradients, or both, as one compiled function of the arrays and the cotangents."""
     if direction == "forward":
         return mx.compile(lambda *a: f(*a[:arrays]))
 
     def both(*a):
-        outputs, gradients = mx.vjp(f, list(a[:arrays]), [a[arrays]])
+        outputs, gradients = mx.vjp(f, list(a[:arrays]), list(a[arrays:]))
         return gradients if direction == "backward" else outputs + gradients
 
     return mx.compile(both)
 
 
-def worst_error(op: str, arrays: list[mx.array], cotangent: mx.array, **options) -> float:
+def worst_error(op: str, arrays: list[mx.array], gradients: bool) -> float:
     """Largest difference from the reference, relative to the largest value, over all results."""
-    worst = 0.0
-    results = []
-    for f in (function(reference, op), function(ops, op, **options)):
-        outputs, gradients = mx.vjp(f, arrays, [cotangent])
-        results.append(outputs + gradients)
+    cotangents = random_like(several(function(reference, op)(*arrays))) if gradients else []
+    worst, results = 0.0, []
+    for module in (reference, ops):
+        f = function(module, op)
+        both = mx.vjp(f, arrays, cotangents) if gradients else [several(f(*arrays))]
+        results.append([a for part in both for a in part])
     for want, got in zip(*results, strict=True):
         want, got = want.astype(mx.float32), got.astype(mx.float32)
-        worst = max(
-            worst, (mx.abs(want - got).max() / mx.maximum(mx.abs(want).max(), 1e-30)).item()
-        )
+        error = mx.abs(want - got).max() / mx.maximum(mx.abs(want).max(), 1e-30)
+        worst = max(worst, error.item()) if error.item() == error.item() else math.inf
     return worst
+
+
+def input_sets(make) -> list[list[mx.array]]:
+    """Input sets that together exceed any cache."""
+    sets = []
+    while not sets or len(sets) < max(2, min(32, CACHE // sum(a.nbytes for a in sets[0]))):
+        sets.append(make())
+        mx.eval(sets[-1])
+    return sets
 
 
 class Bench:
     def __init__(self, budget: float, peak: float | None):
         self.budget, self.peak, self.copy_gbps = budget, peak, 0.0
 
-    @staticmethod
-    def sets(make) -> list[list[mx.array]]:
-        """Input sets that together exceed any cache."""
-        sets = [make()]
-        size = sum(a.nbytes for a in sets[0])
-        sets += [make() for _ in range(max(2, min(32, CACHE // size)) - 1)]
-        mx.eval(sets)
-        return sets
-
     def row(
         self, op: str, direction: str, shape, name: str, threads: int | None, baseline: bool = True
     ) -> dict:
         dtype, plain = DTYPES[name], function(reference, op)
         fused = function(ops, op, threads_per_group=threads)
+        if mx.get_cache_memory() > room():
+            mx.clear_cache()
+        arrays = len(make_inputs(op, (1, *shape[1:]), dtype))
 
         def inputs():
-            arrays = make_inputs(op, shape, dtype)
-            out_dtype = mx.float32 if op == "sinkhorn_knopp" else dtype
-            return [*arrays, mx.random.normal(plain(*arrays).shape).astype(out_dtype)]
+            given = make_inputs(op, shape, dtype)
+            cotangents = random_like(several(plain(*given))) if direction != "forward" else []
+            return given + cotangents
 
         size = mandatory_bytes(op, direction, shape, dtype)
-        sets, half = self.sets(inputs), max(64, size // 2 // 4)  # float32 read, and written
-        runners = [(directed(fused, direction, len(sets[0]) - 1), sets)]
-        runners += [(mx.abs, self.sets(lambda: [mx.random.normal((half,))]))]
+        sets, half = input_sets(inputs), max(64, size // 2 // 4)  # float32 read, and written
+        runners = [(directed(fused, direction, arrays), sets)]
+        runners += [(mx.abs, input_sets(lambda: [mx.random.normal((half,))]))]
         if baseline and direction != "backward":
-            runners += [(directed(plain, direction, len(sets[0]) - 1), sets)]
+            runners += [(directed(plain, direction, arrays), sets)]
         times = race(self.budget, *runners)
         median, copy, *compiled = map(statistics.median, times)
         self.copy_gbps = max(self.copy_gbps, 8e-9 * half / copy)
@@ -224,220 +325,581 @@ class Bench:
 
 def show(row: dict) -> str:
     shape = ", ".join(map(str, row["shape"]))
-    text = f"{row['op']:22} {row['direction']:16} {row['dtype']:8} ({shape:>14})"
+    text = f"{row['op']:24} {row['direction']:16} {row['dtype']:8} ({shape:>14})"
     text += f" | {row['us']:9.1f} us +-{row['spread']:4.0%}"
-    text += f" | {row['gbps']:6.0f} GB/s | {row['percent_of_copy']:4.0f} % of copy"
+    if "gbps" in row:
+        text += f" | {row['gbps']:6.0f} GB/s | {row['percent_of_copy']:4.0f} % of copy"
     if "percent_of_peak" in row:
         text += f" | {row['percent_of_peak']:4.0f} % of peak"
+    others = {"eager_us": "eager", "many_us": "of many", "gpu_us": "GPU alone"}
+    others |= {"plain_us": "plain", "python_us": "Python", "python_eager_us": "Python eager"}
+    for key in [k for k in others if k in row]:
+        text += f" | {others[key]} {row[key]:.1f}"
     if row["speedup_vs_compiled"]:
         text += f" | {row['speedup_vs_compiled']:6.1f} x compiled reference"
+    if "dispatches" in row:
+        text += f" | {row['dispatches']} dispatches, {row['kernels']} of them kernels"
+        text += f" (plain {row['plain_dispatches']}); per sublayer of stacks of {row['layers']}"
+        text += f", plain {row['plain_layers']}"
+    for one in row.get("launches", []):
+        text += f"\n    {one['kernel']}: source {one['source_bytes']} bytes, "
+        text += f"{one['template_arguments']} template arguments"
     return text
 
 
-def verify(cases, dtypes) -> list[dict]:
-    """Parity with the reference on this machine's device, every op and dtype."""
-    rows = []
-    for op, shape in cases:
-        B = min(shape[0], 512)
-        for name in dtypes(op):
-            arrays = make_inputs(op, (B, *shape[1:]), DTYPES[name])
-            want = function(reference, op)(*arrays)
-            error = worst_error(op, arrays, mx.random.normal(want.shape).astype(want.dtype))
-            bound = {"float32": 3e-5, "float16": 2e-3, "bfloat16": 1.6e-2}[name]
-            rows.append(
-                {
-                    "op": op,
-                    "dtype": name,
-                    "shape": [B, *shape[1:]],
-                    "error": error,
-                    "ok": error < bound,
-                }
-            )
-            if not rows[-1]["ok"]:
-                sys.exit(f"parity fails: {op} {name} {shape}: error {error:.2e}, bound {bound:.1e}")
+def verify(cases, gradients: bool = True) -> list[dict]:
+    """Parity with the reference on this machine's device, of each (op, shape, dtype)."""
+    rows, bounds = [], {"float32": 3e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
+    for op, (B, n, C), name in cases:
+        # as many tokens as reach the variants for many, if the reference's temporaries fit
+        B = min(B, 4096 if kernel.backend() else 512, max(64, room() // 256 // (n * C)))
+        row = {"op": op, "dtype": name, "shape": [B, n, C]}
+        if row in [{k: r[k] for k in row} for r in rows]:
+            continue
+        row["error"] = worst_error(op, make_inputs(op, (B, n, C), DTYPES[name]), gradients)
+        rows.append(row | {"ok": row["error"] < bounds[name]})
+        if not rows[-1]["ok"]:
+            print(f"parity FAILS: {op} {name} {B, n, C}: {row['error']:.2e}, {bounds[name]:.1e}")
     return rows
 
 
 def sweep(bench: Bench, op: str, shape, name: str) -> list[dict]:
-    """Threads per group x vector width; marks the best and what the default picks."""
+    """Threads per group x vector width, or threads alone of an op whose projection fixes its
+    loads; marks the best and what the default picks."""
     rows, plain = [], ops.geometry.of_token
-    for direction in ("forward", "backward"):
-        copies = 1 if direction == "forward" else 2
-        chosen = plain(shape[1], shape[2], DTYPES[name].size, copies, None, backend())
-        for vec in (1, 2, 4, 8):
-            for threads in (32, 64, 128, 160, 256, 512):
-                if shape[2] % vec or vec * DTYPES[name].size > 16 or vec * shape[1] > 64:
-                    continue
-                passes = -(-shape[2] // (vec * threads))
-                if threads > 32 and (threads - 32) * vec >= shape[2] or passes > 16:
-                    continue
-
-                def forced(n, C, size, copies, _, backend, vec=vec, threads=threads, passes=passes):
-                    held = passes * copies * n * (max(4, vec * size) if copies == 1 else 4 * vec)
-                    fits = n <= 8 and held <= ops.geometry.REGISTER_BYTES[backend, copies]
-                    return ops.geometry.Geometry(vec, threads, passes, fits)
-
-                ops.geometry.of_token = forced
-                try:
-                    row = bench.row(op, direction, shape, name, threads, baseline=False) | {
-                        "vec": vec
-                    }
-                finally:
-                    ops.geometry.of_token = plain
-                row["default"] = (vec, threads) == (chosen.vec, chosen.threads)
-                rows.append(row)
+    for direction in ("forward", "forward+backward" if OPS[op].saves else "backward"):
+        candidates = [(None, threads, None) for threads in (None, 64, 128, 256, 512)]
+        if not OPS[op].saves:
+            copies = 1 if direction == "forward" else 2
+            size, backend = DTYPES[name].size, kernel.backend()
+            chosen = plain(shape[1], shape[2], size, copies, None, backend)
+            candidates = list(geometries(*shape[1:], size, copies, backend, chosen))
+        for vec, threads, forced in candidates:
+            ops.geometry.of_token = (lambda *_, forced=forced, **__: forced) if forced else plain
+            try:
+                row = bench.row(op, direction, shape, name, threads, baseline=False)
+            finally:
+                ops.geometry.of_token = plain
+            picked = (vec, threads) == (chosen.vec, chosen.threads) if vec else threads is None
+            rows.append(row | {"vec": vec, "default": picked})
         best = min((r for r in rows if r["direction"] == direction), key=lambda r: r["us"])
         for r in rows:
             if r["direction"] == direction:
                 mark = " <- best" * (r is best) + " <- default" * r["default"]
-                print(
-                    f"vec {r['vec']} threads {r['threads_per_group']:4} {show(r)}{mark}", flush=True
-                )
+                threads = r["threads_per_group"] or "its own"
+                print(f"vec {r['vec']} threads {threads:>7} {show(r)}{mark}", flush=True)
     return rows
 
 
-def plot(rows: list[dict], file: str) -> None:
+def geometries(n: int, C: int, size: int, copies: int, backend: str, chosen):
+    """Vector width, threads and `Geometry` of what a sweep tries."""
+    for vec in (1, 2, 4, 8):
+        for threads in (32, 64, 128, 160, 256, 512):
+            if C % vec or vec * size > 16 or vec * n > 64:
+                continue
+            passes = -(-C // (vec * threads))
+            if threads > 32 and (threads - 32) * vec >= C or passes > 16:
+                continue
+            held = passes * copies * n * (max(4, vec * size) if copies == 1 else 4 * vec)
+            fits = n <= 8 and held <= ops.geometry.REGISTER_BYTES[backend, copies]
+            yield vec, threads, chosen._replace(vec=vec, threads=threads, passes=passes, fits=fits)
+
+
+# ---- dispatches and MLX's own time
+
+# Primitives that launch nothing.
+VIEWS = "AsStrided Broadcast BroadcastAxes Copy CustomTransforms Depends ExpandDims Flatten Reshape"
+VIEWS = f"{VIEWS} Slice Split Squeeze StopGradient Transpose Unflatten View".split()
+
+
+def dispatches(results) -> Counter:
+    """How many primitives of each kind in the graph of results, not yet evaluated, launch work."""
+    text = io.StringIO()
+    mx.export_to_dot(text, *several(results))
+    kinds = re.findall(r'label ="([^"]*)", shape=rectangle', text.getvalue())
+    return Counter(k for k in kinds if k not in VIEWS)
+
+
+@contextlib.contextmanager
+def launches():
+    """Collects, of every launch, the kernel, its source's bytes, which MLX hashes at each
+    evaluation, and the number of its template arguments."""
+    seen, makers = [], ("metal_kernel", "cuda_kernel")
+    plain = {k: getattr(mx.fast, k) for k in makers}
+
+    def spying(make):
+        def construct(name, source, header="", **rest):
+            run = make(name=name, source=source, header=header, **rest)
+
+            def launch(**call):
+                size = len(source) + len(header)
+                row = {"kernel": name, "source_bytes": size}
+                seen.append(row | {"template_arguments": len(call["template"])})
+                return run(**call)
+
+            return launch
+
+        return construct
+
+    kernel._build.cache_clear()  # so that kernels are built by spies, and afterwards are not
+    try:
+        for k in makers:
+            setattr(mx.fast, k, spying(plain[k]))
+        yield seen
+    finally:
+        for k in makers:
+            setattr(mx.fast, k, plain[k])
+        kernel._build.cache_clear()
+
+
+def each(budget: float, f, evaluate: bool = True) -> list[float]:
+    """Seconds of calls of f, each evaluated alone, or only its graph built."""
+
+    def run():
+        start = time.perf_counter()
+        results = f()
+        if evaluate:
+            mx.eval(results)
+        return time.perf_counter() - start
+
+    for _ in range(2):
+        run()
+    mx.synchronize()
+    return [run() for _ in range(max(5, min(200, int(budget / max(run(), 1e-6)))))]
+
+
+def spread(times: list[float]) -> float:
+    """Of calls one by one, whose slowest are accidents: from the fastest to the third quartile."""
+    return (statistics.quantiles(times)[2] - min(times)) / statistics.median(times)
+
+
+def gpu_time(f, calls: int = 32) -> float:
+    """Seconds of f on the GPU alone: how much longer a long copy takes with the calls queued behind
+    it. The host is done before the copy is, so its own time is hidden, as far as MLX queues."""
+    pad = mx.ones(max(64, room() // 6 // 4))
+    mx.eval(pad)
+
+    def run(passes, calls):
+        results, busy = [f() for _ in range(calls)], pad
+        for _ in range(passes):
+            busy = mx.abs(busy)
+        start = time.perf_counter()
+        mx.async_eval(busy)
+        mx.eval(results)
+        mx.synchronize()
+        return time.perf_counter() - start
+
+    run(8, calls)
+    passes = max(4, min(40, math.ceil(2 * run(0, calls) / (run(8, 0) / 8))))
+    run(passes, calls)
+    more = [run(passes, calls) - run(passes, 0) for _ in range(7)]
+    return max(0.0, statistics.median(more) / calls)
+
+
+def quiet_parameters(x: mx.array) -> list[mx.array]:
+    """Parameters of a sublayer that adds little, or a deep stack without norms would overflow."""
+    n, (phi, bias, alpha) = x.shape[1], dynamic(x)
+    gate = (mx.arange(bias.size) >= n) & (mx.arange(bias.size) < 2 * n)
+    return [phi, mx.where(gate, -4.0, bias), alpha]
+
+
+def stack(op: str, module):
+    """Sublayers, F = identity, one after another: a function of x and of three parameters each."""
+    options = {"differentiable": False} if module is ops else {}
+
+    def run(x, *parameters):
+        u = x[:, 0]
+        for i in range(0, len(parameters), 3):
+            if op == "sublayer":
+                x = sublayer(module, x, *parameters[i : i + 3], **options)
+            else:
+                x, u, _ = single_pass(module, x, u, *parameters[i : i + 3], None, **options)
+        return x
+
+    return run
+
+
+def decode(bench: Bench, op: str, shape, name: str = "bfloat16") -> dict:
+    """Time per sublayer of a compiled stack of LAYERS with their own parameters, evaluated once per
+    step as a decoder does, beside plain ops compiled, in a stack of PLAIN_LAYERS because their
+    compilation is slow."""
+    x = mx.random.normal(shape).astype(DTYPES[name])
+    parameters = [a for _ in range(LAYERS) for a in quiet_parameters(x)]
+    few = parameters[: 3 * PLAIN_LAYERS]
+    mx.eval(x, parameters)
+    fused, plain = (mx.compile(stack(op, module)) for module in (ops, reference))
+    times = [t / LAYERS for t in each(bench.budget, lambda: fused(x, *parameters))]
+    slow = [t / PLAIN_LAYERS for t in each(bench.budget, lambda: plain(x, *few))]
+    us, plain_us = (1e6 * statistics.median(t) for t in (times, slow))
+    row = {"op": f"decode {op}", "direction": "forward", "dtype": name, "shape": list(shape)}
+    row |= {"us": us, "spread": spread(times)}
+    row |= {"gpu_us": 1e6 * gpu_time(lambda: fused(x, *few), 6) / PLAIN_LAYERS}
+    row |= {"plain_us": plain_us, "speedup_vs_compiled": plain_us / us}
+    counts = [dispatches(mx.compile(stack(op, m))(x, *few[:3])) for m in (ops, reference)]
+    row |= {"dispatches": counts[0].total(), "kernels": counts[0]["CustomKernel"]}
+    row |= {"plain_dispatches": counts[1].total()}
+    return row | {"layers": LAYERS, "plain_layers": PLAIN_LAYERS, "threads_per_group": None}
+
+
+def overhead(bench: Bench, shape, name: str = "bfloat16") -> list[dict]:
+    """A call of a layer, forward. us: compiled and evaluated alone; eager_us: the same, eager;
+    many_us: compiled, an evaluation of many calls; gpu_us: the GPU alone, as `gpu_time` says;
+    python_us, python_eager_us: building the graph."""
+    rows, (_, n, C) = [], shape
+    x = mx.random.normal(shape).astype(DTYPES[name])
+    connection = HyperConnection(C, n, convention=DEEPSEEK_V4)
+
+    def connected(x):
+        u, add_residual = connection(x)
+        return add_residual(u)
+
+    for op, layer in {"MHCLayer": MHCLayer(n, C), "HyperConnection": connected}.items():
+        mx.eval(x)
+        compiled = mx.compile(layer)
+        calls = {"us": compiled, "eager_us": layer}
+        times = {k: each(bench.budget, lambda f=f: f(x)) for k, f in calls.items()}
+        for k, f in calls.items():
+            times[f"python_{k}"] = each(bench.budget / 10, lambda f=f: f(x), evaluate=False)
+        times["many_us"] = race(bench.budget, (compiled, [[x]]))[0]
+        times["gpu_us"] = [gpu_time(lambda f=compiled: f(x))]
+        row = {"op": op, "direction": "forward", "dtype": name, "shape": list(shape)}
+        row |= {k: 1e6 * statistics.median(t) for k, t in times.items()}
+        row |= {"spread": spread(times["us"]), "speedup_vs_compiled": None}
+        with launches() as seen:
+            mx.eval(layer(x))
+        rows.append(row | {"launches": seen, "threads_per_group": None})
+    return rows
+
+
+# ---- what reads figures already taken
+
+
+def label(section: str, row: dict) -> str:
+    keys = ("op", "direction", "dtype", "shape", "threads_per_group", "vec")
+    given = [str(row[k]) for k in keys if row.get(k) is not None]
+    return " ".join([*given, f"({section})" if section != "rows" else ""]).strip()
+
+
+def compare(before: dict, after: dict) -> list[str]:
+    """The change of each figure, and which are in one of both only."""
+    old, new = (
+        {label(s, r): r["us"] for s in SECTIONS for r in result.get(s, [])}
+        for result in (before, after)
+    )
+    lines = [
+        f"{key:66} {old[key]:9.1f} -> {us:9.1f} us {100 * (us / old[key] - 1):+7.1f} %"
+        for key, us in new.items()
+        if key in old
+    ]
+    lines += [f"{key:66} not there before" for key in new if key not in old]
+    return lines + [f"{key:66} only before" for key in old if key not in new]
+
+
+APPLE = {"M2 Max": 400, "M3 Ultra": 819, "M4 Max": 546, "M5 Max": 614}  # nominal GB/s
+COPY_SHARE = 0.8  # of nominal bandwidth that a copy gets: published figures are 70 to 85 %
+ASSUMED_SHARE = 0.75  # of nominal bandwidth, for an op that has no measurement
+
+
+def predicted_us(size: int, gbps: float, percent_of_copy: float | None) -> float:
+    """``bytes / (bandwidth * share)``, share = COPY_SHARE * the fraction of copy measured
+    elsewhere, or ASSUMED_SHARE without a measurement."""
+    measured = percent_of_copy is not None
+    share = COPY_SHARE * percent_of_copy / 100 if measured else ASSUMED_SHARE
+    return size / (gbps * 1e9 * share) * 1e6
+
+
+def predict(result: dict) -> str:
+    """A Markdown table of predictions for bfloat16."""
+    measured = {label("rows", r): r for r in result.get("rows", [])}
+    lines = [
+        "Predictions: no Apple GPU has run this. us = mandatory bytes / (nominal bandwidth x "
+        f"share); share = {COPY_SHARE:.0%} (what a copy gets) x the measured fraction of copy, or "
+        f"{ASSUMED_SHARE:.0%} where there is none.",
+        "",
+    ]
+    columns = ["op", "(tokens, n, C)", "direction"]
+    columns += [f"{result['device']}, measured us", "% of copy"] if measured else []
+    columns += [f"{chip} ({gbps} GB/s)" for chip, gbps in APPLE.items()]
+    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for op in TARGETS:
+        for shape in LARGE:
+            for direction in ("forward", "forward+backward"):
+                wanted = {"op": op, "direction": direction, "dtype": "bfloat16"}
+                row = measured.get(label("rows", wanted | {"shape": list(shape)}), {})
+                percent = row.get("percent_of_copy")
+                size = mandatory_bytes(op, direction, shape, mx.bfloat16)
+                cells = [f"`{op}`", str(shape), direction]
+                if measured:
+                    cells += [f"{row['us']:.0f}", f"{percent:.0f}"] if row else ["", ""]
+                cells += [f"{predicted_us(size, g, percent):.0f}" for g in APPLE.values()]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(result: dict, file: str) -> None:
+    """Percent of copy: over size if there are such rows, and otherwise a bar for each row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 0.28 * len(rows) + 1.2))
-    labels = [f"{r['op']} {r['direction']} {r['dtype']} {tuple(r['shape'])}" for r in rows]
-    axes.barh(labels, [r["percent_of_copy"] for r in rows])
-    axes.axvline(100, color="black", linewidth=0.8)
-    axes.invert_yaxis()
-    axes.set_xlabel("percent of copy bandwidth")
+    sizes = result.get("sizes", [])
+    if sizes:
+        figure = plot_sizes(plt, sizes, result["device"])
+    else:
+        rows = result["rows"]
+        figure, axes = plt.subplots(figsize=(8, 0.28 * len(rows) + 1.2))
+        labels = [f"{r['op']} {r['direction']} {r['dtype']} {tuple(r['shape'])}" for r in rows]
+        axes.barh(labels, [r["percent_of_copy"] for r in rows])
+        axes.axvline(100, color="black", linewidth=0.8)
+        axes.invert_yaxis()
+        axes.set_xlabel("percent of copy bandwidth")
     figure.savefig(file, bbox_inches="tight", dpi=120)
+    plt.close(figure)
 
 
-def main() -> None:
+def plot_sizes(plt, rows: list[dict], device: str):
+    """A panel for each op and n, a line for each C."""
+    panels = list(dict.fromkeys((r["op"], r["direction"]) for r in rows))
+    streams, widths = (sorted({r["shape"][i] for r in rows}) for i in (1, 2))
+    size = (2.6 * len(streams) + 1.4, 2.3 * len(panels) + 0.9)
+    options = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
+    figure, grid = plt.subplots(len(panels), len(streams), figsize=size, **options)
+    lines = {}
+    for (op, direction), across in zip(panels, grid, strict=True):
+        for n, axes in zip(streams, across, strict=True):
+            axes.axhline(100, color="black", linewidth=0.8)
+            for i, C in enumerate(widths):
+                key = (op, direction, n, C)
+                own = [r for r in rows if (r["op"], r["direction"], *r["shape"][1:]) == key]
+                points = sorted((r["shape"][0], r["percent_of_copy"]) for r in own)
+                style = {"color": plt.cm.viridis(i / len(widths)), "marker": ".", "linewidth": 1.2}
+                if points:
+                    (lines[C],) = axes.plot(*zip(*points, strict=True), **style)
+            axes.set_title(f"{op}, n = {n}", fontsize=8)
+            axes.set_xscale("log", base=4)
+            ticks = [4**k for k in range(0, 9, 2)]
+            axes.set_xticks(ticks, map(str, ticks), fontsize=8)
+            axes.grid(alpha=0.3)
+    grid[0, 0].set_ylim(0)
+    figure.supxlabel("tokens")
+    figure.supylabel("% of copy (time of a copy of the mandatory bytes / time)")
+    figure.legend([lines[C] for C in widths], [f"C = {C}" for C in widths], loc="outside right")
+    figure.suptitle(f"{device}, {rows[0]['dtype']}, {' and '.join({d for _, d in panels})}")
+    return figure
+
+
+# ---- the command
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--op", action="append", choices=sorted(PRESETS["seeds"]), help="repeatable; all by default"
+    add = parser.add_argument
+    add("--op", action="append", choices=sorted(OPS), help="repeatable; all by default")
+    add("--shape", action="append", metavar="B,n,C", help="repeatable")
+    add("--dtype", action="append", choices=sorted(DTYPES), help="repeatable; bfloat16 and float32")
+    add("--direction", action="append", choices=DIRECTIONS, help="repeatable; all by default")
+    add("--preset", choices=sorted(PRESETS))
+    add("--sizes", action="store_true", help="percent of copy from 1 to 65536 tokens")
+    add("--decode", action="store_true", help="a sublayer at 1 to 16 tokens, and its dispatches")
+    add("--overhead", action="store_true", help="MLX's and Python's time per call of a layer")
+    add("--all", action="store_true", help="the table and these three")
+    add("--sweep", action="store_true", help="threads per group x vector width")
+    add("--threads", type=int, help="threads_per_group for every op")
+    add("--verify", action="store_true", help="parity only")
+    add(
+        "--baseline",
+        action=argparse.BooleanOptionalAction,
+        help="time the compiled reference too; by default of the ops in BASELINE",
     )
-    parser.add_argument("--shape", action="append", metavar="B,n,C", help="repeatable")
-    parser.add_argument(
-        "--dtype", action="append", choices=sorted(DTYPES), help="repeatable; bfloat16 and float32"
-    )
-    parser.add_argument(
-        "--direction", action="append", choices=DIRECTIONS, help="repeatable; all by default"
-    )
-    parser.add_argument("--preset", choices=sorted(PRESETS))
-    parser.add_argument("--sweep", action="store_true", help="threads per group x vector width")
-    parser.add_argument("--threads", type=int, help="threads_per_group for every op")
-    parser.add_argument("--verify", action="store_true", help="parity only")
-    parser.add_argument("--no-baseline", action="store_true", help="no compiled reference")
-    parser.add_argument("--processes", type=int, default=1, help="medians over this many processes")
-    parser.add_argument("--quick", action="store_true", help="shorter runs")
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--plot", metavar="FILE", help="needs matplotlib")
-    parser.add_argument("--peak-gbps", type=float, help="adds percent of this peak")
-    args = parser.parse_args()
+    add("--processes", type=int, default=1, help="medians over this many processes")
+    add("--quick", action="store_true", help="shorter runs")
+    add("--json", metavar="FILE", help="written after each figure")
+    add("--plot", metavar="FILE", help="needs matplotlib")
+    add("--compare", metavar="FILE", help="the change against an earlier --json")
+    add("--predict", action="store_true", help="expected times on Apple GPUs, in Markdown")
+    add("--from", dest="source", metavar="FILE", help="run nothing, read this --json")
+    add("--peak-gbps", type=float, help="adds percent of this peak")
+    return parser.parse_args(argv)
 
-    if args.processes > 1:
-        repeat(args.processes, args.json)
-        return
-    mx.random.seed(0)
+
+def cases(args: argparse.Namespace) -> dict[str, list[tuple]]:
+    """By section of the result: (op, shape, dtype) of what to measure."""
+    modes = [m for m in SECTIONS[1:] if args.all or getattr(args, m)]
     table = PRESETS[args.preset] if args.preset else DEFAULT
     if args.shape:
         shapes = [tuple(int(v) for v in s.split(",")) for s in args.shape]
         square = [s for s in shapes if s[1] == s[2]]
         table = {op: square if op == "sinkhorn_knopp" else shapes for op in args.op or table}
-    cases = [(op, shape) for op in table if not args.op or op in args.op for shape in table[op]]
 
-    def dtypes(op: str) -> list[str]:
+    def dtypes(op):
         if args.dtype or op == "sinkhorn_knopp":
             return args.dtype or ["float32"]
-        alone = not args.preset and op in BFLOAT16_ALONE
-        return ["bfloat16"] if alone else ["bfloat16", "float32"]
+        return ["bfloat16", "float32"] if args.preset or op in FLOAT32_TOO else ["bfloat16"]
 
-    info = mx.device_info() if backend() else {}
-    device = info.get("device_name", "CPU")
-    print(
-        f"{device}, MLX {mx.__version__}, kernels: "
-        f"{backend() or 'none here, so compiled against plain reference'}"
-    )
+    chosen = {}
+    if args.all or not modes:
+        own = [op for op in table if not args.op or op in args.op]
+        chosen["rows"] = [(op, s, name) for op in own for s in table[op] for name in dtypes(op)]
+    names = args.dtype or ["bfloat16"]
+    if "sizes" in modes:
+        grid = [(op, n, C) for op in args.op or GROWING for n in GRID for C in GRID[n]]
+        every = [(op, (T, n, C), name) for op, n, C in grid for T in TOKENS for name in names]
+        chosen["sizes"] = [  # MLX's own random numbers take fewer than 2**31
+            (op, s, name)
+            for op, s, name in every
+            if math.prod(s) < 2**31 and mandatory_bytes(op, "forward", s, DTYPES[name]) < room()
+        ]
+    if "decode" in modes:
+        own = [op for op in STACKS if not args.op or op in args.op]
+        chosen["decode"] = [(op, s, name) for op in own for s in DECODE for name in names]
+    if "overhead" in modes:
+        chosen["overhead"] = [("sublayer", shape, name) for shape in OVERHEAD for name in names]
+    return chosen
 
-    bench, rows = Bench(0.1 if args.quick else 0.5, args.peak_gbps), []
-    verified = verify(cases, dtypes)
-    print(
-        f"parity: {len(verified)} cases, "
-        f"largest relative error {max(r['error'] for r in verified):.1e}"
-    )
-    if not backend() and not args.verify:
-        cpu_table(cases, bench)
-        return
-    done, total = 0, sum(len(dtypes(op)) for op, _ in cases) * len(args.direction or DIRECTIONS)
-    for op, shape in [] if args.verify else cases:
-        for name in dtypes(op):
-            if args.sweep:
-                rows += sweep(bench, op, shape, name)
+
+def measure(args: argparse.Namespace) -> dict:
+    mx.random.seed(0)
+    chosen, bench = cases(args), Bench(0.1 if args.quick else 0.5, args.peak_gbps)
+    info = mx.device_info() if kernel.backend() else {}
+    result = {"device": info.get("device_name", "CPU"), "mlx": mx.__version__}
+    result |= {"date": datetime.date.today().isoformat()}
+    result |= {"command": shlex.join(["python", *sys.argv]), "copy_gbps": 0.0, "verified": []}
+    result |= {"rows": []} | {section: [] for section in chosen}
+    kernels = kernel.backend() or "none here, so compiled against plain reference"
+    print(f"{result['device']}, MLX {mx.__version__}, kernels: {kernels}")
+    for section, each_case in chosen.items():
+        result["verified"] += verify(each_case, gradients=section == "rows")
+    worst = max((r["error"] for r in result["verified"]), default=0)
+    print(f"parity: {len(result['verified'])} cases, largest relative error {worst:.1e}")
+    failed = [(r["op"], r["dtype"], *r["shape"][1:]) for r in result["verified"] if not r["ok"]]
+    save(result, args.json)
+    if args.verify:
+        return result
+    if not kernel.backend():
+        cpu_table(chosen.get("rows", []), bench)
+        return result
+
+    def made(op, shape, name):
+        """The rows of a case."""
+        if section == "decode":
+            yield decode(bench, op, shape, name)
+        elif section == "overhead":
+            yield from overhead(bench, shape, name)
+        elif args.sweep:
+            yield from sweep(bench, op, shape, name)
+        else:
+            baseline = args.baseline
+            if baseline is None:
+                baseline = section == "rows" and op in BASELINE
+            usual = DIRECTIONS if section == "rows" else ("forward",)
+            for direction in args.direction or usual:
+                if direction != "backward" or not OPS[op].saves:
+                    yield bench.row(op, direction, shape, name, args.threads, baseline)
+
+    done, total = 0, sum(map(len, chosen.values()))
+    for section in chosen:
+        for op, shape, name in chosen[section]:
+            if (op, name, *shape[1:]) in failed:
                 continue
-            for direction in args.direction or DIRECTIONS:
-                rows.append(
-                    bench.row(op, direction, shape, name, args.threads, not args.no_baseline)
-                )
-                done += 1
-                if sys.stderr.isatty():
-                    print(f"\r{done}/{total}", end="\r", file=sys.stderr)
-                print(show(rows[-1]), flush=True)
-    if args.json:
-        result = {
-            "device": device,
-            "mlx": mx.__version__,
-            "date": datetime.date.today().isoformat(),
-        }
-        result |= {"command": shlex.join(["python", *sys.argv]), "copy_gbps": bench.copy_gbps}
-        with open(args.json, "w") as f:
-            json.dump(result | {"verified": verified, "rows": rows}, f, indent=1)
-    if args.plot and rows:
-        plot(rows, args.plot)
+            for row in made(op, shape, name):
+                result[section].append(row)
+                result["copy_gbps"] = bench.copy_gbps
+                if not args.sweep:
+                    print(show(row), flush=True)
+                save(result, args.json)
+            done += 1
+            if sys.stderr.isatty():
+                print(f"\r{done}/{total}", end="\r", file=sys.stderr)
+    return result
 
 
-def repeat(processes: int, file: str | None) -> None:
+def save(result: dict, file: str | None) -> None:
+    if file:
+        with open(file, "w") as f:
+            json.dump(result, f, indent=1)
+
+
+def load(file: str) -> dict:
+    with open(file) as f:
+        return json.load(f)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if args.source or args.predict:
+        result = load(args.source) if args.source else {}
+    elif args.processes > 1:
+        result = repeat(args.processes, args.json)
+    else:
+        result = measure(args)
+    if args.predict:
+        print(predict(result))
+    if args.compare:
+        print(*compare(load(args.compare), result), sep="\n")
+    if args.plot and any(result.get(s) for s in ("rows", "sizes")):
+        plot(result, args.plot)
+    failed = [r for r in result.get("verified", []) if not r["ok"]]
+    if failed and not args.source:
+        sys.exit(f"parity fails: {failed}")
+
+
+def repeat(processes: int, file: str | None) -> dict:
     """Run this command in several processes and keep the median of each figure; the file is
     written after each. The compiled reference is timed in the first only; ``spread`` is between
     processes."""
-    own = [a for i, a in enumerate(sys.argv) if not re.match("--(processes|json)", a)]
-    own = [a for i, a in enumerate(own) if a not in (file, str(processes))]
-    results = []
+    mine = "--(processes|json|plot|compare)"
+    pairs = zip(["", *sys.argv], sys.argv, strict=False)
+    own = [a for last, a in pairs if not re.match(mine, a) and not re.fullmatch(mine, last)]
+    results, statuses = [], []
     with tempfile.TemporaryDirectory() as folder:
         for k in range(processes):
             command = [sys.executable, *own, "--json", f"{folder}/{k}.json"]
-            subprocess.run(command + ["--no-baseline"] * (k > 0), check=True)
-            with open(f"{folder}/{k}.json") as f:
-                results.append(json.load(f))
+            done = subprocess.run(command + ["--no-baseline"] * (k > 0))
+            statuses.append(done.returncode)
+            results.append(load(f"{folder}/{k}.json"))
             merged = merge(results) | {"command": shlex.join(["python", *sys.argv])}
-            if file:
-                with open(file, "w") as f:
-                    json.dump(merged, f, indent=1)
-    print(f"medians of {processes} processes", *map(show, merged["rows"]), sep="\n")
+            save(merged, file)
+    print(f"medians of {processes} processes")
+    for row in (row for section in SECTIONS for row in merged.get(section, [])):
+        print(show(row))
+    if any(statuses):
+        sys.exit(f"statuses of the processes: {statuses}")
+    return merged
 
 
 def merge(results: list[dict]) -> dict:
     """The first process's result with the medians of all."""
-    merged = results[0] | {"processes": len(results), "rows": []}
-    for rows in zip(*(r["rows"] for r in results), strict=True):
-        keys = ("us", "gbps", "percent_of_copy")
-        row = rows[0] | {k: statistics.median(r[k] for r in rows) for k in keys}
-        if len(rows) > 1:
-            row["spread"] = (max(r["us"] for r in rows) - min(r["us"] for r in rows)) / row["us"]
-        if row["speedup_vs_compiled"]:
-            row["speedup_vs_compiled"] *= rows[0]["us"] / row["us"]
-        merged["rows"].append(row)
+    merged = results[0] | {"processes": len(results)}
+    for section in [s for s in SECTIONS if s in results[0]]:
+        found: dict[str, list[dict]] = {}
+        for row in (row for result in results for row in result[section]):
+            found.setdefault(label(section, row), []).append(row)
+        merged[section] = []
+        for rows in found.values():
+            times = [k for k in rows[0] if k.endswith("us") or k in ("gbps", "percent_of_copy")]
+            row = rows[0] | {k: statistics.median(r[k] for r in rows) for k in times}
+            if len(rows) > 1:
+                most, least = (f(r["us"] for r in rows) for f in (max, min))
+                row["spread"] = (most - least) / row["us"]
+            if row["speedup_vs_compiled"]:
+                slow = row.get("plain_us", rows[0]["speedup_vs_compiled"] * rows[0]["us"])
+                row["speedup_vs_compiled"] = slow / row["us"]
+            merged[section].append(row)
     return merged
 
 
-def cpu_table(cases, bench: Bench) -> None:
-    for op, (B, n, C) in cases:
-        shape = (min(B, 256), n, C)
-        arrays = make_inputs(op, shape, mx.float32)
+def cpu_table(chosen, bench: Bench) -> None:
+    for op, (B, n, C) in dict.fromkeys((op, (min(s[0], 256), *s[1:])) for op, s, _ in chosen):
+        arrays = make_inputs(op, (B, n, C), mx.float32)
         mx.eval(arrays)
         f = function(reference, op)
         times = race(bench.budget, (f, [arrays]), (mx.compile(f), [arrays]))
         plain, fast = map(statistics.median, times)
         print(
-            f"{op:22} {shape} plain {plain * 1e6:9.1f} us, compiled {fast * 1e6:9.1f} us",
+            f"{op:24} {B, n, C} plain {plain * 1e6:9.1f} us, compiled {fast * 1e6:9.1f} us",
             flush=True,
         )
 
