@@ -1,0 +1,192 @@
+"""What hyper-connections add to a training step: fused, by the reference, and the floor.
+
+    python examples/overhead.py --json overhead.json
+
+measures train_lm.py's whole step (forward, backward, clipping, AdamW) of a transformer of 24 layers
+with ordinary residuals (plain), with mhc fused, and with mhc by the reference (use_metal=False).
+The floor of what connections add is their traffic over the bandwidth of a copy on this device: a
+dynamic sublayer of 4 streams moves at least 41 rows of C elements per token, 14 forward and 27
+backward. Peak memory of the reference is foretold from one and two layers; where the device has
+not as much, it is left out. --curves trains small models of both kinds for some steps and
+compares their losses. Without a GPU both are the reference, and it says so.
+"""
+
+import argparse
+import datetime
+import gc
+import json
+import shlex
+import statistics
+import sys
+import time
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from train_lm import make_model, make_optimizer, make_step, parse, train
+
+from mhc_mlx import backend
+
+ROWS = 41  # n = 4: see the table of bytes in the README
+KINDS = {
+    "plain": ["--connection", "plain"],
+    "fused": ["--connection", "mhc"],
+    "reference": ["--connection", "mhc", "--no-metal"],
+}
+GIB = 2**30
+
+
+def copy_bandwidth(mib: int) -> float:
+    """Bytes per second of `mx.abs` on a bfloat16 array of so many MiB, read and written."""
+    x = mx.random.normal((mib << 19,)).astype(mx.bfloat16)
+    mx.eval(x)
+    times = []
+    for _ in range(9):
+        began = time.perf_counter()
+        mx.eval([mx.abs(x) for _ in range(4)])
+        times.append((time.perf_counter() - began) / 4)
+    return 2 * x.nbytes / statistics.median(times[2:])
+
+
+def measure(command: list[str], steps: int) -> dict:
+    """Milliseconds of a step, and peak memory, of a model as train_lm.py's options say."""
+    args = parse(command)
+    mx.random.seed(0)
+    model, optimizer = make_model(args), make_optimizer(args.lr, 1000, 100)
+    optimizer.init(model.trainable_parameters())
+    data = mx.random.randint(0, 256, (1 << 20,)).astype(mx.uint8)
+    starts = mx.random.randint(0, data.size - args.context - 1, (1, args.batch))
+    late = mx.array(0.0)
+    mx.eval(model.parameters(), optimizer.state, data, starts, late)
+    size = sum(v.size for _, v in tree_flatten(model.parameters()))
+    run = make_step(model, optimizer, data, args.context, args.clip, mx.distributed.init())
+    times, losses = [], []
+    mx.reset_peak_memory()
+    for _ in range(steps + 3):  # the first compile
+        began = time.perf_counter()
+        values = run(starts, late)
+        mx.eval(values, model.state, optimizer.state)
+        times.append(1e3 * (time.perf_counter() - began))
+        losses.append(values[0].item())
+    times = times[3:]
+    result = {"ms": statistics.median(times), "ms_min": min(times), "ms_max": max(times)}
+    return result | {"peak_gib": mx.get_peak_memory() / GIB, "parameters": size, "losses": losses}
+
+
+def released(command: list[str], steps: int) -> dict:
+    """`measure`, and its memory given back."""
+    result = measure(command, steps)
+    gc.collect()
+    mx.synchronize()
+    mx.clear_cache()
+    return result
+
+
+def with_depth(command: list[str], depth: int) -> list[str]:
+    return [*command, "--depth", str(depth)]
+
+
+def overhead(dim: int, args: argparse.Namespace, bandwidth: float) -> dict:
+    """All kinds at one dim, and what they add."""
+    heads = max(dim // 64, 1)
+    base = ["--dim", str(dim), "--heads", str(heads), "--dtype", args.dtype]
+    base += ["--context", str(args.context), "--batch", str(args.tokens // args.context)]
+    size = {"bfloat16": 2, "float32": 4}[args.dtype]
+    floor = ROWS * 2 * args.depth * dim * args.tokens * size / bandwidth * 1e3
+    info = mx.device_info()
+    most = info.get("total_memory", info.get("memory_size"))
+    result = {"dim": dim, "floor_ms": floor}
+    for kind in args.kinds:
+        command = [*base, *KINDS[kind]]
+        if kind == "reference" and most:
+            one, two = (released(with_depth(command, d), 1)["peak_gib"] for d in (1, 2))
+            needed = one + (args.depth - 1) * (two - one)
+            if needed * GIB > 0.9 * most:
+                result[kind] = {"needs_gib": needed}
+                print(f"{kind}, dim {dim}: left out, needs about {needed:.0f} GiB", flush=True)
+                continue
+        steps = args.steps if kind != "reference" else min(args.steps, 5)
+        result[kind] = made = released(with_depth(command, args.depth), steps)
+        if kind != "plain" and "plain" in result:
+            added = made["ms"] - result["plain"]["ms"]
+            made |= {"added_ms": added, "share": added / made["ms"], "x_floor": added / floor}
+        print(f"{kind}, dim {dim}: {made['ms']:.1f} ms, {made['peak_gib']:.1f} GiB", flush=True)
+    return result
+
+
+def curves(steps: int) -> float:
+    """Largest difference of the losses of a float32 run with and without the kernels."""
+    base = ["--connection", "mhc", "--depth", "6", "--dim", "128", "--context", "128"]
+    base += ["--steps", str(steps), "--seconds", "1e9", "--sample", "0", "--warmup", "20"]
+    losses = [train(parse([*base, *options]))["losses"] for options in ([], ["--no-metal"])]
+    return max(abs(a - b) for a, b in zip(*losses, strict=True))
+
+
+def table(results: list[dict]) -> str:
+    """Markdown."""
+    lines = [
+        "| dim | connection | ms per step | added | share of step | floor | x floor | peak GiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        for kind in KINDS:
+            made = r.get(kind)
+            if made is None:
+                continue
+            if "ms" not in made:
+                cells = ["not run", "", "", "", "", f"needs {made['needs_gib']:.0f}"]
+            elif "added_ms" not in made:
+                cells = [f"{made['ms']:.1f}", "", "", "", "", f"{made['peak_gib']:.1f}"]
+            else:
+                cells = [f"{made['ms']:.1f}", f"{made['added_ms']:.1f} ms"]
+                cells += [f"{100 * made['share']:.0f} %", f"{r['floor_ms']:.1f} ms"]
+                cells += [f"{made['x_floor']:.2f}", f"{made['peak_gib']:.1f}"]
+            lines.append(f"| {r['dim']} | {kind} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(command: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dims", nargs="*", type=int, default=[1024, 2048])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--depth", type=int, default=24, help="layers, of two sublayers each")
+    parser.add_argument("--tokens", type=int, default=8192, help="per step")
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--steps", type=int, default=20, help="measured, of the reference 5")
+    parser.add_argument("--copy-mib", type=int, default=512, help="size of the array copied")
+    parser.add_argument("--curves", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args(command)
+    if args.tokens % args.context:
+        parser.error(f"--tokens must be a multiple of --context but is {args.tokens}")
+    if backend() is None:
+        print("no GPU: fused and reference are both the reference on the CPU")
+    bandwidth = copy_bandwidth(args.copy_mib)
+    record = {
+        "command": shlex.join(["python", *sys.argv]),
+        "device": mx.device_info().get("device_name", "unknown"),
+        "kernels": backend() or "none",
+        "mlx": mx.__version__,
+        "date": datetime.date.today().isoformat(),
+        **{k: getattr(args, k) for k in ("depth", "tokens", "context", "dtype")},
+        "copy_gb_s": bandwidth / 1e9,
+    }
+    print(f"{record['device']}, MLX {record['mlx']}, copy {record['copy_gb_s']:.0f} GB/s")
+    record["results"] = [overhead(dim, args, bandwidth) for dim in args.dims]
+    if args.dims:
+        print(table(record["results"]))
+    if args.curves:
+        record["curves"] = {"steps": args.curves, "largest_difference": curves(args.curves)}
+        print(
+            f"losses with and without kernels, {args.curves} steps in float32, differ by at most "
+            f"{record['curves']['largest_difference']:.1e} bits per byte"
+        )
+    if args.json:
+        with open(args.json, "w") as f:
+            json.dump(record, f, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,504 @@
+"""examples/train_lm.py: what it resumes from, how processes and parts of a batch share a step.
+
+Everything runs on the CPU. Processes that are killed, or launched, run this file as a program.
+"""
+
+import csv
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from test_data_parallel import free_port
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+import experiment  # noqa: E402
+import overhead  # noqa: E402
+import train_lm  # noqa: E402
+
+STEPS, EVERY = 12, 4
+OPTIONS = ["--connection", "static", "--dim", 8, "--depth", 1, "--heads", 2, "--context", 16]
+OPTIONS += ["--batch", 8, "--steps", STEPS, "--seconds", 1e9, "--warmup", 4, "--lr", 0.01]
+OPTIONS += ["--validate-every", EVERY, "--save-every", EVERY, "--validation-batch", 4]
+# Of a loss, relative: rounding of float32 sums in another order, which AdamW carries on for twelve
+# steps. Seen: 1.3e-6.
+BOUND = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(device)
+
+
+@pytest.fixture
+def uncompiled():
+    """Where compiling for the CPU, a second for each fused kernel, would be most of a test."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Text whose bytes foretell the next."""
+    path = tmp_path_factory.mktemp("corpus") / "text"
+    path.write_text("".join(f"{k} squared is {k * k}.\n" for k in range(1200)))
+    return path
+
+
+def command(corpus, folder=None, *more):
+    options = [*OPTIONS, "--data", corpus, "--sample", 0]
+    if folder:
+        options += ["--log", folder / "log.csv", "--checkpoint", folder / "checkpoints"]
+    return [str(a) for a in (*options, *more)]
+
+
+def train(*args):
+    return train_lm.train(train_lm.parse(command(*args)))
+
+
+def rows(log):
+    """What must be the same in two runs: all but speed and memory."""
+    with open(log, newline="") as f:
+        found = list(csv.DictReader(f))
+    return [[r[k] for k in train_lm.Log.FIELDS if k[:4] not in ("toke", "peak")] for r in found]
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """The log and the checkpoints of a run that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    train(corpus, folder)
+    mx.set_default_device(device)
+    found = rows(folder / "log.csv")
+    assert [int(r[0]) for r in found] == list(range(1, STEPS + 1))
+    assert float(found[-1][1]) < float(found[0][1]) - 1, "nothing was learnt"
+    assert [bool(r[-1]) for r in found] == [k % EVERY == 0 for k in range(1, STEPS + 1)]
+    return folder
+
+
+def steps_kept(folder):
+    found = train_lm.checkpoints(folder / "checkpoints")
+    return [int(p.name.split("-")[1]) for p in found]
+
+
+def same_checkpoint(a, b):
+    """Bit for bit: weights, both moments, position, random state."""
+    (_, ours, about), (_, theirs, other) = map(train_lm.load_checkpoint, (a, b))
+    assert about == other and ours.keys() == theirs.keys()
+    assert {"at.step", "at.position", "random.state", "optimizer.states.0.step"} <= ours.keys()
+    assert {k.split(".")[0] for k in ours} == {"model", "optimizer", "at", "random"}
+    assert [k for k in ours if not mx.array_equal(ours[k], theirs[k])] == []
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arrange(when):
+    """Make this process die at a moment: "step 7", or of a checkpoint "write 8" and the like."""
+    what, _, number = when.partition(" ")
+    number = int(number or 0)
+    if what == "step":
+        evaluate, count = mx.eval, 0
+
+        def eval(*arrays):
+            nonlocal count
+            count += len(arrays) == 3  # the loss, the model and the optimiser: a step
+            if count == number:
+                mx.async_eval(*arrays)  # begun, and not waited for
+                die()
+            evaluate(*arrays)
+
+        mx.eval = eval
+        return
+    save, replace, unlink = mx.save_safetensors, os.replace, Path.unlink
+    checkpoint = train_lm.save_checkpoint
+
+    def half(f, *args):
+        made = io.BytesIO()
+        save(made, *args)
+        f.write(made.getvalue()[: len(made.getvalue()) // 2])
+        f.flush()
+        die()
+
+    def save_checkpoint(folder, step, *args):
+        if step == number:
+            mx.save_safetensors = half if what == "write" else save
+            os.replace = (lambda *_: die()) if what == "rename" else replace
+            Path.unlink = (lambda *_, **__: die()) if what == "prune" else unlink
+        return checkpoint(folder, step, *args)
+
+    train_lm.save_checkpoint = save_checkpoint
+
+
+def start(when, args, folder, launch=()):
+    """A process of this file; its return code and what it wrote."""
+    folder.mkdir(exist_ok=True)
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    with open(folder / "printed.txt", "w") as f:
+        process = subprocess.Popen(
+            [*map(str, launch), *([] if launch else [sys.executable]), __file__, when, *args],
+            env=os.environ | {"PYTHONPATH": path},
+            stdin=subprocess.PIPE,  # open: at the end of its input mlx.launch spins
+            stdout=f,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    return process.returncode, (folder / "printed.txt").read_text()
+
+
+# When it dies, the steps of the checkpoints then there, and whether a file is unfinished.
+DEATHS = {
+    "step 7": ([4], False),
+    "write 8": ([4], True),
+    "rename 8": ([4], True),
+    "prune 12": ([12, 8, 4], False),
+}
+
+
+@pytest.mark.parametrize("when", DEATHS)
+def test_killed_and_resumed(when, corpus, whole, tmp_path, capsys):
+    """The losses, and the state at the end, of a run that nobody interrupted, bit for bit."""
+    code, printed = start(when, command(corpus, tmp_path), tmp_path)
+    assert code == -signal.SIGKILL, printed
+    kept, unfinished = DEATHS[when]
+    assert steps_kept(tmp_path) == kept
+    file = tmp_path / "checkpoints" / "unfinished"
+    assert file.exists() == unfinished
+    if when == "write 8":
+        assert 0 < file.stat().st_size < next((whole / "checkpoints").iterdir()).stat().st_size
+    before = rows(tmp_path / "log.csv")
+    assert before == rows(whole / "log.csv")[: len(before)] and len(before) >= 6
+    if kept[0] < STEPS:
+        train(corpus, tmp_path, "--resume")
+        assert f"resumed after step {kept[0]} from" in capsys.readouterr().out
+    else:
+        with pytest.raises(SystemExit, match="0"):
+            train(corpus, tmp_path, "--resume")
+        assert "12 of 12 steps are done" in capsys.readouterr().out
+    assert rows(tmp_path / "log.csv") == rows(whole / "log.csv")
+    assert steps_kept(tmp_path)[:2] == [12, 8]
+    same_checkpoint(tmp_path / "checkpoints", whole / "checkpoints")
+
+
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "truncated":
+        del data[len(data) * 2 // 3 :]
+    elif how == "empty":
+        data.clear()
+    else:
+        data[{"header": 20, "data": len(data) // 2, "last byte": -1}[how]] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "header", "data", "last byte"])
+def test_damaged_checkpoint_is_skipped(how, whole, tmp_path, capsys):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(whole / "checkpoints", folder)
+    newest, previous = train_lm.checkpoints(folder)
+    assert train_lm.load_checkpoint(folder)[0] == newest
+    damage(newest, how)
+    path, arrays, _ = train_lm.load_checkpoint(folder)
+    assert path == previous and arrays["at.step"].item() == 8
+    assert f"warning: {newest} is damaged" in capsys.readouterr().out
+    damage(previous, how)
+    with pytest.raises(SystemExit, match="no checkpoint in .* is whole"):
+        train_lm.load_checkpoint(folder)
+
+
+def test_resumes_from_the_previous_of_a_damaged_one(corpus, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    damage(train_lm.checkpoints(tmp_path / "checkpoints")[0], "data")
+    train(corpus, tmp_path, "--resume")
+    out = capsys.readouterr().out
+    assert "is damaged" in out and "resumed after step 8" in out
+    assert rows(tmp_path / "log.csv") == rows(whole / "log.csv")
+    assert steps_kept(tmp_path) == [12, 8]  # whole ones; the damaged one of step 12 is aside
+    same_checkpoint(tmp_path / "checkpoints", whole / "checkpoints")
+    assert len(list((tmp_path / "checkpoints").glob("step-00000012-*.damaged"))) == 1
+
+
+def test_full_disk_leaves_the_last_checkpoint(corpus, whole, tmp_path, monkeypatch):
+    save, size = train_lm.save_checkpoint, train_lm.checkpoints(whole / "checkpoints")[0].stat()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_checkpoint(folder, step, *args):
+        limit = soft if step == EVERY else size.st_size // 2
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            return save(folder, step, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(train_lm, "save_checkpoint", save_checkpoint)
+    with pytest.raises(
+        SystemExit, match="cannot write .*File too large; the last one is .*-00000004"
+    ):
+        train(corpus, tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [
+        p.name for p in train_lm.checkpoints(tmp_path / "checkpoints")
+    ], "an unfinished file is left"
+    assert train_lm.load_checkpoint(tmp_path / "checkpoints")[1]["at.step"].item() == EVERY
+    monkeypatch.undo()
+    train(corpus, tmp_path, "--resume")
+    assert rows(tmp_path / "log.csv") == rows(whole / "log.csv")
+
+
+def test_checkpoint_of_another_run_is_refused(corpus, whole, tmp_path):
+    with pytest.raises(SystemExit, match=r"was made with dim 8, not 16"):
+        train(corpus, whole, "--resume", "--dim", 16, "--log", tmp_path / "log.csv")
+    other = tmp_path / "other"
+    other.write_bytes(corpus.read_bytes()[::-1])
+    with pytest.raises(SystemExit, match="was made with data "):
+        train(other, whole, "--resume", "--log", tmp_path / "log.csv")
+    assert steps_kept(whole) == [12, 8]
+
+
+def test_random_state_is_restored(corpus, tmp_path, capsys, monkeypatch, uncompiled):
+    """The sample at the end, though the resumed process has drawn other numbers before."""
+
+    def sampled(folder, *more):
+        train(corpus, folder, "--sample", 30, *more)
+        return capsys.readouterr().out.rpartition("sample: ")[2]
+
+    want, make = sampled(tmp_path / "whole"), train_lm.make_model
+    os.remove(train_lm.checkpoints(tmp_path / "whole" / "checkpoints")[0])
+
+    def make_model(args):
+        model = make(args)
+        mx.eval(model.parameters(), mx.random.normal((7,)))
+        return model
+
+    monkeypatch.setattr(train_lm, "make_model", make_model)
+    assert sampled(tmp_path / "other") != want  # the state matters
+    assert sampled(tmp_path / "whole", "--resume") == want
+
+
+def test_same_seed_same_run(corpus, whole, tmp_path):
+    train(corpus, tmp_path / "same")
+    assert rows(tmp_path / "same" / "log.csv") == rows(whole / "log.csv")
+    train(corpus, tmp_path / "other", "--seed", 1)
+    assert rows(tmp_path / "other" / "log.csv")[0] != rows(whole / "log.csv")[0]
+
+
+def close(got, want):
+    """Losses, gradient norms and validation of two logs agree to rounding."""
+    got, want = ([[float(v or 0) for v in r] for r in found] for found in (got, want))
+    assert len(got) == len(want) == STEPS
+    pairs = [pair for g, w in zip(got, want, strict=True) for pair in zip(g, w, strict=True)]
+    error = max(abs(a - b) / max(abs(b), 1) for a, b in pairs)
+    assert error < BOUND, error
+    print(f"largest relative error {error:.1e}")
+
+
+def test_accumulation_is_a_larger_batch(corpus, whole, tmp_path):
+    train(corpus, tmp_path, "--batch", 2, "--accumulate", 4)
+    close(rows(tmp_path / "log.csv"), rows(whole / "log.csv"))
+
+
+def test_accumulation_holds_one_part_at_a_time(corpus, uncompiled):
+    sizes = ["--depth", 2, "--context", 64, "--steps", 2, "--validation-batch", 1]
+    whole, parts = (
+        train(corpus, None, *sizes, "--batch", batch, "--accumulate", 16 // batch)["peak_mib"]
+        for batch in (16, 4)
+    )
+    assert parts < 0.5 * whole
+
+
+def test_recomputation_changes_memory_alone(corpus, uncompiled):
+    options = ["--depth", 12, "--context", 128, "--steps", 2, "--validation-batch", 1]
+    plain, again = (train(corpus, None, *options, *o) for o in ([], ["--recompute"]))
+    assert again["losses"] == pytest.approx(plain["losses"], rel=BOUND)
+    assert again["peak_mib"] < 0.8 * plain["peak_mib"]
+
+
+def test_two_processes_train_as_one(corpus, whole, tmp_path):
+    """From each rank's own log; then both go on from the checkpoint that the first wrote."""
+    if not mx.distributed.is_available("ring"):
+        pytest.skip("this build of MLX has no ring")
+    launch = shutil.which("mlx.launch", path=sysconfig.get_path("scripts"))
+    if launch is None:
+        pytest.skip("mlx.launch is not among this Python's scripts")
+
+    def run(*more):
+        launcher = [launch, "-n", 2, "--backend", "ring", "-p", free_port(), "--", sys.executable]
+        args = command(corpus, tmp_path, "--batch", 4, *more)
+        _, printed = start("ranks", args, tmp_path, launcher)
+        if "[ring] Couldn't bind socket" in printed:
+            pytest.skip("another program took the port: [ring] Couldn't bind socket")
+        logs = [tmp_path / "log.csv", tmp_path / "log.rank1.csv"]
+        assert all(log.exists() for log in logs), printed  # mlx.launch returns 0 whatever happens
+        first, second = map(rows, logs)
+        assert first == second and len(first) == STEPS, printed
+        return first, printed
+
+    log, printed = run()
+    close(log, rows(whole / "log.csv"))
+    assert [p.name for p in tmp_path.glob("wrote*")] == ["wrote 0"], "not rank 0 alone"
+    assert steps_kept(tmp_path) == [12, 8]
+    os.remove(train_lm.checkpoints(tmp_path / "checkpoints")[0])
+    again, printed = run("--resume")
+    assert "resumed after step 8" in printed and again == log
+
+
+def test_diverged_run_stops_and_keeps_its_checkpoint(corpus, tmp_path, capsys):
+    result = train(corpus, tmp_path, "--lr", 1e30, "--save-every", 1)
+    assert not result["finite"] and 1 < result["steps"] < STEPS
+    assert f"in step {result['steps']}: stopped; the last checkpoint" in capsys.readouterr().out
+    assert steps_kept(tmp_path)[0] == result["steps"] - 1
+
+
+def test_pictures_on_a_signal_and_at_the_end(corpus, tmp_path, monkeypatch):
+    drawn, draw, write = [], train_lm.plot, train_lm.Log.write
+
+    def plot(reports, folder, logs):
+        drawn.append([len(rows(log)) for log in logs.values()])
+        return draw(reports, folder, logs=logs) if len(drawn) == 2 else []
+
+    def signalled(log, step, *row):
+        write(log, step, *row)
+        if step == 5:
+            signal.raise_signal(signal.SIGUSR1)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    monkeypatch.setattr(train_lm, "plot", plot)
+    monkeypatch.setattr(train_lm.Log, "write", signalled)
+    report = train(corpus, None, "--plot", tmp_path)["report"]
+    signal.signal(signal.SIGUSR1, before)
+    assert drawn == [[5], [STEPS]]
+    assert {p.name for p in tmp_path.glob("*.png")} == {
+        *("gains.png", "streams.png", "h_res.png", "gates.png", "loss.png")
+    }
+    assert [c.name for c in report.connections] == [f"blocks.0.connections.{k}" for k in (0, 1)]
+    assert all(c.h_pre_moved > 1e-3 and min(c.gradient_norms) > 0 for c in report.connections)
+
+
+@pytest.mark.parametrize("connection", [*train_lm.CONVENTIONS, "plain"])
+def test_every_connection_trains_in_bfloat16_as_in_float32(connection, corpus, uncompiled):
+    """To the rounding of bfloat16, with weights and moments in float32."""
+    own = ["--connection", connection, "--steps", 8, "--warmup", 2]
+    single, half = (
+        train(corpus, None, *own, "--dtype", dtype) for dtype in ("float32", "bfloat16")
+    )
+    assert single["losses"][-1] < single["losses"][0] - 0.5
+    assert half["losses"] == pytest.approx(single["losses"], abs=0.05)
+    assert half["losses"] != single["losses"]
+    model = train_lm.make_model(train_lm.parse(command(corpus, None, *own, "--dtype", "bfloat16")))
+    assert {v.dtype for _, v in tree_flatten(model.parameters())} == {mx.float32}
+    assert [a.dtype for a in model(mx.zeros((1, 4), mx.int32))] == [mx.bfloat16] * 2
+
+
+def test_windows_are_all_taken_once_in_an_epoch():
+    windows = train_lm.Windows(1000, 16, seed=3)
+    first, second = (windows.starts(k * windows.count, windows.count).tolist() for k in (0, 1))
+    assert windows.count == 61 and first != second
+    for found in (first, second):
+        assert sorted(k // 16 for k in found) == list(range(61))
+        assert len({k % 16 for k in found}) == 1 and max(found) + 17 <= 1000
+    assert windows.starts(50, 20).tolist() == [*first[50:], *second[:9]]
+    assert train_lm.Windows(1000, 16, seed=4).starts(0, 61).tolist() != first
+
+
+def test_text_too_short_for_its_context_is_an_error(corpus):
+    with pytest.raises(SystemExit, match="--context 8192 is too long for a text of 27"):
+        train(corpus, None, "--context", 8192)
+
+
+def test_rate_warms_up_and_falls_as_a_cosine():
+    adam = train_lm.make_optimizer(0.5, steps=100, warmup=10).optimizers[1]
+
+    def rate(step):
+        return adam._schedulers["learning_rate"](mx.array(step, mx.uint64)).item()
+
+    assert [rate(k) for k in (0, 5, 10)] == pytest.approx([0, 0.25, 0.5])
+    assert [rate(k) for k in (55, 100, 200)] == pytest.approx([0.275, 0.05, 0.05])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--dim", "0"], ["--heads", "3"], ["--accumulate", "-1"], ["--resume"]],
+    ids=lambda o: o[0],
+)
+def test_bad_options_are_named(options, capsys):
+    with pytest.raises(SystemExit):
+        train_lm.parse(options)
+    assert options[0] in capsys.readouterr().err.rpartition("error:")[2]
+
+
+def test_experiment(corpus, tmp_path, capsys, uncompiled):
+    """Two connections in two calls, as machines would share them."""
+    options = [a for a in command(corpus) if a != "static" and a != "--connection"]
+    for connection in ("plain", "identity"):
+        own = ["--connections", connection, "--seeds", "0", "--steps", "3"]
+        experiment.main(["--out", str(tmp_path), *options, *own])
+    out = capsys.readouterr().out
+    found = {
+        r["connection"]: r for r in json.loads((tmp_path / "summary.json").read_text())["runs"]
+    }
+    assert found.keys() == {"plain", "identity"}
+    sizes = [r["parameters"] for r in found.values()]
+    assert found["plain"]["mlp"] > 32 and abs(sizes[0] / sizes[1] - 1) < 0.02, sizes
+    for name, r in found.items():
+        assert r["steps"] == len(rows(tmp_path / r["log"])) == 3 and r["forward_gain"] == 1
+        assert f"| `{name}` | {r['parameters']:,} | {r['bits_per_byte']:.3f} |" in out
+        assert r["device"] and r["mlx"] == mx.__version__ and r["date"] and r["command"]
+    assert (tmp_path / "gains.png").stat().st_size > 1000
+
+
+def test_overhead(tmp_path, capsys, uncompiled):
+    file = tmp_path / "overhead.json"
+    sizes = ["--dims", "8", "--depth", "1", "--tokens", "32", "--context", "16", "--copy-mib", "1"]
+    overhead.main([*sizes, "--dtype", "float32", "--steps", "1", "--json", str(file)])
+    record = json.loads(file.read_text())
+    (result,) = record["results"]
+    # 41 rows of 8 float32 for 32 tokens in 2 sublayers
+    floor = 41 * 2 * 8 * 32 * 4 / record["copy_gb_s"] / 1e6
+    assert result["floor_ms"] == pytest.approx(floor)
+    for kind in ("fused", "reference"):
+        added = result[kind]["ms"] - result["plain"]["ms"]
+        assert result[kind]["added_ms"] == pytest.approx(added)
+        assert result[kind]["x_floor"] == pytest.approx(added / floor)
+    assert (
+        result["fused"]["losses"] == result["reference"]["losses"][: len(result["fused"]["losses"])]
+    )
+    out = capsys.readouterr().out
+    assert "both the reference on the CPU" in out and "| 8 | fused |" in out
+
+
+if __name__ == "__main__":
+    mx.set_default_device(mx.cpu)
+    moment, *rest = sys.argv[1:]
+    if moment == "ranks":
+        writes = train_lm.save_checkpoint
+
+        def noted(folder, *args):
+            (folder.parent / f"wrote {mx.distributed.init().rank()}").touch()
+            return writes(folder, *args)
+
+        train_lm.save_checkpoint = noted
+    else:
+        arrange(moment)
+    train_lm.train(train_lm.parse(rest))
