@@ -1,0 +1,103 @@
+"""`check`: errors and times of every site of a model, with its weights on this machine."""
+
+import statistics
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .exact import random_inputs, site_errors, streams_dtype
+from .layers import SinglePassLayer
+from .patch import patch, unpatch
+from .sites import (
+    SinglePassConnection,
+    Site,
+    activations,
+    find_sites,
+    stage_layers,
+    stock,
+    text_model,
+)
+from .times import machine, site_times, time_line
+
+
+def _summary(sites: list[Site], errors: list[float]) -> dict:
+    worst = max(range(len(errors)), key=errors.__getitem__)
+    return {
+        "max": errors[worst],
+        "median": statistics.median(errors),
+        "worst": sites[worst].name,
+    }
+
+
+def check(
+    model: nn.Module,
+    tokens: mx.array | None = None,
+    times: tuple[int, ...] = (1, 512),
+    verbose: bool = True,
+) -> dict:
+    """Run every hyper-connection of a model, patched and mlx-lm's, with its weights on this
+    machine: errors of both against float64 NumPy on random and on real tokens, and times of both.
+
+    Args:
+        model: A ``deepseek_v41`` model, patched or not; it is left as it was.
+        tokens: ``[batch, length]`` or ``[length]``, whose activations are the real tokens; by
+            default 64 random ones.
+        times: Numbers of tokens in one call to time.
+        verbose: Print it.
+
+    Returns:
+        Numbers and strings by name. Errors are in units in the last place of the model's dtype,
+        by site and their max, median and worst site; times are seconds per site.
+
+    Raises:
+        TypeError: The model is another.
+    """
+    text = text_model("check", model)
+    patched = any(isinstance(layer, SinglePassLayer) for layer in stage_layers(text))
+    if not patched:
+        patch(model, verify=False)
+    try:
+        report = _check(model, text, tokens, times)
+    finally:
+        if not patched:
+            unpatch(model)
+    if verbose:
+        _print_check(report)
+    return report
+
+
+def _check(
+    model: nn.Module, text: stock.TextModel, tokens: mx.array | None, times: tuple[int, ...]
+) -> dict:
+    dtype, sites = streams_dtype(text), find_sites(text)
+    if tokens is None:
+        tokens = mx.random.randint(0, model.args.vocab_size, (64,), key=mx.random.key(0))
+    real = activations(model, sites, tokens.reshape(-1, tokens.shape[-1]))
+    rows = []
+    for k, (site, found) in enumerate(zip(sites, real, strict=True)):
+        row = {"site": site.name, "patched": isinstance(site.hc, SinglePassConnection)}
+        for kind, given in (("random", random_inputs(site, dtype, 4, k)), ("real", found)):
+            row[kind], row[f"{kind}, mlx-lm"] = site_errors(site, *given)
+        rows.append(row)
+    kinds = ("random", "random, mlx-lm", "real", "real, mlx-lm")
+    return {
+        **machine(),
+        "dtype": str(dtype).split(".")[-1],
+        "patched": sum(row["patched"] for row in rows),
+        "sites": rows,
+        "errors": {kind: _summary(sites, [row[kind] for row in rows]) for kind in kinds},
+        "times": [site_times(sites, dtype, count) for count in times],
+    }
+
+
+def _print_check(report: dict) -> None:
+    print(f"{report['device']}, kernels: {report['backend']}, MLX {report['mlx']}, ", end="")
+    print(f"mlx-lm {report['mlx-lm']}, {report['date']}")
+    count = len(report["sites"])
+    print(f"{report['patched']} of {count} hyper-connections patched, {report['dtype']}")
+    print("error against float64, units in the last place")
+    for kind, e in report["errors"].items():
+        who = kind if "mlx-lm" in kind else f"{kind}, patched"
+        print(f"  {who:16} max {e['max']:.2f} at {e['worst']}, median {e['median']:.2f}")
+    for t in report["times"]:
+        print(time_line(t))

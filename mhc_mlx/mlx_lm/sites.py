@@ -1,0 +1,152 @@
+"""The sites of mlx-lm's DeepSeek V4.1, whose version is checked here: each on these kernels and by
+mlx-lm's own functions, those of a model, and what goes into them while the model runs."""
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+
+from .. import ops
+from ..conventions import DEEPSEEK_V4, Convention
+
+OLDEST, BEFORE = (0, 32, 2), (0, 33)
+MODELS = "deepseek_v41 of mlx-lm >=0.32.2,<0.33"
+
+
+def _check_version(found: str) -> None:
+    if not OLDEST <= tuple(map(int, re.findall(r"\d+", found)[:3])) < BEFORE:
+        raise ImportError(f"[mhc_mlx.mlx_lm] the model must be {MODELS} but mlx-lm is {found}.")
+
+
+_check_version(mlx_lm.__version__)
+
+from mlx_lm.models import deepseek_v41 as stock  # noqa: E402, older versions lack it
+
+
+@functools.cache
+def convention(iters: int, eps: float) -> Convention:
+    return replace(DEEPSEEK_V4, iters=iters, eps=eps, pre_eps=eps)
+
+
+def _plain_norm(norm: Callable | None, dtype: mx.Dtype) -> bool:
+    """Whether norm is an RMSNorm with a weight whose output has this dtype."""
+    if type(norm) is not nn.RMSNorm or not norm.eps > 0:
+        return False
+    return dtype == mx.float32 or norm.weight.dtype == dtype
+
+
+Made = tuple[mx.array, mx.array | None, mx.array]  # out, u, h_pre
+
+
+class SinglePassConnection(stock.HyperConnection):
+    """mlx-lm's HyperConnection on these kernels: the same parameters ``fn [n*n + 2n, n*C]``,
+    ``base [n*n + 2n]``, ``scale [3]``.
+
+    Attributes:
+        use_metal: Whether kernels run where the default device has them.
+        differentiable: Whether it has a gradient.
+    """
+
+    @property
+    def _options(self) -> dict:
+        return {"use_metal": self.use_metal, "differentiable": self.differentiable}
+
+    def _coefficients(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        settings = convention(self.iters, self.hc_eps), self.norm_eps
+        arrays = (x, self.fn, self.base, self.scale)
+        return ops.mhc_coefficients(*arrays, *settings, **self._options)
+
+    def __call__(self, streams: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """mlx-lm's pre, post and comb, whose row is the input."""
+        h_pre, h_post, h_res = self._coefficients(streams)
+        return h_pre, h_post, h_res.swapaxes(-1, -2)
+
+    def site(self, x: mx.array, y: mx.array, norm: Callable | None) -> Made:
+        """The streams out, u (None without a norm) and h_pre."""
+        plain = _plain_norm(norm, x.dtype)
+        if y.dtype == x.dtype and norm is not None:
+            out, u, h_pre = ops.mhc_single_pass(
+                *(x, y, self.fn, self.base, self.scale, norm.weight if plain else None),
+                *(convention(self.iters, self.hc_eps), self.norm_eps, norm.eps if plain else 1.0),
+                round_aggregate=True,
+                **self._options,
+            )
+            return out, u if plain else norm(u), h_pre
+        h_pre, h_post, h_res = self._coefficients(x)
+        wide = x.dtype if y.dtype == x.dtype else mx.float32  # y is rounded with the sum, as stock
+        out = ops.stream_mix_add(x.astype(wide), y.astype(wide), h_post, h_res, **self._options)
+        out = out.astype(x.dtype)
+        if norm is None:
+            return out, None, h_pre
+        return out, norm(ops.stream_aggregate(out, h_pre, **self._options)), h_pre
+
+
+def own_coefficients(hc: nn.Module) -> Callable:
+    """mlx-lm's coefficients with the parameters of hc, patched or not."""
+    return functools.partial(stock.HyperConnection.__call__, hc)
+
+
+def stock_site(hc: Callable, x: mx.array, y: mx.array, norm: Callable | None) -> Made:
+    """`SinglePassConnection.site` by mlx-lm's functions."""
+    h_pre, h_post, comb = hc(x)
+    out = stock._expand(y, x, h_post, comb)
+    return out, None if norm is None else norm(stock._collapse(out, h_pre)), h_pre
+
+
+_seen: dict | None = None  # while `activations` listens: x and y by the id of a site's module
+
+
+def run_site(hc: nn.Module, x: mx.array, y: mx.array, norm: Callable | None) -> Made:
+    """The site as its module is, patched or mlx-lm's; heard by `activations`."""
+    if _seen is not None:
+        _seen[id(hc)] = (x, y)
+    if isinstance(hc, SinglePassConnection):
+        return hc.site(x, y, norm)
+    return stock_site(hc, x, y, norm)
+
+
+class Site(NamedTuple):
+    """A hyper-connection, by name, and the norm of what its streams are read for."""
+
+    name: str
+    hc: nn.Module
+    norm: nn.Module | None
+
+
+def text_model(op: str, model: nn.Module) -> stock.TextModel:
+    if not isinstance(model, stock.Model):
+        kind = f"{type(model).__module__}.{type(model).__qualname__}"
+        raise TypeError(f"[{op}] model must be a {MODELS} but got {kind}.")
+    return model.model
+
+
+def stage_layers(text: stock.TextModel) -> list[stock.DecoderLayer]:
+    return [layer for layer in text.layers if layer is not None]
+
+
+def find_sites(text: stock.TextModel) -> list[Site]:
+    """Of the layers of this pipeline stage, in the order in which they run."""
+    made, layers = [], stage_layers(text)
+    for layer, after in zip(layers, [*layers[1:], None], strict=True):
+        name = f"model.layers.{layer.layer_idx}"
+        made.append(Site(f"{name}.attn_hc", layer.attn_hc, layer.post_attention_layernorm))
+        made.append(Site(f"{name}.ffn_hc", layer.ffn_hc, after and after.input_layernorm))
+    return made
+
+
+def activations(model: nn.Module, sites: list[Site], tokens: mx.array, keep: int = 8) -> list:
+    """x and y at each site in a forward pass over tokens ``[batch, length]``, of the last few."""
+    global _seen
+    _seen = seen = {}
+    try:
+        logits = model(tokens)
+    finally:
+        _seen = None
+    found = [tuple(a[:1, -keep:] for a in seen[id(site.hc)]) for site in sites]
+    mx.eval(logits, found)
+    return found

@@ -1,0 +1,232 @@
+"""Times, dispatches and memory of sites, and tokens per second of a model, beside mlx-lm's."""
+
+import collections
+import datetime
+import functools
+import io
+import re
+import statistics
+import time
+import types
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+from mlx_lm.generate import generate_step
+
+from .. import kernel
+from .exact import random_inputs, site_errors
+from .layers import SinglePassLayer
+from .patch import as_stock
+from .sites import (
+    SinglePassConnection,
+    Site,
+    own_coefficients,
+    run_site,
+    stage_layers,
+    stock,
+    stock_site,
+    text_model,
+)
+
+
+def machine() -> dict:
+    return {
+        "device": mx.device_info().get("device_name", "cpu"),
+        "backend": kernel.backend() or "none: the reference runs",
+        "mlx": mx.__version__,
+        "mlx-lm": mlx_lm.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _seconds(run: Callable) -> float:
+    """Median time of an evaluation of what run() returns: 5 times, or more within 50 ms."""
+    for _ in range(2):
+        mx.eval(run())
+    taken = []
+    while len(taken) < 5 or (sum(taken) < 0.05 and len(taken) < 50):
+        start = time.perf_counter()
+        mx.eval(run())
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+@functools.cache
+def _compiled_stock(n: int, iters: int, hc_eps: float, norm_eps: float, eps: float) -> Callable:
+    """mlx-lm's site of (x, y, fn, base, scale, weight), compiled."""
+    fixed = {"hc": n, "iters": iters, "hc_eps": hc_eps, "norm_eps": norm_eps}
+    fixed |= {"_eps": mx.array([hc_eps]), "_scale_ids": mx.array([0] * n + [1] * n + [2] * n * n)}
+
+    def run(x, y, fn, base, scale, weight):
+        hc = own_coefficients(types.SimpleNamespace(**fixed, fn=fn, base=base, scale=scale))
+        return stock_site(hc, x, y, lambda u: mx.fast.rms_norm(u, weight, eps))
+
+    return mx.compile(run)
+
+
+def _chains(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict[str, Callable]:
+    """Ways to run all sites one after the other, the identity between them."""
+    sites = [site for site in sites if type(site.norm) is nn.RMSNorm]
+    x, y = random_inputs(sites[0], dtype, tokens)
+    hc = sites[0].hc
+    numbers = (hc.hc, hc.iters, hc.hc_eps, hc.norm_eps, sites[0].norm.eps)
+    compiled = _compiled_stock(*numbers)
+    mx.eval(x, y, [(s.hc.parameters(), s.norm.parameters()) for s in sites])
+
+    def chain(step: Callable) -> Callable:
+        def run(count: int = len(sites)):
+            streams, u = x, y
+            for site in sites[:count]:
+                streams, u, h_pre = step(site, streams, u)
+            return streams, u, h_pre
+
+        return run
+
+    def arrays(site: Site) -> tuple:
+        return site.hc.fn, site.hc.base, site.hc.scale, site.norm.weight
+
+    return {
+        "patched": chain(lambda site, x, y: run_site(site.hc, x, y, site.norm)),
+        "mlx-lm": chain(lambda site, x, y: stock_site(own_coefficients(site.hc), x, y, site.norm)),
+        "mlx-lm, compiled": chain(lambda site, x, y: compiled(x, y, *arrays(site))),
+    }
+
+
+def site_times(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict:
+    """Seconds per site."""
+    count = sum(type(site.norm) is nn.RMSNorm for site in sites)
+    chains = _chains(sites, dtype, tokens)
+    return {"tokens": tokens} | {k: _seconds(run) / count for k, run in chains.items()}
+
+
+def time_line(t: dict) -> str:
+    ours, plain, compiled = t["patched"], t["mlx-lm"], t["mlx-lm, compiled"]
+    return (
+        f"{t['tokens']:5} tokens: {ours * 1e6:.0f} us per sublayer, mlx-lm {plain * 1e6:.0f} us "
+        f"({plain / ours:.1f} x), compiled {compiled * 1e6:.0f} us ({compiled / ours:.1f} x)"
+    )
+
+
+# Of a graph: nothing runs on the device for these, or at most a copy that they share.
+_VIEWS = {"AsStrided", "Broadcast", "BroadcastAxes", "Copy", "CustomTransforms", "Depends", "View"}
+_VIEWS |= {"ExpandDims", "Flatten", "Reshape", "Slice", "Split", "Squeeze", "StopGradient"}
+_VIEWS |= {"Transpose", "Unflatten"}
+
+
+def _primitives(outputs) -> collections.Counter:
+    text = io.StringIO()
+    mx.export_to_dot(text, *outputs)
+    return collections.Counter(re.findall(r'label ="([^"]*)", shape=rectangle', text.getvalue()))
+
+
+def _dispatches(run: Callable) -> dict:
+    """Primitives that a further site of a chain adds to the graph, and how many of them launch."""
+    added = _primitives(run(3))
+    added.subtract(_primitives(run(2)))
+    launching = sum(count for name, count in added.items() if name not in _VIEWS)
+    return {"primitives": sum(added.values()), "dispatches": launching}
+
+
+def _peak(run: Callable) -> int:
+    """Bytes that two sites need at most, beyond their inputs."""
+    mx.eval(run(2))
+    mx.synchronize()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(run(2))
+    return mx.get_peak_memory() - before
+
+
+def random_sites(d: int, count: int) -> list[Site]:
+    """Patched hyper-connections of hidden size d with random weights."""
+    args, made = stock.ModelArgs(hidden_size=d), []
+    for k in range(count):
+        hc, norm = stock.HyperConnection(args), nn.RMSNorm(d, eps=args.rms_norm_eps)
+        kf, kb, ks = mx.random.split(mx.random.key(k), 3)
+        hc.fn = mx.random.normal(hc.fn.shape, key=kf) * hc.fn.shape[1] ** -0.5
+        hc.base = mx.random.normal(hc.base.shape, key=kb)
+        hc.scale = mx.random.uniform(0.5, 1.5, (3,), key=ks)
+        norm.weight = norm.weight.astype(mx.bfloat16)
+        hc.__class__, hc.use_metal, hc.differentiable = SinglePassConnection, True, False
+        made.append(Site(f"random.{k}", hc, norm))
+    return made
+
+
+def bench_sites(
+    d: int, tokens: tuple[int, ...] = (1, 8, 512, 2048), dtype: mx.Dtype = mx.bfloat16
+) -> dict:
+    """Time per sublayer of hidden size d with the identity for a sublayer: patched, mlx-lm's and
+    mlx-lm's compiled, in a row of 24 with weights of their own (together larger than a cache), the
+    largest errors of both, the dispatches of each in MLX's graph, and the most memory that two
+    sublayers of the largest number of tokens need.
+
+    Returns:
+        Numbers by name: seconds, bytes, units in the last place.
+    """
+    sites = random_sites(d, 24)
+    errors = [site_errors(site, *random_inputs(site, dtype, 4, k)) for k, site in enumerate(sites)]
+    chains = _chains(sites, dtype, max(tokens))
+    print(f"d = {d}, {str(dtype).split('.')[-1]}")
+    report = {"d": d, "n": sites[0].hc.hc, "dtype": str(dtype).split(".")[-1], "sites": len(sites)}
+    report["errors"] = {"patched": max(e for e, _ in errors), "mlx-lm": max(e for _, e in errors)}
+    worst = ", ".join(f"{k} {v:.2f}" for k, v in report["errors"].items())
+    print(f"largest error against float64, units in the last place: {worst}")
+    report["times"] = []
+    for count in tokens:
+        report["times"].append(site_times(sites, dtype, count))
+        print(time_line(report["times"][-1]), flush=True)
+    report["graph"] = {
+        str(count): {k: _dispatches(run) for k, run in _chains(sites, dtype, count).items()}
+        for count in (1, max(tokens))
+    }
+    report["peak bytes"] = {"tokens": max(tokens)} | {k: _peak(run) for k, run in chains.items()}
+    for count, graph in report["graph"].items():
+        each = ", ".join(f"{k} {v['dispatches']}" for k, v in graph.items())
+        print(f"{count:>5} tokens: dispatches per sublayer: {each}")
+    each = ", ".join(f"{k} {v >> 20} MiB" for k, v in report["peak bytes"].items() if k != "tokens")
+    print(f"{max(tokens):5} tokens: most memory: {each}", flush=True)
+    return report
+
+
+def _model_times(model: nn.Module, lengths: tuple[int, ...], steps: int) -> dict:
+    """Tokens per second of prefill by length, and of mlx-lm's generator after the first of them."""
+
+    def prompt(length: int) -> mx.array:
+        return mx.random.randint(0, model.args.vocab_size, (length,), key=mx.random.key(1))
+
+    def prefill(length: int) -> list:
+        cache = model.make_cache()
+        return [model(prompt(length)[None], cache)[:, -1], [c.state for c in cache]]
+
+    speeds = {str(n): n / _seconds(functools.partial(prefill, n)) for n in lengths}
+    warm, start = 4, 0.0
+    for k, _ in enumerate(generate_step(prompt(lengths[0]), model, max_tokens=warm + steps)):
+        if k == warm - 1:
+            start = time.perf_counter()
+    return {"prefill": speeds, "decode": steps / (time.perf_counter() - start)}
+
+
+def bench(model: nn.Module, lengths: tuple[int, ...] = (512, 2048), steps: int = 32) -> dict:
+    """Tokens per second of a patched model and of the same one as mlx-lm runs it, prefill by length
+    and decode after the first; the model is left patched with the same sites.
+
+    Raises:
+        TypeError: The model is another.
+        ValueError: It is not patched.
+    """
+    text = text_model("bench", model)
+    if not any(isinstance(layer, SinglePassLayer) for layer in stage_layers(text)):
+        raise ValueError("[bench] model must be patched but got mlx-lm's own.")
+    report = {**machine(), "patched": _model_times(model, lengths, steps)}
+    with as_stock(text):
+        report["mlx-lm"] = _model_times(model, lengths, steps)
+    ours, theirs = report["patched"], report["mlx-lm"]
+    for length in ours["prefill"]:
+        a, b = ours["prefill"][length], theirs["prefill"][length]
+        print(f"prefill {length}: {a:.0f} tokens/s, mlx-lm {b:.0f} ({a / b:.2f} x)")
+    a, b = ours["decode"], theirs["decode"]
+    print(f"decode: {a:.1f} tokens/s, mlx-lm {b:.1f} ({a / b:.2f} x)")
+    return report

@@ -1,0 +1,46 @@
+"""DeepSeek V4's tensor names."""
+
+import mlx.core as mx
+
+from ..layers import HyperConnection, HyperHead
+
+
+def load_v4(
+    module: HyperConnection | HyperHead, weights: dict[str, mx.array], prefix: str
+) -> HyperConnection | HyperHead:
+    """Load a hyper-connection or the read-out of a DeepSeek V4 checkpoint, in place.
+
+        connection = HyperConnection(dim, 4, convention=DEEPSEEK_V4, norm_eps=rms_norm_eps)
+        load_v4(connection, weights, "layers.0.hc_attn")  # or "layers.0.hc_ffn"
+        head = load_v4(HyperHead(dim, 4, convention=DEEPSEEK_V4), weights, "hc_head")
+
+    ``{prefix}_fn``, ``{prefix}_base`` and ``{prefix}_scale`` are phi, bias and alpha; with a dot in
+    place of the underscore (mlx-lm's names), too.
+
+    Args:
+        module: A dynamic `HyperConnection` with 24 outputs for 4 streams, or a `HyperHead`.
+        weights: Arrays by name; others are left alone.
+        prefix: Of the three names.
+
+    Returns:
+        The module.
+
+    Raises:
+        TypeError: The module is neither.
+        ValueError: A tensor is missing, or has another shape.
+    """
+    if not isinstance(module, (HyperConnection, HyperHead)) or "phi" not in module:
+        got = type(module).__name__
+        raise TypeError(
+            f"[load_v4] module must be a dynamic HyperConnection or a HyperHead but got {got}."
+        )
+    found = []
+    for ours, theirs in (("phi", "fn"), ("bias", "base"), ("alpha", "scale")):
+        name = next((k for k in (f"{prefix}_{theirs}", f"{prefix}.{theirs}") if k in weights), None)
+        if name is None:
+            raise ValueError(f"[load_v4] weights must have {prefix}_{theirs} but have it not.")
+        if weights[name].shape != module[ours].shape:
+            must, got = list(module[ours].shape), list(weights[name].shape)
+            raise ValueError(f"[load_v4] {name} must have shape {must} but got {got}.")
+        found.append((ours, weights[name]))
+    return module.load_weights(found)
