@@ -54,6 +54,22 @@ template <typename T, int COUNT> inline float run_float(const thread Run<T, COUN
   return static_cast<float>(r.p[e / run_vec<T, COUNT>()].v[e % run_vec<T, COUNT>()]);
 }
 
+// from[0..COUNT): zeros from the `left`-th on; WHOLE: all or none are left, and from is aligned
+template <bool WHOLE, typename T, int COUNT, typename P>
+inline void load_run(thread Run<T, COUNT>& r, P from, int left) {
+  constexpr int VEC = run_vec<T, COUNT>();
+  if (WHOLE) {
+    if (left > 0) {
+      UNROLL for (int i = 0; i < COUNT / VEC; ++i) r.p[i] = *packs<VEC>(from + i * VEC);
+    }
+  } else {
+    UNROLL for (int e = 0; e < COUNT; ++e) {
+      r.p[e / VEC].v[e % VEC] = static_cast<T>(0.0f);
+      if (e < left) r.p[e / VEC].v[e % VEC] = from[e];
+    }
+  }
+}
+
 // to[i] = channels c.. of stream i, for COUNT streams of C channels
 template <int COUNT, int VEC, typename T, typename P>
 inline void load_streams(thread Pack<T, VEC>* to, P row, int C, int c, bool whole) {

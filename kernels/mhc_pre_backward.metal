@@ -10,12 +10,13 @@
 //
 // in   x, phi, bias, alpha, weight, params as in mhc_pre; l [tokens, OUTS + 1], dz_res [tokens, R] float; du [tokens, C] T,
 //      or without READ dh_pre [tokens, N] float; dh_post [tokens, N] float; dx_out [tokens, N, C] T
-// out  dx [tokens, N, C] T, dp [tokens, OUTS] float, partial [threadgroups / SPLITS, P] float: sums of dz, of dz l, and
+// out  dx [tokens, N, C] T, or without SPREAD side [tokens, N + 1] float: h_pre, then pull, for mhc_projection_backward;
+//      dp [tokens, OUTS] float, partial [threadgroups / SPLITS, P] float: sums of dz, of dz l, and
 //      with NORM dweight, in this order
 // own  a threadgroup takes tiles of TILE tokens in turn, a thread VEC neighbours of all streams: phi is read once a tile.
 //      dh_pre: a simdgroup takes a token. SPLITS threadgroups share a tile, each a range of channels of dx; for n > 8,
 //      where phi is most of the bytes, so that each may make dh_pre and dp anew.
-// template  T, N, OUTS, VEC, THREADS, TILE, SPLITS, HEAD, READ, NORM, PASS (dx_out is given)
+// template  T, N, OUTS, VEC, THREADS, TILE, SPLITS, HEAD, READ, NORM, PASS (dx_out is given), SPREAD
 #include "common.h"
 constexpr int SIMDS = THREADS / 32;
 constexpr int GATED = HEAD ? N : 2 * N;
@@ -139,7 +140,12 @@ for (uint tile = owner; tile < tiles; tile += threadgroups_per_grid.x / SPLITS) 
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  for (int c = begin + tid * VEC; c < end; c += THREADS * VEC) {
+  for (int q = tid; !SPREAD && q < TILE * (N + 1); q += THREADS) {
+    const int i = q / (N + 1), j = q % (N + 1);
+    const size_t t = first + uint(i);
+    if (t < tokens) side[t * (N + 1) + j] = j < N ? pre[i * N + j] : pull[i];
+  }
+  for (int c = begin + tid * VEC; SPREAD && c < end; c += THREADS * VEC) {
     float d[TILE * VEC] = {}, w[VEC], g_weight[VEC] = {}, v[VEC];
     if (NORM) mhc::load_floats<VEC>(w, weight + c, mhc::aligned<VEC>(weight));
     UNROLL for (int i = 0; i < TILE; ++i) {

@@ -3,22 +3,6 @@
 
 namespace mhc {
 
-// from[0..COUNT): zeros from the `left`-th on; WHOLE: all or none are left, and from is aligned
-template <bool WHOLE, typename T, int COUNT, typename P>
-inline void load_run(thread Run<T, COUNT>& r, P from, int left) {
-  constexpr int VEC = run_vec<T, COUNT>();
-  if (WHOLE) {
-    if (left > 0) {
-      UNROLL for (int i = 0; i < COUNT / VEC; ++i) r.p[i] = *packs<VEC>(from + i * VEC);
-    }
-  } else {
-    UNROLL for (int e = 0; e < COUNT; ++e) {
-      r.p[e / VEC].v[e % VEC] = static_cast<T>(0.0f);
-      if (e < left) r.p[e / VEC].v[e % VEC] = from[e];
-    }
-  }
-}
-
 // For TILES tiles of tokens from `token` on and BLOCK of outputs from `output` on, over the runs of 32 k at first,
 // first + step, ...: sum[token, output] += x phi^T and squares[token] += sum(x ** 2). WHOLE: all is aligned, and
 // K % 32 == 0: in a shorter last run a lane with nothing left would use what it holds again.

@@ -20,6 +20,15 @@ template <> struct parts_of<__nv_bfloat16> { static constexpr int count = 1; };
 template <> struct parts_of<__half> { static constexpr int count = 2; };
 template <typename T> constexpr int PARTS = parts_of<T>::count;
 
+// Two values as pairs of bfloat16: the nearest, and what is left.
+template <int COUNT> inline void split_pair(uint (&w)[COUNT], float low, float high) {
+  UNROLL for (int part = 0; part < COUNT; ++part) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w[part]) : "f"(high), "f"(low));
+    low -= __uint_as_float(w[part] << 16);
+    high -= __uint_as_float(w[part] & 0xffff0000u);
+  }
+}
+
 // A lane's 8 values as pairs of bfloat16, part by part.
 template <typename T> struct Parts { uint w[PARTS<T>][4]; };
 template <typename T> struct XTile : Parts<T> {};
@@ -30,14 +39,9 @@ template <typename T> inline void split(Parts<T>& t, const Run<T, 8>& r) {
     UNROLL for (int i = 0; i < 4; ++i) t.w[0][i] = reinterpret_cast<const uint*>(&r)[i];
   } else {
     UNROLL for (int i = 0; i < 4; ++i) {
-      float low = run_float(r, 2 * i), high = run_float(r, 2 * i + 1);
-      UNROLL for (int part = 0; part < PARTS<T>; ++part) {
-        uint w;
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(high), "f"(low));
-        low -= __uint_as_float(w << 16);
-        high -= __uint_as_float(w & 0xffff0000u);
-        t.w[part][i] = w;
-      }
+      uint w[PARTS<T>];
+      split_pair(w, run_float(r, 2 * i), run_float(r, 2 * i + 1));
+      UNROLL for (int part = 0; part < PARTS<T>; ++part) t.w[part][i] = w[part];
     }
   }
 }

@@ -32,6 +32,9 @@ FACTORS = Case("mhc_pre", (5,), 4, 31, convention=KRONECKER)
 PRE_LONG = Case("mhc_pre", (5,), 4, 160, convention=PAPER)  # several runs of k a simdgroup
 PRE_4 = Case("mhc_pre", (5,), 4, 31, convention=PAPER)  # aligned, but no whole runs
 PRE_HALF = Case("mhc_pre", (17,), 4, 64, "bfloat16", PAPER, phi="bfloat16")  # a simdgroup has 16
+MULTIPLIED = Case("mhc_pre", (17,), 4, 64, "bfloat16", PAPER, norm=False)  # three tiles
+CHUNKS = Case("mhc_pre", (70,), 4, 64, "bfloat16", PAPER, norm=False)  # of 35 tokens
+MULTIPLIED_RAGGED = Case("mhc_pre", (5,), 3, 31, "bfloat16", DEEPSEEK_V4, norm=False)
 PRE_65 = Case("mhc_pre", (65,), 4, 8, convention=PAPER)  # chunks of 33 and 32 tokens
 PRE_12 = Case("mhc_pre", (5,), 12, 33, convention=PAPER)  # threadgroups share a tile
 IDENTITY_32 = Case("mhc_pre", (20,), 32, 8, convention=IDENTITY)  # three blocks, two shares
@@ -73,6 +76,11 @@ tiles, metal = mistakes("mhc_pre", "tiles.h"), mistakes("mhc_pre", "tiles_metal.
 cuda = mistakes("mhc_pre", "tiles_cuda.h")
 read, read_back = mistakes("stream_aggregate"), mistakes("stream_aggregate_backward")
 exact, exact_back = mistakes("mixing_matrix"), mistakes("mixing_matrix_backward")
+
+product = mistakes("mhc_projection_backward")
+products, metal_products, cuda_products = (
+    mistakes("mhc_projection_backward", f"products{k}.h") for k in ("", "_metal", "_cuda")
+)
 
 PER_TOKEN = [
     # stream_aggregate and its backward
@@ -527,5 +535,70 @@ PER_TOKEN = [
     exact_back("softmax's sum added", LITE, "ds - dot / sum", "ds + dot / sum", parity=WRONG),
     exact_back(
         "sigmoid's slope dropped", FACTORS, "dp * own * (1.0f - own)", "dp * own", parity=WRONG
+    ),
+    # mhc_projection_backward
+    product(
+        "pull forgotten",
+        MULTIPLIED,
+        "+ pull[r] * mhc::run_float(xs[r], i)",
+        "",
+        parity=WRONG,
+        traffic=MORE,
+    ),
+    product("another stream's h_pre", MULTIPLIED, "(N + 1) + j]", "(N + 1)]", parity=WRONG),
+    product("dx_out forgotten", MULTIPLIED, "if (PASS) a +=", "if (false) a +=", parity=WRONG),
+    product("tokens past the last", MULTIPLIED, "if (t < end) mhc", "mhc", rules=OUTSIDE),
+    product(
+        "the next chunk's tokens too",
+        CHUNKS,
+        "begin + each < tokens ? begin + each :",
+        "",
+        rules=TWO,
+    ),
+    product(
+        "sums of all chunks in one row",
+        CHUNKS,
+        "size_t(chunk) * OUTS",
+        "size_t(0) * OUTS",
+        rules=TWO,
+    ),
+    product(
+        "another stream's phi",
+        MULTIPLIED,
+        "phi + (j * C + c0)",
+        "phi + c0",
+        parity=WRONG,
+        traffic=MORE,
+    ),
+    products(
+        "channels past the last", MULTIPLIED_RAGGED, "if (e < left) to[e]", "to[e]", rules=TWO
+    ),
+    metal_products(
+        "the last tile's sums alone",
+        MULTIPLIED,
+        "sums.v[s][p][e] +=",
+        "sums.v[s][p][e] =",
+        parity=WRONG,
+    ),
+    metal_products(
+        "outputs past the last",
+        MULTIPLIED_RAGGED,
+        "o < OUTS && k < left ? static",
+        "k < left ? static",
+        rules=OUTSIDE,
+    ),
+    metal_products(
+        "dp past the chunk", MULTIPLIED, "t < end && o < OUTS", "o < OUTS", rules=OUTSIDE
+    ),
+    metal_products(
+        "phi's columns as they lie",
+        MULTIPLIED,
+        "(SPAN / 4) + 2 * p + e;\n        c.m",
+        "2 + 8 * p + e;\n        c.m",
+        parity=WRONG,
+    ),
+    cuda_products("a shorter instruction", MULTIPLIED, "m16n8k16", "m16n8k8", nvrtc="mma"),
+    cuda_products(
+        "a transpose of bytes", MULTIPLIED, "m8n8.trans.b16", "m8n8.trans.b8", nvrtc="movmatrix"
     ),
 ]

@@ -15,7 +15,7 @@ from mhc_mlx.conventions import STARTS
 COEFFICIENTS = ("h_pre", "h_post", "h_res", "weight")  # in the order of the columns of `partial`
 
 SAME = {"x", "y", "dout", "du", "dx_out", "partial"}  # of dtype T
-FLOAT32 = {"params", "eps", "l", "dz_res", "dp", "runs", "dh_pre", "dh_post"}
+FLOAT32 = {"params", "eps", "l", "dz_res", "dp", "runs", "side", "dh_pre", "dh_post"}
 
 
 def opaque(a: mx.array) -> mx.array:
@@ -161,7 +161,7 @@ def mhc_pre(t, groups, x, phi, bias, alpha, params, weight=None):
     return made
 
 
-def mhc_pre_backward(t, groups, x, phi, bias, alpha, params, weight=None, **d):
+def mhc_pre_backward(t, groups, x, bias, alpha, params, phi=None, weight=None, **d):
     n, gated, eps = t["N"], t["N"] if t["HEAD"] else 2 * t["N"], params[4]
     (logits, pre, post), (unit, scale) = (
         pre_parts(t, alpha, bias, params),
@@ -184,11 +184,23 @@ def mhc_pre_backward(t, groups, x, phi, bias, alpha, params, weight=None, **d):
     dz = mx.concatenate(dz + ([d["dz_res"]] if t["OUTS"] > gated else []), -1)
     dl = of_outputs(t, alpha) * dz
     dp = scale * dl
-    dx += (dp[..., None] * phi).sum(1).reshape(x.shape)
-    dx += (-scale * scale * (dl * unit).sum(-1, keepdims=True) / phi.shape[1])[..., None] * x
-    dx = dx + d["dx_out"] if t["PASS"] else dx
+    pull = -scale * scale * (dl * unit).sum(-1, keepdims=True) / x[0].size
     rows = groups // t["SPLITS"]
-    return {"dx": dx, "dp": dp, "partial": partials(rows, dz.sum(0), (dz * unit).sum(0), *sums)}
+    made = {"dp": dp, "partial": partials(rows, dz.sum(0), (dz * unit).sum(0), *sums)}
+    if not t["SPREAD"]:
+        return made | {"side": mx.concatenate([pre(z[:, :n]), pull], -1)}
+    dx += (dp[..., None] * phi).sum(1).reshape(x.shape) + pull[..., None] * x
+    return made | {"dx": dx + d["dx_out"] if t["PASS"] else dx}
+
+
+def mhc_projection_backward(t, groups, x, phi, dp, side, du=None, dx_out=None):
+    units = t["N"] * -(-x.shape[2] // t["SPAN"])
+    chunks, left = divmod(groups * t["THREADS"] // 32, units)
+    agree("mhc_projection_backward", {"simdgroups left": left}, {"simdgroups left": 0})
+    dx = (dp[..., None] * phi).sum(1).reshape(x.shape) + side[:, -1, None, None] * x
+    dx = dx + side[:, :-1, None] * du[:, None] if t["READ"] else dx
+    dphi = (dp[..., None] * x.reshape(len(x), 1, -1)).sum(0)
+    return {"dx": dx + dx_out if t["PASS"] else dx, "partial": partials(chunks, dphi)}
 
 
 def mhc_phi_gradient(t, groups, x, dp):
@@ -256,6 +268,7 @@ BODIES |= {f.__name__: f for f in (mhc_fused, mhc_backward, sum_partials)}
 BODIES |= {f.__name__: f for f in (stream_aggregate, stream_aggregate_backward, mixing_matrix)}
 BODIES |= {f.__name__: f for f in (mixing_matrix_backward, mhc_pre, mhc_pre_backward)}
 BODIES |= {f.__name__: f for f in (mhc_sweep, mhc_seam, mhc_seam_backward)}
+BODIES["mhc_projection_backward"] = mhc_projection_backward
 BODIES["mhc_phi_gradient"] = mhc_phi_gradient
 BODIES["mhc_backward_tiled"] = mhc_backward
 
@@ -272,7 +285,7 @@ def promised(t: dict, given: dict) -> dict:
     tokens, n, C = given["x"].shape
     seam = "ROUND" in t  # its coefficients are per token
     outs, gated = t.get("OUTS"), n if t.get("HEAD") else 2 * n
-    made = {"phi": (outs, n * C), "bias": (outs,), "dp": (tokens, outs)}
+    made = {"phi": (outs, n * C), "bias": (outs,), "dp": (tokens, outs), "side": (tokens, n + 1)}
     made |= {"runs": (tokens, -(-n * C // 32), outs + 4)} if outs else {}
     made |= {"dz_res": (tokens, outs - gated), "l": (tokens, outs + 1)} if outs else {}
     return made | {

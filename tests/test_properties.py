@@ -199,7 +199,7 @@ def few_tokens(runs, monkeypatch):
 def test_a_token_of_mhc_pre_does_not_depend_on_its_neighbours(n, dtype, few_tokens):
     """Likewise, where a token is one of a tile, large or small, or shared by many threadgroups."""
     x, *rest = dynamic_arrays(n, 264, dtype)
-    rest.append(mx.ones(264))
+    rest.append(None if dtype == mx.bfloat16 else mx.ones(264))
     cotangents = [mx.random.normal(a.shape).astype(a.dtype) for a in ops.mhc_pre(x, *rest)]
 
     def run(tokens):

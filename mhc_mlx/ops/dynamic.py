@@ -250,6 +250,40 @@ def pre_forward(
     return results, ([made["l"]] if save else [])
 
 
+def _phi_gradient(x, dp, threads_per_group, verbose) -> mx.array:
+    """dphi in rows to be added."""
+    (tokens, n, C), outs = x.shape, dp.shape[1]
+    threads, vec, each, chunks = geometry.of_outer(n * C, C, outs, tokens, threads_per_group)
+    spans, blocks = math.ceil(n * C / (threads * vec)), math.ceil(outs / each)
+    (partial,) = kernel.launch(
+        "mhc_phi_gradient",
+        {"x": x, "dp": dp},
+        {"partial": ((chunks, outs * n * C), mx.float32)},
+        chunks * spans * blocks,
+        threads,
+        {"T": x.dtype, "N": n, "OUTS": outs, "VEC": vec, "THREADS": threads, "EACH": each},
+        verbose,
+    )
+    return partial
+
+
+def _products(x, phi, dp, side, du, dx_out, threads_per_group, verbose):
+    """dx, and dphi in rows to be added."""
+    (tokens, n, C), outs = x.shape, dp.shape[1]
+    span = geometry.PRODUCT_SPAN
+    threads, chunks = geometry.of_products(n, C, tokens, threads_per_group)
+    template = {"T": x.dtype, "P": phi.dtype, "N": n, "OUTS": outs, "THREADS": threads}
+    return kernel.launch(
+        "mhc_projection_backward",
+        {"x": x, "phi": phi, "dp": dp, "side": side, "du": du, "dx_out": dx_out},
+        {"dx": (x.shape, x.dtype), "partial": ((chunks, outs * n * C), mx.float32)},
+        chunks * n * math.ceil(C / span) * 32 // threads,
+        threads,
+        template | {"SPAN": span, "READ": du is not None, "PASS": dx_out is not None},
+        verbose,
+    )
+
+
 def pre_backward(
     x,
     phi,
@@ -279,19 +313,23 @@ def pre_backward(
         logits = alpha[2].astype(mx.float32) * unit[:, gated:outs] + bias[gated:].astype(mx.float32)
         dz_res = _project_backward(logits, dh_res, n, convention, threads_per_group, verbose)
 
+    options = (threads_per_group, verbose)
+    multiplied = geometry.multiplied(n, outs, x.dtype, weight is not None)
     threads, tile, vec, splits = geometry.of_spread(n, C, outs, tokens, threads_per_group)
     groups = min(math.ceil(tokens / tile), max(1, geometry.BACKWARD_THREADS // threads // splits))
     columns = 2 * outs + (C if weight is not None else 0)
     template = {"T": x.dtype, "N": n, "OUTS": outs, "VEC": vec, "THREADS": threads, "TILE": tile}
-    template |= {"SPLITS": splits, "HEAD": head, "READ": du is not None}
-    template |= {"NORM": weight is not None, "PASS": dx_out is not None}
-    dx, dp, partial = kernel.launch(
+    template |= {"SPLITS": splits, "HEAD": head, "READ": du is not None, "SPREAD": not multiplied}
+    template |= {"NORM": weight is not None, "PASS": dx_out is not None and not multiplied}
+    made, dp, partial = kernel.launch(
         "mhc_pre_backward",
-        {"x": x, "phi": phi, "bias": bias, "alpha": alpha, "weight": weight, "l": unit}
-        | {"params": token_params(convention, norm_eps, eps), "dz_res": dz_res}
-        | {"du": du, "dh_pre": dh_pre, "dh_post": dh_post, "dx_out": dx_out},
+        {"x": x, "phi": None if multiplied else phi, "bias": bias, "alpha": alpha}
+        | {"weight": weight, "l": unit, "params": token_params(convention, norm_eps, eps)}
+        | {"dz_res": dz_res, "du": du, "dh_pre": dh_pre, "dh_post": dh_post}
+        | {"dx_out": None if multiplied else dx_out},
         {
-            "dx": (x.shape, x.dtype),
+            "dx": None if multiplied else (x.shape, x.dtype),
+            "side": ((tokens, n + 1), mx.float32) if multiplied else None,
             "dp": ((tokens, outs), mx.float32),
             "partial": ((groups, columns), mx.float32),
         },
@@ -303,24 +341,12 @@ def pre_backward(
     sums = sum_rows(partial, verbose)
     parts = [sums[outs : outs + n], sums[outs + n : outs + 2 * n], sums[outs + 2 * n : 2 * outs]]
     dalpha = mx.stack([part.sum() for part in parts[: alpha.shape[0]]])
-
-    threads, vec, each, chunks = geometry.of_outer(n * C, C, outs, tokens, threads_per_group)
-    spans, blocks = math.ceil(n * C / (threads * vec)), math.ceil(outs / each)
-    (partial,) = kernel.launch(
-        "mhc_phi_gradient",
-        {"x": x, "dp": dp},
-        {"partial": ((chunks, outs * n * C), mx.float32)},
-        chunks * spans * blocks,
-        threads,
-        {"T": x.dtype, "N": n, "OUTS": outs, "VEC": vec, "THREADS": threads, "EACH": each},
-        verbose,
-    )
-    gradients = [
-        unflat(dx, shape),
-        sum_rows(partial, verbose).reshape(phi.shape),
-        sums[:outs],
-        dalpha,
-    ]
+    if multiplied:
+        dx, partial = _products(x, phi, dp, made, du, dx_out, *options)
+    else:
+        dx, partial = made, _phi_gradient(x, dp, *options)
+    dphi = sum_rows(partial, verbose).reshape(phi.shape)
+    gradients = [unflat(dx, shape), dphi, sums[:outs], dalpha]
     gradients += [None if weight is None else sums[2 * outs :]]
     primals = (x, phi, bias, alpha, weight)
     return [

@@ -129,6 +129,25 @@ def of_spread(
     return threads or min(128, 32 * math.ceil(C / splits / vec / 32)), tile, vec, splits
 
 
+PRODUCT_SPAN = 32  # channels of a simdgroup: more would not leave registers for phi and dphi
+PRODUCT_SIMDGROUPS = 132 * 12  # what an H100 holds of them
+
+
+def multiplied(n: int, outs: int, dtype: mx.Dtype, norm: bool) -> bool:
+    """Whether `mhc_projection_backward` makes dx and dphi: as far as its registers reach."""
+    return dtype == mx.bfloat16 and outs <= 32 and not norm
+
+
+def of_products(n: int, C: int, tokens: int, threads: int | None) -> tuple[int, int]:
+    """Threads and chunks of tokens in `mhc_projection_backward`; threadgroups and chunks of units,
+    the simdgroups that share a token, fit exactly."""
+    units = n * math.ceil(C / PRODUCT_SPAN)
+    simds = threads // 32 if threads else math.gcd(units, 4)
+    chunks = min(math.ceil(PRODUCT_SIMDGROUPS / units), math.ceil(tokens / 64))
+    step = simds // math.gcd(units, simds)
+    return 32 * simds, math.ceil(chunks / step) * step
+
+
 def of_outer(
     K: int, C: int, outs: int, tokens: int, threads: int | None
 ) -> tuple[int, int, int, int]:

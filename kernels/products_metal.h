@@ -1,0 +1,76 @@
+// Products of matrices by a simdgroup on Metal, for mhc_projection_backward: 8 tokens x SPAN k with OUTS <= 32 outputs.
+// A lane has a token, and of it SPAN / 4 neighbours. products_cuda.h has the same words for CUDA.
+#include "tiles_metal.h"
+
+namespace mhc {
+
+enum { TOKENS = 8, HELD = 1 };  // of a tile; of a lane
+inline int token_of(int lane, int) { return matrix_row(lane); }
+inline int quarter_of(int lane) { return matrix_column(lane) / 2; }
+constexpr int eights(int outs) { return (outs + 7) / 8; }
+
+// phi of SPAN k; column i of the pairs' p-th product is k = i / 2 * (SPAN / 4) + 2 p + i % 2, so that a lane's are neighbours.
+template <typename P, int OUTS, int SPAN> struct Columns { simdgroup_float8x8 m[SPAN / 8][eights(OUTS)]; };
+template <typename P, int OUTS, int SPAN, typename PP>
+inline void load_columns(thread Columns<P, OUTS, SPAN>& c, PP phi, int K, int left, int lane) {
+  UNROLL for (int p = 0; p < SPAN / 8; ++p) {
+    UNROLL for (int s = 0; s < eights(OUTS); ++s) {
+      const int o = s * 8 + matrix_row(lane);
+      UNROLL for (int e = 0; e < 2; ++e) {
+        const int k = quarter_of(lane) * (SPAN / 4) + 2 * p + e;
+        c.m[p][s].thread_elements()[e] = o < OUTS && k < left ? static_cast<float>(phi[size_t(o) * size_t(K) + k]) : 0.0f;
+      }
+    }
+  }
+}
+
+// dp of the tile's tokens
+template <int OUTS> struct Rows { simdgroup_float8x8 m[eights(OUTS)]; };
+template <int OUTS, typename D> inline float dp_of(D dp, uint t, uint end, int o) {
+  return t < end && o < OUTS ? dp[size_t(t) * OUTS + o] : 0.0f;
+}
+template <int OUTS, typename D> inline void load_rows(thread Rows<OUTS>& rows, D dp, uint first, uint end, int lane) {
+  UNROLL for (int s = 0; s < eights(OUTS); ++s) {
+    UNROLL for (int e = 0; e < 2; ++e)
+      rows.m[s].thread_elements()[e] = dp_of<OUTS>(dp, first + uint(matrix_row(lane)), end, s * 8 + matrix_column(lane) + e);
+  }
+}
+
+// v[0][e] = sum_o dp[token, o] phi[o, k], k the lane's 2 p + e
+template <typename P, int OUTS, int SPAN>
+inline void spread(thread float (&v)[HELD][2], const thread Rows<OUTS>& rows, const thread Columns<P, OUTS, SPAN>& c, int p) {
+  simdgroup_float8x8 d = simdgroup_float8x8(0.0f);
+  UNROLL for (int s = 0; s < eights(OUTS); ++s) simdgroup_multiply_accumulate(d, rows.m[s], c.m[p][s], d);
+  UNROLL for (int e = 0; e < 2; ++e) v[0][e] = d.thread_elements()[e];
+}
+
+// sum_t dp[t, o] x[t, k]
+template <int OUTS, int SPAN> struct Sums { float v[eights(OUTS)][SPAN / 8][2]; };
+template <int OUTS, int SPAN, typename T, typename D>
+inline void collect(thread Sums<OUTS, SPAN>& sums, const thread Run<T, SPAN / 4> (&x)[HELD], D dp, uint first, uint end, int lane) {
+  UNROLL for (int s = 0; s < eights(OUTS); ++s) {
+    simdgroup_float8x8 a;
+    UNROLL for (int e = 0; e < 2; ++e)
+      a.thread_elements()[e] = dp_of<OUTS>(dp, first + uint(matrix_column(lane) + e), end, s * 8 + matrix_row(lane));
+    UNROLL for (int p = 0; p < SPAN / 8; ++p) {
+      simdgroup_float8x8 b, d = simdgroup_float8x8(0.0f);
+      UNROLL for (int e = 0; e < 2; ++e) b.thread_elements()[e] = run_float(x[0], 2 * p + e);
+      simdgroup_multiply_accumulate(d, a, b, d);
+      UNROLL for (int e = 0; e < 2; ++e) sums.v[s][p][e] += d.thread_elements()[e];
+    }
+  }
+}
+template <int OUTS, int SPAN, typename O>
+inline void store_sums(const thread Sums<OUTS, SPAN>& sums, O out, int K, int left, int lane) {
+  UNROLL for (int s = 0; s < eights(OUTS); ++s) {
+    const int o = s * 8 + matrix_row(lane);
+    UNROLL for (int p = 0; p < SPAN / 8; ++p) {
+      UNROLL for (int e = 0; e < 2; ++e) {
+        const int k = quarter_of(lane) * (SPAN / 4) + 2 * p + e;
+        if (o < OUTS && k < left) out[size_t(o) * size_t(K) + k] = sums.v[s][p][e];
+      }
+    }
+  }
+}
+
+}  // namespace mhc
