@@ -18,6 +18,7 @@ import datetime
 import io
 import json
 import math
+import os
 import re
 import shlex
 import statistics
@@ -849,19 +850,31 @@ def main(argv: list[str] | None = None) -> None:
 def repeat(processes: int, file: str | None) -> dict:
     """Run this command in several processes and keep the median of each figure; the file is
     written after each. The compiled reference is timed in the first only; ``spread`` is between
-    processes."""
+    processes. Where CUDA_VISIBLE_DEVICES names several GPUs, so many run at once, one on each."""
     mine = "--(processes|json|plot|compare)"
     pairs = zip(["", *sys.argv], sys.argv, strict=False)
     own = [a for last, a in pairs if not re.match(mine, a) and not re.fullmatch(mine, last)]
-    results, statuses = [], []
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    results, statuses, running = [], [], []
     with tempfile.TemporaryDirectory() as folder:
-        for k in range(processes):
-            command = [sys.executable, *own, "--json", f"{folder}/{k}.json"]
-            done = subprocess.run(command + ["--no-baseline"] * (k > 0))
-            statuses.append(done.returncode)
+
+        def finish():
+            k, process = running.pop(0)
+            statuses.append(process.wait())
             results.append(load(f"{folder}/{k}.json"))
             merged = merge(results) | {"command": shlex.join(["python", *sys.argv])}
             save(merged, file)
+            return merged
+
+        for k in range(processes):
+            if len(running) == len(devices):
+                finish()
+            command = [sys.executable, *own, "--json", f"{folder}/{k}.json"]
+            command += ["--no-baseline"] * (k > 0)
+            device = {"CUDA_VISIBLE_DEVICES": devices[k % len(devices)]} if any(devices) else {}
+            running.append((k, subprocess.Popen(command, env=os.environ | device)))
+        while running:
+            merged = finish()
     print(f"medians of {processes} processes")
     for row in (row for section in SECTIONS for row in merged.get(section, [])):
         print(show(row))

@@ -160,22 +160,36 @@ def test_dispatches_and_sources_of_a_sublayer(op, launched):
     assert kernel._build.cache_info().currsize == 0  # no spy stays
 
 
-def test_medians_over_processes(tmp_path, monkeypatch):
-    times = iter([30.0, 10.0, 20.0])
+@pytest.mark.parametrize("devices", [None, "4,5"])
+def test_medians_over_processes(devices, tmp_path, monkeypatch):
+    """One after another, or as many at once as there are GPUs."""
+    times, running, given = iter([30.0, 10.0, 20.0]), [], []
 
-    def run(command):
-        us = next(times)
-        row = figure(us=us, gbps=1 / us, percent_of_copy=us, speedup_vs_compiled=2.0)
-        slow = figure(op="decode", us=us, plain_us=8 * us, speedup_vs_compiled=8.0)
-        assert "--plot" not in command and "x.png" not in command
-        result = {"rows": [row], "decode": [slow], "verified": []}
-        Path(command[command.index("--json") + 1]).write_text(json.dumps(result))
-        return subprocess.CompletedProcess(command, 0)
+    class Process:
+        def __init__(self, command, env):
+            us = next(times)
+            row = figure(us=us, gbps=1 / us, percent_of_copy=us, speedup_vs_compiled=2.0)
+            slow = figure(op="decode", us=us, plain_us=8 * us, speedup_vs_compiled=8.0)
+            assert "--plot" not in command and "x.png" not in command
+            assert ("--no-baseline" in command) == bool(given)
+            result = {"rows": [row], "decode": [slow], "verified": []}
+            Path(command[command.index("--json") + 1]).write_text(json.dumps(result))
+            given.append(env.get("CUDA_VISIBLE_DEVICES"))
+            running.append(self)
+            assert len(running) <= (2 if devices else 1)
 
-    monkeypatch.setattr(benchmark.subprocess, "run", run)
+        def wait(self):
+            running.remove(self)
+            return 0
+
+    monkeypatch.setattr(benchmark.subprocess, "Popen", Process)
     argv = ["benchmark.py", "--processes", "3", "--json", "x.json", "--plot", "x.png", "--quick"]
     monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if devices:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
     benchmark.repeat(3, str(tmp_path / "all.json"))
+    assert given == (["4", "5", "4"] if devices else [None] * 3)
     result = json.loads((tmp_path / "all.json").read_text())
     (row,), (slow,) = result["rows"], result["decode"]
     assert (row["us"], row["spread"], row["speedup_vs_compiled"]) == (20.0, 1.0, 3.0)
