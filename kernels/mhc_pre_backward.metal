@@ -10,8 +10,8 @@
 //
 // in   x, phi, bias, alpha, weight, params as in mhc_pre; l [tokens, OUTS + 1], dz_res [tokens, R] float; du [tokens, C] T,
 //      or without READ dh_pre [tokens, N] float; dh_post [tokens, N] float; dx_out [tokens, N, C] T
-// out  dx [tokens, N, C] T, or without SPREAD side [tokens, N + 1] float: h_pre, then pull, for mhc_projection_backward;
-//      dp [tokens, OUTS] float, partial [threadgroups / SPLITS, P] float: sums of dz, of dz l, and
+// out  dx [tokens, N, C] T, or without SPREAD, for mhc_projection_backward, side [tokens, N + 1] float: h_pre, then pull,
+//      and with NORM dread [tokens, C] float: du'; dp [tokens, OUTS] float, partial [threadgroups / SPLITS, P] float: sums of dz, of dz l, and
 //      with NORM dweight, in this order
 // own  a threadgroup takes tiles of TILE tokens in turn, a thread VEC neighbours of all streams: phi is read once a tile.
 //      dh_pre: a simdgroup takes a token. SPLITS threadgroups share a tile, each a range of channels of dx; for n > 8,
@@ -145,7 +145,7 @@ for (uint tile = owner; tile < tiles; tile += threadgroups_per_grid.x / SPLITS) 
     const size_t t = first + uint(i);
     if (t < tokens) side[t * (N + 1) + j] = j < N ? pre[i * N + j] : pull[i];
   }
-  for (int c = begin + tid * VEC; SPREAD && c < end; c += THREADS * VEC) {
+  for (int c = begin + tid * VEC; (SPREAD || NORM) && c < end; c += THREADS * VEC) {
     float d[TILE * VEC] = {}, w[VEC], g_weight[VEC] = {}, v[VEC];
     if (NORM) mhc::load_floats<VEC>(w, weight + c, mhc::aligned<VEC>(weight));
     UNROLL for (int i = 0; i < TILE; ++i) {
@@ -170,7 +170,15 @@ for (uint tile = owner; tile < tiles; tile += threadgroups_per_grid.x / SPLITS) 
     if (NORM) {
       UNROLL for (int e = 0; e < VEC; ++e) mine[2 * OUTS + c + e] = (again ? mine[2 * OUTS + c + e] : 0.0f) + g_weight[e];
     }
-    for (int j = 0; j < N; ++j) {
+    UNROLL for (int i = 0; i < TILE; ++i) {
+      const size_t t = first + uint(i);
+      if (!SPREAD && t < tokens) {
+        mhc::Pack<float, VEC> packed;
+        UNROLL for (int e = 0; e < VEC; ++e) packed.v[e] = d[i * VEC + e];
+        *(device mhc::Pack<float, VEC>*)(dread + t * size_t(C) + c) = packed;
+      }
+    }
+    for (int j = 0; SPREAD && j < N; ++j) {
       float acc[TILE * VEC] = {}, p[VEC];
       auto column = phi + (j * C + c);
 #pragma unroll 2

@@ -5,11 +5,11 @@
 //   dphi[o, k] = sum_t dp[t, o] vec(x[t])[k]
 //
 // in   x [tokens, N, C] T, phi [OUTS, N * C] P, dp [tokens, OUTS] float, side [tokens, N + 1] float: h_pre, then pull;
-//      du [tokens, C] T (READ), dx_out [tokens, N, C] T (PASS)
+//      du [tokens, C] D (READ), dx_out [tokens, N, C] T (PASS)
 // out  dx [tokens, N, C] T, partial [chunks, OUTS * N * C] float, a row per chunk of tokens
 // own  a simdgroup takes SPAN channels of a stream and a chunk of tokens, a tile of them at a time: phi, and the sums of
 //      dphi, stay in its registers
-// template  T, P, N, OUTS, THREADS, SPAN, READ, PASS     grid  chunks * N * ceil(C / SPAN) simdgroups, exactly
+// template  T, P, D, N, OUTS, THREADS, SPAN, READ, PASS     grid  chunks * N * ceil(C / SPAN) simdgroups, exactly
 #include "products.h"
 constexpr int SIMDS = THREADS / 32;
 constexpr int RUN = SPAN / 4;
@@ -24,14 +24,15 @@ const uint each = (tokens + chunks - 1) / chunks;
 const uint begin = chunk * each;
 const uint end = begin + each < tokens ? begin + each : tokens;
 const int own = c0 + mhc::quarter_of(lane) * RUN;  // the lane's first channel
-const bool all_whole = C % RUN == 0 && mhc::aligned<mhc::run_vec<T, RUN>()>(x) && (!READ || mhc::aligned<mhc::run_vec<T, RUN>()>(du)) &&
+const bool all_whole = C % RUN == 0 && mhc::aligned<mhc::run_vec<T, RUN>()>(x) && (!READ || mhc::aligned<mhc::run_vec<D, RUN>()>(du)) &&
                        (!PASS || mhc::aligned<mhc::run_vec<T, RUN>()>(dx_out));
 
 mhc::Columns<P, OUTS, SPAN> columns;
 mhc::load_columns(columns, phi + (j * C + c0), K, C - c0, lane);
 mhc::Sums<OUTS, SPAN> sums = {};
 for (uint first = begin; first < end; first += mhc::TOKENS) {
-  mhc::Run<T, RUN> xs[mhc::HELD] = {}, ds[mhc::HELD] = {}, more[mhc::HELD] = {};
+  mhc::Run<T, RUN> xs[mhc::HELD] = {}, more[mhc::HELD] = {};
+  mhc::Run<D, RUN> ds[mhc::HELD] = {};
   float pre[mhc::HELD], pull[mhc::HELD];
   UNROLL for (int r = 0; r < mhc::HELD; ++r) {
     const uint t = first + uint(mhc::token_of(lane, r));

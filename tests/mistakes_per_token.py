@@ -33,6 +33,7 @@ PRE_LONG = Case("mhc_pre", (5,), 4, 160, convention=PAPER)  # several runs of k 
 PRE_4 = Case("mhc_pre", (5,), 4, 31, convention=PAPER)  # aligned, but no whole runs
 PRE_HALF = Case("mhc_pre", (17,), 4, 64, "bfloat16", PAPER, phi="bfloat16")  # a simdgroup has 16
 MULTIPLIED = Case("mhc_pre", (17,), 4, 64, "bfloat16", PAPER, norm=False)  # three tiles
+NORMED = Case("mhc_pre", (17,), 4, 64, "bfloat16", PAPER)  # dread
 CHUNKS = Case("mhc_pre", (70,), 4, 64, "bfloat16", PAPER, norm=False)  # of 35 tokens
 MULTIPLIED_RAGGED = Case("mhc_pre", (5,), 3, 31, "bfloat16", DEEPSEEK_V4, norm=False)
 PRE_65 = Case("mhc_pre", (65,), 4, 8, convention=PAPER)  # chunks of 33 and 32 tokens
@@ -535,6 +536,10 @@ PER_TOKEN = [
     exact_back("softmax's sum added", LITE, "ds - dot / sum", "ds + dot / sum", parity=WRONG),
     exact_back(
         "sigmoid's slope dropped", FACTORS, "dp * own * (1.0f - own)", "dp * own", parity=WRONG
+    ),
+    pre_back("du' of the first token", NORMED, "(dread + t * size_t(C)", "(dread", rules=TWO),
+    pre_back(
+        "h_pre and pull of the first token", MULTIPLIED, "side[t * (N + 1)", "side[", rules=TWO
     ),
     # mhc_projection_backward
     product(

@@ -188,7 +188,12 @@ def mhc_pre_backward(t, groups, x, bias, alpha, params, phi=None, weight=None, *
     rows = groups // t["SPLITS"]
     made = {"dp": dp, "partial": partials(rows, dz.sum(0), (dz * unit).sum(0), *sums)}
     if not t["SPREAD"]:
-        return made | {"side": mx.concatenate([pre(z[:, :n]), pull], -1)}
+        made["side"] = mx.concatenate([pre(z[:, :n]), pull], -1)
+        if t["NORM"]:
+            u = reference.stream_aggregate(x, pre(z[:, :n]))
+            norm = [lambda u: reference.rms_norm(u, weight, eps), [u], [d["du"]]]
+            made["dread"] = mx.vjp(*norm)[1][0]
+        return made
     dx += (dp[..., None] * phi).sum(1).reshape(x.shape) + pull[..., None] * x
     return made | {"dx": dx + d["dx_out"] if t["PASS"] else dx}
 
@@ -316,6 +321,7 @@ def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> l
     shapes = promised(template, given)
     agree(name, {k: a.shape for k, a in given.items()}, {k: shapes[k] for k in given})
     dtypes = {k: template["T"] for k in given.keys() & SAME}
+    dtypes |= {"du": template["D"]} if "SPAN" in template and "du" in given else {}
     dtypes |= dict.fromkeys(given.keys() & FLOAT32, mx.float32)
     agree(name, {k: given[k].dtype for k in dtypes}, dtypes)
     agree(name, {"THREADS": threads}, {"THREADS": template.get("THREADS", 256)})

@@ -149,6 +149,16 @@ PINNED = [
         "partial 1",
     ),
     (
+        Case("mhc_pre", **TILES | {"dtype": "bfloat16"}),  # x once more for u, and du' is written
+        "mhc_pre: x 3, u 1; phi 1, bias 9, weight 9, h_post 1, h_res 1, l 1",
+        "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
+        "mhc_pre_backward: x 3, du 2; bias 72 in all, weight 12, l 729 in all, dz_res 1, "
+        "dh_post 1, side 1, dread 1, dp 1, partial 336 in all and 112 loads",
+        "sum_partials: out 1; partial 1",
+        "mhc_projection_backward: x 1, du 4, dx_out 1, dx 1; phi 1, dp 16, side 1024 in all, "
+        "partial 1",
+    ),
+    (
         Case("mhc_pre", **TILES | {"convention": MHC_LITE}),  # 32 outputs: blocks of 16
         "mhc_pre: x 4, u 1; phi 2, bias 9, weight 9, h_post 1, logits 1, l 1",
         "mixing_matrix: ; logits 8, h_res 1",

@@ -272,7 +272,8 @@ def _products(x, phi, dp, side, du, dx_out, threads_per_group, verbose):
     (tokens, n, C), outs = x.shape, dp.shape[1]
     span = geometry.PRODUCT_SPAN
     threads, chunks = geometry.of_products(n, C, tokens, threads_per_group)
-    template = {"T": x.dtype, "P": phi.dtype, "N": n, "OUTS": outs, "THREADS": threads}
+    template = {"T": x.dtype, "P": phi.dtype, "D": x.dtype if du is None else du.dtype}
+    template |= {"N": n, "OUTS": outs, "THREADS": threads}
     return kernel.launch(
         "mhc_projection_backward",
         {"x": x, "phi": phi, "dp": dp, "side": side, "du": du, "dx_out": dx_out},
@@ -314,14 +315,14 @@ def pre_backward(
         dz_res = _project_backward(logits, dh_res, n, convention, threads_per_group, verbose)
 
     options = (threads_per_group, verbose)
-    multiplied = geometry.multiplied(n, outs, x.dtype, weight is not None)
+    multiplied = geometry.multiplied(outs, x.dtype)
     threads, tile, vec, splits = geometry.of_spread(n, C, outs, tokens, threads_per_group)
     groups = min(math.ceil(tokens / tile), max(1, geometry.BACKWARD_THREADS // threads // splits))
     columns = 2 * outs + (C if weight is not None else 0)
     template = {"T": x.dtype, "N": n, "OUTS": outs, "VEC": vec, "THREADS": threads, "TILE": tile}
     template |= {"SPLITS": splits, "HEAD": head, "READ": du is not None, "SPREAD": not multiplied}
     template |= {"NORM": weight is not None, "PASS": dx_out is not None and not multiplied}
-    made, dp, partial = kernel.launch(
+    *made, dp, partial = kernel.launch(
         "mhc_pre_backward",
         {"x": x, "phi": None if multiplied else phi, "bias": bias, "alpha": alpha}
         | {"weight": weight, "l": unit, "params": token_params(convention, norm_eps, eps)}
@@ -330,6 +331,7 @@ def pre_backward(
         {
             "dx": None if multiplied else (x.shape, x.dtype),
             "side": ((tokens, n + 1), mx.float32) if multiplied else None,
+            "dread": ((tokens, C), mx.float32) if multiplied and weight is not None else None,
             "dp": ((tokens, outs), mx.float32),
             "partial": ((groups, columns), mx.float32),
         },
@@ -342,9 +344,9 @@ def pre_backward(
     parts = [sums[outs : outs + n], sums[outs + n : outs + 2 * n], sums[outs + 2 * n : 2 * outs]]
     dalpha = mx.stack([part.sum() for part in parts[: alpha.shape[0]]])
     if multiplied:
-        dx, partial = _products(x, phi, dp, made, du, dx_out, *options)
+        dx, partial = _products(x, phi, dp, *(made if made[1:] else (*made, du)), dx_out, *options)
     else:
-        dx, partial = made, _phi_gradient(x, dp, *options)
+        dx, partial = *made, _phi_gradient(x, dp, *options)
     dphi = sum_rows(partial, verbose).reshape(phi.shape)
     gradients = [unflat(dx, shape), dphi, sums[:outs], dalpha]
     gradients += [None if weight is None else sums[2 * outs :]]

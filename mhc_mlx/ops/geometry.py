@@ -133,9 +133,9 @@ PRODUCT_SPAN = 32  # channels of a simdgroup: more would not leave registers for
 PRODUCT_SIMDGROUPS = 132 * 12  # what an H100 holds of them by its registers; not yet measured
 
 
-def multiplied(n: int, outs: int, dtype: mx.Dtype, norm: bool) -> bool:
+def multiplied(outs: int, dtype: mx.Dtype) -> bool:
     """Whether `mhc_projection_backward` makes dx and dphi: as far as its registers reach."""
-    return dtype == mx.bfloat16 and outs <= 32 and not norm
+    return dtype == mx.bfloat16 and outs <= 32
 
 
 def of_products(n: int, C: int, tokens: int, threads: int | None) -> tuple[int, int]:
