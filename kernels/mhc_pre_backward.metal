@@ -140,7 +140,7 @@ for (uint tile = owner; tile < tiles; tile += threadgroups_per_grid.x / SPLITS) 
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  for (int q = tid; !SPREAD && q < TILE * (N + 1); q += THREADS) {
+  for (int q = tid; !SPREAD && begin == 0 && q < TILE * (N + 1); q += THREADS) {
     const int i = q / (N + 1), j = q % (N + 1);
     const size_t t = first + uint(i);
     if (t < tokens) side[t * (N + 1) + j] = j < N ? pre[i * N + j] : pull[i];

@@ -12,7 +12,7 @@
 // out  out [tokens, N, C] T, u [tokens, C] T; SWEPT, as far as they are asked for, float: made_pre, made_post
 //      [tokens, N], made_res [tokens, N, N], logits [tokens, R], l [tokens, OUTS + 1]
 // own  a threadgroup takes tokens in turn, a thread VEC neighbours of all streams, PASSES times
-// template  T, N, VEC, THREADS, PASSES, BACK, READ (u is made), NORM, ROUND, SWEPT; of mhc_pre for SWEPT: OUTS, SLICES,
+// template  T, N, VEC, THREADS, PASSES, BACK, READ (u is made; with BACK always), NORM, ROUND, SWEPT; of mhc_pre for SWEPT: OUTS, SLICES,
 //      HEAD, SAVE, PROJECT, WRITE_PRE, ITERS, START, COLUMNS, OUT_COLUMNS
 #include "coefficients.h"
 constexpr int SIMDS = THREADS / 32;

@@ -92,8 +92,10 @@ inline void collect(Sums<OUTS, SPAN>& sums, const Run<T, SPAN / 4> (&x)[HELD], D
       split_pair(w, dp_of<OUTS>(dp, t, end, o), dp_of<OUTS>(dp, t + 1, end, o));
       UNROLL for (int part = 0; part < 3; ++part) a[part][q] = w[part];
     }
-    UNROLL for (int p = 0; p < SPAN / 8; ++p) {
-      UNROLL for (int part = 2; part >= 0; --part) multiply_16(sums.v[s][p], a[part], b[p][0], b[p][1]);
+    UNROLL for (int p = 0; p < SPAN / 8; ++p) {  // the matrix unit truncates its sums: they are not taken on
+      float d[4] = {};
+      UNROLL for (int part = 2; part >= 0; --part) multiply_16(d, a[part], b[p][0], b[p][1]);
+      UNROLL for (int i = 0; i < 4; ++i) sums.v[s][p][i] += d[i];
     }
   }
 }

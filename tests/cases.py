@@ -227,6 +227,8 @@ def dynamic() -> list[Case]:
         ((2,), 16, 31, bf16, V4, {"phi": bf16}),
         ((2,), 32, 8, f32, P, {}),
         ((2,), 32, 64, f16, none, {"offset": 1}),
+        (two, 16, 264, bf16, none, {"norm": False}),
+        (two, 16, 264, bf16, none, {}),
     ]
     made = [
         (few, 1, 129, f16, L, {}),
@@ -245,6 +247,7 @@ def dynamic() -> list[Case]:
         (axes, 4, 1280, bf16, V4, {"phi": bf16}),
         (many, 3, 129, f16, V4, {"offset": 1}),
         (few, 16, 31, f32, none, {"weights": f16}),
+        (two, 12, 264, bf16, V4, {}),  # threadgroups share a tile, as in the last two of mhc_pre
     ]
     read = [
         (axes, 1, 8, f32, None, {"per_token": (True, False)}),

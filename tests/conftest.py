@@ -19,6 +19,14 @@ FEW_GROUPS = {"FORWARD_GROUPS": 2, "MANY_GROUPS": 2, "BACKWARD_THREADS": 64}
 FEW_TOKENS = {"FEW_TOKENS": 6, "SWEEP_TOKENS": 2}  # so few that cases have both sizes of tile
 
 
+def set_geometry(**literals) -> None:
+    """Set literals of ops/geometry.py, which caches what follows from them."""
+    vars(ops.geometry).update(literals)
+    for f in vars(ops.geometry).values():
+        if hasattr(f, "cache_clear"):
+            f.cache_clear()
+
+
 def pytest_addoption(parser):
     parser.addoption("--all-rungs", action="store_true", help="a rung that cannot run fails")
     parser.addoption("--examples", type=int, help="new random calls of each op")
@@ -71,12 +79,12 @@ def executor(rung: str, few_groups: bool = True):
     """
     launch, backend = kernel.launch, kernel.backend
     literals = {k: getattr(ops.geometry, k) for k in (*FEW_GROUPS, *FEW_TOKENS)}
-    vars(ops.geometry).update(FEW_TOKENS)
+    set_geometry(**FEW_TOKENS)
     if rung == "simulator":
         import simulator
 
         run = simulator.launch
-        vars(ops.geometry).update(FEW_GROUPS if few_groups else {})
+        set_geometry(**(FEW_GROUPS if few_groups else {}))
         kernel.backend = lambda: kernel._traced or "metal"
     elif rung == "stand-in":
         import standin
@@ -109,7 +117,7 @@ def executor(rung: str, few_groups: bool = True):
     finally:
         variants.update(launched)
         kernel.launch, kernel.backend = launch, backend
-        vars(ops.geometry).update(literals)
+        set_geometry(**literals)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -220,11 +220,8 @@ def mhc_sweep(t, groups, x, phi):
     fill = -v.shape[1] % 32
     v, phi = (mx.pad(a, [(0, 0), (0, fill)]).reshape(len(a), -1, 32) for a in (v, phi))
     products = (v[:, None] * phi).sum(-1).swapaxes(1, 2)
-    return {
-        "runs": mx.concatenate(
-            [products, mx.pad((v * v).sum(-1)[..., None], [(0, 0)] * 2 + [(0, 3)])], -1
-        )
-    }
+    shares = (v * v).reshape(*v.shape[:-1], 4, 8).sum(-1)
+    return {"runs": mx.concatenate([products, shares], -1)}
 
 
 def seam(t, params):

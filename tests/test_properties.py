@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import CONVENTIONS, EXACT
-from conftest import executor
+from conftest import executor, set_geometry
 
 from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, kernel, ops
 
@@ -186,12 +186,14 @@ FEW = ([0], [4], [8], [7, 2], [8, 7, 6, 5, 4, 3, 2, 1, 0])  # of nine tokens
 
 
 @pytest.fixture
-def few_tokens(runs, monkeypatch):
+def few_tokens(runs):
     """Nine tokens are many, and of less than three the projection is a sweep."""
     if runs == "reference":
         pytest.skip("reference: MLX's products of matrices depend on their size")
-    monkeypatch.setattr(ops.geometry, "FEW_TOKENS", 4)
-    monkeypatch.setattr(ops.geometry, "SWEEP_TOKENS", 2)
+    before = {k: getattr(ops.geometry, k) for k in ("FEW_TOKENS", "SWEEP_TOKENS")}
+    set_geometry(FEW_TOKENS=4, SWEEP_TOKENS=2)
+    yield
+    set_geometry(**before)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
@@ -224,10 +226,12 @@ def test_speculative_tokens_are_decoded_ones(n, dtype, few_tokens):
         return ops.mhc_single_pass(*arrays, round_aggregate=True, **options)
 
     whole = run(list(range(9)), True)
-    for tokens in FEW:
-        for differentiable in (False, True):
-            for part, all_of_it in zip(run(tokens, differentiable), whole, strict=True):
-                assert bits(part) == bits(all_of_it[mx.array(tokens)]), tokens
+    for sweep in (2, 16):  # a token a threadgroup, and several in turn
+        set_geometry(SWEEP_TOKENS=sweep)
+        for tokens in FEW:
+            for differentiable in (False, True):
+                for part, all_of_it in zip(run(tokens, differentiable), whole, strict=True):
+                    assert bits(part) == bits(all_of_it[mx.array(tokens)]), tokens
 
 
 def test_round_aggregate_rounds_where_mlx_does():
@@ -253,6 +257,27 @@ def test_nan_stays_in_its_token():
     out = ops.mhc_layer(x, mx.zeros(4), mx.zeros(4), mx.eye(4), mx.ones(24))
     finite = np.isfinite(np.array(out)).all(axis=(1, 2))
     assert finite.tolist() == [True, True, False, False, True]
+
+
+@pytest.mark.parametrize("tokens", [2, 9])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("op", ["mhc_pre", "mhc_single_pass"])
+def test_nan_stays_in_its_token_among_tiles(op, dtype, tokens):
+    """Forward, and in the gradients per token; a tile has rows for tokens that there are not."""
+    x, *rest = dynamic_arrays(4, 24, dtype)
+    x = x[:tokens]
+    x[1, 2, 3] = float("nan")
+    y = [mx.random.normal((tokens, 24)).astype(dtype)] * (op == "mhc_single_pass")
+    arrays = [x, *y]
+
+    def f(*arrays):
+        return getattr(ops, op)(*arrays, *rest, mx.ones(24))
+
+    cotangents = [mx.random.normal(a.shape).astype(a.dtype) for a in f(*arrays)]
+    made = [a for part in mx.vjp(f, arrays, cotangents) for a in part]
+    finite = [mx.isfinite(a.reshape(tokens, -1).astype(mx.float32)).all(axis=1) for a in made]
+    assert not any(f[1].item() for f in finite)
+    assert all(f[k].item() for f in finite for k in range(tokens) if k != 1)
 
 
 def test_zero_rows_and_extreme_gates():

@@ -35,7 +35,7 @@ class Kernels(NamedTuple):
     absent: What stands for an array that is None, made from the number of streams.
     missing: Of the number of streams and the statics: which result is None, or None.
     results: How many results there are with that one.
-    saves: How many arrays forward, called with ``save=True``, appends for ``backward(saved=...)``.
+    saves: Whether forward, called with ``save=True``, appends arrays for ``backward(saved=...)``.
     """
 
     shared_ndim: tuple
@@ -44,7 +44,7 @@ class Kernels(NamedTuple):
     absent: Callable = lambda n: None
     missing: Callable = lambda n, *statics: None
     results: int = 1
-    saves: int = 0
+    saves: bool = False
 
 
 KERNELS: dict[str, Kernels] = {}

@@ -221,7 +221,7 @@ def pre_forward(
     flags |= {"SAVE": save, "PROJECT": projects, **projection(convention if projects else None)}
     params = token_params(convention, norm_eps, eps)
     options = (threads_per_group, verbose)
-    if geometry.swept(n, C, x.dtype, tokens):
+    if geometry.swept(n, C, x.dtype, outs, tokens, threads_per_group, kernel.backend()):
         runs, slices = sweep(x, phi, *options)
         inputs = {"runs": runs, "bias": bias, "alpha": alpha, "weight": weight, "params": params}
         made = {f"made_{k[2:]}" if k[:2] == "h_" else k: v for k, v in outputs.items()}
@@ -317,6 +317,7 @@ def pre_backward(
     options = (threads_per_group, verbose)
     multiplied = geometry.multiplied(outs, x.dtype)
     threads, tile, vec, splits = geometry.of_spread(n, C, outs, tokens, threads_per_group)
+    splits = 1 if multiplied and weight is None else splits  # there are no channels to share
     groups = min(math.ceil(tokens / tile), max(1, geometry.BACKWARD_THREADS // threads // splits))
     columns = 2 * outs + (C if weight is not None else 0)
     template = {"T": x.dtype, "N": n, "OUTS": outs, "VEC": vec, "THREADS": threads, "TILE": tile}
@@ -344,9 +345,11 @@ def pre_backward(
     parts = [sums[outs : outs + n], sums[outs + n : outs + 2 * n], sums[outs + 2 * n : 2 * outs]]
     dalpha = mx.stack([part.sum() for part in parts[: alpha.shape[0]]])
     if multiplied:
-        dx, partial = _products(x, phi, dp, *(made if made[1:] else (*made, du)), dx_out, *options)
+        side, *dread = made
+        read = dread[0] if dread else du
+        dx, partial = _products(x, phi, dp, side, read, dx_out, *options)
     else:
-        dx, partial = *made, _phi_gradient(x, dp, *options)
+        (dx,), partial = made, _phi_gradient(x, dp, *options)
     dphi = sum_rows(partial, verbose).reshape(phi.shape)
     gradients = [unflat(dx, shape), dphi, sums[:outs], dalpha]
     gradients += [None if weight is None else sums[2 * outs :]]
@@ -406,7 +409,7 @@ KERNELS |= {
         _coefficients_backward,
         missing=_missing(2),
         results=3,
-        saves=1,
+        saves=True,
     ),
     "mhc_pre": Kernels(
         (None, 2, 1, 1, 1),
@@ -414,9 +417,9 @@ KERNELS |= {
         _mhc_pre_backward,
         missing=_missing(2),
         results=4,
-        saves=1,
+        saves=True,
     ),
-    "mhc_head": Kernels((None, 2, 1, 1), _head_forward, _head_backward, saves=1),
+    "mhc_head": Kernels((None, 2, 1, 1), _head_forward, _head_backward, saves=True),
 }
 
 

@@ -14,7 +14,6 @@ MANY_GROUPS = 1 << 16  # where a threadgroup fetches next to nothing before its 
 BACKWARD_THREADS = 132 * 512  # what an H100 holds at 128 registers; a group leaves a row of sums
 FEW_TOKENS = 2048  # up to here small tiles, for more threadgroups
 SWEEP_TOKENS = 16  # up to here many threadgroups share a token's projection; not yet measured
-SWEEP_PACKS = 4096  # of a stream: what is kept of them to add their squares, 16 KiB
 FILLING_GROUPS = 264  # two for each multiprocessor of an H100
 ONE_LAUNCH_TOKENS = 1024  # up to here every threadgroup of `mhc_layer` projects H_res itself
 
@@ -108,9 +107,16 @@ def of_projection(
     return Projection(vec, threads, slices, tiles, block, splits)
 
 
-def swept(n: int, C: int, dtype: mx.Dtype, tokens: int) -> bool:
-    """Whether `mhc_sweep` projects, and `mhc_seam` does the rest of `mhc_pre`."""
-    return n <= 8 and tokens <= SWEEP_TOKENS and C // math.gcd(C, 16 // dtype.size) <= SWEEP_PACKS
+def swept(
+    n: int, C: int, dtype: mx.Dtype, outs: int, tokens: int, threads: int | None, backend: str
+) -> bool:
+    """Whether `mhc_sweep` projects, and `mhc_seam` does the rest of `mhc_pre`: of few tokens, as
+    far as what it keeps to add up, a square of each load of u and each slice's sums, fits."""
+    if n > 8 or tokens > SWEEP_TOKENS:
+        return False
+    g = of_token(n, C, dtype.size, 1, threads, backend)
+    slices = of_projection(n, C, dtype, outs, tokens, threads).slices
+    return 4 * (g.passes * g.threads + slices * (outs + 4)) <= 28 << 10
 
 
 def of_spread(

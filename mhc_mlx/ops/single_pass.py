@@ -96,7 +96,8 @@ def _seam_backward(
     gradients = [unflat(dx, x.shape), unflat(dy, y.shape)]
     for a, d in zip(coefficients, made, strict=False):
         if a is not None:
-            d = d.sum(0) if a.ndim < d.ndim else unflat(d, a.shape)
+            shared = a.ndim < d.ndim
+            d = unflat(sum_rows(d.reshape(tokens, -1), verbose) if shared else d, a.shape)
         gradients.append(None if a is None else d.astype(a.dtype))
     dweight = None if weight is None else sum_rows(made[3], verbose).astype(weight.dtype)
     return [*gradients, dweight]
@@ -141,7 +142,8 @@ def _single_forward(
     (*lead, n, C), outs = x.shape, phi.shape[0]
     whole, options = flat(x, 3), (threads_per_group, verbose)
     tokens = whole.shape[0]
-    if save or not projected(n, convention) or not geometry.swept(n, C, x.dtype, tokens):
+    few = geometry.swept(n, C, x.dtype, outs, tokens, threads_per_group, kernel.backend())
+    if save or not few or not projected(n, convention):
         arrays = (x, phi, bias, alpha, None)
         (_, *made), unit = pre_forward(
             *arrays, convention, norm_eps, 1.0, *options, read=False, save=save
@@ -185,7 +187,7 @@ def _single_backward(
 KERNELS |= {
     "mhc_seam": Kernels((None, None, 1, 1, 2, 1), _seam_forward, _seam_backward, results=2),
     "mhc_single_pass": Kernels(
-        (None, None, 2, 1, 1, 1), _single_forward, _single_backward, results=3, saves=4
+        (None, None, 2, 1, 1, 1), _single_forward, _single_backward, results=3, saves=True
     ),
 }
 
@@ -197,8 +199,8 @@ def _check_seam(op, x, y, weight, eps, round_aggregate) -> tuple[tuple[int, ...]
         check_array(op, "weight", weight, "C", (C,))
     check_eps(op, eps)
     if not isinstance(round_aggregate, bool):
-        must = type(round_aggregate).__name__
-        raise TypeError(fail(op, "round_aggregate", "be a bool", must))
+        got = type(round_aggregate).__name__
+        raise TypeError(fail(op, "round_aggregate", "be a bool", got))
     return lead, n, C
 
 
