@@ -51,16 +51,17 @@ def headers(name: str, backend: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-# NVRTC gives these registers for too few threads at once, or too many and spills, unless told.
-_RESIDENT = ("mhc_pre", "mhc_pre_backward", "mhc_phi_gradient")
-_RESIDENT_THREADS = 512
+# NVRTC gives these registers for too few threads at once, or too many and spills, unless told for
+# how many.
+_RESIDENT = {"mhc_pre": 512, "mhc_pre_backward": 512, "mhc_phi_gradient": 512}
+_RESIDENT |= {"mhc_projection_backward": 384}
 
 
 def cuda_header(name: str, threads: int) -> str:
     """What goes before a body on CUDA; it bounds the registers for this many threads."""
     bounds = f"{threads}"
     if name in _RESIDENT:
-        bounds += f", {max(1, _RESIDENT_THREADS // threads)}"
+        bounds += f", {max(1, _RESIDENT[name] // threads)}"
     return text("cuda.h").replace("THREADS", bounds) + _header(name, "cuda")
 
 

@@ -72,7 +72,7 @@ PRE_SLICE = Slice("mhc_pre", (5,), 4, 64, convention=PAPER)
 
 pre, pre_back = mistakes("mhc_pre"), mistakes("mhc_pre_backward")
 outer, alone = mistakes("mhc_phi_gradient"), mistakes("mhc_pre", "sinkhorn.h")
-made = mistakes("mhc_pre", "coefficients.h")
+made, runs = mistakes("mhc_pre", "coefficients.h"), mistakes("mhc_pre", "common.h")
 tiles, metal = mistakes("mhc_pre", "tiles.h"), mistakes("mhc_pre", "tiles_metal.h")
 cuda = mistakes("mhc_pre", "tiles_cuda.h")
 read, read_back = mistakes("stream_aggregate"), mistakes("stream_aggregate_backward")
@@ -253,9 +253,9 @@ PER_TOKEN = [
     # tiles of mhc_pre
     tiles("tokens past the last", PRE, "live[m] = t < tokens", "live[m] = true", rules=OUTSIDE),
     tiles("phi past the last output", PRE_RAGGED, "|| o < OUTS", "|| true", rules=OUTSIDE),
-    tiles("runs past the row", PRE_LONG, "if (left > 0)", "if (true)", rules=OUTSIDE),
-    tiles("k past the row", PRE_RAGGED, "if (e < left)", "if (true)", rules=OUTSIDE),
-    tiles(
+    runs("runs past the row", PRE_LONG, "if (left > 0)", "if (true)", rules=OUTSIDE),
+    runs("k past the row", PRE_RAGGED, "if (e < left)", "if (true)", rules=OUTSIDE),
+    runs(
         "k past the row not zero",
         PRE_RAGGED,
         "r.p[e / VEC].v[e % VEC] = static_cast<T>(0.0f);",
@@ -348,7 +348,7 @@ PER_TOKEN = [
     metal("half of the squares", PRE, "e < 8; ++e) run", "e < 4; ++e) run", parity=WRONG),
     metal("squares of other lanes", PRE, "ushort(8)", "ushort(16)", parity=WRONG),
     cuda("a shorter instruction", PRE, "m16n8k16", "m16n8k8", nvrtc="mma"),
-    cuda("a float in an integer's register", PRE, '"=r"(w)', '"=f"(w)', nvrtc="cvt"),
+    cuda("a float in an integer's register", PRE, '"=r"(w[part])', '"=f"(w[part])', nvrtc="cvt"),
     # mhc_pre_backward
     pre_back("no barrier before dh_pre", PRE, BARRIER, "", rules=UNWRITTEN),
     pre_back("no barrier before dz is used", PRE, BARRIER, "", nth=1, rules=RACE),
