@@ -52,9 +52,12 @@ def missing(rung: str) -> str | None:
 
 
 @pytest.fixture(autouse=True)
-def seeded():
-    """So that a test draws the same numbers alone and among others."""
+def alone():
+    """A test draws the same numbers alone and among others, and leaves no executor behind."""
     mx.random.seed(1)
+    launch = kernel.launch
+    yield
+    assert kernel.launch is launch, "kernels are left to another executor"
 
 
 @pytest.fixture

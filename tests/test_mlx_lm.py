@@ -514,10 +514,10 @@ def test_command_on_sites(capsys, launched):
 def test_launches(count, most, monkeypatch):
     """Kernels of one sublayer at a model's size, recorded and not run; everything else that its
     graph has is a view."""
-    with models.running("stand-in"):
+    with models.running("stand-in"), monkeypatch.context() as patched:
         launch, launches = kernel.launch, []
         counted = lambda name, *rest, **k: launches.append(name) or launch(name, *rest, **k)  # noqa: E731
-        monkeypatch.setattr(kernel, "launch", counted)
+        patched.setattr(kernel, "launch", counted)
         (site,) = adapter.times.random_sites(4096, 1)
         site.hc.site(*random_inputs(site, mx.bfloat16, count), site.norm)
     assert 1 <= len(launches) <= most, launches
