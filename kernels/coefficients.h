@@ -25,12 +25,7 @@ inline void project_token(S z, O to, bool live, int iters, float eps, int simd_l
       UNROLL for (int q = 0; q < N * N; ++q) to[q] = OUT_COLUMNS ? p[q % N][q / N] : p[q / N][q % N];
     }
   } else {
-    const int line = simd_lane % lanes(N);
-    float p[N];
-    sinkhorn<N, START, COLUMNS>(p, z, iters, eps, uint(line), uint(simd_lane), z);
-    if (live && line < N) {
-      UNROLL for (int j = 0; j < N; ++j) to[OUT_COLUMNS ? j * N + line : line * N + j] = p[j];
-    }
+    project<N, START, COLUMNS, OUT_COLUMNS>(z, to, live, iters, eps, uint(simd_lane));
   }
 }
 

@@ -1,4 +1,4 @@
-// The words of Metal that the bodies use, for CUDA: goes before common.h and the body there.
+// The words of Metal that the bodies use, for CUDA: goes before all others there.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 

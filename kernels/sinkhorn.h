@@ -156,14 +156,14 @@ template <int N, int START> inline void sinkhorn_alone(thread float (&p)[N][N], 
   }
 }
 
-// mix = the projection of N x N logits, N <= 8, by one simdgroup; COLUMNS as in sinkhorn_knopp.metal
-template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, typename P, typename S>
-inline void project(P logits, S mix, int iters, float eps, uint simd_lane) {
+// to = the projection of N x N logits, N <= 8, by lanes(N) lanes, if live; COLUMNS as in sinkhorn_knopp.metal
+template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, typename P, typename O>
+inline void project(P logits, O to, bool live, int iters, float eps, uint simd_lane) {
   const uint lane = simd_lane % lanes(N);
   float p[N];
-  sinkhorn<N, START, COLUMNS>(p, logits, iters, eps, lane, simd_lane, mix);
+  sinkhorn<N, START, COLUMNS>(p, logits, iters, eps, lane, simd_lane, to);
   UNROLL for (int j = 0; j < N; ++j) {
-    if (simd_lane < uint(N)) mix[OUT_COLUMNS ? uint(j * N) + lane : lane * uint(N) + uint(j)] = p[j];
+    if (live && lane < uint(N)) to[OUT_COLUMNS ? uint(j * N) + lane : lane * uint(N) + uint(j)] = p[j];
   }
 }
 

@@ -3,7 +3,7 @@
 // in   logits [M, N, N] any float, eps [1] float     out  h_res [M, N, N] float
 // own  lanes(N) neighbouring threads hold a matrix, a line each: rows, or columns where COLUMNS;
 //      OUT_COLUMNS says whether line i is column i of h_res
-// template  N, ITERS, START (common.h), COLUMNS, OUT_COLUMNS, THREADS     grid  any number of threadgroups
+// template  N, ITERS, START (sinkhorn.h), COLUMNS, OUT_COLUMNS, THREADS     grid  any number of threadgroups
 #include "sinkhorn.h"
 constexpr int W = mhc::lanes(N);
 threadgroup float scratch[N > 32 ? 2 * THREADS : 1];
