@@ -15,7 +15,6 @@ add to a layer's kernels. With --from FILE nothing runs: --compare, --plot and -
 import argparse
 import contextlib
 import datetime
-import io
 import json
 import math
 import os
@@ -408,17 +407,11 @@ def geometries(n: int, C: int, size: int, copies: int, backend: str, chosen):
 
 # ---- dispatches and MLX's own time
 
-# Primitives that launch nothing.
-VIEWS = "AsStrided Broadcast BroadcastAxes Copy CustomTransforms Depends ExpandDims Flatten Reshape"
-VIEWS = f"{VIEWS} Slice Split Squeeze StopGradient Transpose Unflatten View".split()
-
 
 def dispatches(results) -> Counter:
     """How many primitives of each kind in the graph of results, not yet evaluated, launch work."""
-    text = io.StringIO()
-    mx.export_to_dot(text, *several(results))
-    kinds = re.findall(r'label ="([^"]*)", shape=rectangle', text.getvalue())
-    return Counter(k for k in kinds if k not in VIEWS)
+    found = kernel.primitives(*several(results))
+    return Counter({k: count for k, count in found.items() if k not in kernel.VIEWS})
 
 
 @contextlib.contextmanager

@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import io
 import os
 import re
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import mlx.core as mx
@@ -142,3 +144,17 @@ def metal_source(f, *arrays: mx.array) -> str:
             os.dup2(saved, 1)
         out.seek(0)
         return out.read().decode()
+
+
+# Primitives that launch nothing, or at most a copy that they share.
+VIEWS = frozenset(
+    "AsStrided Broadcast BroadcastAxes Copy CustomTransforms Depends ExpandDims Flatten Reshape "
+    "Slice Split Squeeze StopGradient Transpose Unflatten View".split()
+)
+
+
+def primitives(*results: mx.array) -> Counter:
+    """How many primitives of each kind the graph of results, not yet evaluated, has."""
+    text = io.StringIO()
+    mx.export_to_dot(text, *results)
+    return Counter(re.findall(r'label ="([^"]*)", shape=rectangle', text.getvalue()))

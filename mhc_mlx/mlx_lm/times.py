@@ -1,10 +1,7 @@
 """Times, dispatches and memory of sites, and tokens per second of a model, beside mlx-lm's."""
 
-import collections
 import datetime
 import functools
-import io
-import re
 import statistics
 import time
 import types
@@ -109,23 +106,11 @@ def time_line(t: dict) -> str:
     )
 
 
-# Of a graph: nothing runs on the device for these, or at most a copy that they share.
-_VIEWS = {"AsStrided", "Broadcast", "BroadcastAxes", "Copy", "CustomTransforms", "Depends", "View"}
-_VIEWS |= {"ExpandDims", "Flatten", "Reshape", "Slice", "Split", "Squeeze", "StopGradient"}
-_VIEWS |= {"Transpose", "Unflatten"}
-
-
-def _primitives(outputs) -> collections.Counter:
-    text = io.StringIO()
-    mx.export_to_dot(text, *outputs)
-    return collections.Counter(re.findall(r'label ="([^"]*)", shape=rectangle', text.getvalue()))
-
-
 def _dispatches(run: Callable) -> dict:
     """Primitives that a further site of a chain adds to the graph, and how many of them launch."""
-    added = _primitives(run(3))
-    added.subtract(_primitives(run(2)))
-    launching = sum(count for name, count in added.items() if name not in _VIEWS)
+    added = kernel.primitives(*run(3))
+    added.subtract(kernel.primitives(*run(2)))
+    launching = sum(count for name, count in added.items() if name not in kernel.VIEWS)
     return {"primitives": sum(added.values()), "dispatches": launching}
 
 
