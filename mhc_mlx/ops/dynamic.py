@@ -316,8 +316,8 @@ def pre_backward(
 
     options = (threads_per_group, verbose)
     multiplied = geometry.multiplied(outs, x.dtype)
-    threads, tile, vec, splits = geometry.of_spread(n, C, outs, tokens, threads_per_group)
-    splits = 1 if multiplied and weight is None else splits  # there are no channels to share
+    wide = weight is not None or not multiplied
+    threads, tile, vec, splits = geometry.of_spread(n, C, outs, tokens, threads_per_group, wide)
     groups = min(math.ceil(tokens / tile), max(1, geometry.BACKWARD_THREADS // threads // splits))
     columns = 2 * outs + (C if weight is not None else 0)
     template = {"T": x.dtype, "N": n, "OUTS": outs, "VEC": vec, "THREADS": threads, "TILE": tile}

@@ -120,15 +120,15 @@ def swept(
 
 
 def of_spread(
-    n: int, C: int, outs: int, tokens: int, threads: int | None
+    n: int, C: int, outs: int, tokens: int, threads: int | None, wide: bool
 ) -> tuple[int, int, int, int]:
     """Threads, tokens of a tile, neighbours per load and threadgroups that share a tile, in
-    `mhc_pre_backward`."""
+    `mhc_pre_backward`; they share the channels, if it goes over these (wide)."""
     vec, splits = math.gcd(C, 8), 1
     tile = 4 if 2 * tokens > FEW_TOKENS else 2  # 8 leave room for one threadgroup, not two
     while tile > 1 and 4 * tile * (outs + n + 3) > 30 << 10:
         tile //= 2
-    if n > 8:  # phi is longer than a tile of tokens
+    if n > 8 and wide:  # phi is longer than a tile of tokens
         splits = min(
             math.ceil(FILLING_GROUPS / math.ceil(tokens / tile)), math.ceil(C / (32 * vec))
         )
