@@ -3,11 +3,8 @@
 Each runs this file: `mlx.launch -n 2 --backend ring --python python test_data_parallel.py . here`.
 """
 
-import os
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -15,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import processes
 import pytest
 from mlx.utils import tree_flatten
 from models import TOKENS, Tiny, loss_fn, running, shaken
@@ -57,23 +55,8 @@ def train(folder: str, where: str) -> None:
 
 
 def run(command: list, log: Path, where: str) -> str:
-    """What a command prints, in a minute at most."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    with open(log, "w") as f:
-        process = subprocess.Popen(
-            [*map(str, command), __file__, str(log.parent), where],
-            env=os.environ | {"PYTHONPATH": path},
-            stdin=subprocess.PIPE,  # open: at the end of its input mlx.launch spins
-            stdout=f,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    return log.read_text()
+    """What a command prints that runs this file."""
+    return processes.run([*command, __file__, log.parent, where], log)[1]
 
 
 def free_port() -> int:

@@ -10,12 +10,12 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 import mlx.core as mx
+import processes
 import pytest
 from mlx.utils import tree_flatten
 from test_data_parallel import free_port
@@ -151,22 +151,8 @@ def arrange(when):
 def start(when, args, folder, launch=()):
     """A process of this file; its return code and what it wrote."""
     folder.mkdir(exist_ok=True)
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    with open(folder / "printed.txt", "w") as f:
-        process = subprocess.Popen(
-            [*map(str, launch), *([] if launch else [sys.executable]), __file__, when, *args],
-            env=os.environ | {"PYTHONPATH": path},
-            stdin=subprocess.PIPE,  # open: at the end of its input mlx.launch spins
-            stdout=f,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    return process.returncode, (folder / "printed.txt").read_text()
+    command = [*(launch or [sys.executable]), __file__, when, *args]
+    return processes.run(command, folder / "printed.txt")
 
 
 # When it dies, the steps of the checkpoints then there, and whether a file is unfinished.
