@@ -12,15 +12,13 @@ compares their losses. Without a GPU both are the reference, and it says so.
 """
 
 import argparse
-import datetime
 import gc
 import json
-import shlex
 import statistics
-import sys
 import time
 
 import mlx.core as mx
+from experiment import about
 from mlx.utils import tree_flatten
 from train_lm import make_model, make_optimizer, make_step, parse, train
 
@@ -164,15 +162,8 @@ def main(command: list[str] | None = None) -> None:
     if backend() is None:
         print("no GPU: fused and reference are both the reference on the CPU")
     bandwidth = copy_bandwidth(args.copy_mib)
-    record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "device": mx.device_info().get("device_name", "unknown"),
-        "kernels": backend() or "none",
-        "mlx": mx.__version__,
-        "date": datetime.date.today().isoformat(),
-        **{k: getattr(args, k) for k in ("depth", "tokens", "context", "dtype")},
-        "copy_gb_s": bandwidth / 1e9,
-    }
+    sizes = {k: getattr(args, k) for k in ("depth", "tokens", "context", "dtype")}
+    record = about() | sizes | {"copy_gb_s": bandwidth / 1e9}
     print(f"{record['device']}, MLX {record['mlx']}, copy {record['copy_gb_s']:.0f} GB/s")
     record["results"] = [overhead(dim, args, bandwidth) for dim in args.dims]
     if args.dims:
