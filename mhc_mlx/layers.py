@@ -65,7 +65,9 @@ def _logit(p: float) -> float:
     return math.log(p / (1 - p))
 
 
-def _start(n: int, convention: Convention, layer_idx: int) -> tuple[mx.array, mx.array, mx.array]:
+def starting_logits(
+    n: int, convention: Convention, layer_idx: int
+) -> tuple[mx.array, mx.array, mx.array]:
     """Starting H_pre [n], H_post [n] and H_res [R], as `HyperConnection` says."""
     c, R = convention, convention.res_size(n)
     if c.sigmoid:
@@ -171,7 +173,7 @@ class HyperConnection(nn.Module):
         )
         self.use_metal, self.threads_per_group = use_metal, threads_per_group
         self.differentiable = differentiable
-        H_pre, H_post, H_res = _start(n, convention, layer_idx)
+        H_pre, H_post, H_res = starting_logits(n, convention, layer_idx)
         if dynamic:
             self.phi = _noise(2 * n + H_res.size, n * dim)
             if convention.start == "unconstrained":  # no gate makes the noise of h_res small

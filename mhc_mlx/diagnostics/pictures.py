@@ -1,0 +1,279 @@
+"""`plot`: reports and logs of several runs side by side, by matplotlib."""
+
+import csv
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from .report import StabilityReport
+
+
+def _runs(values, kind: type | tuple, called: str, argument: str) -> dict[str, list]:
+    """The values of a dict as lists: one for each seed of a run."""
+    if not isinstance(values, dict):
+        got = type(values).__name__
+        raise TypeError(f"[plot] {argument} must be a dict by name of run but got {got}.")
+    runs = {k: v if isinstance(v, (list, tuple)) else [v] for k, v in values.items()}
+    for name, each in runs.items():
+        for v in each:
+            if not isinstance(v, kind):
+                got = f"{type(v).__name__} for {name!r}"
+                raise TypeError(f"[plot] {argument} must hold {called} but got {got}.")
+        if not each:
+            raise ValueError(f"[plot] {argument} must hold a value for each run but got {name!r}.")
+    return runs
+
+
+def plot(
+    reports: dict[str, "StabilityReport | list[StabilityReport]"],
+    folder: str | Path,
+    *,
+    logs: dict[str, "str | Path | list"] | None = None,
+    column: str = "bits_per_byte",
+) -> list[Path]:
+    """Draw runs side by side into PNG files of a folder. Needs matplotlib, the extra ``plot``.
+
+    gains.png: composite gains over depth, on a log axis. streams.png: similarity between streams
+    and gradient norms over depth. h_res.png: mixing matrices as heat maps, at four depths, and
+    the composite. gates.png: h_pre and h_post of each stream over depth. loss.png: the logs.
+
+    Args:
+        reports: By name of run; a list has one for each seed. The matrices and gates drawn are the
+            first's.
+        folder: Made if need be.
+        logs: CSV files by name of run, with columns ``step``, ``column`` and, if they have one,
+            ``validation``.
+        column: What loss.png shows.
+
+    Returns:
+        The files written: the first four if there are reports, the last if there are logs.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("[plot] needs matplotlib: pip install 'mhc-metal[plot]'.") from error
+    runs = _runs(reports, StabilityReport, "StabilityReport", "reports")
+    curves = _runs({} if logs is None else logs, (str, Path), "paths", "logs")
+    if not runs and not curves:
+        raise ValueError("[plot] reports must hold at least one run but got none, and no logs.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [*runs, *(name for name in curves if name not in runs)]
+    colors = {name: f"C{k % 10}" for k, name in enumerate(names)}
+    drawn = {}
+    if runs:
+        drawn = {
+            "gains": _draw_gains(Figure, runs, colors),
+            "streams": _draw_streams(Figure, runs, colors),
+            "h_res": _draw_matrices(Figure, runs),
+            "gates": _draw_gates(Figure, runs),
+        }
+    if curves:
+        drawn["loss"] = _draw_curves(Figure, curves, colors, column)
+    for name, figure in drawn.items():
+        figure.savefig(folder / f"{name}.png", dpi=120)
+    return [folder / f"{name}.png" for name in drawn]
+
+
+def _depths(report: StabilityReport) -> range:
+    return range(1, len(report.connections) + 1)
+
+
+def _lines(axes, runs: dict, colors: dict, value: Callable, widths: dict, **style) -> None:
+    """A line per seed of value(connection) over depth; the first seed's is in the legend."""
+    for name, seeds in runs.items():
+        for k, report in enumerate(seeds):
+            ys = [value(c) for c in report.connections]
+            label = None if k or style else name
+            odd = [
+                not math.isfinite(y) and c.streams > 1
+                for c, y in zip(report.connections, ys, strict=True)
+            ]
+            if label and any(odd):  # one stream has no similarity
+                label = f"{name} (not finite)"
+            options = {"color": colors[name], "label": label, "linewidth": widths[name]} | style
+            axes.plot(_depths(report), ys, marker="o" if len(ys) == 1 else None, **options)
+    _depth_axis(axes, max(len(report.connections) for seeds in runs.values() for report in seeds))
+    axes.grid(alpha=0.3)
+
+
+def _depth_axis(axes, depth: int) -> None:
+    axes.set_xlim(0.5, depth + 0.5)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+
+
+def _log_axis(axes) -> None:
+    def tick(y: float, _) -> str:
+        first = f"{y:.0e}"[0]
+        if first not in "125":
+            return ""
+        return f"{y:g}" if 1e-3 < y < 1e4 else f"{first}e{math.floor(math.log10(y) + 1e-9)}"
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(tick)
+    axes.yaxis.set_minor_formatter(tick)
+
+
+def _legend(figure, title: str | None = None) -> None:
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    columns = min(len(labels), 5)
+    figure.legend(handles, labels, title=title, loc="outside lower center", ncols=columns)
+
+
+def _draw_gains(Figure, runs: dict, colors: dict):
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    # Gains of 1 coincide: each run is thinner than those below it.
+    widths = {name: 1.5 + 1.5 * (1 - k / len(runs)) for k, name in enumerate(runs, 1)}
+    for axes, way in zip(figure.subplots(1, 2, sharey=True), ("forward", "backward"), strict=True):
+        line, gain = "row" if way == "forward" else "column", f"composite_{way}_gain"
+        _lines(axes, runs, colors, lambda c, gain=gain: getattr(c, gain), widths)
+        dotted = {"linestyle": ":", "linewidth": 1}
+        _lines(axes, runs, colors, lambda c, k=gain: getattr(c, f"{k}_max"), widths, **dotted)
+        axes.axhline(1, color="grey", linewidth=0.8, zorder=0)
+        _log_axis(axes)
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, 0.5), max(high, 2))  # rounding about 1 must not fill the picture
+        axes.set_title(f"{way} gain: largest |{line} sum|")
+        axes.set_xlabel("connections from the first to this one")
+    figure.axes[0].set_ylabel("gain of the product of h_res")
+    _legend(figure, "line: mean over tokens; dotted: largest token")
+    return figure
+
+
+def _draw_streams(Figure, runs: dict, colors: dict):
+    graded = all(
+        c.gradient_norms for seeds in runs.values() for report in seeds for c in report.connections
+    )
+    figure = Figure(figsize=(11 if graded else 6, 4.8), layout="constrained")
+    panels = figure.subplots(1, 2 if graded else 1, squeeze=False)[0]
+    widths = dict.fromkeys(runs, 1.5)
+    _lines(panels[0], runs, colors, lambda c: c.similarity, widths)
+    panels[0].set_title("similarity between streams (1: copies)")
+    panels[0].set_ylabel("mean cosine")
+    if graded:
+        _lines(panels[1], runs, colors, lambda c: math.hypot(*c.gradient_norms), widths)
+        _log_axis(panels[1])
+        panels[1].set_title("gradient of the loss by the streams")
+        panels[1].set_ylabel("norm over tokens, streams and channels")
+    for axes in panels:
+        axes.set_xlabel("after connection")
+    _legend(figure)
+    return figure
+
+
+def _some(count: int, most: int = 4) -> list[int]:
+    """Up to so many indices, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    return [round(k * (count - 1) / (most - 1)) for k in range(most)]
+
+
+def _draw_matrix(axes, matrix: list[list[float]], top: float):
+    n = len(matrix)
+    image = axes.imshow(matrix, cmap="RdBu_r", vmin=-top, vmax=top)
+    axes.set_xticks(range(n) if n <= 8 else [0, n - 1])
+    axes.set_yticks(range(n) if n <= 8 else [0, n - 1])
+    for i, j in ((i, j) for i in range(n) for j in range(n) if n <= 4):
+        v = matrix[i][j]
+        text = f"{v:.2f}" if abs(v) < 100 else f"{v:.0e}".replace("e+0", "e")
+        color = "white" if abs(v) > 0.6 * top else "black"
+        axes.text(j, i, text, color=color, ha="center", va="center", fontsize=8)
+    return image
+
+
+def _top(matrices: list) -> float:
+    """The largest size of a finite element, at least 1."""
+    sizes = [abs(v) for matrix in matrices for line in matrix for v in line]
+    return max([1.0, *filter(math.isfinite, sizes)])
+
+
+def _draw_matrices(Figure, runs: dict):
+    columns = 1 + max(len(_some(len(seeds[0].connections))) for seeds in runs.values())
+    figure = Figure(figsize=(2.2 * columns + 3, 2.4 * len(runs) + 0.3), layout="constrained")
+    grid = figure.subplots(len(runs), columns, squeeze=False)
+    for row, (name, seeds) in zip(grid, runs.items(), strict=True):
+        found = seeds[0].connections
+        shown = _some(len(found))
+        top = _top([found[k].h_res for k in shown])
+        for axes, k in zip(row, shown, strict=False):
+            image = _draw_matrix(axes, found[k].h_res, top)
+            axes.set_title(f"{name}, h_res {k + 1}", fontsize=9)
+        for axes in row[len(shown) : -1]:
+            axes.set_axis_off()
+        figure.colorbar(image, ax=list(row[:-1]), label="mean over tokens")
+        image = _draw_matrix(row[-1], found[-1].composite, _top([found[-1].composite]))
+        row[-1].set_title(f"{name}, product", fontsize=9)
+        figure.colorbar(image, ax=row[-1], label="mean over tokens")
+        row[0].set_ylabel("output stream")
+    for axes in grid[-1]:
+        axes.set_xlabel("input stream")
+    return figure
+
+
+def _draw_gates(Figure, runs: dict):
+    figure = Figure(figsize=(12, 1.7 * len(runs) + 1), layout="constrained")
+    grid = figure.subplots(len(runs), 2, squeeze=False)
+    tops = {}
+    for gate in ("h_pre", "h_post"):
+        values = [v for s in runs.values() for c in s[0].connections for v in getattr(c, gate)]
+        tops[gate] = max([1.0 if gate == "h_pre" else 2.0, *filter(math.isfinite, values)])
+    for row, (name, seeds) in zip(grid, runs.items(), strict=True):
+        for axes, gate in zip(row, tops, strict=True):
+            found = seeds[0].connections
+            n = max(c.streams for c in found)
+            gap = [math.nan] * n
+            lines = [(getattr(c, gate) + gap)[:n] for c in found]
+            values = [list(line) for line in zip(*lines, strict=True)]  # stream by depth
+            extent = (0.5, len(found) + 0.5, n - 0.5, -0.5)
+            scale = {"vmin": 0, "vmax": tops[gate], "cmap": "viridis", "aspect": "auto"}
+            axes.imshow(values, extent=extent, interpolation="nearest", **scale)
+            axes.set_yticks(range(n) if n <= 8 else [0, n - 1])
+            _depth_axis(axes, len(found))
+            axes.set_title(f"{name}, {gate}", fontsize=9)
+            axes.set_ylabel("stream")
+    for k in range(2):
+        grid[-1][k].set_xlabel("connection")
+        image = grid[-1][k].images[0]
+        figure.colorbar(image, ax=list(grid[:, k]), label="mean over tokens")
+    return figure
+
+
+def _read_log(path: str | Path, column: str) -> tuple[list, list, list, list]:
+    """Steps and values, and steps and values of the validation."""
+    with open(path, newline="") as f:
+        rows = list(csv.DictReader(f))
+    if not rows or "step" not in rows[0] or column not in rows[0]:
+        got = f"{path} with {sorted(rows[0]) if rows else 'no rows'}"
+        raise ValueError(f"[plot] logs must have columns step and {column} but got {got}.")
+    tested = [r for r in rows if r.get("validation")]
+    return (
+        [int(r["step"]) for r in rows],
+        [float(r[column]) for r in rows],
+        [int(r["step"]) for r in tested],
+        [float(r["validation"]) for r in tested],
+    )
+
+
+def _draw_curves(Figure, curves: dict, colors: dict, column: str):
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    tested = False
+    for name, paths in curves.items():
+        for k, path in enumerate(paths):
+            steps, values, at, validation = _read_log(path, column)
+            window = max(1, len(values) // 50)
+            means = [
+                sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1)
+                for i in range(len(values))
+            ]
+            label = None if k else name
+            mark = "o" if len(steps) == 1 else None
+            axes.plot(steps, means, color=colors[name], linewidth=1.2, label=label, marker=mark)
+            axes.plot(at, validation, "x", color=colors[name], markersize=6)
+            tested = tested or bool(at)
+    title = "line: mean over a 50th of the run" + ("\ncross: validation" if tested else "")
+    axes.legend(title=title, fontsize=9)
+    axes.set_xlabel("step")
+    axes.set_ylabel(column.replace("_", " "))
+    axes.grid(alpha=0.3)
+    return figure

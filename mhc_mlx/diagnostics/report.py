@@ -1,0 +1,313 @@
+"""`stability_report`: what each connection of a model did in one run, as plain data."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..layers import HyperConnection, MHCLayer, starting_logits
+from ..reference import gates
+
+
+@dataclasses.dataclass(frozen=True)
+class ConnectionReport:
+    """One connection in one run; plain numbers and nested lists.
+
+    Each token has its matrices, and its gains are their largest line; a field without ``_max`` is
+    the mean over tokens, one with ``_max`` the largest token's.
+
+    Attributes:
+        name: Where the model keeps it.
+        convention, dynamic, streams: Its options; n streams.
+        h_pre, h_post: ``[n]``, means over tokens.
+        h_res: ``[n][n]``, mean over tokens, row = output.
+        composite: ``[n][n]``, the same of the product of h_res from the first connection to this.
+        forward_gain, forward_gain_max: Of h_res.
+        backward_gain, backward_gain_max: Of h_res.
+        composite_forward_gain, composite_forward_gain_max: Of the composite.
+        composite_backward_gain, composite_backward_gain_max: Of the composite.
+        row_error, column_error: ``max |line's sum - 1|`` of h_res, over lines and tokens.
+        similarity: Mean cosine between two different streams after the connection; 1 where they
+            have collapsed into copies, NaN for n = 1.
+        h_pre_moved, h_post_moved: Largest ``|h - start|`` of an element, h the mean over tokens.
+        gradient_norms: ``[n]``, the norm of d loss / d streams[i] after the connection, over all
+            tokens and channels; None without a loss.
+    """
+
+    name: str
+    convention: str
+    dynamic: bool
+    streams: int
+    h_pre: list[float]
+    h_post: list[float]
+    h_res: list[list[float]]
+    composite: list[list[float]]
+    forward_gain: float
+    forward_gain_max: float
+    backward_gain: float
+    backward_gain_max: float
+    composite_forward_gain: float
+    composite_forward_gain_max: float
+    composite_backward_gain: float
+    composite_backward_gain_max: float
+    row_error: float
+    column_error: float
+    similarity: float
+    h_pre_moved: float
+    h_post_moved: float
+    gradient_norms: list[float] | None = None
+
+
+_COLUMNS = {
+    "forward": "forward_gain",
+    "backward": "backward_gain",
+    "comp. fwd": "composite_forward_gain",
+    "fwd max": "composite_forward_gain_max",
+    "comp. bwd": "composite_backward_gain",
+    "bwd max": "composite_backward_gain_max",
+    "row err": "row_error",
+    "col err": "column_error",
+    "similarity": "similarity",
+    "pre moved": "h_pre_moved",
+    "post moved": "h_post_moved",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StabilityReport:
+    """The connections of a model in the order in which they ran; ``str`` is a table.
+
+    Attributes:
+        connections: A report of each call of a connection.
+        loss: What the loss function returned; None without one.
+    """
+
+    connections: list[ConnectionReport]
+    loss: float | None = None
+
+    def to_dict(self) -> dict:
+        """Of plain numbers, strings and lists, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, d: dict) -> "StabilityReport":
+        return cls([ConnectionReport(**c) for c in d["connections"]], d["loss"])
+
+    def __str__(self) -> str:
+        width = max(len(c.name) for c in self.connections)
+        graded = self.connections[0].gradient_norms is not None
+        head = [*_COLUMNS] + ["grad norm"] * graded
+        lines = [f"{'':>4} {'connection':<{max(width, 10)}} " + " ".join(f"{h:>10}" for h in head)]
+        for k, c in enumerate(self.connections, 1):
+            values = [getattr(c, field) for field in _COLUMNS.values()]
+            values += [math.hypot(*c.gradient_norms)] if graded else []
+            cells = " ".join(f"{v:>10.4g}" for v in values)
+            lines.append(f"{k:>4} {c.name:<{max(width, 10)}} {cells}")
+        return "\n".join(lines)
+
+
+def stream_similarity(x: mx.array) -> mx.array:
+    """Mean cosine similarity between two different streams of a token, a float32 scalar.
+
+    x ``[..., n, C]``; 1 where the streams are copies of each other; NaN for n = 1.
+    """
+    x = x.astype(mx.float32)
+    x = x * mx.rsqrt((x * x).sum(-1, keepdims=True) + 1e-12)
+    n = x.shape[-2]
+    if n == 1:
+        return mx.array(math.nan)
+    return ((x.sum(-2) ** 2).sum(-1).mean() - n) / (n * (n - 1))
+
+
+def _product(a: mx.array, b: mx.array) -> mx.array:
+    """``a @ b`` of ``[..., n, n]`` by sums of elements: ``@`` is TF32 on some GPUs."""
+    terms = [a[..., :, j, None] * b[..., None, j, :] for j in range(a.shape[-1])]
+    return sum(terms[1:], terms[0])
+
+
+def _composed(h_res: mx.array, composite: mx.array | None) -> mx.array:
+    """``h_res @ composite``; h_res alone where streams or tokens are others than before."""
+    if composite is None or h_res.shape[-1] != composite.shape[-1]:
+        return h_res
+    a, b = h_res.shape[:-2], composite.shape[:-2]
+    return _product(h_res, composite) if a == b or () in (a, b) else h_res
+
+
+def _gains(h: mx.array, what: str) -> dict[str, mx.array]:
+    """Mean and largest, over tokens, of the gains of ``[..., n, n]``."""
+    gains = {"forward": mx.abs(h.sum(-1)).max(-1), "backward": mx.abs(h.sum(-2)).max(-1)}
+    each = {f"{what}{k}_gain": g.mean() for k, g in gains.items()}
+    return each | {f"{what}{k}_gain_max": g.max() for k, g in gains.items()}
+
+
+def _mean(h: mx.array, ndim: int) -> mx.array:
+    """Over tokens."""
+    return h.mean(axis=tuple(range(h.ndim - ndim)))
+
+
+def _moved(connection: HyperConnection, h_pre, h_post, before: ConnectionReport | None) -> list:
+    """How far each gate is from its start, the nearest one that `HyperConnection` may have had."""
+    c, n = connection.convention, connection.num_streams
+    if before is not None:
+        starts = [(mx.array(before.h_pre), mx.array(before.h_post))]
+    else:
+        starts = [gates(*starting_logits(n, c, k)[:2], c) for k in range(n if c.sigmoid else 1)]
+    return [
+        mx.stack([mx.abs(h - start[k]).max() for start in starts]).min()
+        for k, h in enumerate((h_pre, h_post))
+    ]
+
+
+@contextlib.contextmanager
+def _watched(names: dict[int, str], see: Callable):
+    """Replaces what each of these connections returns by ``see(connection, x, out)``."""
+    read, layer = HyperConnection.__call__, MHCLayer.__call__
+
+    def seen(connection, x, out):
+        return see(connection, x, out) if id(connection) in names else out
+
+    def watched_read(self, x):
+        u, add_residual = read(self, x)
+        return u, lambda y: seen(self, x, add_residual(y))
+
+    def watched_layer(self, x, *args, **kwargs):
+        return seen(self, x, layer(self, x, *args, **kwargs))
+
+    HyperConnection.__call__, MHCLayer.__call__ = watched_read, watched_layer
+    try:
+        yield
+    finally:
+        HyperConnection.__call__, MHCLayer.__call__ = read, layer
+
+
+def _plain(a):
+    return a.tolist() if isinstance(a, mx.array) else a
+
+
+def stability_report(
+    model: nn.Module,
+    batch: mx.array | tuple,
+    loss_fn: Callable | None = None,
+    *,
+    before: StabilityReport | None = None,
+) -> StabilityReport:
+    """Run a model once and report on its connections in the order in which they ran.
+
+    Connections are the `HyperConnection` and `MHCLayer` modules in it, also inside `MHCBlock`, its
+    subclasses and blocks of `widen`; static or dynamic, with any convention. With a loss function
+    the model runs once more, for gradients. The model, and its parameters, stay as they are.
+
+    The composite multiplies h_res of each token in that order (float32, not TF32); it starts anew
+    where the number of streams or the leading axes change.
+
+    Args:
+        model: Not compiled: that would hide its connections. And with a loss function without
+            mx.checkpoint: nobody sees gradients inside.
+        batch: What the model takes: an array, or a tuple of positional arguments.
+        loss_fn: A scalar loss, called as ``loss_fn(model, *batch)`` instead of ``model(*batch)``.
+        before: A report of the same model, from which gates moved. None measures from the nearest
+            of the n starts that a connection may have: it does not keep its layer_idx, and the
+            start of h_pre is 0.9 on that stream.
+
+    Returns:
+        Numbers and nested lists; ConnectionReport has the formulas.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: No connection ran, one ran in mx.checkpoint, the loss is not a scalar, there
+            were no tokens, or ``before`` is of another model.
+    """
+    op = "stability_report"
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"[{op}] model must be an mlx.nn.Module but got {type(model).__name__}.")
+    if not isinstance(batch, (mx.array, tuple)):
+        must = "be an mx.array or a tuple of arguments"
+        raise TypeError(f"[{op}] batch must {must} but got {type(batch).__name__}.")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"[{op}] loss_fn must be a function but got {type(loss_fn).__name__}.")
+    if before is not None and not isinstance(before, StabilityReport):
+        must = "be a StabilityReport"
+        raise TypeError(f"[{op}] before must {must} but got {type(before).__name__}.")
+    batch = batch if isinstance(batch, tuple) else (batch,)
+    names = {id(m): k for k, m in model.named_modules() if isinstance(m, HyperConnection)}
+    found, outs, composite = [], [], None
+
+    def record(connection, x, out):
+        nonlocal composite
+        if x.size == 0:
+            raise ValueError(f"[{op}] batch must have tokens but got streams {list(x.shape)}.")
+        h_pre, h_post, h_res = connection.coefficients(x)
+        n = connection.num_streams
+        h_res = mx.eye(n) if h_res is None else h_res
+        composite = _composed(h_res, composite)
+        k, means = len(found), (_mean(h_pre, 1), _mean(h_post, 1))
+        start = before.connections[k] if before and k < len(before.connections) else None
+        pre_moved, post_moved = _moved(connection, *means, start)
+        found.append(
+            {
+                "name": names[id(connection)] or type(connection).__name__,
+                "convention": connection.convention.name,
+                "dynamic": connection.dynamic,
+                "streams": n,
+                "h_pre": means[0],
+                "h_post": means[1],
+                "h_res": _mean(h_res, 2),
+                "composite": _mean(composite, 2),
+                **_gains(h_res, ""),
+                **_gains(composite, "composite_"),
+                "row_error": mx.abs(h_res.sum(-1) - 1).max(),
+                "column_error": mx.abs(h_res.sum(-2) - 1).max(),
+                "similarity": stream_similarity(out),
+                "h_pre_moved": pre_moved,
+                "h_post_moved": post_moved,
+            }
+        )
+        outs.append(out)
+        return out
+
+    with _watched(names, record):
+        loss = model(*batch) if loss_fn is None else loss_fn(model, *batch)
+    if not found:
+        must = "run a HyperConnection or MHCLayer of its own, outside mx.compile"
+        raise ValueError(
+            f"[{op}] model must {must} but got {type(model).__name__}, which ran none."
+        )
+    if before is not None and len(before.connections) != len(found):
+        got = f"{len(before.connections)} connections"
+        raise ValueError(f"[{op}] before must be of {len(found)} connections but got {got}.")
+    if loss_fn is not None:
+        if not isinstance(loss, mx.array) or loss.size != 1:
+            got = list(loss.shape) if isinstance(loss, mx.array) else type(loss).__name__
+            raise ValueError(f"[{op}] loss_fn must return a scalar but got {got}.")
+
+        rest = iter(())
+
+        def shift(connection, x, out):
+            delta = next(rest, None)
+            if delta is None:  # it runs once more for the gradient, and deltas have none there
+                must, name = "run without mx.checkpoint", names[id(connection)]
+                raise ValueError(f"[{op}] model must {must} but got one around {name}.")
+            return out + delta
+
+        def loss_of(deltas, parameters):
+            nonlocal rest
+            rest = iter(deltas)
+            model.update(parameters)
+            return loss_fn(model, *batch).squeeze()
+
+        # The parameters' gradients are never evaluated; they make mx.checkpoint run again.
+        parameters, zeros = model.trainable_parameters(), [mx.zeros_like(out) for out in outs]
+        try:
+            with _watched(names, shift):
+                gradients, _ = mx.grad(loss_of, argnums=(0, 1))(zeros, parameters)
+        finally:
+            model.update(parameters)
+        for each, g in zip(found, gradients, strict=True):
+            g = g.astype(mx.float32).moveaxis(-2, 0).reshape(each["streams"], -1)
+            each["gradient_norms"] = mx.sqrt((g * g).sum(-1))
+    mx.eval(found)
+    connections = [ConnectionReport(**{k: _plain(v) for k, v in each.items()}) for each in found]
+    return StabilityReport(connections, None if loss_fn is None else loss.item())
