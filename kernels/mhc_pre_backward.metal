@@ -11,8 +11,8 @@
 // in   x, phi, bias, alpha, weight, params as in mhc_pre; l [tokens, OUTS + 1], dz_res [tokens, R] float; du [tokens, C] T,
 //      or without READ dh_pre [tokens, N] float; dh_post [tokens, N] float; dx_out [tokens, N, C] T
 // out  dx [tokens, N, C] T, or without SPREAD, for mhc_projection_backward, side [tokens, N + 1] float: h_pre, then pull,
-//      and with NORM dread [tokens, C] float: du'; dp [tokens, OUTS] float, partial [threadgroups / SPLITS, P] float: sums of dz, of dz l, and
-//      with NORM dweight, in this order
+//      and with NORM dread [tokens, C] float: du'; dp [tokens, OUTS] float; partial [threadgroups / SPLITS, P] float: sums
+//      of dz, of dz l, and with NORM dweight, in this order
 // own  a threadgroup takes tiles of TILE tokens in turn, a thread VEC neighbours of all streams: phi is read once a tile.
 //      dh_pre: a simdgroup takes a token. SPLITS threadgroups share a tile, each a range of channels of dx; for n > 8,
 //      where phi is most of the bytes, so that each may make dh_pre and dp anew.
