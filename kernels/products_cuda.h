@@ -2,15 +2,25 @@
 //
 // A lane has two tokens, and of each SPAN / 4 neighbours. x is bfloat16; of float32 factors two parts make dx, which is
 // bfloat16, and three dphi.
-#include "tiles_cuda.h"
+#include "common.h"
 
 namespace mhc {
+
+// Two values as pairs of bfloat16: the nearest, and what is left.
+template <int COUNT> inline void split_pair(uint (&w)[COUNT], float low, float high) {
+  UNROLL for (int part = 0; part < COUNT; ++part) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w[part]) : "f"(high), "f"(low));
+    low -= __uint_as_float(w[part] << 16);
+    high -= __uint_as_float(w[part] & 0xffff0000u);
+  }
+}
 
 enum { TOKENS = 16, HELD = 2 };  // of a tile; of a lane
 inline int token_of(int lane, int r) { return lane / 4 + 8 * r; }
 inline int quarter_of(int lane) { return lane % 4; }
 constexpr int sixteens(int outs) { return (outs + 15) / 16; }
-template <typename P> constexpr int PHI_PARTS = PARTS<P> == 1 ? 1 : 2;
+template <typename P> constexpr int PHI_PARTS = 2;
+template <> constexpr int PHI_PARTS<__nv_bfloat16> = 1;
 
 // d += a b, 16 x 16 by 16 x 8
 inline void multiply_16(float (&d)[4], const uint (&a)[4], uint b0, uint b1) {

@@ -40,11 +40,11 @@ inline void sweep(thread float (&sum)[TILES][BLOCK][2], thread float (&squares)[
     UNROLL for (int b = 0; b < BLOCK; ++b) {
       PhiTile<P> pt;
       to_tile(pt, ps[b]);
+      multiply_add(sum, b, xt, pt);
       UNROLL for (int q = 0; q < PHI_ROWS; ++q) {
         p_at[b][q] += step;
         load_run<WHOLE>(ps[b][q], p_at[b][q], made[b][q] ? left - phi_k(lane) : 0);
       }
-      UNROLL for (int m = 0; m < TILES; ++m) multiply_add(sum[m][b], xt[m], pt);
     }
   }
 }

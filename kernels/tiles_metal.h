@@ -43,12 +43,14 @@ template <typename T> inline float sum_squares(const thread float (&s)[2], int) 
   return v + simd_shuffle_xor(v, ushort(8));
 }
 
-// sum[token, output] += x phi^T
-template <typename T, typename P>
-inline void multiply_add(thread float (&sum)[2], const thread XTile<T>& x, const thread PhiTile<P>& phi) {
-  simdgroup_float8x8 d = simdgroup_float8x8(0.0f);
-  UNROLL for (int s = 0; s < 4; ++s) simdgroup_multiply_accumulate(d, x.m[s], phi.m[s], d);
-  UNROLL for (int e = 0; e < 2; ++e) sum[e] += d.thread_elements()[e];
+// sum[.][b] += x phi^T
+template <typename T, typename P, int TILES, int BLOCK>
+inline void multiply_add(thread float (&sum)[TILES][BLOCK][2], int b, const thread XTile<T> (&x)[TILES], const thread PhiTile<P>& phi) {
+  UNROLL for (int m = 0; m < TILES; ++m) {
+    simdgroup_float8x8 d = simdgroup_float8x8(0.0f);
+    UNROLL for (int s = 0; s < 4; ++s) simdgroup_multiply_accumulate(d, x[m].m[s], phi.m[s], d);
+    UNROLL for (int e = 0; e < 2; ++e) sum[m][b][e] += d.thread_elements()[e];
+  }
 }
 
 }  // namespace mhc

@@ -289,13 +289,6 @@ PER_TOKEN = [
         traffic=MORE,
     ),
     tiles(
-        "all products of 8 tokens",
-        PRE_HALF,
-        "multiply_add(sum[m]",
-        "multiply_add(sum[0]",
-        parity=WRONG,
-    ),
-    tiles(
         "half a simdgroup at a product",
         PRE,
         "multiply_add(sum",
@@ -335,7 +328,8 @@ PER_TOKEN = [
     metal("one of a lane's outputs", PRE, "run_float(r[e], s)", "run_float(r[0], s)", parity=WRONG),
     metal("a product short", PRE, "s < 4; ++s) simdgroup", "s < 3; ++s) simdgroup", parity=WRONG),
     metal("a sum from nothing", PRE, "d = simdgroup_float8x8(0.0f)", "d", parity="finite"),
-    metal("x for phi", PRE, "d, x.m[s], phi.m[s], d", "d, phi.m[s], x.m[s], d", parity=WRONG),
+    metal("x for phi", PRE, "x[m].m[s], phi.m[s], d", "phi.m[s], x[m].m[s], d", parity=WRONG),
+    metal("all products of 8 tokens", PRE_HALF, "sum[m][b]", "sum[0][b]", parity=WRONG),
     metal(
         "a float for a matrix",
         PRE,
@@ -353,8 +347,8 @@ PER_TOKEN = [
     ),
     metal("half of the squares", PRE, "e < 8; ++e) run", "e < 4; ++e) run", parity=WRONG),
     metal("squares of other lanes", PRE, "ushort(8)", "ushort(16)", parity=WRONG),
-    cuda("a shorter instruction", PRE, "m16n8k16", "m16n8k8", nvrtc="mma"),
-    cuda("a float in an integer's register", PRE, '"=r"(w[part])', '"=f"(w[part])', nvrtc="cvt"),
+    cuda("a longer instruction", PRE, "m16n8k8", "m16n8k16", nvrtc="mma"),
+    cuda("an integer in a float's register", PRE, '"r"(phi.w', '"f"(phi.w', nvrtc="mma"),
     # mhc_pre_backward
     pre_back("no barrier before dh_pre", PRE, BARRIER, "", rules=UNWRITTEN),
     pre_back("no barrier before dz is used", PRE, BARRIER, "", nth=1, rules=RACE),
