@@ -4,6 +4,8 @@
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define STAY_PACKED(value)
 #define RECIPROCAL(v) (1.0f / (v))
+#define LOAD_LAST(p) (*(p))
+#define STORE_AWAY(p, v) (*(p) = (v))
 #endif
 
 namespace mhc {

@@ -21,6 +21,7 @@ __forceinline__ float simd_sum(float v) {
 }
 namespace metal {
 __forceinline__ float max(float a, float b) { return ::fmaxf(a, b); }
+__forceinline__ float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 namespace precise {
 __forceinline__ float exp(float v) { return ::expf(v); }
 __forceinline__ float log(float v) { return ::logf(v); }
@@ -46,3 +47,21 @@ __forceinline__ float rsqrt(float v) { return 1.0f / ::sqrtf(v); }
     for (int word = 0; word < int(sizeof(value) / 4); ++word)                       \
       asm volatile("" : "+r"(reinterpret_cast<uint*>(&(value))[word]));             \
   }
+
+// Accesses of which the cache keeps nothing: no one reads the element again, or not soon.
+template <typename V, typename F> __forceinline__ void by_words(F f) {
+  if constexpr (sizeof(V) == 16) f(uint4());
+  else if constexpr (sizeof(V) == 8) f(uint2());
+  else if constexpr (sizeof(V) == 4) f(uint());
+  else f(ushort());
+}
+template <typename V> __forceinline__ V load_last(const V* p) {
+  V v;
+  by_words<V>([&](auto word) { reinterpret_cast<decltype(word)&>(v) = __ldcs(reinterpret_cast<const decltype(word)*>(p)); });
+  return v;
+}
+template <typename V> __forceinline__ void store_away(V* p, const V& v) {
+  by_words<V>([&](auto word) { __stcs(reinterpret_cast<decltype(word)*>(p), reinterpret_cast<const decltype(word)&>(v)); });
+}
+#define LOAD_LAST(p) load_last(p)
+#define STORE_AWAY(p, v) store_away(p, v)

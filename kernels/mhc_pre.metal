@@ -17,6 +17,7 @@
 // template  T, P, N, OUTS, VEC, THREADS, SLICES, TILES, BLOCK, SPLITS, HEAD, READ (u is made), NORM, WRITE_PRE, SAVE,
 //           PROJECT, ITERS, START, COLUMNS, OUT_COLUMNS
 #include "coefficients.h"
+#include "streams.h"
 #include "tiles.h"
 constexpr int SIMDS = THREADS / 32;
 constexpr int TILE = 8 * TILES * (SIMDS / SLICES);
@@ -24,7 +25,10 @@ constexpr int WIDE = 8 * BLOCK;  // outputs at once
 constexpr int PITCH = WIDE + 1;  // and sum(x ** 2)
 constexpr int SHARE = ((OUTS + WIDE - 1) / WIDE + SPLITS - 1) / SPLITS * WIDE;  // outputs of a threadgroup
 constexpr int R = HEAD ? 0 : OUTS - 2 * N;
-constexpr int AHEAD = N <= 8 ? N : 1;
+constexpr int CHUNKS = N <= 2 ? 4 : N <= 4 ? 2 : 1;           // packs of u that a lane makes at once
+constexpr int LANES = PROJECT ? mhc::projecting(N) : 1;       // of a token's projection
+constexpr int BUSY = PROJECT ? (TILE * LANES + 31) / 32 : 0;  // simdgroups that project
+constexpr int READERS = BUSY < SIMDS ? SIMDS - BUSY : SIMDS;
 threadgroup float sums[SLICES * TILE * PITCH];
 threadgroup float scale[TILE];
 threadgroup float pre[TILE * N];
@@ -93,8 +97,7 @@ for (uint tile = threadgroup_position_in_grid.x / SPLITS; tile < tiles; tile += 
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 
-  if constexpr (PROJECT) {  // by the last simdgroups; the first go on to u
-    constexpr int LANES = mhc::projecting(N);
+  if constexpr (PROJECT) {  // by the last simdgroups; the others go on to u
     for (int m0 = (SIMDS - 1 - simd) * (32 / LANES); m0 < TILE; m0 += THREADS / LANES) {
       const int m = m0 + lane / LANES;
       const size_t t = first + uint(m);
@@ -104,26 +107,30 @@ for (uint tile = threadgroup_position_in_grid.x / SPLITS; tile < tiles; tile += 
     }
   }
 
-  for (int i = simd; READ && i < TILE && first + uint(i) < tokens && begin == 0; i += SIMDS) {
+  for (int i = simd; READ && simd < READERS && i < TILE && first + uint(i) < tokens && begin == 0; i += READERS) {
     const size_t t = first + uint(i);
     const auto row = x + t * size_t(K);
     float squared = 0.0f, r = 1.0f;
     UNROLL for (int sweep = NORM ? 0 : 1; sweep < 2; ++sweep) {
-      for (int c = lane * VEC; c < C; c += 32 * VEC) {
-        float o[VEC] = {}, v[VEC], w[VEC], some = 0.0f;
-#pragma unroll AHEAD
-        for (int j = 0; j < N; ++j) {
-          mhc::load_floats<VEC>(v, row + j * C + c, whole);
-          UNROLL for (int e = 0; e < VEC; ++e) o[e] += pre[i * N + j] * v[e];
-        }
-        if (sweep == 0) {
-          UNROLL for (int e = 0; e < VEC; ++e) some += o[e] * o[e];
-          squared += some;
-        } else {
-          if (NORM) mhc::load_floats<VEC>(w, weight + c, mhc::aligned<VEC>(weight));
-          mhc::Pack<T, VEC> packed;
-          UNROLL for (int e = 0; e < VEC; ++e) packed.v[e] = static_cast<T>(NORM ? o[e] * r * w[e] : o[e]);
-          *(device mhc::Pack<T, VEC>*)(u + t * size_t(C) + c) = packed;
+      for (int c0 = lane * VEC; c0 < C; c0 += CHUNKS * 32 * VEC) {
+        float o[CHUNKS][VEC] = {};
+        if (whole && c0 + (CHUNKS - 1) * 32 * VEC < C) mhc::read_streams<N, T>(o, row + c0, pre + i * N, C);
+        else mhc::read_ragged<N, T>(o, row + c0, pre + i * N, C, C - c0, whole);
+        UNROLL for (int k = 0; k < CHUNKS; ++k) {
+          const int c = c0 + k * 32 * VEC;
+          if (c < C) {
+            if (sweep == 0) {
+              float some = 0.0f;
+              UNROLL for (int e = 0; e < VEC; ++e) some += o[k][e] * o[k][e];
+              squared += some;
+            } else {
+              float w[VEC];
+              if (NORM) mhc::load_floats<VEC>(w, weight + c, mhc::aligned<VEC>(weight));
+              mhc::Pack<T, VEC> packed;
+              UNROLL for (int e = 0; e < VEC; ++e) packed.v[e] = static_cast<T>(NORM ? o[k][e] * r * w[e] : o[k][e]);
+              STORE_AWAY((device mhc::Pack<T, VEC>*)(u + t * size_t(C) + c), packed);
+            }
+          }
         }
       }
       if (sweep == 0) r = metal::precise::rsqrt(simd_sum(squared) / static_cast<float>(C) + static_cast<float>(params[4]));

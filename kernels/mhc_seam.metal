@@ -117,7 +117,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
             if constexpr (BACK) {
               UNROLL for (int i = 0; i < N; ++i) {
                 const float m = mix[(at + j) * N + i];
-                UNROLL for (int e = 0; e < VEC; ++e) acc[i * VEC + e] += m * static_cast<float>(v.v[e]);
+                UNROLL for (int e = 0; e < VEC; ++e) acc[i * VEC + e] = metal::fma(m, static_cast<float>(v.v[e]), acc[i * VEC + e]);
               }
             } else {
               UNROLL for (int e = 0; e < VEC; ++e) u_of[own + e] += pre[at + j] * static_cast<float>(v.v[e]);

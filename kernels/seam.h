@@ -3,13 +3,14 @@
 
 namespace mhc {
 
-// out[i] = sum_j h_res[i, j] x[j] + h_post[i] y, rounded to T; returns sum_i h_pre[i] out[i]
+// out[i] = sum_j h_res[i, j] x[j] + h_post[i] y, rounded to T; returns sum_i h_pre[i] out[i]. Each product is added in the
+// same step and order as in mhc_seam, so that a tie is rounded alike.
 template <int N, typename T, typename S>
 inline float seam_channel(thread float (&out)[N], thread const float (&x)[N], float y, S pre, S post, S mix) {
   float u = 0.0f;
   UNROLL for (int i = 0; i < N; ++i) {
     float o = post[i] * y;
-    UNROLL for (int j = 0; j < N; ++j) o += mix[j * N + i] * x[j];
+    UNROLL for (int j = 0; j < N; ++j) o = metal::fma(mix[j * N + i], x[j], o);
     out[i] = static_cast<float>(static_cast<T>(o));
     u += pre[i] * out[i];
   }

@@ -107,7 +107,7 @@ SEAMS = [
         "params[0]",
         parity=WRONG,
     ),
-    seam("every pack the first", SEAM, "acc[i * VEC + e] += m", "acc[i * VEC] += m", parity=WRONG),
+    seam("every pack the first", SEAM, "acc[i * VEC + e] = metal", "acc[i * VEC] = metal", parity=WRONG),
     seam("out stored twice", LONG, "if (sweep == 0 || !NORM) *(", "*(", rules=TWO),
     seam(
         "u kept where it is made twice",

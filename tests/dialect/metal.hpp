@@ -46,6 +46,7 @@ void simdgroup_multiply_accumulate(  // gated_delta_update.h
 
 namespace metal {
 float max(float, float);  // binary_ops.h
+float fma(float, float, float);  // erf.h
 namespace precise {
 float exp(float);    // unary_ops.h
 float log(float);    // unary_ops.h

@@ -4,6 +4,8 @@
 #define UNROLL
 #define STAY_PACKED(value)
 #define RECIPROCAL(v) (1.0f / (v))
+#define LOAD_LAST(p) (*(p))
+#define STORE_AWAY(p, v) (*(p) = (v))
 
 typedef unsigned int uint;
 typedef unsigned short ushort;
@@ -76,6 +78,7 @@ inline void simdgroup_multiply_accumulate(simdgroup_float8x8& d, simdgroup_float
 #undef HERE
 namespace metal {
 inline float max(float a, float b) { return __builtin_fmaxf(a, b); }
+inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 namespace precise {
 inline float exp(float v) { return __builtin_expf(v); }
 inline float log(float v) { return __builtin_logf(v); }
