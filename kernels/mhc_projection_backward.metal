@@ -7,67 +7,83 @@
 // in   x [tokens, N, C] T, phi [OUTS, N * C] P, dp [tokens, OUTS] float, side [tokens, N + 1] float: h_pre, then pull;
 //      du [tokens, C] D (READ), dx_out [tokens, N, C] T (PASS)
 // out  dx [tokens, N, C] T, partial [chunks, OUTS * N * C] float, a row per chunk of tokens
-// own  a simdgroup takes SPAN channels of a stream and a chunk of tokens, a tile of them at a time: phi, and the sums of
-//      dphi, stay in its registers
-// template  T, P, D, N, OUTS, THREADS, SPAN, READ, PASS     grid  chunks * N * ceil(C / SPAN) simdgroups, exactly
+// own  a threadgroup takes a chunk of tokens, of which it keeps STAGE at a time, dp and side, in threadgroup memory; each
+//      of its simdgroups takes a unit, SPAN channels of a stream, and a tile of these tokens at a time: phi, and the sums
+//      of dphi, stay in its registers
+// template  T, P, D, N, OUTS, THREADS, SPAN, STAGE, READ, PASS
+// grid  chunks * ceil(N * ceil(C / SPAN) / (THREADS / 32)) threadgroups, exactly
 #include "products.h"
 constexpr int SIMDS = THREADS / 32;
 constexpr int RUN = SPAN / 4;
+threadgroup mhc::Staged staged[mhc::staged_size(OUTS, STAGE)];
+threadgroup float sides[STAGE * (N + 1)];
+const int tid = int(thread_position_in_threadgroup.x);
 const int lane = int(thread_index_in_simdgroup);
 const int C = x_shape[2], K = N * C;
 const uint tokens = x_shape[0];
 const int spans = (C + SPAN - 1) / SPAN, units = N * spans;
-const uint id = threadgroup_position_in_grid.x * uint(SIMDS) + simdgroup_index_in_threadgroup;
-const uint chunk = id / uint(units), chunks = threadgroups_per_grid.x * uint(SIMDS) / uint(units);
-const int unit = int(id % uint(units)), j = unit / spans, c0 = unit % spans * SPAN;
+const uint groups = uint((units + SIMDS - 1) / SIMDS);  // that share a chunk
+const uint chunk = threadgroup_position_in_grid.x / groups, chunks = threadgroups_per_grid.x / groups;
+const int unit = int(threadgroup_position_in_grid.x % groups) * SIMDS + int(simdgroup_index_in_threadgroup);
+const bool live = unit < units;
+const int j = live ? unit / spans : 0, c0 = unit % spans * SPAN;
 const uint each = (tokens + chunks - 1) / chunks;
 const uint begin = chunk * each;
 const uint end = begin + each < tokens ? begin + each : tokens;
+const uint last = live ? end : 0u;
 const int own = c0 + mhc::quarter_of(lane) * RUN;  // the lane's first channel
 const bool all_whole = C % RUN == 0 && mhc::aligned<mhc::run_vec<T, RUN>()>(x) && (!READ || mhc::aligned<mhc::run_vec<D, RUN>()>(du)) &&
                        (!PASS || mhc::aligned<mhc::run_vec<T, RUN>()>(dx_out));
 
 mhc::Columns<P, OUTS, SPAN> columns;
-mhc::load_columns(columns, phi + (j * C + c0), K, C - c0, lane);
+mhc::load_columns(columns, phi + (j * C + c0), K, live ? C - c0 : 0, lane);
 mhc::Sums<OUTS, SPAN> sums = {};
-for (uint first = begin; first < end; first += mhc::TOKENS) {
-  mhc::Run<T, RUN> xs[mhc::HELD] = {}, more[mhc::HELD] = {};
-  mhc::Run<D, RUN> ds[mhc::HELD] = {};
-  float pre[mhc::HELD], pull[mhc::HELD];
-  UNROLL for (int r = 0; r < mhc::HELD; ++r) {
-    const uint t = first + uint(mhc::token_of(lane, r));
-    const int left = t < end ? C - own : 0;
-    mhc::load_some(xs[r], x + (size_t(left > 0 ? t : 0u) * size_t(K) + size_t(j * C + own)), left, all_whole);
-  }
-  mhc::collect(sums, xs, dp, first, end, lane);
-  UNROLL for (int r = 0; r < mhc::HELD; ++r) {
-    const uint t = first + uint(mhc::token_of(lane, r));
-    const int left = t < end ? C - own : 0;
-    const size_t row = left > 0 ? t : 0u;
-    if (READ) mhc::load_some(ds[r], du + row * size_t(C) + own, left, all_whole);
-    if (PASS) mhc::load_some(more[r], dx_out + row * size_t(K) + size_t(j * C + own), left, all_whole);
-    pre[r] = READ ? side[row * (N + 1) + j] : 0.0f;
-    pull[r] = side[row * (N + 1) + N];
-  }
-  mhc::Rows<OUTS> rows;
-  mhc::load_rows(rows, dp, first, end, lane);
-  mhc::Run<T, RUN> made[mhc::HELD];
-  UNROLL for (int p = 0; p < RUN / 2; ++p) {
-    float v[mhc::HELD][2];
-    mhc::spread(v, rows, columns, p);
+for (uint base = begin; base < end; base += STAGE) {
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  mhc::stage_dp<OUTS, STAGE, THREADS>(staged, dp, base, end, tid);
+  for (int i = tid; i < STAGE * (N + 1); i += THREADS)
+    sides[i] = base + uint(i / (N + 1)) < end ? side[size_t(base) * (N + 1) + i] : 0.0f;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  const uint stop = base + STAGE < last ? base + STAGE : last;
+  for (uint first = base; first < stop; first += mhc::TOKENS) {
+    const int row = int(first - base);
+    mhc::Run<T, RUN> xs[mhc::HELD] = {}, more[mhc::HELD] = {};
+    mhc::Run<D, RUN> ds[mhc::HELD] = {};
+    mhc::load_tile(xs, x + (j * C + own), uint(K), first, stop, C - own, all_whole, lane);
+    mhc::fetch_tile(x + (j * C + own), uint(K), first + mhc::TOKENS, tokens, C - own, lane);
+    if (READ) mhc::fetch_tile(du + own, uint(C), first + mhc::TOKENS, tokens, C - own, lane);
+    if (PASS) mhc::fetch_tile(dx_out + (j * C + own), uint(K), first + mhc::TOKENS, tokens, C - own, lane);
+    mhc::collect<STAGE>(sums, xs, staged, row, lane);
+    if (READ) mhc::load_tile(ds, du + own, uint(C), first, stop, C - own, all_whole, lane);
+    if (PASS) mhc::load_tile(more, dx_out + (j * C + own), uint(K), first, stop, C - own, all_whole, lane);
+    float pre[mhc::HELD], pull[mhc::HELD];
     UNROLL for (int r = 0; r < mhc::HELD; ++r) {
-      UNROLL for (int e = 0; e < 2; ++e) {
-        const int i = 2 * p + e;
-        float a = v[r][e] + pull[r] * mhc::run_float(xs[r], i);
-        if (READ) a += pre[r] * mhc::run_float(ds[r], i);
-        if (PASS) a += mhc::run_float(more[r], i);
-        made[r].p[i / mhc::run_vec<T, RUN>()].v[i % mhc::run_vec<T, RUN>()] = static_cast<T>(a);
+      const int at = (row + mhc::token_of(lane, r)) * (N + 1);
+      pre[r] = sides[at + j];
+      pull[r] = sides[at + N];
+    }
+    mhc::Rows<OUTS> rows;
+    mhc::load_rows<OUTS, STAGE>(rows, staged, row, lane);
+    UNROLL for (int p = 0; p < RUN / 2; ++p) {
+      float v[mhc::HELD][2] = {}, w[2];
+      UNROLL for (int r = 0; r < mhc::HELD; ++r) {
+        if (PASS) mhc::run_pair(v[r], more[r], p);
+        mhc::run_pair(w, xs[r], p);
+        UNROLL for (int e = 0; e < 2; ++e) v[r][e] += pull[r] * w[e];
+        if (READ) mhc::run_pair(w, ds[r], p);
+        UNROLL for (int e = 0; e < 2; ++e) v[r][e] += READ ? pre[r] * w[e] : 0.0f;
       }
+      mhc::spread(v, rows, columns, p);
+      UNROLL for (int r = 0; r < mhc::HELD; ++r) mhc::set_pair(xs[r], p, v[r]);
+    }
+    UNROLL for (int r = 0; r < mhc::HELD; ++r) {
+      const uint t = first + uint(mhc::token_of(lane, r));
+      if (t < stop) mhc::store_some(dx + (size_t(t) * size_t(K) + size_t(j * C + own)), xs[r], C - own, all_whole);
     }
   }
-  UNROLL for (int r = 0; r < mhc::HELD; ++r) {
-    const uint t = first + uint(mhc::token_of(lane, r));
-    if (t < end) mhc::store_some(dx + (size_t(t) * size_t(K) + size_t(j * C + own)), made[r], C - own, all_whole);
-  }
 }
-mhc::store_sums(sums, partial + (size_t(chunk) * OUTS * size_t(K) + size_t(j * C + c0)), K, C - c0, lane);
+
+uint id = threadgroup_position_in_grid.x;  // once more, or what follows would take registers all along
+STAY_PACKED(id);
+const int u = int(id % groups) * SIMDS + int(simdgroup_index_in_threadgroup), c = u % spans * SPAN;
+mhc::store_sums(sums, partial + (size_t(id / groups) * OUTS * size_t(K) + size_t(u / spans * C + c)), K, u < units ? C - c : 0, lane);

@@ -3,11 +3,29 @@
 
 namespace mhc {
 
-// from[0..left), if whole all or none of it
-template <typename T, int COUNT, typename P> inline void load_some(thread Run<T, COUNT>& r, P from, int left, bool whole) {
-  if (whole) load_run<true>(r, from, left);
-  else load_run<false>(r, from, left);
+// The lane's runs of a tile's tokens, each of a row of `from`: zeros from token `end` and from the `left`-th on; whole: all or
+// none are left, and from is aligned
+template <bool WHOLE, typename T, int COUNT, typename P>
+inline void load_runs(thread Run<T, COUNT> (&runs)[HELD], P from, uint row, uint first, uint end, int left, int lane) {
+  UNROLL for (int r = 0; r < HELD; ++r) {
+    const uint t = first + uint(token_of(lane, r));
+    load_run<WHOLE>(runs[r], from + size_t(t) * row, t < end ? left : 0);
+  }
 }
+template <typename T, int COUNT, typename P>
+inline void load_tile(thread Run<T, COUNT> (&runs)[HELD], P from, uint row, uint first, uint end, int left, bool whole, int lane) {
+  if (whole) load_runs<true>(runs, from, row, first, end, left, lane);
+  else load_runs<false>(runs, from, row, first, end, left, lane);
+}
+// Towards the cache what load_tile will load
+template <typename P> inline void fetch_tile(P from, uint row, uint first, uint end, int left, int lane) {
+  UNROLL for (int r = 0; r < HELD; ++r) {
+    const uint t = first + uint(token_of(lane, r));
+    if (t < end && left > 0) fetch(from + size_t(t) * row);
+  }
+}
+
+// to[0..left), if whole all or none of it
 template <typename T, int COUNT, typename P> inline void store_some(P to, thread const Run<T, COUNT>& r, int left, bool whole) {
   constexpr int VEC = run_vec<T, COUNT>();
   if (whole) {

@@ -24,34 +24,58 @@ inline void load_columns(thread Columns<P, OUTS, SPAN>& c, PP phi, int K, int le
   }
 }
 
-// dp of the tile's tokens
-template <int OUTS> struct Rows { simdgroup_float8x8 m[eights(OUTS)]; };
-template <int OUTS, typename D> inline float dp_of(D dp, uint t, uint end, int o) {
-  return t < end && o < OUTS ? dp[size_t(t) * OUTS + o] : 0.0f;
+// The lane's elements 2 p and 2 p + 1
+template <typename T, int COUNT> inline void run_pair(thread float (&v)[2], const thread Run<T, COUNT>& r, int p) {
+  UNROLL for (int e = 0; e < 2; ++e) v[e] = run_float(r, 2 * p + e);
 }
-template <int OUTS, typename D> inline void load_rows(thread Rows<OUTS>& rows, D dp, uint first, uint end, int lane) {
-  UNROLL for (int s = 0; s < eights(OUTS); ++s) {
-    UNROLL for (int e = 0; e < 2; ++e)
-      rows.m[s].thread_elements()[e] = dp_of<OUTS>(dp, first + uint(matrix_row(lane)), end, s * 8 + matrix_column(lane) + e);
+template <typename T, int COUNT> inline void set_pair(thread Run<T, COUNT>& r, int p, const thread float (&v)[2]) {
+  constexpr int VEC = run_vec<T, COUNT>();
+  UNROLL for (int e = 0; e < 2; ++e) r.p[(2 * p + e) / VEC].v[(2 * p + e) % VEC] = static_cast<T>(v[e]);
+}
+
+// Metal has no such word
+template <typename P> inline void fetch(P) {}
+
+// dp of STAGE tokens in threadgroup memory
+typedef float Staged;
+constexpr int staged_row(int outs) { return 8 * eights(outs) + 1; }
+constexpr int staged_size(int outs, int stage) { return stage * staged_row(outs); }
+template <int OUTS, int STAGE, int THREADS, typename S, typename D>
+inline void stage_dp(S staged, D dp, uint base, uint end, int tid) {
+  constexpr int WIDE = 8 * eights(OUTS);
+  for (int i = tid; i < STAGE * WIDE; i += THREADS) {
+    const int o = i % WIDE;
+    const uint t = base + uint(i / WIDE);
+    staged[i / WIDE * staged_row(OUTS) + o] = t < end && o < OUTS ? dp[size_t(t) * OUTS + o] : 0.0f;
   }
 }
 
-// v[0][e] = sum_o dp[token, o] phi[o, k], k the lane's 2 p + e
+// dp of the tile's tokens
+template <int OUTS> struct Rows { simdgroup_float8x8 m[eights(OUTS)]; };
+template <int OUTS, int STAGE, typename S> inline void load_rows(thread Rows<OUTS>& rows, S staged, int row, int lane) {
+  UNROLL for (int s = 0; s < eights(OUTS); ++s) {
+    UNROLL for (int e = 0; e < 2; ++e)
+      rows.m[s].thread_elements()[e] = staged[(row + matrix_row(lane)) * staged_row(OUTS) + s * 8 + matrix_column(lane) + e];
+  }
+}
+
+// v[0][e] += sum_o dp[token, o] phi[o, k], k the lane's 2 p + e
 template <typename P, int OUTS, int SPAN>
 inline void spread(thread float (&v)[HELD][2], const thread Rows<OUTS>& rows, const thread Columns<P, OUTS, SPAN>& c, int p) {
-  simdgroup_float8x8 d = simdgroup_float8x8(0.0f);
+  simdgroup_float8x8 d;
+  UNROLL for (int e = 0; e < 2; ++e) d.thread_elements()[e] = v[0][e];
   UNROLL for (int s = 0; s < eights(OUTS); ++s) simdgroup_multiply_accumulate(d, rows.m[s], c.m[p][s], d);
   UNROLL for (int e = 0; e < 2; ++e) v[0][e] = d.thread_elements()[e];
 }
 
 // sum_t dp[t, o] x[t, k]
 template <int OUTS, int SPAN> struct Sums { float v[eights(OUTS)][SPAN / 8][2]; };
-template <int OUTS, int SPAN, typename T, typename D>
-inline void collect(thread Sums<OUTS, SPAN>& sums, const thread Run<T, SPAN / 4> (&x)[HELD], D dp, uint first, uint end, int lane) {
+template <int STAGE, int OUTS, int SPAN, typename T, typename S>
+inline void collect(thread Sums<OUTS, SPAN>& sums, const thread Run<T, SPAN / 4> (&x)[HELD], S staged, int row, int lane) {
   UNROLL for (int s = 0; s < eights(OUTS); ++s) {
     simdgroup_float8x8 a;
     UNROLL for (int e = 0; e < 2; ++e)
-      a.thread_elements()[e] = dp_of<OUTS>(dp, first + uint(matrix_column(lane) + e), end, s * 8 + matrix_row(lane));
+      a.thread_elements()[e] = staged[(row + matrix_column(lane) + e) * staged_row(OUTS) + s * 8 + matrix_row(lane)];
     UNROLL for (int p = 0; p < SPAN / 8; ++p) {
       simdgroup_float8x8 b, d = simdgroup_float8x8(0.0f);
       UNROLL for (int e = 0; e < 2; ++e) b.thread_elements()[e] = run_float(x[0], 2 * p + e);

@@ -7,6 +7,7 @@ namespace mhc {
 template <int N, typename T, int CHUNKS, int VEC, typename X, typename S>
 inline void read_streams(thread float (&o)[CHUNKS][VEC], X x, S pre, int C) {
   constexpr int HELD = N <= 8 ? N : 1;
+#pragma unroll 1
   for (int j0 = 0; j0 < N; j0 += HELD) {
     Pack<T, VEC> v[CHUNKS][HELD];
     UNROLL for (int k = 0; k < CHUNKS; ++k) {
@@ -23,7 +24,9 @@ inline void read_streams(thread float (&o)[CHUNKS][VEC], X x, S pre, int C) {
 // the same, as far as `left` channels reach, and of any alignment
 template <int N, typename T, int CHUNKS, int VEC, typename X, typename S>
 inline void read_ragged(thread float (&o)[CHUNKS][VEC], X x, S pre, int C, int left, bool whole) {
+  constexpr int AHEAD = N <= 8 ? N : 1;
   UNROLL for (int k = 0; k < CHUNKS; ++k) {
+#pragma unroll AHEAD
     for (int j = 0; j < N && k * 32 * VEC < left; ++j) {
       float v[VEC];
       load_floats<VEC>(v, x + (j * C + k * 32 * VEC), whole);

@@ -30,11 +30,13 @@ PRE_MANY = Case("mhc_pre", (70,), 4, 64, convention=PAPER)
 LITE = Case("mhc_pre", (5,), 3, 31, convention=MHC_LITE)
 FACTORS = Case("mhc_pre", (5,), 4, 31, convention=KRONECKER)
 PRE_LONG = Case("mhc_pre", (5,), 4, 160, convention=PAPER)  # several runs of k a simdgroup
+PRE_RUNS = Case("mhc_pre", (5,), 4, 256, convention=PAPER)  # two packs of u a lane
 PRE_4 = Case("mhc_pre", (5,), 4, 31, convention=PAPER)  # aligned, but no whole runs
 PRE_HALF = Case("mhc_pre", (17,), 4, 64, "bfloat16", PAPER, phi="bfloat16")  # a simdgroup has 16
 MULTIPLIED = Case("mhc_pre", (17,), 4, 64, "bfloat16", PAPER, norm=False)  # three tiles
 NORMED = Case("mhc_pre", (17,), 4, 64, "bfloat16", PAPER)  # dread
-CHUNKS = Case("mhc_pre", (70,), 4, 64, "bfloat16", PAPER, norm=False)  # of 35 tokens
+CHUNKS = Case("mhc_pre", (130,), 4, 64, "bfloat16", PAPER, norm=False)  # of 65 tokens
+STAGES = Case("mhc_pre", (70,), 4, 64, "bfloat16", PAPER, norm=False)  # of 64 tokens
 MULTIPLIED_RAGGED = Case("mhc_pre", (5,), 3, 31, "bfloat16", DEEPSEEK_V4, norm=False)
 PRE_65 = Case("mhc_pre", (65,), 4, 8, convention=PAPER)  # chunks of 33 and 32 tokens
 PRE_12 = Case("mhc_pre", (5,), 12, 33, convention=PAPER)  # threadgroups share a tile
@@ -67,6 +69,7 @@ class Slice(Case):
 
 
 ONE_CHUNK = Case("mhc_pre", (129,), 4, 8, convention=PAPER)  # several tiles of dp: see run()
+SPARE = Threads("mhc_pre", (5,), 3, 31, "bfloat16", DEEPSEEK_V4, norm=False, threads=128)
 PRE_BANDS = Threads("mhc_pre", (9,), 4, 64, convention=PAPER)  # two bands of eight slices
 PRE_SLICE = Slice("mhc_pre", (5,), 4, 64, convention=PAPER)
 
@@ -75,6 +78,7 @@ outer, alone = mistakes("mhc_phi_gradient"), mistakes("mhc_pre", "sinkhorn.h")
 made, runs = mistakes("mhc_pre", "coefficients.h"), mistakes("mhc_pre", "common.h")
 tiles, metal = mistakes("mhc_pre", "tiles.h"), mistakes("mhc_pre", "tiles_metal.h")
 cuda = mistakes("mhc_pre", "tiles_cuda.h")
+streams = mistakes("mhc_pre", "streams.h")
 read, read_back = mistakes("stream_aggregate"), mistakes("stream_aggregate_backward")
 exact, exact_back = mistakes("mixing_matrix"), mistakes("mixing_matrix_backward")
 
@@ -227,17 +231,26 @@ PER_TOKEN = [
     pre(
         "h_pre of another token",
         PRE,
-        "o[e] += pre[i * N + j] * v[e]",
-        "o[e] += pre[j] * v[e]",
+        "pre + i * N, C, C - c0",
+        "pre, C, C - c0",
         parity=WRONG,
     ),
-    pre("wrong width of a step", PRE, "c += 32 * VEC", "c += 32", rules=TWO),
-    pre("u not divided by its norm", PRE, "o[e] * r * w[e]", "o[e] * w[e]", parity=WRONG),
+    pre("wrong width of a step", PRE, "c0 += CHUNKS * 32 * VEC", "c0 += 32", rules=TWO),
+    pre("u not divided by its norm", PRE, "o[k][e] * r * w[e]", "o[k][e] * w[e]", parity=WRONG),
+    streams(
+        "a lane's second pack its first",
+        PRE_RUNS,
+        "(j0 + j) * C + k * 32 * VEC",
+        "(j0 + j) * C",
+        rules=DIFFER,  # from an array that is not aligned
+    ),
+    streams("packs past the last", PRE, " && k * 32 * VEC < left", "", rules=OUTSIDE),
+    pre("the readers' tokens", PRE_MANY, "i += READERS", "i += SIMDS", rules="nobody writes"),
     pre(
         "a square of each pack",
         PRE,
-        "some += o[e] * o[e]",
-        "some += o[0] * o[0]",
+        "some += o[k][e] * o[k][e]",
+        "some += o[k][0] * o[k][0]",
         parity=WRONG,
     ),
     alone("eps dropped, a lane alone", PRE_EPS, "float d = eps;", "float d = 0.0f;", parity=WRONG),
@@ -542,17 +555,18 @@ PER_TOKEN = [
         "h_pre and pull of the first token", MULTIPLIED, "side[t * (N + 1)", "side[", rules=TWO
     ),
     # mhc_projection_backward
+    product("no barrier before dp is staged", STAGES, BARRIER, "", rules=RACE),
+    product("no barrier after dp is staged", MULTIPLIED, BARRIER, "", nth=1, rules=UNWRITTEN),
+    product("pull forgotten", MULTIPLIED, "v[r][e] += pull[r] * w[e];", ";", parity=WRONG),
+    product("another stream's h_pre", MULTIPLIED, "sides[at + j]", "sides[at]", parity=WRONG),
     product(
-        "pull forgotten",
-        MULTIPLIED,
-        "+ pull[r] * mhc::run_float(xs[r], i)",
-        "",
-        parity=WRONG,
-        traffic=MORE,
+        "dx_out forgotten", MULTIPLIED, "if (PASS) mhc::run", "if (false) mhc::run", parity=WRONG
     ),
-    product("another stream's h_pre", MULTIPLIED, "(N + 1) + j]", "(N + 1)]", parity=WRONG),
-    product("dx_out forgotten", MULTIPLIED, "if (PASS) a +=", "if (false) a +=", parity=WRONG),
-    product("tokens past the last", MULTIPLIED, "if (t < end) mhc", "mhc", rules=OUTSIDE),
+    product("tokens past the last", MULTIPLIED, "if (t < stop) mhc", "mhc", rules=OUTSIDE),
+    product(
+        "side past the last token", MULTIPLIED, "(N + 1)) < end", "(N + 1)) < ~0u", rules=OUTSIDE
+    ),
+    product("a simdgroup past the last unit", SPARE, "unit < units", "unit >= 0", rules=OUTSIDE),
     product(
         "the next chunk's tokens too",
         CHUNKS,
@@ -563,7 +577,7 @@ PER_TOKEN = [
     product(
         "sums of all chunks in one row",
         CHUNKS,
-        "size_t(chunk) * OUTS",
+        "size_t(id / groups) * OUTS",
         "size_t(0) * OUTS",
         rules=TWO,
     ),
@@ -593,7 +607,7 @@ PER_TOKEN = [
         rules=OUTSIDE,
     ),
     metal_products(
-        "dp past the chunk", MULTIPLIED, "t < end && o < OUTS", "o < OUTS", rules=OUTSIDE
+        "dp past the last token", MULTIPLIED, "t < end && o < OUTS", "o < OUTS", rules=OUTSIDE
     ),
     metal_products(
         "phi's columns as they lie",
@@ -603,6 +617,7 @@ PER_TOKEN = [
         parity=WRONG,
     ),
     cuda_products("a shorter instruction", MULTIPLIED, "m16n8k16", "m16n8k8", nvrtc="mma"),
+    cuda_products("two matrices for four", MULTIPLIED, "x2.trans", "x4.trans", nvrtc="ldmatrix"),
     cuda_products(
         "a transpose of bytes", MULTIPLIED, "m8n8.trans.b16", "m8n8.trans.b8", nvrtc="movmatrix"
     ),

@@ -200,8 +200,8 @@ def mhc_pre_backward(t, groups, x, bias, alpha, params, phi=None, weight=None, *
 
 def mhc_projection_backward(t, groups, x, phi, dp, side, du=None, dx_out=None):
     units = t["N"] * -(-x.shape[2] // t["SPAN"])
-    chunks, left = divmod(groups * t["THREADS"] // 32, units)
-    agree("mhc_projection_backward", {"simdgroups left": left}, {"simdgroups left": 0})
+    chunks, left = divmod(groups, -(-units // (t["THREADS"] // 32)))
+    agree("mhc_projection_backward", {"threadgroups left": left}, {"threadgroups left": 0})
     dx = (dp[..., None] * phi).sum(1).reshape(x.shape) + side[:, -1, None, None] * x
     dx = dx + side[:, :-1, None] * du[:, None] if t["READ"] else dx
     dphi = (dp[..., None] * x.reshape(len(x), 1, -1)).sum(0)

@@ -138,15 +138,14 @@ PINNED = [
     ),
     (
         # Tiles of sixteen. Backward x is read for dh_pre, then once for dx and dphi. A stream
-        # reads du, each of its two spans of 32 channels dp twice.
+        # reads du, each of two threadgroups of four spans of 32 channels dp and side.
         Case("mhc_pre", **TILES | {"dtype": "bfloat16"}, norm=False),
         "mhc_pre: x 2, u 1; phi 1, bias 9, h_post 1, h_res 1, l 1",
         "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
         "mhc_pre_backward: x 1, du 1; bias 72 in all, l 729 in all, dz_res 1, dh_post 1, side 1, "
         "dp 1, partial 144 in all and 48 loads",
         "sum_partials: out 1; partial 1",
-        "mhc_projection_backward: x 1, du 4, dx_out 1, dx 1; phi 1, dp 16, side 1024 in all, "
-        "partial 1",
+        "mhc_projection_backward: x 1, du 4, dx_out 1, dx 1; phi 1, dp 2, side 2, partial 1",
     ),
     (
         Case("mhc_pre", **TILES | {"dtype": "bfloat16"}),  # x once more for u, and du' is written
@@ -155,8 +154,7 @@ PINNED = [
         "mhc_pre_backward: x 3, du 2; bias 72 in all, weight 12, l 729 in all, dz_res 1, "
         "dh_post 1, side 1, dread 1, dp 1, partial 336 in all and 112 loads",
         "sum_partials: out 1; partial 1",
-        "mhc_projection_backward: x 1, du 4, dx_out 1, dx 1; phi 1, dp 16, side 1024 in all, "
-        "partial 1",
+        "mhc_projection_backward: x 1, du 4, dx_out 1, dx 1; phi 1, dp 2, side 2, partial 1",
     ),
     (
         Case("mhc_pre", **TILES | {"convention": MHC_LITE}),  # 32 outputs: blocks of 16

@@ -270,17 +270,17 @@ def _phi_gradient(x, dp, threads_per_group, verbose) -> mx.array:
 def _products(x, phi, dp, side, du, dx_out, threads_per_group, verbose):
     """dx, and dphi in rows to be added."""
     (tokens, n, C), outs = x.shape, dp.shape[1]
-    span = geometry.PRODUCT_SPAN
-    threads, chunks = geometry.of_products(n, C, tokens, threads_per_group)
+    threads, span, chunks, groups = geometry.of_products(n, C, outs, tokens, threads_per_group)
     template = {"T": x.dtype, "P": phi.dtype, "D": x.dtype if du is None else du.dtype}
     template |= {"N": n, "OUTS": outs, "THREADS": threads}
+    template |= {"SPAN": span, "STAGE": geometry.PRODUCT_STAGE}
     return kernel.launch(
         "mhc_projection_backward",
         {"x": x, "phi": phi, "dp": dp, "side": side, "du": du, "dx_out": dx_out},
         {"dx": (x.shape, x.dtype), "partial": ((chunks, outs * n * C), mx.float32)},
-        chunks * n * math.ceil(C / span) * 32 // threads,
+        chunks * groups,
         threads,
-        template | {"SPAN": span, "READ": du is not None, "PASS": dx_out is not None},
+        template | {"READ": du is not None, "PASS": dx_out is not None},
         verbose,
     )
 

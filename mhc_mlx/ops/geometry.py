@@ -135,8 +135,10 @@ def of_spread(
     return threads or min(128, 32 * math.ceil(C / splits / vec / 32)), tile, vec, splits
 
 
-PRODUCT_SPAN = 32  # channels of a simdgroup: more would not leave registers for phi and dphi
-PRODUCT_SIMDGROUPS = 132 * 12  # what an H100 holds of them by its registers; not yet measured
+# `mhc_projection_backward`; none is measured yet.
+PRODUCT_STAGE = 64  # tokens between barriers: dp of them takes 15 KiB at most
+PRODUCT_SIMDS = 4  # in a threadgroup: others work while these wait for each other
+PRODUCT_SIMDGROUPS = 132 * 16  # what an H100 holds of them at 128 registers
 
 
 def multiplied(outs: int, dtype: mx.Dtype) -> bool:
@@ -144,14 +146,17 @@ def multiplied(outs: int, dtype: mx.Dtype) -> bool:
     return dtype == mx.bfloat16 and outs <= 32
 
 
-def of_products(n: int, C: int, tokens: int, threads: int | None) -> tuple[int, int]:
-    """Threads and chunks of tokens in `mhc_projection_backward`; threadgroups and chunks of units,
-    the simdgroups that share a token, fit exactly."""
-    units = n * math.ceil(C / PRODUCT_SPAN)
-    simds = threads // 32 if threads else math.gcd(units, 4)
-    chunks = min(math.ceil(PRODUCT_SIMDGROUPS / units), math.ceil(tokens / 64))
-    step = simds // math.gcd(units, simds)
-    return 32 * simds, math.ceil(chunks / step) * step
+def of_products(
+    n: int, C: int, outs: int, tokens: int, threads: int | None
+) -> tuple[int, int, int, int]:
+    """Threads, channels of a simdgroup, chunks of tokens, and threadgroups that share one, in
+    `mhc_projection_backward`. Chunks leave as little of a GPU idle as they can."""
+    span = 32 if outs <= 24 else 16  # as far as registers hold phi and dphi
+    units = n * math.ceil(C / span)
+    simds = threads // 32 if threads else min(PRODUCT_SIMDS, units)
+    turns = max(range(1, 5), key=lambda turns: turns * PRODUCT_SIMDGROUPS // units / turns)
+    chunks = min(turns * PRODUCT_SIMDGROUPS // units, tokens // 64)
+    return 32 * simds, span, max(1, chunks), math.ceil(units / simds)
 
 
 def of_outer(
