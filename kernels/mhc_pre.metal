@@ -30,7 +30,6 @@ constexpr int LANES = PROJECT ? mhc::projecting(N) : 1;       // of a token's pr
 constexpr int BUSY = PROJECT ? (TILE * LANES + 31) / 32 : 0;  // simdgroups that project
 constexpr int READERS = BUSY < SIMDS ? SIMDS - BUSY : SIMDS;
 threadgroup float sums[SLICES * TILE * PITCH];
-threadgroup float scale[TILE];
 threadgroup float pre[TILE * N];
 threadgroup float mix[PROJECT ? TILE * N * N : 1];
 const int tid = int(thread_position_in_threadgroup.x);
@@ -45,12 +44,25 @@ const uint tiles = (tokens + TILE - 1) / TILE;
 const int begin = int(threadgroup_position_in_grid.x % SPLITS) * SHARE;
 const int end = begin + SHARE < OUTS ? begin + SHARE : OUTS;
 
-for (uint tile = threadgroup_position_in_grid.x / SPLITS; tile < tiles; tile += threadgroups_per_grid.x / SPLITS) {
+mhc::Loaded<T, P, TILES, BLOCK> runs = {};
+const uint step = threadgroups_per_grid.x / SPLITS;
+uint tile = threadgroup_position_in_grid.x / SPLITS;
+if (tile < tiles && all_whole) mhc::load_first<true, OUTS>(runs, x, phi, tokens, K, tile * TILE + uint(band), begin, 32 * slice, lane);
+for (; tile < tiles; tile += step) {
   const uint first = tile * TILE;
   for (int o0 = begin; o0 < end; o0 += WIDE) {
     float sum[TILES][BLOCK][2] = {}, squares[TILES][2] = {};
-    if (all_whole) mhc::sweep<true, OUTS, T, P>(sum, squares, x, phi, tokens, K, first + uint(band), o0, 32 * slice, 32 * SLICES, lane);
-    else mhc::sweep<false, OUTS, T, P>(sum, squares, x, phi, tokens, K, first + uint(band), o0, 32 * slice, 32 * SLICES, lane);
+    const bool more = o0 + WIDE < end;  // of this tile; the next products' first runs are under way while sums are used
+    const uint token = first + uint(band), then = more ? token : token + step * TILE;
+    const int next = more ? o0 + WIDE : begin;
+    if (all_whole) {
+      mhc::sweep<true, OUTS>(sum, squares, runs, x, phi, tokens, K, token, o0, 32 * slice, 32 * SLICES, lane);
+      if (more || tile + step < tiles) mhc::load_first<true, OUTS>(runs, x, phi, tokens, K, then, next, 32 * slice, lane);
+      STAY_PACKED(runs)
+    } else {
+      mhc::load_first<false, OUTS>(runs, x, phi, tokens, K, token, o0, 32 * slice, lane);
+      mhc::sweep<false, OUTS>(sum, squares, runs, x, phi, tokens, K, token, o0, 32 * slice, 32 * SLICES, lane);
+    }
     UNROLL for (int m = 0; m < TILES; ++m) {
       const int row = (slice * TILE + band + m * 8) * PITCH;
       UNROLL for (int b = 0; b < BLOCK; ++b) {
@@ -61,26 +73,21 @@ for (uint tile = threadgroup_position_in_grid.x / SPLITS; tile < tiles; tile += 
       if (mhc::x_k(lane) == 0) sums[row + mhc::x_row(lane) * PITCH + WIDE] = s;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (o0 == begin) {
-      for (int i = tid; i < TILE; i += THREADS) {
-        float s = 0.0f;
-        UNROLL for (int w = 0; w < SLICES; ++w) s += sums[(w * TILE + i) * PITCH + WIDE];
-        scale[i] = metal::precise::rsqrt(s / static_cast<float>(K) + static_cast<float>(params[3]));
-        const size_t t = first + uint(i);
-        if (SAVE && begin == 0 && t < tokens) l[t * (OUTS + 1) + OUTS] = scale[i];
-      }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-    }
 
-    for (int q = tid; q < TILE * WIDE; q += THREADS) {
-      const int i = q / WIDE, o = o0 + q % WIDE, part = mhc::part_of<N>(o);
+    for (int q = tid; q < TILE * WIDE; q += THREADS) {  // neighbours have the same output: one part
+      const int i = q % TILE, o = o0 + q / TILE, part = mhc::part_of<N>(o);
       const size_t t = first + uint(i);
       if (t < tokens && o < OUTS) {
-        float s = 0.0f;
-        UNROLL for (int w = 0; w < SLICES; ++w) s += sums[(w * TILE + i) * PITCH + q % WIDE];
-        const float unit = scale[i] * s;
+        float s = 0.0f, square = 0.0f;
+        UNROLL for (int w = 0; w < SLICES; ++w) {
+          s += sums[(w * TILE + i) * PITCH + q / TILE];
+          square += sums[(w * TILE + i) * PITCH + WIDE];
+        }
+        const float scale = metal::precise::rsqrt(square / static_cast<float>(K) + static_cast<float>(params[3]));
+        const float unit = scale * s;
         const float z = static_cast<float>(alpha[part]) * unit + static_cast<float>(bias[o]);
         if (SAVE) l[t * (OUTS + 1) + o] = unit;
+        if (SAVE && o == 0) l[t * (OUTS + 1) + OUTS] = scale;
         if (part == 0) {
           const float h = mhc::gate(z, part, params);
           pre[i * N + o] = h;

@@ -20,8 +20,14 @@ const bool all_whole = K % 32 == 0 && mhc::aligned<mhc::run_vec<T, 8>()>(x) && m
 
 for (int o0 = 0; run < count && o0 < OUTS; o0 += 8 * BLOCK) {
   float sum[1][BLOCK][2] = {}, squares[1][2] = {};
-  if (all_whole) mhc::sweep<true, OUTS, T, P>(sum, squares, x, phi, tokens, K, first, o0, 32 * run, K, lane);
-  else mhc::sweep<false, OUTS, T, P>(sum, squares, x, phi, tokens, K, first, o0, 32 * run, K, lane);
+  mhc::Loaded<T, P, 1, BLOCK> loaded = {};
+  if (all_whole) {
+    mhc::load_first<true, OUTS>(loaded, x, phi, tokens, K, first, o0, 32 * run, lane);
+    mhc::sweep<true, OUTS>(sum, squares, loaded, x, phi, tokens, K, first, o0, 32 * run, K, lane);
+  } else {
+    mhc::load_first<false, OUTS>(loaded, x, phi, tokens, K, first, o0, 32 * run, lane);
+    mhc::sweep<false, OUTS>(sum, squares, loaded, x, phi, tokens, K, first, o0, 32 * run, K, lane);
+  }
   UNROLL for (int e = 0; e < 2; ++e) {
     const size_t t = first + uint(mhc::sum_token(lane, e));
     UNROLL for (int b = 0; b < BLOCK; ++b) {

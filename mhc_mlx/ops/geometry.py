@@ -91,7 +91,8 @@ def of_projection(
     most = 2 if dtype.size == 2 and threads <= 512 else 1  # or registers spill
     tiles = most if tokens > (FEW_TOKENS if n <= 8 else 8) else 1  # phi is long for n > 8
     wide = math.ceil(outs / 8)
-    block = math.ceil(wide / math.ceil(wide / 3))
+    most_wide = 2 if n * C % 32 else 3  # single elements take more registers
+    block = math.ceil(wide / math.ceil(wide / most_wide))
     simds, each = threads // 32, n + 1 + (n * n if n <= 8 else 0)  # floats kept of a token
 
     def fits(slices: int) -> bool:
