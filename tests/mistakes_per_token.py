@@ -109,27 +109,26 @@ PER_TOKEN = [
         traffic=MORE,
     ),
     # mhc_pre
-    pre("no barrier before slices are added", PRE, BARRIER, "", rules=UNWRITTEN),
-    pre("no barrier before the norm is used", PRE, BARRIER, "", nth=1, rules=RACE),
-    pre("no barrier before the coefficients are used", PRE, BARRIER, "", nth=2, rules=UNWRITTEN),
+    pre("no barrier before slices are added", PRE, BARRIER, "", rules=RACE),
+    pre("no barrier before the coefficients are used", PRE, BARRIER, "", nth=1, rules=UNWRITTEN),
     pre("a tile past the last token", PRE, "if (t < tokens && o", "if (o", rules=OUTSIDE),
     pre("outputs past the last", PRE_RAGGED, "t < tokens && o < OUTS", "t < tokens", rules=OUTSIDE),
     pre("u past the last token", PRE, " && first + uint(i) < tokens", "", rules=OUTSIDE),
-    pre("norm forgotten", PRE, "unit = scale[i] * s", "unit = s", parity=WRONG),
+    pre("norm forgotten", PRE, "unit = scale * s", "unit = s", parity=WRONG),
     pre("mean over a stream", PRE, "static_cast<float>(K)", "static_cast<float>(C)", parity=WRONG),
     pre("norm_eps dropped", NORM_EPS, "params[3]", "params[0]", parity=WRONG),
     pre(
         "the last slice of k left out",
         PRE,
-        "w < SLICES; ++w) s += sums[(w * TILE + i) * PITCH + q",
-        "w < SLICES - 1; ++w) s += sums[(w * TILE + i) * PITCH + q",
+        "w < SLICES; ++w)",
+        "w < SLICES - 1; ++w)",
         parity=WRONG,
     ),
     pre(
         "the norm of the first slice",
         PRE,
-        "w < SLICES; ++w) s += sums[(w * TILE + i) * PITCH + WIDE",
-        "w < 1; ++w) s += sums[(w * TILE + i) * PITCH + WIDE",
+        "square += sums[(w * TILE + i) * PITCH + WIDE",
+        "square = sums[i * PITCH + WIDE",
         parity=WRONG,
     ),
     pre(
@@ -169,15 +168,8 @@ PER_TOKEN = [
     pre("alpha of pre alone", PRE, "alpha[part]", "alpha[0]", parity=WRONG),
     made("post_eps of pre", PRE_EPS, "part == 0 ? 0 : 2", "0", parity=WRONG),
     pre("bias saved", PRE, "+ o] = unit;", "+ o] = z;", parity=WRONG),
-    pre("the token's norm not saved", PRE, "+ OUTS] = scale[i]", "+ OUTS] = 1.0f", parity=WRONG),
-    pre(
-        "norms saved past the last token",
-        PRE,
-        "begin == 0 && t < tokens",
-        "begin == 0",
-        rules=OUTSIDE,
-    ),
-    pre("norms saved by every share", PRE_12, "SAVE && begin == 0", "SAVE", rules=TWO),
+    pre("the token's norm not saved", PRE, "+ OUTS] = scale", "+ OUTS] = 1.0f", parity=WRONG),
+    pre("norms saved with every output", PRE, "SAVE && o == 0", "SAVE", rules=TWO),
     pre("u by every share", PRE_12, "tokens && begin == 0", "tokens", rules=UNWRITTEN),
     pre(
         "shares rounded down", IDENTITY_32, "+ SPLITS - 1) / SPLITS", ") / SPLITS", rules=UNWRITTEN
@@ -192,8 +184,8 @@ PER_TOKEN = [
     pre(
         "a tile for each of its shares",
         IDENTITY_32,
-        "tile += threadgroups_per_grid.x / SPLITS",
-        "tile += threadgroups_per_grid.x",
+        "tile = threadgroup_position_in_grid.x / SPLITS",
+        "tile = threadgroup_position_in_grid.x",
         rules="nobody writes",
     ),
     made(
@@ -270,7 +262,13 @@ PER_TOKEN = [
         parity=WRONG,
     ),
     # tiles of mhc_pre
-    tiles("tokens past the last", PRE, "live[m] = t < tokens", "live[m] = true", rules=OUTSIDE),
+    tiles(
+        "tokens past the last", PRE_LONG, "live[m] = t < tokens", "live[m] = true", rules=OUTSIDE
+    ),
+    pre(
+        "first runs of a tile beyond", PRE, "if (more || tile + step < tiles)", "", traffic="phi 2"
+    ),
+    pre("first runs of this tile again", PRE_MANY, "token + step * TILE", "token", rules=DIFFER),
     tiles("phi past the last output", PRE_RAGGED, "|| o < OUTS", "|| true", rules=OUTSIDE),
     runs("runs past the row", PRE_LONG, "if (left > 0)", "if (true)", rules=OUTSIDE),
     runs("k past the row", PRE_RAGGED, "if (e < left)", "if (true)", rules=OUTSIDE),
@@ -361,7 +359,7 @@ PER_TOKEN = [
     metal("half of the squares", PRE, "e < 8; ++e) run", "e < 4; ++e) run", parity=WRONG),
     metal("squares of other lanes", PRE, "ushort(8)", "ushort(16)", parity=WRONG),
     cuda("a longer instruction", PRE, "m16n8k8", "m16n8k16", nvrtc="mma"),
-    cuda("an integer in a float's register", PRE, '"r"(phi.w', '"f"(phi.w', nvrtc="mma"),
+    cuda("an integer in a float's register", PRE, '"r"(phi.w', '"f"(phi.w', nvrtc="constraint"),
     # mhc_pre_backward
     pre_back("no barrier before dh_pre", PRE, BARRIER, "", rules=UNWRITTEN),
     pre_back("no barrier before dz is used", PRE, BARRIER, "", nth=1, rules=RACE),

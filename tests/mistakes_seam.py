@@ -39,8 +39,8 @@ SEAMS = [
     sweep(
         "every run the first",
         PRE,
-        "o0, 32 * run, K, lane",
-        "o0, 0, K, lane",
+        "o0, 32 * run, lane",
+        "o0, 0, lane",
         rules=DIFFER,
     ),
     sweep("two runs", PRE, "32 * run, K, lane", "32 * run, K / 2, lane", rules=DIFFER),
@@ -107,7 +107,13 @@ SEAMS = [
         "params[0]",
         parity=WRONG,
     ),
-    seam("every pack the first", SEAM, "acc[i * VEC + e] = metal", "acc[i * VEC] = metal", parity=WRONG),
+    seam(
+        "every pack the first",
+        SEAM,
+        "acc[i * VEC + e] = metal",
+        "acc[i * VEC] = metal",
+        parity=WRONG,
+    ),
     seam("out stored twice", LONG, "if (sweep == 0 || !NORM) *(", "*(", rules=TWO),
     seam(
         "u kept where it is made twice",

@@ -88,7 +88,7 @@ def of_projection(
 ) -> Projection:
     """How `mhc_pre` multiplies. Slices, and so the order of sums, are the same for all tokens."""
     threads, vec = threads or 256, math.gcd(C, 16 // dtype.size)
-    most = 2 if dtype.size == 2 and threads <= 512 else 1  # or registers spill
+    most = 2 if threads <= 512 else 1  # or registers spill
     tiles = most if tokens > (FEW_TOKENS if n <= 8 else 8) else 1  # phi is long for n > 8
     wide = math.ceil(outs / 8)
     most_wide = 2 if n * C % 32 else 3  # single elements take more registers
