@@ -120,7 +120,7 @@ PINNED = [
     # Nine times 8 * 3 + 16 * 2 + 24 + 1 is 729.
     (
         Case("mhc_coefficients", **TILES),
-        "mhc_pre: x 1; phi 2, bias 9, h_pre 1, h_post 1, h_res 1, l 1",
+        "mhc_pre: x 1; phi 1, bias 9, h_pre 1, h_post 1, h_res 1, l 1",
         "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
         "mhc_pre_backward: x 1, dx 1; phi 3, bias 72 in all, l 729 in all, dz_res 1, dh_pre 1, "
         "dh_post 1, dp 1, partial 144 in all and 48 loads",
@@ -129,7 +129,7 @@ PINNED = [
     ),
     (
         Case("mhc_pre", **TILES, norm=False),
-        "mhc_pre: x 2, u 1; phi 2, bias 9, h_post 1, h_res 1, l 1",
+        "mhc_pre: x 2, u 1; phi 1, bias 9, h_post 1, h_res 1, l 1",
         "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
         "mhc_pre_backward: x 2, du 2, dx_out 1, dx 1; phi 3, bias 72 in all, l 729 in all, "
         "dz_res 1, dh_post 1, dp 1, partial 144 in all and 48 loads",
@@ -158,7 +158,7 @@ PINNED = [
     ),
     (
         Case("mhc_pre", **TILES | {"convention": MHC_LITE}),  # 32 outputs: blocks of 16
-        "mhc_pre: x 4, u 1; phi 2, bias 9, weight 9, h_post 1, logits 1, l 1",
+        "mhc_pre: x 4, u 1; phi 1, bias 9, weight 9, h_post 1, logits 1, l 1",
         "mixing_matrix: ; logits 8, h_res 1",
         "mixing_matrix_backward: ; logits 3, dh_res 12, dlogits 1",
         # weight for dh_pre of each of nine tokens, for dx of each of three tiles
@@ -169,7 +169,7 @@ PINNED = [
     ),
     (
         Case("mhc_head", **TILES),
-        "mhc_pre: x 2, u 1; phi 2, bias 9, l 1",
+        "mhc_pre: x 2, u 1; phi 1, bias 9, l 1",
         "mhc_pre_backward: x 2, du 2, dx 1; phi 3, bias 9, l 153 in all, dp 1, "
         "partial 24 in all and 8 loads",
         "sum_partials: out 1; partial 1",
