@@ -677,7 +677,7 @@ def plot_sizes(plt, rows: list[dict], device: str):
             axes.grid(alpha=0.3)
     grid[0, 0].set_ylim(0)
     figure.supxlabel("tokens")
-    figure.supylabel("% of copy (time of a copy of the mandatory bytes / time)")
+    figure.supylabel("% of copy")
     figure.legend([lines[C] for C in widths], [f"C = {C}" for C in widths], loc="outside right")
     figure.suptitle(f"{device}, {rows[0]['dtype']}, {' and '.join({d for _, d in panels})}")
     return figure
