@@ -48,7 +48,7 @@ __forceinline__ float rsqrt(float v) { return 1.0f / ::sqrtf(v); }
       asm volatile("" : "+r"(reinterpret_cast<uint*>(&(value))[word]));             \
   }
 
-// Accesses of which the cache keeps nothing: no one reads the element again, or not soon.
+// Accesses whose lines leave the cache first, so that others stay.
 template <typename V, typename F> __forceinline__ void by_words(F f) {
   if constexpr (sizeof(V) == 16) f(uint4());
   else if constexpr (sizeof(V) == 8) f(uint2());

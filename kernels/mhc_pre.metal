@@ -12,7 +12,8 @@
 // own  a threadgroup takes tiles of TILE tokens in turn. Projection: of the runs of 32 k a simdgroup takes every
 //      SLICES-th, for 8 * TILES tokens and 8 * BLOCK outputs at once; x and phi go straight into products of matrices.
 //      SPLITS threadgroups may share a tile: each makes a range of outputs, the first also u.
-//      u: a simdgroup takes a token, x comes from cache.
+//      The next products' first runs are loaded while sums are used. u: a simdgroup takes a token, of those that do not
+//      project if any are left; x is read once more, from cache as far as that reaches.
 //      The order of every sum depends on N and C alone.
 // template  T, P, N, OUTS, VEC, THREADS, SLICES, TILES, BLOCK, SPLITS, HEAD, READ (u is made), NORM, WRITE_PRE, SAVE,
 //           PROJECT, ITERS, START, COLUMNS, OUT_COLUMNS

@@ -4,7 +4,7 @@
 namespace mhc {
 
 // The lane's runs of a tile's tokens, each of a row of `from`: zeros from token `end` and from the `left`-th on; whole: all or
-// none are left, and from is aligned
+// none are left, from is aligned, and what is not there stays as it was
 template <bool WHOLE, typename T, int COUNT, typename P>
 inline void load_runs(thread Run<T, COUNT> (&runs)[HELD], P from, uint row, uint first, uint end, int left, int lane) {
   UNROLL for (int r = 0; r < HELD; ++r) {

@@ -1,9 +1,10 @@
-// What a sublayer reads of a token's streams, for the last time that they are in the cache.
+// What a sublayer reads of a token's streams.
 #include "common.h"
 
 namespace mhc {
 
-// o[k] += sum_j pre[j] x[j] of a lane's VEC channels of CHUNKS runs of 32 * VEC; up to 8 streams are under way at once
+// o[k] += sum_j pre[j] x[j] of a lane's VEC channels of CHUNKS runs of 32 * VEC; all streams are under
+// way at once if N <= 8, otherwise one
 template <int N, typename T, int CHUNKS, int VEC, typename X, typename S>
 inline void read_streams(thread float (&o)[CHUNKS][VEC], X x, S pre, int C) {
   constexpr int HELD = N <= 8 ? N : 1;

@@ -1,8 +1,8 @@
 // Products of matrices by a simdgroup on CUDA: tiles of 8 tokens x 32 k and of 8 outputs x 32 k.
 //
-// The instruction multiplies TF32, float32 whose last 13 bits it ignores: 11 significant bits, which hold a 16 bit float
-// whole; a float32 is a sum of two. It takes 16 tokens, two tiles, and 8 outputs. A lane holds 8 neighbours of a row,
-// which orders k alike on both sides.
+// The instruction multiplies TF32, float32 whose last 13 bits it ignores (seen on sm_90, where ptxas relies on it): 11
+// significant bits, which hold a 16-bit float whole; a float32 is a sum of two but for its last two bits. It takes 16
+// tokens, two tiles, and 8 outputs. A lane holds 8 neighbours of a row, which orders k alike on both sides.
 #include "common.h"
 
 namespace mhc {
