@@ -55,8 +55,8 @@ def headers(name: str, backend: str) -> tuple[str, ...]:
 
 # NVRTC gives these registers for too few threads at once, or too many and spills, unless told for
 # how many.
-_RESIDENT = {"mhc_pre": 512, "mhc_sweep": 512, "mhc_pre_backward": 512, "mhc_phi_gradient": 512}
-_RESIDENT |= {"mhc_projection_backward": 512, "mhc_seam_backward": 320}
+_RESIDENT = {"mhc_pre": 512, "mhc_pre_backward": 512, "mhc_projection_backward": 512}
+_RESIDENT |= {"mhc_sweep": 512, "mhc_phi_gradient": 512, "mhc_seam_backward": 320}
 
 
 def cuda_header(name: str, threads: int) -> str:

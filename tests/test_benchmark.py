@@ -252,7 +252,9 @@ def test_kept_figures_have_the_schema():
         assert {"device", "mlx", "date", "command"} <= set(result)
         by_benchmark = "benchmark.py" in result["command"]
         assert not by_benchmark or {"copy_gbps", "rows"} <= set(result)
-        assert by_benchmark or result["per sublayer"]  # by mhc_mlx.mlx_lm
+        if not by_benchmark:  # by mhc_mlx.mlx_lm
+            times = [t for one in result["per sublayer"] for t in one["times"]]
+            assert times and all(0 < value < float("inf") for t in times for value in t.values())
         for row in (row for section in benchmark.SECTIONS for row in result.get(section, [])):
             assert row["direction"] in benchmark.DIRECTIONS and row["dtype"] in benchmark.DTYPES
             assert row["us"] == pytest.approx(row["us"]) and row["us"] > 0
