@@ -217,6 +217,7 @@ def dynamic() -> list[Case]:
         (few, 4, 1280, f16, L, {"offset": 1}),
         (axes, 4, 129, bf16, R, {"weights": f16}),
         (many, 4, 31, bf16, K, {"offset": 1, "norm": False}),
+        ((130,), 4, 64, bf16, P, {"norm": False}),  # two chunks of tokens for dphi
         (few, 4, 64, f16, none, {"phi": bf16}),
         (axes, 4, 8, f32, free, {}),
         (axes, 5, 31, f32, L, {"phi": f16}),
