@@ -74,6 +74,12 @@ def need(request):
     return need
 
 
+def forget_traces() -> None:
+    """Compiled sites of mlx_lm keep the launches of the executor that they were traced with."""
+    if "mhc_mlx.mlx_lm.sites" in sys.modules:
+        sys.modules["mhc_mlx.mlx_lm.sites"]._site.cache_clear()
+
+
 @contextlib.contextmanager
 def executor(rung: str, few_groups: bool = True):
     """Kernels run by the simulator, this machine's GPU or the stand-in, or compiled by NVRTC.
@@ -83,9 +89,11 @@ def executor(rung: str, few_groups: bool = True):
     launch, backend = kernel.launch, kernel.backend
     literals = {k: getattr(ops.geometry, k) for k in (*FEW_GROUPS, *FEW_TOKENS)}
     set_geometry(**FEW_TOKENS)
+    forget_traces()
     if rung == "simulator":
         import simulator
 
+        mx.disable_compile()  # it evaluates what it is given
         run = simulator.launch
         set_geometry(**(FEW_GROUPS if few_groups else {}))
         kernel.backend = lambda: kernel._traced or "metal"
@@ -121,6 +129,9 @@ def executor(rung: str, few_groups: bool = True):
         variants.update(launched)
         kernel.launch, kernel.backend = launch, backend
         set_geometry(**literals)
+        forget_traces()
+        if rung == "simulator":
+            mx.enable_compile()
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 
-from .. import ops
+from .. import kernel, ops
 from ..conventions import DEEPSEEK_V4, Convention
 
 OLDEST, BEFORE = (0, 32, 2), (0, 33)
@@ -43,6 +43,39 @@ def _plain_norm(norm: Callable | None, dtype: mx.Dtype) -> bool:
 Made = tuple[mx.array, mx.array | None, mx.array]  # out, u, h_pre
 
 
+@functools.cache
+def _site(
+    backend: str | None,
+    reads: bool,
+    iters: int,
+    hc_eps: float,
+    norm_eps: float,
+    eps: float,
+    use_metal: bool,
+    differentiable: bool,
+) -> Callable:
+    """The site of (x, y, fn, base, scale, weight), shared by all with these constants. u is None
+    unless it reads, and normalised where there is a weight.
+
+    With a backend it is compiled: MLX traces it once for each shape, stream and thread, and keeps
+    the launches with their sources, some 50 KB.
+    """
+    options = {"use_metal": use_metal, "differentiable": differentiable}
+    settings = convention(iters, hc_eps), norm_eps
+
+    def run(x, y, fn, base, scale, weight) -> Made:
+        if reads and y.dtype == x.dtype:
+            arrays = (x, y, fn, base, scale, weight)
+            return ops.mhc_single_pass(*arrays, *settings, eps, round_aggregate=True, **options)
+        h_pre, h_post, h_res = ops.mhc_coefficients(x, fn, base, scale, *settings, **options)
+        wide = x.dtype if y.dtype == x.dtype else mx.float32  # y is rounded with the sum, as stock
+        out = ops.stream_mix_add(x.astype(wide), y.astype(wide), h_post, h_res, **options)
+        out = out.astype(x.dtype)
+        return out, ops.stream_aggregate(out, h_pre, **options) if reads else None, h_pre
+
+    return mx.compile(run) if backend else run
+
+
 class SinglePassConnection(stock.HyperConnection):
     """mlx-lm's HyperConnection on these kernels: the same parameters ``fn [n*n + 2n, n*C]``,
     ``base [n*n + 2n]``, ``scale [3]``.
@@ -52,38 +85,28 @@ class SinglePassConnection(stock.HyperConnection):
         differentiable: Whether it has a gradient.
     """
 
-    @property
-    def _options(self) -> dict:
-        return {"use_metal": self.use_metal, "differentiable": self.differentiable}
-
-    def _coefficients(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        settings = convention(self.iters, self.hc_eps), self.norm_eps
-        arrays = (x, self.fn, self.base, self.scale)
-        return ops.mhc_coefficients(*arrays, *settings, **self._options)
-
     def __call__(self, streams: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """mlx-lm's pre, post and comb, whose row is the input."""
-        h_pre, h_post, h_res = self._coefficients(streams)
+        h_pre, h_post, h_res = ops.mhc_coefficients(
+            *(streams, self.fn, self.base, self.scale),
+            *(convention(self.iters, self.hc_eps), self.norm_eps),
+            use_metal=self.use_metal,
+            differentiable=self.differentiable,
+        )
         return h_pre, h_post, h_res.swapaxes(-1, -2)
 
     def site(self, x: mx.array, y: mx.array, norm: Callable | None) -> Made:
         """The streams out, u (None without a norm) and h_pre."""
-        plain = _plain_norm(norm, x.dtype)
-        if y.dtype == x.dtype and norm is not None:
-            out, u, h_pre = ops.mhc_single_pass(
-                *(x, y, self.fn, self.base, self.scale, norm.weight if plain else None),
-                *(convention(self.iters, self.hc_eps), self.norm_eps, norm.eps if plain else 1.0),
-                round_aggregate=True,
-                **self._options,
-            )
-            return out, u if plain else norm(u), h_pre
-        h_pre, h_post, h_res = self._coefficients(x)
-        wide = x.dtype if y.dtype == x.dtype else mx.float32  # y is rounded with the sum, as stock
-        out = ops.stream_mix_add(x.astype(wide), y.astype(wide), h_post, h_res, **self._options)
-        out = out.astype(x.dtype)
-        if norm is None:
-            return out, None, h_pre
-        return out, norm(ops.stream_aggregate(out, h_pre, **self._options)), h_pre
+        plain = y.dtype == x.dtype and _plain_norm(norm, x.dtype)
+        launches = self.use_metal and not self.differentiable and x.size > 0
+        run = _site(
+            *(kernel.backend() if launches else None, norm is not None),
+            *(self.iters, self.hc_eps, self.norm_eps, norm.eps if plain else 1.0),
+            *(self.use_metal, self.differentiable),
+        )
+        weight = norm.weight if plain else None
+        out, u, h_pre = run(x, y, self.fn, self.base, self.scale, weight)
+        return out, u if plain or norm is None else norm(u), h_pre
 
 
 def own_coefficients(hc: nn.Module) -> Callable:
