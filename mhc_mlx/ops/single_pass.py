@@ -138,35 +138,35 @@ def _single_forward(
     verbose,
     save=False,
 ):
-    """out, u, h_pre, and h_pre, h_post, h_res, l for the gradient."""
+    """out, u, h_pre, and h_pre, h_post, h_res, l of all tokens in a row for the gradient."""
     (*lead, n, C), outs = x.shape, phi.shape[0]
-    whole, options = flat(x, 3), (threads_per_group, verbose)
-    tokens = whole.shape[0]
+    whole, branch, options = flat(x, 3), flat(y, 2), (threads_per_group, verbose)
+    tokens, kept = whole.shape[0], []
     few = geometry.swept(n, C, x.dtype, outs, tokens, threads_per_group, kernel.backend())
     if save or not few or not projected(n, convention):
-        arrays = (x, phi, bias, alpha, None)
+        arrays = (whole, phi, bias, alpha, None)
         (_, *made), unit = pre_forward(
             *arrays, convention, norm_eps, 1.0, *options, read=False, save=save
         )
-        out, u = _seam_forward(x, y, *made, weight, eps, rounded, *options)
-        kept = [*(a for a in made if a is not None), *unit] if save else []
-        return out, u, made[0], *kept
-    runs, slices = sweep(whole, phi, *options)
-    inputs = {"y": flat(y, 2), "weight": weight, "runs": runs, "bias": bias, "alpha": alpha}
-    flags = {"BACK": True, "READ": True, "NORM": weight is not None, "ROUND": rounded}
-    flags |= {"SWEPT": True, "OUTS": outs, "SLICES": slices, "PROJECT": True, "WRITE_PRE": True}
-    out, u, h_pre = seam_launch(
-        whole,
-        inputs | {"params": token_params(convention, norm_eps, eps)},
-        {
-            "out": (whole.shape, x.dtype),
-            "u": ((tokens, C), x.dtype),
-            "made_pre": ((tokens, n), mx.float32),
-        },
-        flags | projection(convention),
-        *options,
-    )
-    return unflat(out, x.shape), unflat(u, (*lead, C)), unflat(h_pre, (*lead, n))
+        out, u = _seam_forward(whole, branch, *made, weight, eps, rounded, *options)
+        h_pre, kept = made[0], [*(a for a in made if a is not None), *unit] if save else []
+    else:
+        runs, slices = sweep(whole, phi, *options)
+        inputs = {"y": branch, "weight": weight, "runs": runs, "bias": bias, "alpha": alpha}
+        flags = {"BACK": True, "READ": True, "NORM": weight is not None, "ROUND": rounded}
+        flags |= {"SWEPT": True, "OUTS": outs, "SLICES": slices, "PROJECT": True, "WRITE_PRE": True}
+        out, u, h_pre = seam_launch(
+            whole,
+            inputs | {"params": token_params(convention, norm_eps, eps)},
+            {
+                "out": (whole.shape, x.dtype),
+                "u": ((tokens, C), x.dtype),
+                "made_pre": ((tokens, n), mx.float32),
+            },
+            flags | projection(convention),
+            *options,
+        )
+    return unflat(out, x.shape), unflat(u, (*lead, C)), unflat(h_pre, (*lead, n)), *kept
 
 
 def _single_backward(
@@ -178,7 +178,7 @@ def _single_backward(
     dx, dy, dpre, dpost, dres, dweight = _seam_backward(
         x, y, h_pre, h_post, h_res, weight, (dout, du), eps, rounded, *options
     )
-    given = (None, dpre + dh_pre, dpost, dres, dx)
+    given = (None, dpre + flat(dh_pre, 2), dpost, dres, dx)
     arrays = (x, phi, bias, alpha, None)
     dx, *rest = pre_backward(*arrays, given, convention, norm_eps, 1.0, *options, saved=[unit])
     return [dx, dy, *rest[:3], dweight]
