@@ -47,8 +47,8 @@ def patch(
     Classes of modules change, nothing else: parameters keep their names ``fn``, ``base``,
     ``scale``, so checkpoints, quantised models, adapters, `shard` and `pipeline`, before or after,
     work as they did. Between two sublayers one `mhc_single_pass` computes what mlx-lm does, rounded
-    where mlx-lm rounds; without a gradient it is compiled, with parameters as arguments. Patching a
-    patched model anew applies the new options.
+    where mlx-lm rounds; by kernels and without a gradient it is compiled, parameters its arguments.
+    Patching a patched model anew applies the new options.
 
     With ``trainable=True`` the model has a gradient, which mlx-lm's has not: hyper-connections
     through these ops' own; no gradient through the choice of experts and of compressed keys, so

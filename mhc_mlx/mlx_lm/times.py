@@ -64,7 +64,8 @@ def _compiled_stock(n: int, iters: int, hc_eps: float, norm_eps: float, eps: flo
 
 
 def _chains(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict[str, Callable]:
-    """Ways to run all sites one after the other, the identity between them."""
+    """Ways to run all sites one after the other, the identity between them: as a patched model runs
+    them (compiled one by one), as mlx-lm's does, and mlx-lm's compiled one by one."""
     sites = [site for site in sites if type(site.norm) is nn.RMSNorm]
     x, y = random_inputs(sites[0], dtype, tokens)
     hc = sites[0].hc
@@ -143,10 +144,10 @@ def random_sites(d: int, count: int) -> list[Site]:
 def bench_sites(
     d: int, tokens: tuple[int, ...] = (1, 8, 512, 2048), dtype: mx.Dtype = mx.bfloat16
 ) -> dict:
-    """Time per sublayer of hidden size d with the identity for a sublayer: patched, mlx-lm's and
-    mlx-lm's compiled, in a row of 24 with weights of their own (together larger than a cache), the
-    largest errors of both, the dispatches of each in MLX's graph, and the most memory that two
-    sublayers of the largest number of tokens need.
+    """Time per sublayer of hidden size d with the identity for a sublayer: patched (sites are
+    compiled), mlx-lm's and mlx-lm's compiled, in a row of 24 with weights of their own (together
+    larger than a cache), the largest errors of both, the dispatches of each in MLX's graph, and the
+    most memory that two sublayers of the largest number of tokens need.
 
     Returns:
         Numbers by name: seconds, bytes, units in the last place.
