@@ -4,8 +4,8 @@
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define STAY_PACKED(value)
 #define RECIPROCAL(v) (1.0f / (v))
-#define LOAD_LAST(p) (*(p))
-#define STORE_AWAY(p, v) (*(p) = (v))
+#define LOAD_STREAMING(p) (*(p))
+#define STORE_STREAMING(p, v) (*(p) = (v))
 #endif
 
 namespace mhc {
@@ -40,12 +40,29 @@ template <typename T, int VEC, typename P> inline Pack<T, VEC> load(P p, bool wh
   return r;
 }
 
+// the same, of what no one reads again soon
+template <typename T, int VEC, typename P> inline Pack<T, VEC> load_streaming(P p, bool whole) {
+  if (whole) return LOAD_STREAMING(packs<VEC>(p));
+  return load<T, VEC>(p, false);
+}
+
 template <int VEC, typename P> inline void load_floats(thread float (&v)[VEC], P p, bool whole) {
   if (whole) {
     const auto pack = *packs<VEC>(p);
     UNROLL for (int e = 0; e < VEC; ++e) v[e] = static_cast<float>(pack.v[e]);
   } else {
     UNROLL for (int e = 0; e < VEC; ++e) v[e] = static_cast<float>(p[e]);
+  }
+}
+
+// v = p[0..COUNT), in as few loads as its alignment allows
+template <int COUNT, typename P> inline void load_all(thread float* v, P p) {
+  constexpr int VEC = COUNT % 4 == 0 ? 4 : COUNT % 2 == 0 ? 2 : 1;
+  const bool whole = aligned<VEC>(p);
+  UNROLL for (int i = 0; i < COUNT; i += VEC) {
+    float some[VEC];
+    load_floats<VEC>(some, p + i, whole);
+    UNROLL for (int e = 0; e < VEC; ++e) v[i + e] = some[e];
   }
 }
 
@@ -56,14 +73,12 @@ template <typename T, int COUNT> inline float run_float(const thread Run<T, COUN
   return static_cast<float>(r.p[e / run_vec<T, COUNT>()].v[e % run_vec<T, COUNT>()]);
 }
 
-// from[0..COUNT): zeros from the `left`-th on; WHOLE: all or none are left, and from is aligned
+// from[0..COUNT): zeros from the `left`-th on; WHOLE: all are left, and from is aligned
 template <bool WHOLE, typename T, int COUNT, typename P>
 inline void load_run(thread Run<T, COUNT>& r, P from, int left) {
   constexpr int VEC = run_vec<T, COUNT>();
   if (WHOLE) {
-    if (left > 0) {
-      UNROLL for (int i = 0; i < COUNT / VEC; ++i) r.p[i] = *packs<VEC>(from + i * VEC);
-    }
+    UNROLL for (int i = 0; i < COUNT / VEC; ++i) r.p[i] = *packs<VEC>(from + i * VEC);
   } else {
     UNROLL for (int e = 0; e < COUNT; ++e) {
       r.p[e / VEC].v[e % VEC] = static_cast<T>(0.0f);

@@ -53,15 +53,18 @@ template <typename V, typename F> __forceinline__ void by_words(F f) {
   if constexpr (sizeof(V) == 16) f(uint4());
   else if constexpr (sizeof(V) == 8) f(uint2());
   else if constexpr (sizeof(V) == 4) f(uint());
-  else f(ushort());
+  else {
+    static_assert(sizeof(V) == 2, "");
+    f(ushort());
+  }
 }
-template <typename V> __forceinline__ V load_last(const V* p) {
+template <typename V> __forceinline__ V load_streaming(const V* p) {
   V v;
   by_words<V>([&](auto word) { reinterpret_cast<decltype(word)&>(v) = __ldcs(reinterpret_cast<const decltype(word)*>(p)); });
   return v;
 }
-template <typename V> __forceinline__ void store_away(V* p, const V& v) {
+template <typename V> __forceinline__ void store_streaming(V* p, const V& v) {
   by_words<V>([&](auto word) { __stcs(reinterpret_cast<decltype(word)*>(p), reinterpret_cast<const decltype(word)&>(v)); });
 }
-#define LOAD_LAST(p) load_last(p)
-#define STORE_AWAY(p, v) store_away(p, v)
+#define LOAD_STREAMING(p) ::load_streaming(p)
+#define STORE_STREAMING(p, v) ::store_streaming(p, v)

@@ -16,74 +16,61 @@
 //      project if any are left; x is read once more, from cache as far as that reaches.
 //      The order of every sum depends on N and C alone.
 // template  T, P, N, OUTS, VEC, THREADS, SLICES, TILES, BLOCK, SPLITS, HEAD, READ (u is made), NORM, WRITE_PRE, SAVE,
-//           PROJECT, ITERS, START, COLUMNS, OUT_COLUMNS
+//           RING (bytes that a launch gives on CUDA for what is on its way), PROJECT, ITERS, START, COLUMNS, OUT_COLUMNS
 #include "coefficients.h"
+#include "ring_BACKEND.h"
 #include "streams.h"
-#include "tiles.h"
 constexpr int SIMDS = THREADS / 32;
 constexpr int TILE = 8 * TILES * (SIMDS / SLICES);
 constexpr int WIDE = 8 * BLOCK;  // outputs at once
 constexpr int PITCH = WIDE + 1;  // and sum(x ** 2)
+static_assert(PITCH <= 32, "a lane for each output");
 constexpr int SHARE = ((OUTS + WIDE - 1) / WIDE + SPLITS - 1) / SPLITS * WIDE;  // outputs of a threadgroup
 constexpr int R = HEAD ? 0 : OUTS - 2 * N;
 constexpr int CHUNKS = N <= 2 ? 4 : N <= 4 ? 2 : 1;           // packs of u that a lane makes at once
 constexpr int LANES = PROJECT ? mhc::projecting(N) : 1;       // of a token's projection
 constexpr int BUSY = PROJECT ? (TILE * LANES + 31) / 32 : 0;  // simdgroups that project
 constexpr int READERS = BUSY < SIMDS ? SIMDS - BUSY : SIMDS;
+constexpr int PIECES = NORM ? 1 : 2;  // of a token, for simdgroups in turn: less to wait for the last
 threadgroup float sums[SLICES * TILE * PITCH];
 threadgroup float pre[TILE * N];
 threadgroup float mix[PROJECT ? TILE * N * N : 1];
 const int tid = int(thread_position_in_threadgroup.x);
 const int lane = int(thread_index_in_simdgroup);
 const int simd = int(simdgroup_index_in_threadgroup);
-const int slice = simd % SLICES, band = simd / SLICES * TILES * 8;
+const int slice = simd % SLICES, band = simd / SLICES * TILES * 8;  // of k; of tokens
 const int C = x_shape[2], K = N * C;
 const uint tokens = x_shape[0];
 const bool whole = mhc::aligned<VEC>(x);
 const bool all_whole = K % 32 == 0 && mhc::aligned<mhc::run_vec<T, 8>()>(x) && mhc::aligned<mhc::run_vec<P, 8 / mhc::PHI_ROWS>()>(phi);
-const uint tiles = (tokens + TILE - 1) / TILE;
 const int begin = int(threadgroup_position_in_grid.x % SPLITS) * SHARE;
 const int end = begin + SHARE < OUTS ? begin + SHARE : OUTS;
 
-mhc::Loaded<T, P, TILES, BLOCK> runs = {};
-const uint step = threadgroups_per_grid.x / SPLITS;
-uint tile = threadgroup_position_in_grid.x / SPLITS;
-if (tile < tiles && all_whole) mhc::load_first<true, OUTS>(runs, x, phi, tokens, K, tile * TILE + uint(band), begin, 32 * slice, lane);
-for (; tile < tiles; tile += step) {
-  const uint first = tile * TILE;
+const mhc::Course course = {tokens, K, 32 * slice, 32 * SLICES, lane};
+const uint turn = threadgroups_per_grid.x / SPLITS * TILE;
+for (uint first = threadgroup_position_in_grid.x / SPLITS * TILE; first < tokens; first += turn) {
   for (int o0 = begin; o0 < end; o0 += WIDE) {
-    float sum[TILES][BLOCK][2] = {}, squares[TILES][2] = {};
-    const bool more = o0 + WIDE < end;  // of this tile; the next products' first runs are under way while sums are used
-    const uint token = first + uint(band), then = more ? token : token + step * TILE;
-    const int next = more ? o0 + WIDE : begin;
-    if (all_whole) {
-      mhc::sweep<true, OUTS>(sum, squares, runs, x, phi, tokens, K, token, o0, 32 * slice, 32 * SLICES, lane);
-      if (more || tile + step < tiles) mhc::load_first<true, OUTS>(runs, x, phi, tokens, K, then, next, 32 * slice, lane);
-      STAY_PACKED(runs)
-    } else {
-      mhc::load_first<false, OUTS>(runs, x, phi, tokens, K, token, o0, 32 * slice, lane);
-      mhc::sweep<false, OUTS>(sum, squares, runs, x, phi, tokens, K, token, o0, 32 * slice, 32 * SLICES, lane);
-    }
+    float sum[TILES][BLOCK][2] = {}, squares[TILES] = {};
+    if (all_whole) mhc::sweep_ring<OUTS, THREADS, RING, T, P>(sum, squares, x, phi, course, first + uint(band), o0);
+    else mhc::sweep<false, OUTS, T, P>(sum, squares, x, phi, course, first + uint(band), o0);
     UNROLL for (int m = 0; m < TILES; ++m) {
       const int row = (slice * TILE + band + m * 8) * PITCH;
       UNROLL for (int b = 0; b < BLOCK; ++b) {
         UNROLL for (int e = 0; e < 2; ++e)
-          sums[row + mhc::sum_token(lane, e) * PITCH + b * 8 + mhc::sum_output(lane, e)] = sum[m][b][e];
+          sums[row + mhc::sum_token(lane) * PITCH + b * 8 + mhc::sum_output(lane, e)] = sum[m][b][e];
       }
-      const float s = mhc::sum_squares<T>(squares[m], lane);
+      const float s = mhc::sum_squares(squares[m]);
       if (mhc::x_k(lane) == 0) sums[row + mhc::x_row(lane) * PITCH + WIDE] = s;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    for (int q = tid; q < TILE * WIDE; q += THREADS) {  // neighbours have the same output: one part
-      const int i = q % TILE, o = o0 + q / TILE, part = mhc::part_of<N>(o);
+    for (int i = simd; i < TILE; i += SIMDS) {  // a lane for each output
+      const int o = o0 + lane, part = mhc::part_of<N>(o);
       const size_t t = first + uint(i);
-      if (t < tokens && o < OUTS) {
-        float s = 0.0f, square = 0.0f;
-        UNROLL for (int w = 0; w < SLICES; ++w) {
-          s += sums[(w * TILE + i) * PITCH + q / TILE];
-          square += sums[(w * TILE + i) * PITCH + WIDE];
-        }
+      float s = 0.0f;
+      UNROLL for (int w = 0; w < SLICES; ++w) s += lane < PITCH ? sums[(w * TILE + i) * PITCH + lane] : 0.0f;
+      const float square = simd_shuffle(s, ushort(WIDE));
+      if (t < tokens && lane < WIDE && o < OUTS) {
         const float scale = metal::precise::rsqrt(square / static_cast<float>(K) + static_cast<float>(params[3]));
         const float unit = scale * s;
         const float z = static_cast<float>(alpha[part]) * unit + static_cast<float>(bias[o]);
@@ -115,15 +102,17 @@ for (; tile < tiles; tile += step) {
     }
   }
 
-  for (int i = simd; READ && simd < READERS && i < TILE && first + uint(i) < tokens && begin == 0; i += READERS) {
+  for (int q = simd; READ && simd < READERS && q < TILE * PIECES && first + uint(q / PIECES) < tokens && begin == 0; q += READERS) {
+    const int i = q / PIECES;
     const size_t t = first + uint(i);
     const auto row = x + t * size_t(K);
     float squared = 0.0f, r = 1.0f;
     UNROLL for (int sweep = NORM ? 0 : 1; sweep < 2; ++sweep) {
-      for (int c0 = lane * VEC; c0 < C; c0 += CHUNKS * 32 * VEC) {
+      for (int c0 = (q % PIECES * CHUNKS * 32 + lane) * VEC; c0 < C; c0 += PIECES * CHUNKS * 32 * VEC) {
         float o[CHUNKS][VEC] = {};
-        if (whole && c0 + (CHUNKS - 1) * 32 * VEC < C) mhc::read_streams<N, T>(o, row + c0, pre + i * N, C);
-        else mhc::read_ragged<N, T>(o, row + c0, pre + i * N, C, C - c0, whole);
+        if (!whole || c0 + (CHUNKS - 1) * 32 * VEC >= C) mhc::read_ragged<N, T>(o, row + c0, pre + i * N, C, C - c0, whole);
+        else if (sweep == 0) mhc::read_streams<false, N, T>(o, row + c0, pre + i * N, C);
+        else mhc::read_streams<true, N, T>(o, row + c0, pre + i * N, C);
         UNROLL for (int k = 0; k < CHUNKS; ++k) {
           const int c = c0 + k * 32 * VEC;
           if (c < C) {
@@ -136,7 +125,7 @@ for (; tile < tiles; tile += step) {
               if (NORM) mhc::load_floats<VEC>(w, weight + c, mhc::aligned<VEC>(weight));
               mhc::Pack<T, VEC> packed;
               UNROLL for (int e = 0; e < VEC; ++e) packed.v[e] = static_cast<T>(NORM ? o[k][e] * r * w[e] : o[k][e]);
-              STORE_AWAY((device mhc::Pack<T, VEC>*)(u + t * size_t(C) + c), packed);
+              STORE_STREAMING((device mhc::Pack<T, VEC>*)(u + t * size_t(C) + c), packed);
             }
           }
         }

@@ -15,6 +15,7 @@
 #include "products.h"
 constexpr int SIMDS = THREADS / 32;
 constexpr int RUN = SPAN / 4;
+static_assert(STAGE % mhc::TOKENS == 0, "a stage is whole tiles");
 threadgroup mhc::Staged staged[mhc::staged_size(OUTS, STAGE)];
 threadgroup float sides[STAGE * (N + 1)];
 const int tid = int(thread_position_in_threadgroup.x);

@@ -128,7 +128,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
               mhc::Pack<T, VEC> o;
               UNROLL for (int e = 0; e < VEC; ++e) {
                 o.v[e] = static_cast<T>(acc[i * VEC + e]);
-                u_of[own + e] += pre[at + i] * static_cast<float>(o.v[e]);
+                u_of[own + e] = metal::fma(pre[at + i], static_cast<float>(o.v[e]), u_of[own + e]);
               }
               if (sweep == 0 || !NORM) *(device mhc::Pack<T, VEC>*)(out + base + i * C + c) = o;
             }

@@ -18,24 +18,18 @@ const uint first = threadgroup_position_in_grid.x / uint(spans) * 8;
 const uint tokens = x_shape[0];
 const bool all_whole = K % 32 == 0 && mhc::aligned<mhc::run_vec<T, 8>()>(x) && mhc::aligned<mhc::run_vec<P, 8 / mhc::PHI_ROWS>()>(phi);
 
+const mhc::Course course = {tokens, K, 32 * run, K, lane};
 for (int o0 = 0; run < count && o0 < OUTS; o0 += 8 * BLOCK) {
-  float sum[1][BLOCK][2] = {}, squares[1][2] = {};
-  mhc::Loaded<T, P, 1, BLOCK> loaded = {};
-  if (all_whole) {
-    mhc::load_first<true, OUTS>(loaded, x, phi, tokens, K, first, o0, 32 * run, lane);
-    mhc::sweep<true, OUTS>(sum, squares, loaded, x, phi, tokens, K, first, o0, 32 * run, K, lane);
-  } else {
-    mhc::load_first<false, OUTS>(loaded, x, phi, tokens, K, first, o0, 32 * run, lane);
-    mhc::sweep<false, OUTS>(sum, squares, loaded, x, phi, tokens, K, first, o0, 32 * run, K, lane);
-  }
-  UNROLL for (int e = 0; e < 2; ++e) {
-    const size_t t = first + uint(mhc::sum_token(lane, e));
-    UNROLL for (int b = 0; b < BLOCK; ++b) {
+  float sum[1][BLOCK][2] = {}, squares[1] = {};
+  if (all_whole) mhc::sweep<true, OUTS, T, P>(sum, squares, x, phi, course, first, o0);
+  else mhc::sweep<false, OUTS, T, P>(sum, squares, x, phi, course, first, o0);
+  const size_t made = first + uint(mhc::sum_token(lane)), squared = first + uint(mhc::x_row(lane));
+  UNROLL for (int b = 0; b < BLOCK; ++b) {
+    UNROLL for (int e = 0; e < 2; ++e) {
       const int o = o0 + b * 8 + mhc::sum_output(lane, e);
-      if (t < tokens && o < OUTS) runs[(t * size_t(count) + size_t(run)) * PITCH + o] = sum[0][b][e];
+      if (made < tokens && o < OUTS) runs[(made * size_t(count) + size_t(run)) * PITCH + o] = sum[0][b][e];
     }
   }
-  const float share = mhc::share_of_squares<T>(squares[0], lane);
-  const size_t t = first + uint(mhc::x_row(lane));
-  if (o0 == 0 && t < tokens) runs[(t * size_t(count) + size_t(run)) * PITCH + OUTS + mhc::x_k(lane) / 8] = share;
+  if (o0 == 0 && squared < tokens)
+    runs[(squared * size_t(count) + size_t(run)) * PITCH + OUTS + mhc::x_k(lane) / 8] = squares[0];
 }

@@ -9,7 +9,7 @@ template <bool WHOLE, typename T, int COUNT, typename P>
 inline void load_runs(thread Run<T, COUNT> (&runs)[HELD], P from, uint row, uint first, uint end, int left, int lane) {
   UNROLL for (int r = 0; r < HELD; ++r) {
     const uint t = first + uint(token_of(lane, r));
-    load_run<WHOLE>(runs[r], from + size_t(t) * row, t < end ? left : 0);
+    if (!WHOLE || (t < end && left > 0)) load_run<WHOLE>(runs[r], from + size_t(t) * row, t < end ? left : 0);
   }
 }
 template <typename T, int COUNT, typename P>

@@ -12,7 +12,7 @@ inline float seam_channel(thread float (&out)[N], thread const float (&x)[N], fl
     float o = post[i] * y;
     UNROLL for (int j = 0; j < N; ++j) o = metal::fma(mix[j * N + i], x[j], o);
     out[i] = static_cast<float>(static_cast<T>(o));
-    u += pre[i] * out[i];
+    u = metal::fma(pre[i], out[i], u);
   }
   return u;
 }

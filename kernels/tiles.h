@@ -9,61 +9,66 @@ template <typename T, typename P, int TILES, int BLOCK> struct Loaded {
   Run<P, 8 / PHI_ROWS> ps[BLOCK][PHI_ROWS];
 };
 
-// The run at k = first, of tokens from `token` on and outputs from `output` on. WHOLE: all is aligned, and K % 32 == 0: in
-// a shorter last run a lane with nothing left would use what it holds again.
-template <bool WHOLE, int OUTS, typename T, typename P, int TILES, int BLOCK, typename XP, typename PP>
-inline void load_first(thread Loaded<T, P, TILES, BLOCK>& runs, XP x, PP phi, uint tokens, int K, uint token, int output, int first, int lane) {
+// Where a lane reads it. Rows past the last are others again, whose sums no one takes.
+template <typename XP, typename PP, int TILES, int BLOCK> struct Cursors {
+  XP x[TILES];
+  PP phi[BLOCK][PHI_ROWS];
+};
+// at k, of tokens from `token` on and outputs from `output` on
+template <int TILES, int BLOCK, int OUTS, typename XP, typename PP>
+inline Cursors<XP, PP, TILES, BLOCK> cursors(XP x, PP phi, uint tokens, int K, uint token, int output, int k, int lane) {
+  Cursors<XP, PP, TILES, BLOCK> at;
   UNROLL for (int m = 0; m < TILES; ++m) {
     const uint t = token + uint(m * 8 + x_row(lane));
-    load_run<WHOLE>(runs.xs[m], x + (size_t(t < tokens ? t : 0u) * size_t(K) + size_t(first + x_k(lane))), t < tokens ? K - first - x_k(lane) : 0);
+    at.x[m] = x + (size_t(t < tokens ? t : 0u) * size_t(K) + size_t(k + x_k(lane)));
   }
   UNROLL for (int b = 0; b < BLOCK; ++b) {
     UNROLL for (int q = 0; q < PHI_ROWS; ++q) {
       const int o = output + b * 8 + phi_row(lane) + q;
-      const bool made = OUTS % (8 * BLOCK) == 0 || o < OUTS;
-      load_run<WHOLE>(runs.ps[b][q], phi + (size_t(made ? o : 0) * size_t(K) + size_t(first + phi_k(lane))), made ? K - first - phi_k(lane) : 0);
+      at.phi[b][q] = phi + (size_t(OUTS % (8 * BLOCK) == 0 || o < OUTS ? o : 0) * size_t(K) + size_t(k + phi_k(lane)));
     }
+  }
+  return at;
+}
+
+// sum[token, output] += x phi^T and squares[token] += sum(x ** 2) over the run that `runs` holds; MORE: then it holds the one
+// `step` further on, of which `left` elements are there, registers being loaded again as soon as they are used
+template <bool WHOLE, bool MORE, typename T, typename P, int TILES, int BLOCK, typename XP, typename PP>
+inline void take(thread float (&sum)[TILES][BLOCK][2], thread float (&squares)[TILES], thread Loaded<T, P, TILES, BLOCK>& runs,
+                 thread Cursors<XP, PP, TILES, BLOCK>& at, int step, int left, int lane) {
+  XTile<T> xt[TILES];
+  UNROLL for (int m = 0; m < TILES; ++m) {
+    to_tile(xt[m], runs.xs[m]);
+    add_squares(squares[m], xt[m], runs.xs[m]);
+    if (MORE) load_run<WHOLE>(runs.xs[m], at.x[m] += step, left - x_k(lane));
+  }
+  UNROLL for (int b = 0; b < BLOCK; ++b) {
+    PhiTile<P> pt;
+    to_tile(pt, runs.ps[b]);
+    multiply_add(sum, b, xt, pt);
+    UNROLL for (int q = 0; q < PHI_ROWS && MORE; ++q) load_run<WHOLE>(runs.ps[b][q], at.phi[b][q] += step, left - phi_k(lane));
   }
 }
 
-// Over the runs at first, of which `runs` has this, first + step, ...: sum[token, output] += x phi^T and
-// squares[token] += sum(x ** 2).
+// The runs of a simdgroup: at first, first + step, ... < K.
+struct Course {
+  uint tokens;
+  int K, first, step, lane;
+};
+
+// Over them, of tokens from `token` on and outputs from `output` on. WHOLE: x and phi are aligned, and K % 32 == 0.
 template <bool WHOLE, int OUTS, typename T, typename P, int TILES, int BLOCK, typename XP, typename PP>
-inline void sweep(thread float (&sum)[TILES][BLOCK][2], thread float (&squares)[TILES][2], thread Loaded<T, P, TILES, BLOCK>& runs,
-                  XP x, PP phi, uint tokens, int K, uint token, int output, int first, int step, int lane) {
-  XP x_at[TILES];
-  PP p_at[BLOCK][PHI_ROWS];
-  bool live[TILES], made[BLOCK][PHI_ROWS];
-  UNROLL for (int m = 0; m < TILES; ++m) {
-    const uint t = token + uint(m * 8 + x_row(lane));
-    live[m] = t < tokens;
-    x_at[m] = x + (size_t(live[m] ? t : 0u) * size_t(K) + size_t(first + x_k(lane)));
-  }
-  UNROLL for (int b = 0; b < BLOCK; ++b) {
-    UNROLL for (int q = 0; q < PHI_ROWS; ++q) {
-      const int o = output + b * 8 + phi_row(lane) + q;
-      made[b][q] = OUTS % (8 * BLOCK) == 0 || o < OUTS;
-      p_at[b][q] = phi + (size_t(made[b][q] ? o : 0) * size_t(K) + size_t(first + phi_k(lane)));
-    }
-  }
-  for (int k = first; k < K; k += step) {  // registers are loaded again as soon as they are used
-    const int left = K - k - step;
-    XTile<T> xt[TILES];
-    UNROLL for (int m = 0; m < TILES; ++m) {
-      to_tile(xt[m], runs.xs[m]);
-      add_squares(squares[m], xt[m], runs.xs[m]);
-      x_at[m] += step;
-      load_run<WHOLE>(runs.xs[m], x_at[m], live[m] ? left - x_k(lane) : 0);
-    }
+inline void sweep(thread float (&sum)[TILES][BLOCK][2], thread float (&squares)[TILES], XP x, PP phi, const thread Course& c, uint token, int output) {
+  if (c.first < c.K) {
+    Loaded<T, P, TILES, BLOCK> runs;
+    auto at = cursors<TILES, BLOCK, OUTS>(x, phi, c.tokens, c.K, token, output, c.first, c.lane);
+    const int left = c.K - c.first;
+    UNROLL for (int m = 0; m < TILES; ++m) load_run<WHOLE>(runs.xs[m], at.x[m], left - x_k(c.lane));
     UNROLL for (int b = 0; b < BLOCK; ++b) {
-      PhiTile<P> pt;
-      to_tile(pt, runs.ps[b]);
-      multiply_add(sum, b, xt, pt);
-      UNROLL for (int q = 0; q < PHI_ROWS; ++q) {
-        p_at[b][q] += step;
-        load_run<WHOLE>(runs.ps[b][q], p_at[b][q], made[b][q] ? left - phi_k(lane) : 0);
-      }
+      UNROLL for (int q = 0; q < PHI_ROWS; ++q) load_run<WHOLE>(runs.ps[b][q], at.phi[b][q], left - phi_k(c.lane));
     }
+    for (int k = c.first + c.step; k < c.K; k += c.step) take<WHOLE, true>(sum, squares, runs, at, c.step, c.K - k, c.lane);
+    take<WHOLE, false>(sum, squares, runs, at, c.step, 0, c.lane);
   }
 }
 

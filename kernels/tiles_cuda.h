@@ -13,7 +13,7 @@ inline int x_row(int lane) { return lane / 4; }
 inline int x_k(int lane) { return lane % 4 * 8; }
 inline int phi_row(int lane) { return lane / 4; }
 inline int phi_k(int lane) { return lane % 4 * 8; }
-inline int sum_token(int lane, int) { return lane / 4; }
+inline int sum_token(int lane) { return lane / 4; }
 inline int sum_output(int lane, int e) { return lane % 4 * 2 + e; }
 
 // A lane's 8 values, and what TF32 leaves of them.
@@ -39,15 +39,14 @@ inline void split(Parts<__nv_bfloat16>& t, const Run<__nv_bfloat16, 8>& r) {
 template <typename T> inline void to_tile(XTile<T>& t, const Run<T, 8>& r) { split(t, r); }
 template <typename P> inline void to_tile(PhiTile<P>& t, const Run<P, 8> (&r)[PHI_ROWS]) { split(t, r[0]); }
 
-// s += a lane's share of sum(x ** 2) of its token; the share at x_k(lane) / 8 of four; their sum, in all lanes of the token
-template <typename T> inline void add_squares(float (&s)[2], const XTile<T>& x, const Run<T, 8>&) {
+// s += a lane's share of sum(x ** 2) of its token, the one at x_k(lane) / 8 of four; the sum of shares, in all lanes of a token
+template <typename T> inline void add_squares(float& s, const XTile<T>& x, const Run<T, 8>&) {
   float run = 0.0f;
   UNROLL for (int e = 0; e < 8; ++e) run += __uint_as_float(x.w[0][e]) * __uint_as_float(x.w[0][e]);
-  s[0] += run;
+  s += run;
 }
-template <typename T> inline float share_of_squares(const float (&s)[2], int) { return s[0]; }
-template <typename T> inline float sum_squares(const float (&s)[2], int) {
-  const float v = s[0] + simd_shuffle_xor(s[0], 1);
+inline float sum_squares(float s) {
+  const float v = s + simd_shuffle_xor(s, 1);
   return v + simd_shuffle_xor(v, 2);
 }
 
@@ -67,17 +66,15 @@ inline void multiply(float (&d)[4], const Parts<T>& x, const Parts<T>* y, int p,
 // sum[.][b] += x phi^T; small products first
 template <typename T, typename P, int TILES, int BLOCK>
 inline void multiply_add(float (&sum)[TILES][BLOCK][2], int b, const XTile<T> (&x)[TILES], const PhiTile<P>& phi) {
+  static_assert(TILES <= 2, "");
   constexpr int X = PARTS<T> - 1, PHI = PARTS<P> - 1;
-  UNROLL for (int m = 0; m < TILES; m += 2) {
-    const Parts<T>* next = m + 1 < TILES ? &x[m + 1 < TILES ? m + 1 : m] : nullptr;
-    float d[4];
-    if constexpr (X == 1) multiply<true>(d, x[m], next, X, phi, 0);
-    if constexpr (PHI == 1) multiply<X == 0>(d, x[m], next, 0, phi, PHI);
-    multiply<PHI + X == 0>(d, x[m], next, 0, phi, 0);
-    UNROLL for (int e = 0; e < 2; ++e) {
-      sum[m][b][e] += d[e];
-      if (m + 1 < TILES) sum[m + 1 < TILES ? m + 1 : m][b][e] += d[2 + e];
-    }
+  const Parts<T>* next = TILES == 2 ? &x[TILES - 1] : nullptr;
+  float d[4];
+  if constexpr (X == 1) multiply<true>(d, x[0], next, X, phi, 0);
+  if constexpr (PHI == 1) multiply<X == 0>(d, x[0], next, 0, phi, PHI);
+  multiply<PHI + X == 0>(d, x[0], next, 0, phi, 0);
+  UNROLL for (int m = 0; m < TILES; ++m) {
+    UNROLL for (int e = 0; e < 2; ++e) sum[m][b][e] += d[2 * m + e];
   }
 }
 

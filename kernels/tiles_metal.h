@@ -14,7 +14,7 @@ inline int x_row(int lane) { return matrix_row(lane); }
 inline int x_k(int lane) { return matrix_column(lane) * 4; }
 inline int phi_row(int lane) { return matrix_column(lane); }
 inline int phi_k(int lane) { return matrix_row(lane) * 4; }
-inline int sum_token(int lane, int) { return matrix_row(lane); }
+inline int sum_token(int lane) { return matrix_row(lane); }
 inline int sum_output(int lane, int e) { return matrix_column(lane) + e; }
 template <typename T> struct XTile { simdgroup_float8x8 m[4]; };
 template <typename P> struct PhiTile { simdgroup_float8x8 m[4]; };
@@ -31,15 +31,14 @@ template <typename P> inline void to_tile(thread PhiTile<P>& t, const thread Run
   }
 }
 
-// s += a lane's share of sum(x ** 2) of its token; the share at x_k(lane) / 8 of four; their sum, in all lanes of the token.
-template <typename T> inline void add_squares(thread float (&s)[2], const thread XTile<T>&, const thread Run<T, 8>& r) {
+// s += a lane's share of sum(x ** 2) of its token, the one at x_k(lane) / 8 of four; the sum of shares, in all lanes of a token
+template <typename T> inline void add_squares(thread float& s, const thread XTile<T>&, const thread Run<T, 8>& r) {
   float run = 0.0f;
   UNROLL for (int e = 0; e < 8; ++e) run += run_float(r, e) * run_float(r, e);
-  s[0] += run;
+  s += run;
 }
-template <typename T> inline float share_of_squares(const thread float (&s)[2], int) { return s[0]; }
-template <typename T> inline float sum_squares(const thread float (&s)[2], int) {
-  const float v = s[0] + simd_shuffle_xor(s[0], ushort(1));
+inline float sum_squares(float s) {
+  const float v = s + simd_shuffle_xor(s, ushort(1));
   return v + simd_shuffle_xor(v, ushort(8));
 }
 

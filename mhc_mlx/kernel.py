@@ -72,13 +72,16 @@ def _header(name: str, backend: str) -> str:
 
 
 @functools.cache
-def _build(backend: str, name: str, inputs: tuple, outputs: tuple, absent: str, threads: int):
+def _build(
+    backend: str, name: str, inputs: tuple, outputs: tuple, absent: str, threads: int, ring: int
+):
     source = absent + text(f"{name}.metal")
     names = {"name": name, "input_names": inputs, "output_names": outputs}
     if backend == "metal":
         return mx.fast.metal_kernel(**names, source=source, header=_header(name, "metal"))
     header = cuda_header(name, threads)
-    return mx.fast.cuda_kernel(**names, source="METAL_POSITIONS " + source, header=header)
+    names |= {"source": "METAL_POSITIONS " + source, "header": header}
+    return mx.fast.cuda_kernel(**names, shared_memory=ring)
 
 
 def absent_pointers(inputs: dict, outputs: dict) -> str:
@@ -104,14 +107,16 @@ def launch(
         outputs: Shape and dtype by the name in the body; None where this variant has none.
         groups: Threadgroups, along x.
         threads: Threads in a threadgroup.
-        template: Compile-time constants of the body.
+        template: Compile-time constants of the body. RING, if there, is also the bytes of
+            threadgroup memory that the launch adds on CUDA.
         verbose: Print the generated source.
     Returns the outputs that are not None, in order.
     """
     absent = absent_pointers(inputs, outputs)
     inputs = {k: v for k, v in inputs.items() if v is not None}
     outputs = {k: v for k, v in outputs.items() if v is not None}
-    build = _build(backend(), name, tuple(inputs), tuple(outputs), absent, threads)
+    ring = template.get("RING", 0)
+    build = _build(backend(), name, tuple(inputs), tuple(outputs), absent, threads, ring)
     return build(
         inputs=list(inputs.values()),
         output_shapes=[shape for shape, _ in outputs.values()],

@@ -17,6 +17,8 @@ LAYER_EPS = Case("mhc_layer", (5,), 4, 64, convention=EPS)
 TWICE = Case("mhc_static", (5,), 8, 4096, "float16")  # backward reads x twice
 ADD = Case("stream_mix_add", (5,), 4, 64)
 ADD_RAGGED = Case("stream_mix_add", (5,), 3, 129)
+ADD_FOUR = Case("stream_mix_add", (5,), 4, 64, per_token=(True, True))
+ADD_FIVE = Case("stream_mix_add", (5,), 5, 129, per_token=(True, True))
 ADD_EACH = Case("stream_mix_add", (5,), 3, 129, per_token=(True, True))
 TILED = Case("mhc_static", (5,), 10, 129)
 TILED_EACH = Case("stream_mix_add", (5,), 10, 129, per_token=(True, True))
@@ -64,6 +66,7 @@ def mistakes(body: str, file: str = ""):
 fused, common = mistakes("mhc_fused"), mistakes("mhc_fused", "common.h")
 add, back = mistakes("stream_mix_add"), mistakes("mhc_backward")
 back_common = mistakes("mhc_backward", "common.h")
+add_common = mistakes("stream_mix_add", "common.h")
 tiled, sums = mistakes("mhc_backward_tiled"), mistakes("sum_partials")
 sink, sink_common = mistakes("sinkhorn_knopp"), mistakes("sinkhorn_knopp", "sinkhorn.h")
 sink_back = mistakes("sinkhorn_knopp_backward")
@@ -246,11 +249,23 @@ SHARED = [
     add("h_post dropped", ADD, "= q * static_cast<float>", "= static_cast<float>", parity=WRONG),
     add(
         "wrong stride of h_res",
-        ADD_EACH,
+        ADD_FIVE,
         "(size_t(t) * N + i) * N + j",
         "(size_t(t) + i) * N + j",
         parity=WRONG,
         traffic=MORE,
+    ),
+    add(
+        "wrong stride of h_res, in registers",
+        ADD_FOUR,
+        "size_t(t) * MIXES",
+        "size_t(t) * N",
+        parity=WRONG,
+        traffic=MORE,
+    ),
+    add("h_res transposed", ADD_FOUR, "i * N + j : 0]", "j * N + i : 0]", parity=WRONG),
+    add_common(
+        "the first of each load", ADD_FOUR, "v[i + e] = some[e]", "v[i + e] = some[0]", parity=WRONG
     ),
     add("no barrier", ADD, BARRIER, "", rules=UNWRITTEN),
     add(

@@ -111,9 +111,11 @@ PER_TOKEN = [
     # mhc_pre
     pre("no barrier before slices are added", PRE, BARRIER, "", rules=RACE),
     pre("no barrier before the coefficients are used", PRE, BARRIER, "", nth=1, rules=UNWRITTEN),
-    pre("a tile past the last token", PRE, "if (t < tokens && o", "if (o", rules=OUTSIDE),
-    pre("outputs past the last", PRE_RAGGED, "t < tokens && o < OUTS", "t < tokens", rules=OUTSIDE),
-    pre("u past the last token", PRE, " && first + uint(i) < tokens", "", rules=OUTSIDE),
+    pre("a tile past the last token", PRE, "if (t < tokens && lane", "if (lane", rules=OUTSIDE),
+    pre(
+        "outputs past the last", PRE_RAGGED, "lane < WIDE && o < OUTS", "lane < WIDE", rules=OUTSIDE
+    ),
+    pre("u past the last token", PRE, " && first + uint(q / PIECES) < tokens", "", rules=OUTSIDE),
     pre("norm forgotten", PRE, "unit = scale * s", "unit = s", parity=WRONG),
     pre("mean over a stream", PRE, "static_cast<float>(K)", "static_cast<float>(C)", parity=WRONG),
     pre("norm_eps dropped", NORM_EPS, "params[3]", "params[0]", parity=WRONG),
@@ -125,18 +127,19 @@ PER_TOKEN = [
         parity=WRONG,
     ),
     pre(
-        "the norm of the first slice",
+        "an output for the norm",
         PRE,
-        "square += sums[(w * TILE + i) * PITCH + WIDE",
-        "square = sums[i * PITCH + WIDE",
+        "simd_shuffle(s, ushort(WIDE))",
+        "simd_shuffle(s * s, ushort(0))",
         parity=WRONG,
     ),
     pre(
-        "runs of k skipped where rows are whole",
+        "every other run of a slice",
         PRE_LONG,
         "32 * SLICES",
         "64 * SLICES",
-        rules=DIFFER,
+        parity=WRONG,
+        traffic=MORE,
     ),
     pre("no place for sum(x ** 2)", PRE, "PITCH = WIDE + 1", "PITCH = WIDE", rules=RACE),
     pre(
@@ -184,8 +187,8 @@ PER_TOKEN = [
     pre(
         "a tile for each of its shares",
         IDENTITY_32,
-        "tile = threadgroup_position_in_grid.x / SPLITS",
-        "tile = threadgroup_position_in_grid.x",
+        "first = threadgroup_position_in_grid.x / SPLITS * TILE",
+        "first = threadgroup_position_in_grid.x * TILE",
         rules="nobody writes",
     ),
     made(
@@ -227,7 +230,8 @@ PER_TOKEN = [
         "pre, C, C - c0",
         parity=WRONG,
     ),
-    pre("wrong width of a step", PRE, "c0 += CHUNKS * 32 * VEC", "c0 += 32", rules=TWO),
+    pre("wrong width of a step", PRE, "c0 += PIECES * CHUNKS * 32 * VEC", "c0 += 32", rules=TWO),
+    pre("the first piece of u twice", MULTIPLIED, "(q % PIECES * CHUNKS", "(0 * CHUNKS", rules=TWO),
     pre("u not divided by its norm", PRE, "o[k][e] * r * w[e]", "o[k][e] * w[e]", parity=WRONG),
     streams(
         "a lane's second pack its first",
@@ -237,7 +241,7 @@ PER_TOKEN = [
         rules=DIFFER,  # from an array that is not aligned
     ),
     streams("packs past the last", PRE, " && k * 32 * VEC < left", "", rules=OUTSIDE),
-    pre("the readers' tokens", PRE_MANY, "i += READERS", "i += SIMDS", rules="nobody writes"),
+    pre("the readers' tokens", PRE_MANY, "q += READERS", "q += SIMDS", rules="nobody writes"),
     pre(
         "a square of each pack",
         PRE,
@@ -262,15 +266,9 @@ PER_TOKEN = [
         parity=WRONG,
     ),
     # tiles of mhc_pre
-    tiles(
-        "tokens past the last", PRE_LONG, "live[m] = t < tokens", "live[m] = true", rules=OUTSIDE
-    ),
-    pre(
-        "first runs of a tile beyond", PRE, "if (more || tile + step < tiles)", "", traffic="phi 2"
-    ),
-    pre("first runs of this tile again", PRE_MANY, "token + step * TILE", "token", rules=DIFFER),
+    tiles("tokens past the last", PRE_LONG, "t < tokens ? t : 0u", "t", rules=OUTSIDE),
     tiles("phi past the last output", PRE_RAGGED, "|| o < OUTS", "|| true", rules=OUTSIDE),
-    runs("runs past the row", PRE_LONG, "if (left > 0)", "if (true)", rules=OUTSIDE),
+    tiles("a slice without a run", PRE_65, "if (c.first < c.K)", "if (true)", rules=OUTSIDE),
     runs("k past the row", PRE_RAGGED, "if (e < left)", "if (true)", rules=OUTSIDE),
     runs(
         "k past the row not zero",
@@ -279,16 +277,24 @@ PER_TOKEN = [
         "",
         parity=WRONG,
     ),
-    tiles("a run too many", PRE_LONG, "left = K - k - step", "left = K - k", rules=OUTSIDE),
-    tiles("x stands still", PRE_LONG, "x_at[m] += step;", "", parity=WRONG, traffic=MORE),
-    tiles("phi stands still", PRE_LONG, "p_at[b][q] += step;", "", parity=WRONG, traffic=MORE),
+    tiles(
+        "a run too many", PRE_LONG, "k < c.K; k += c.step", "k <= c.K; k += c.step", rules=OUTSIDE
+    ),
+    tiles("x stands still", PRE_LONG, "at.x[m] += step", "at.x[m]", parity=WRONG),
+    tiles(
+        "phi stands still",
+        PRE_LONG,
+        "at.phi[b][q] += step",
+        "at.phi[b][q]",
+        parity=WRONG,
+        traffic=MORE,
+    ),
     tiles(
         "x from the first run",
         PRE,
-        "size_t(first + x_k(lane))",
+        "size_t(k + x_k(lane))",
         "size_t(x_k(lane))",
         parity=WRONG,
-        traffic=MORE,
     ),
     tiles("phi's first 8 outputs", PRE, "output + b * 8 +", "output +", parity=WRONG, traffic=MORE),
     tiles(
@@ -297,7 +303,6 @@ PER_TOKEN = [
         "uint(m * 8 + x_row(lane))",
         "uint(x_row(lane))",
         parity=WRONG,
-        traffic=MORE,
     ),
     tiles(
         "half a simdgroup at a product",
@@ -306,12 +311,14 @@ PER_TOKEN = [
         "if (lane < 16) multiply_add(sum",
         rules="simd operations",
     ),
-    tiles("runs of k skipped", PRE_LONG, "k += step", "k += 2 * step", parity=WRONG, traffic=MORE),
+    tiles(
+        "runs of k skipped", PRE_LONG, "k += c.step", "k += 2 * c.step", parity=WRONG, traffic=MORE
+    ),
     metal(
         "sums transposed",
         PRE,
-        "sum_token(int lane, int) { return matrix_row",
-        "sum_token(int lane, int) { return matrix_column",
+        "sum_token(int lane) { return matrix_row",
+        "sum_token(int lane) { return matrix_column",
         rules=RACE,
     ),
     metal(

@@ -32,20 +32,35 @@ SEAMS = [
     # mhc_sweep
     sweep("runs past the last", PRE_RAGGED, "run < count && o0", "o0", rules=TWO),
     sweep(
-        "tokens past the last", PRE, "if (t < tokens && o < OUTS)", "if (o < OUTS)", rules=OUTSIDE
+        "tokens past the last",
+        PRE,
+        "if (made < tokens && o < OUTS)",
+        "if (o < OUTS)",
+        rules=OUTSIDE,
     ),
-    sweep("outputs past the last", PRE_RAGGED, "t < tokens && o < OUTS", "t < tokens", rules=TWO),
-    sweep("shares past the last token", PRE, "o0 == 0 && t < tokens", "o0 == 0", rules=OUTSIDE),
+    sweep(
+        "outputs past the last", PRE_RAGGED, "made < tokens && o < OUTS", "made < tokens", rules=TWO
+    ),
+    sweep(
+        "shares past the last token", PRE, "o0 == 0 && squared < tokens", "o0 == 0", rules=OUTSIDE
+    ),
     sweep(
         "every run the first",
         PRE,
-        "o0, 32 * run, lane",
-        "o0, 0, lane",
-        rules=DIFFER,
+        "{tokens, K, 32 * run",
+        "{tokens, K, 0",
+        parity=WRONG,
+        traffic=MORE,
     ),
-    sweep("two runs", PRE, "32 * run, K, lane", "32 * run, K / 2, lane", rules=DIFFER),
     sweep(
-        "one share", PRE, "mhc::x_k(lane) / 8] = share", "mhc::x_k(lane) / 32] = share", rules=TWO
+        "two runs", PRE, "32 * run, K, lane", "32 * run, K / 2, lane", parity=WRONG, traffic=MORE
+    ),
+    sweep(
+        "one share",
+        PRE,
+        "mhc::x_k(lane) / 8] = squares[0]",
+        "mhc::x_k(lane) / 32] = squares[0]",
+        rules=TWO,
     ),
     # mhc_seam
     seam("no barrier before slices are added", PRE, BARRIER, "", rules=UNWRITTEN),

@@ -124,6 +124,7 @@ def compile_cuda(name: str, source: str, arch: str = "sm_90a") -> tuple[str, dic
 def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> list[mx.array]:
     """`kernel.launch` that compiles, for two architectures, and runs nothing."""
     key = (name, cuda_source(name, inputs, outputs, threads, template))
+    rings[key] = template.get("RING", 0)
     if _collecting is not None:
         _collecting.append(key)
     else:
@@ -132,6 +133,7 @@ def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> l
 
 
 _collecting: list | None = None
+rings: dict[tuple[str, str], int] = {}  # bytes of threadgroup memory that a launch adds
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from cases import COVERING, DYNAMIC, SINGLE
 from conftest import executor
 from test_parity import results
 
-from mhc_mlx import kernel, ops
+from mhc_mlx import PAPER, kernel, ops
 
 CASES = COVERING + DYNAMIC + SINGLE
 
@@ -33,6 +33,32 @@ def test_compiles_without_spills(k, need, request):
     for key in request.getfixturevalue("variants")[k]:
         assert nvrtc.figures[key]["spills"] == 0, f"{key[0]}: {nvrtc.figures[key]}"
         assert nvrtc.figures[key]["shared"] <= 32 << 10, f"{key[0]}: {nvrtc.figures[key]}"
+        assert nvrtc.figures[key]["shared"] + nvrtc.rings[key] <= 99 << 10, key[0]  # of sm_86
+
+
+@pytest.mark.parametrize(
+    "n, C, dtype, threads, ring",
+    [
+        (4, 1024, mx.bfloat16, None, 64 << 10),
+        (4, 1024, mx.float32, None, 80 << 10),
+        (4, 1024, mx.bfloat16, 512, 0),  # more than a threadgroup has
+        (4, 1001, mx.bfloat16, None, 0),  # n C is no multiple of 32
+        (8, 1024, mx.bfloat16, None, 0),  # x is swept again
+    ],
+)
+def test_ring_of_products(n, C, dtype, threads, ring, need, monkeypatch):
+    need("nvrtc")
+    import nvrtc
+
+    monkeypatch.setattr(nvrtc, "rings", {})
+    outs = 2 * n + n * n
+    with executor("nvrtc"), nvrtc.collecting():
+        ops.mhc_pre(
+            *(mx.zeros((4096, n, C), dtype), mx.zeros((outs, n * C)), mx.zeros(outs), mx.ones(3)),
+            *(None, PAPER),
+            threads_per_group=threads,
+        )
+    assert max(nvrtc.rings.values()) == ring
 
 
 @pytest.mark.parametrize("n", [8, 48, 64])

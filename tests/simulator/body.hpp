@@ -4,8 +4,8 @@
 #define UNROLL
 #define STAY_PACKED(value)
 #define RECIPROCAL(v) (1.0f / (v))
-#define LOAD_LAST(p) (*(p))
-#define STORE_AWAY(p, v) (*(p) = (v))
+#define LOAD_STREAMING(p) (*(p))
+#define STORE_STREAMING(p, v) (*(p) = (v))
 
 typedef unsigned int uint;
 typedef unsigned short ushort;
