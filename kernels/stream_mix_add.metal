@@ -40,7 +40,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     UNROLL for (int i = 0; i < N; ++i) {
       mhc::Pack<T, VEC> o;
       UNROLL for (int e = 0; e < VEC; ++e) o.v[e] = static_cast<T>(acc[i * VEC + e]);
-      STORE_STREAMING((device mhc::Pack<T, VEC>*)(out + base + i * C + c), o);
+      *(device mhc::Pack<T, VEC>*)(out + base + i * C + c) = o;
     }
   }
 }

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from cases import Case
-from mistakes import BARRIER, DIFFER, MORE, OUTSIDE, RACE, TWO, UNWRITTEN, WRONG, mistakes
+from mistakes import BARRIER, MORE, OUTSIDE, RACE, TWO, UNWRITTEN, WRONG, mistakes
 
 from mhc_mlx import DEEPSEEK_V4, PAPER
 from mhc_mlx.conventions import MHC_LITE
