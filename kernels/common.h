@@ -40,12 +40,6 @@ template <typename T, int VEC, typename P> inline Pack<T, VEC> load(P p, bool wh
   return r;
 }
 
-// the same, of what no one reads again soon
-template <typename T, int VEC, typename P> inline Pack<T, VEC> load_streaming(P p, bool whole) {
-  if (whole) return LOAD_STREAMING(packs<VEC>(p));
-  return load<T, VEC>(p, false);
-}
-
 template <int VEC, typename P> inline void load_floats(thread float (&v)[VEC], P p, bool whole) {
   if (whole) {
     const auto pack = *packs<VEC>(p);

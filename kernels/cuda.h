@@ -66,5 +66,5 @@ template <typename V> __forceinline__ V load_streaming(const V* p) {
 template <typename V> __forceinline__ void store_streaming(V* p, const V& v) {
   by_words<V>([&](auto word) { __stcs(reinterpret_cast<decltype(word)*>(p), reinterpret_cast<const decltype(word)&>(v)); });
 }
-#define LOAD_STREAMING(p) ::load_streaming(p)
-#define STORE_STREAMING(p, v) ::store_streaming(p, v)
+#define LOAD_STREAMING(p) load_streaming(p)
+#define STORE_STREAMING(p, v) store_streaming(p, v)

@@ -19,7 +19,6 @@ constexpr int SIMDS = THREADS / 32;
 constexpr int AHEAD = N <= 8 ? N : 4;  // streams loaded ahead
 constexpr bool KEPT = PASSES * VEC <= 32;  // u stays in registers; otherwise it is made twice
 constexpr int UNROLLED = KEPT ? PASSES : 1;
-constexpr bool EARLY = BACK && KEPT && N <= 4;  // a thread's first channels are on their way before there are coefficients
 constexpr int TURNS = N <= 8 ? 2 : 1;
 constexpr int PITCH = OUTS + 4;
 constexpr int R = HEAD ? 0 : OUTS - 2 * N;
@@ -43,12 +42,6 @@ const bool w_whole = NORM && mhc::aligned<VEC>(weight);
 int turn = 0;
 for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_grid.x) {
   const int at = TURNS == 2 ? turn * N : 0;
-  const size_t base = size_t(t) * size_t(N * C);
-  mhc::Pack<T, VEC> early[EARLY ? N : 1], early_y[1];
-  if (EARLY && tid * VEC < C) {
-    mhc::load_streams<EARLY ? N : 1>(early, x + base, C, tid * VEC, whole);
-    mhc::load_streams<1>(early_y, y + size_t(t) * size_t(C), C, tid * VEC, y_whole);
-  }
   if constexpr (SWEPT) {
     // sums[w] = sum of the runs w, w + SLICES, ...: what simdgroup w of mhc_pre has
     const int count = (N * C + 31) / 32;
@@ -102,6 +95,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   }
   if (BACK || !SWEPT) threadgroup_barrier(mem_flags::mem_threadgroup);
 
+  const size_t base = size_t(t) * size_t(N * C);
   float ss[1] = {}, u_of[KEPT ? PASSES * VEC : VEC], r = 1.0f;
   UNROLL for (int sweep = NORM ? 0 : 1; READ && sweep < 2; ++sweep) {
 #pragma unroll UNROLLED
@@ -111,8 +105,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         if (sweep == 0 || !NORM || !KEPT) {
           float acc[BACK ? N * VEC : 1];
           if constexpr (BACK) {
-            mhc::Pack<T, VEC> yv = early_y[0];
-            if (!EARLY || k > 0) yv = mhc::load<T, VEC>(y + size_t(t) * size_t(C) + c, y_whole);
+            const mhc::Pack<T, VEC> yv = mhc::load<T, VEC>(y + size_t(t) * size_t(C) + c, y_whole);
             UNROLL for (int i = 0; i < N; ++i) {
               UNROLL for (int e = 0; e < VEC; ++e) acc[i * VEC + e] = post[at + i] * static_cast<float>(yv.v[e]);
             }
@@ -120,8 +113,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
           UNROLL for (int e = 0; e < VEC; ++e) u_of[own + e] = 0.0f;
 #pragma unroll AHEAD
           for (int j = 0; j < N; ++j) {
-            mhc::Pack<T, VEC> v = early[EARLY ? j : 0];
-            if (!EARLY || k > 0) v = mhc::load<T, VEC>(x + base + j * C + c, whole);
+            const mhc::Pack<T, VEC> v = mhc::load<T, VEC>(x + base + j * C + c, whole);
             if constexpr (BACK) {
               UNROLL for (int i = 0; i < N; ++i) {
                 const float m = mix[(at + j) * N + i];

@@ -21,7 +21,7 @@ const uint tokens = x_shape[0];
 for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_grid.x) {
   const size_t base = size_t(t) * size_t(N * C);
   for (int c = int(tid) * VEC; c < C; c += THREADS * VEC) {
-    const mhc::Pack<T, VEC> yv = mhc::load_streaming<T, VEC>(y + size_t(t) * size_t(C) + c, y_whole);
+    const mhc::Pack<T, VEC> yv = mhc::load<T, VEC>(y + size_t(t) * size_t(C) + c, y_whole);
     float acc[N * VEC], own_post[POSTS + 1], own_mix[MIXES + 1];
     mhc::load_all<POSTS>(own_post, h_post + size_t(t) * POSTS);
     mhc::load_all<MIXES>(own_mix, h_res + size_t(t) * MIXES);
@@ -31,7 +31,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     }
 #pragma unroll AHEAD
     for (int j = 0; j < N; ++j) {
-      const mhc::Pack<T, VEC> v = N <= 8 ? mhc::load_streaming<T, VEC>(x + base + j * C + c, whole) : mhc::load<T, VEC>(x + base + j * C + c, whole);
+      const mhc::Pack<T, VEC> v = mhc::load<T, VEC>(x + base + j * C + c, whole);
       UNROLL for (int i = 0; i < N; ++i) {
         const float m = MIXES > 0 ? own_mix[MIXES > 0 ? i * N + j : 0] : RES_PER_TOKEN ? static_cast<float>(h_res[(size_t(t) * N + i) * N + j]) : mix[j * N + i];
         UNROLL for (int e = 0; e < VEC; ++e) acc[i * VEC + e] += m * static_cast<float>(v.v[e]);

@@ -43,6 +43,7 @@ def test_compiles_without_spills(k, need, request):
         (4, 1024, mx.float32, None, 80 << 10),
         (4, 1024, mx.bfloat16, 512, 0),  # more than a threadgroup has
         (4, 1001, mx.bfloat16, None, 0),  # n C is no multiple of 32
+        (2, 1024, mx.bfloat16, None, 0),  # 8 outputs
         (8, 1024, mx.bfloat16, None, 0),  # x is swept again
     ],
 )
