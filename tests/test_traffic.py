@@ -19,7 +19,7 @@ HERE = {"lead": (5,), "n": 4, "C": 64}  # one pass, a token in registers
 WIDE = {"lead": (2,), "n": 8, "C": 4096, "dtype": "float16"}  # backward: not in registers
 TILED = HERE | {"n": 12}
 LAYER = {"convention": ROW_FIRST}
-TILES = HERE | {"lead": (9,), "convention": PAPER}
+TILES = HERE | {"lead": (16,), "convention": PAPER}
 TOKENS = {"per_token": (True, True)}
 # Loads of each element of an input, stores of each of an output; "in all" where elements differ.
 # Apart, after the semicolon: weights and coefficients. The floor in rows is DESIGN's, section 4.
@@ -112,27 +112,28 @@ PINNED = [
         "stream_aggregate: x 1, u 1; h_pre 16",
         "stream_aggregate_backward: x 1, du 1, dx 1; h_pre 1, dh_pre 1",
     ),
-    # Nine tokens. mhc_pre: two tiles of eight, each a fetch of phi. x: for each block of up to 24
-    # outputs, and for u, from the cache: twice with a norm. Its backward: three tiles of four, each
-    # a fetch of phi; two threadgroups, so that one keeps a running sum. x: for dh_pre, and for dx,
-    # both twice with a norm. du: for both. bias: of the gates. l: a gate's for z, dalpha and pull,
-    # another's but for z; the last, the token's norm, for the dp of each output and for pull.
-    # Nine times 8 * 3 + 16 * 2 + 24 + 1 is 729.
+    # Sixteen tokens. mhc_pre: two tiles of eight share a fetch of phi. x: for each block of up to
+    # 24 outputs, and for u, from the cache: twice with a norm. Rows past the last output or token
+    # are the first again. Its backward: four tiles of four, each a fetch of phi; two threadgroups,
+    # each with a running sum. x: for dh_pre, and for dx, both twice with a norm. du: for both.
+    # bias: of the gates. l: a gate's for z, dalpha and pull, another's but for z; the last, the
+    # token's norm, for the dp of each output and for pull. Sixteen times 8 * 3 + 16 * 2 + 24 + 1 is
+    # 1296.
     (
         Case("mhc_coefficients", **TILES),
-        "mhc_pre: x 1; phi 1, bias 9, h_pre 1, h_post 1, h_res 1, l 1",
+        "mhc_pre: x 1; phi 1, bias 16, h_pre 1, h_post 1, h_res 1, l 1",
         "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
-        "mhc_pre_backward: x 1, dx 1; phi 3, bias 72 in all, l 729 in all, dz_res 1, dh_pre 1, "
-        "dh_post 1, dp 1, partial 144 in all and 48 loads",
+        "mhc_pre_backward: x 1, dx 1; phi 4, bias 128 in all, l 1296 in all, dz_res 1, dh_pre 1, "
+        "dh_post 1, dp 1, partial 2 and 96 loads",
         "sum_partials: out 1; partial 1",
         "mhc_phi_gradient: x 1; dp 1, partial 1",
     ),
     (
         Case("mhc_pre", **TILES, norm=False),
-        "mhc_pre: x 2, u 1; phi 1, bias 9, h_post 1, h_res 1, l 1",
+        "mhc_pre: x 2, u 1; phi 1, bias 16, h_post 1, h_res 1, l 1",
         "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
-        "mhc_pre_backward: x 2, du 2, dx_out 1, dx 1; phi 3, bias 72 in all, l 729 in all, "
-        "dz_res 1, dh_post 1, dp 1, partial 144 in all and 48 loads",
+        "mhc_pre_backward: x 2, du 2, dx_out 1, dx 1; phi 4, bias 128 in all, l 1296 in all, "
+        "dz_res 1, dh_post 1, dp 1, partial 2 and 96 loads",
         "sum_partials: out 1; partial 1",
         "mhc_phi_gradient: x 1; dp 1, partial 1",
     ),
@@ -140,38 +141,38 @@ PINNED = [
         # Tiles of sixteen. Backward x is read for dh_pre, then once for dx and dphi. A stream
         # reads du, each of two threadgroups of four spans of 32 channels dp and side.
         Case("mhc_pre", **TILES | {"dtype": "bfloat16"}, norm=False),
-        "mhc_pre: x 2, u 1; phi 1, bias 9, h_post 1, h_res 1, l 1",
+        "mhc_pre: x 2, u 1; phi 1, bias 16, h_post 1, h_res 1, l 1",
         "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
-        "mhc_pre_backward: x 1, du 1; bias 72 in all, l 729 in all, dz_res 1, dh_post 1, side 1, "
-        "dp 1, partial 144 in all and 48 loads",
+        "mhc_pre_backward: x 1, du 1; bias 128 in all, l 1296 in all, dz_res 1, dh_post 1, side "
+        "1, dp 1, partial 2 and 96 loads",
         "sum_partials: out 1; partial 1",
         "mhc_projection_backward: x 1, du 4, dx_out 1, dx 1; phi 1, dp 2, side 2, partial 1",
     ),
     (
         Case("mhc_pre", **TILES | {"dtype": "bfloat16"}),  # x once more for u, and du' is written
-        "mhc_pre: x 3, u 1; phi 1, bias 9, weight 9, h_post 1, h_res 1, l 1",
+        "mhc_pre: x 3, u 1; phi 1, bias 16, weight 16, h_post 1, h_res 1, l 1",
         "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
-        "mhc_pre_backward: x 3, du 2; bias 72 in all, weight 12, l 729 in all, dz_res 1, "
-        "dh_post 1, side 1, dread 1, dp 1, partial 336 in all and 112 loads",
+        "mhc_pre_backward: x 3, du 2; bias 128 in all, weight 20, l 1296 in all, dz_res 1, "
+        "dh_post 1, side 1, dread 1, dp 1, partial 2 and 224 loads",
         "sum_partials: out 1; partial 1",
         "mhc_projection_backward: x 1, du 4, dx_out 1, dx 1; phi 1, dp 2, side 2, partial 1",
     ),
     (
         Case("mhc_pre", **TILES | {"convention": MHC_LITE}),  # 32 outputs: blocks of 16
-        "mhc_pre: x 4, u 1; phi 1, bias 9, weight 9, h_post 1, logits 1, l 1",
+        "mhc_pre: x 4, u 1; phi 1, bias 16, weight 16, h_post 1, logits 1, l 1",
         "mixing_matrix: ; logits 8, h_res 1",
         "mixing_matrix_backward: ; logits 3, dh_res 12, dlogits 1",
-        # weight for dh_pre of each of nine tokens, for dx of each of three tiles
-        "mhc_pre_backward: x 4, du 2, dx_out 1, dx 1; phi 3, bias 72 in all, weight 12, "
-        "l 945 in all, dz_res 1, dh_post 1, dp 1, partial 384 in all and 128 loads",
+        # weight for dh_pre of each of sixteen tokens, for dx of each of four tiles
+        "mhc_pre_backward: x 4, du 2, dx_out 1, dx 1; phi 4, bias 128 in all, weight 20, l 1680 "
+        "in all, dz_res 1, dh_post 1, dp 1, partial 2 and 256 loads",
         "sum_partials: out 1; partial 1",
         "mhc_phi_gradient: x 2; dp 1, partial 1",  # 32 outputs in two halves
     ),
     (
         Case("mhc_head", **TILES),
-        "mhc_pre: x 2, u 1; phi 1, bias 9, l 1",
-        "mhc_pre_backward: x 2, du 2, dx 1; phi 3, bias 9, l 153 in all, dp 1, "
-        "partial 24 in all and 8 loads",
+        "mhc_pre: x 2, u 1; phi 2048 in all, bias 16, l 1",
+        "mhc_pre_backward: x 2, du 2, dx 1; phi 4, bias 16, l 272 in all, dp 1, partial 2 and 16 "
+        "loads",
         "sum_partials: out 1; partial 1",
         "mhc_phi_gradient: x 1; dp 1, partial 1",
     ),
@@ -180,7 +181,7 @@ PINNED = [
         # Backward, both make gates, dh_pre and pull: twice all that these read. dx: half by each.
         # dphi: two halves of the outputs read x, 32 spans of 256 k read dp.
         Case("mhc_pre", (5,), 16, 512, convention=KRONECKER, norm=False),
-        "mhc_pre: x 3, u 1; phi 1, bias 5, h_post 1, logits 1, l 1",
+        "mhc_pre: x 172032 in all, u 1; phi 393216 in all, bias 5, h_post 1, logits 1, l 1",
         "mixing_matrix: ; logits 256, h_res 1",
         "mixing_matrix_backward: ; logits 1024, dh_res 4, dlogits 1",
         "mhc_pre_backward: x 3, du 3, dx_out 1, dx 1; phi 2, bias 320 in all, l 1530 in all, "
@@ -203,7 +204,7 @@ PINNED = [
     # Two tokens, a threadgroup each. Last, without a gradient: a sublayer in two launches.
     (
         Case("mhc_pre", **TILES | {"lead": (2,)}, norm=False),
-        "mhc_sweep: x 1; phi 1, runs 1",
+        "mhc_sweep: x 2048 in all; phi 1, runs 1",
         "mhc_seam: x 1, u 1; runs 1, bias 2, made_post 1, made_res 1, l 1",
         "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
         "mhc_pre_backward: x 2, du 2, dx_out 1, dx 1; phi 1, bias 16 in all, l 162 in all, "
@@ -212,7 +213,7 @@ PINNED = [
     ),
     (
         Case("mhc_single_pass", **TILES | {"lead": (2,)}),
-        "mhc_sweep: x 1; phi 1, runs 1",
+        "mhc_sweep: x 2048 in all; phi 1, runs 1",
         "mhc_seam: x 0; runs 1, bias 2, made_pre 1, made_post 1, made_res 1, l 1",
         "mhc_seam: x 1, y 1, out 1, u 1; h_pre 1, h_post 1, h_res 1, weight 2",
         "mhc_seam_backward: x 1, y 1, dout 1, du 1, dx 1, dy 1; h_pre 1, h_post 1, h_res 1, "
@@ -222,7 +223,7 @@ PINNED = [
         "mhc_pre_backward: x 1, dx_out 1, dx 1; phi 1, bias 16 in all, l 162 in all, dz_res 1, "
         "dh_pre 1, dh_post 1, dp 1, partial 1",
         "mhc_phi_gradient: x 1; dp 1, partial 1",
-        "mhc_sweep: x 1; phi 1, runs 1",
+        "mhc_sweep: x 2048 in all; phi 1, runs 1",
         "mhc_seam: x 1, y 1, out 1, u 1; weight 2, runs 1, bias 2, made_pre 1",
     ),
 ]
