@@ -363,6 +363,18 @@ def verify(cases, gradients: bool = True) -> list[dict]:
     return rows
 
 
+def once(op: str, shape, name: str, directions: list[str], threads: int | None) -> None:
+    """Twice, the second time compiled and allocated, for a profiler that counts each launch."""
+    f = function(ops, op, threads_per_group=threads)
+    given = make_inputs(op, shape, DTYPES[name])
+    cotangents = random_like(several(function(reference, op)(*given)))
+    mx.eval(given, cotangents)
+    for direction in directions:
+        run = directed(f, direction, len(given))
+        for _ in range(2):
+            mx.eval(run(*given, *cotangents))
+
+
 def sweep(bench: Bench, op: str, shape, name: str) -> list[dict]:
     """Threads per group x vector width, or threads alone of an op whose projection fixes its
     loads; marks the best and what the default picks."""
@@ -703,6 +715,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sweep", action="store_true", help="threads per group x vector width")
     add("--threads", type=int, help="threads_per_group for every op")
     add("--verify", action="store_true", help="parity only")
+    add("--once", action="store_true", help="each call twice, nothing timed: for a profiler")
     add(
         "--baseline",
         action=argparse.BooleanOptionalAction,
@@ -764,6 +777,10 @@ def measure(args: argparse.Namespace) -> dict:
     result |= {"rows": []} | {section: [] for section in chosen}
     kernels = kernel.backend() or "none here, so compiled against plain reference"
     print(f"{result['device']}, MLX {mx.__version__}, kernels: {kernels}")
+    if args.once:
+        for op, shape, name in chosen.get("rows", []):
+            once(op, shape, name, args.direction or ["forward+backward"], args.threads)
+        return result
     for section, each_case in chosen.items():
         result["verified"] += verify(each_case, gradients=section == "rows")
     worst = max((r["error"] for r in result["verified"]), default=0)

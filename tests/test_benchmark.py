@@ -89,6 +89,25 @@ def test_verify_writes_json(tmp_path):
     assert {r["op"] for r in result["verified"]} == set(benchmark.DEFAULT)
 
 
+def test_once_launches_what_it_names_twice(monkeypatch):
+    args = benchmark.parse(
+        ["--once", "--op", "mhc_seam", "--shape", "5,4,64", "--dtype", "float32"]
+    )
+    calls = []
+    with executor("stand-in"), monkeypatch.context() as patch:
+        launch = kernel.launch
+
+        def counted(name, *rest, **options):
+            calls.append(name)
+            return launch(name, *rest, **options)
+
+        patch.setattr(kernel, "launch", counted)
+        patch.setattr(mx, "compile", lambda f: f)
+        patch.setattr(benchmark, "race", None)  # nothing is timed
+        assert benchmark.measure(args)["rows"] == []
+    assert Counter(calls) == {"mhc_seam": 2, "mhc_seam_backward": 2, "sum_partials": 2}
+
+
 def test_what_fails_parity_is_not_timed(tmp_path, monkeypatch):
     plain = ops.mhc_head
     monkeypatch.setattr(ops, "mhc_head", lambda *a, **options: 1.1 * plain(*a, **options))
@@ -247,12 +266,18 @@ def test_plot(section, tmp_path):
 
 
 def test_kept_figures_have_the_schema():
+    made = {"device", "mlx", "date", "command"}
     for file in (ROOT / "benchmarks").glob("*.json"):
         result = json.loads(file.read_text())
-        assert {"device", "mlx", "date", "command"} <= set(result)
-        by_benchmark = "benchmark.py" in result["command"]
-        assert not by_benchmark or {"copy_gbps", "rows"} <= set(result)
-        if not by_benchmark:  # by mhc_mlx.mlx_lm
+        if "runs" in result:  # of experiment.py, by several processes
+            assert len(result["runs"]) == 15 and all(made <= set(run) for run in result["runs"])
+            continue
+        assert made <= set(result)
+        if "benchmark.py" in result["command"]:
+            assert {"copy_gbps", "rows"} <= set(result)
+        elif "overhead.py" in result["command"]:
+            assert {"dim", "floor_ms", "plain", "fused"} <= set(result["results"][0])
+        else:  # by mhc_mlx.mlx_lm
             times = [t for one in result["per sublayer"] for t in one["times"]]
             assert times and all(0 < value < float("inf") for t in times for value in t.values())
         for row in (row for section in benchmark.SECTIONS for row in result.get(section, [])):
