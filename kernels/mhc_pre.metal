@@ -12,8 +12,8 @@
 // own  a threadgroup takes tiles of TILE tokens in turn. Projection: of the runs of 32 k a simdgroup takes every
 //      SLICES-th, for 8 * TILES tokens and 8 * BLOCK outputs at once; x and phi go straight into products of matrices.
 //      SPLITS threadgroups may share a tile: each makes a range of outputs, the first also u.
-//      The next products' first runs are loaded while sums are used. u: a simdgroup takes a token, of those that do not
-//      project if any are left; x is read once more, from cache as far as that reaches.
+//      u: a simdgroup takes a token, or without NORM half of one, of those that do not project if any are left; x is read
+//      once more, from cache as far as that reaches.
 //      The order of every sum depends on N and C alone.
 // template  T, P, N, OUTS, VEC, THREADS, SLICES, TILES, BLOCK, SPLITS, HEAD, READ (u is made), NORM, WRITE_PRE, SAVE,
 //           RING (bytes that a launch gives on CUDA for what is on its way), PROJECT, ITERS, START, COLUMNS, OUT_COLUMNS
@@ -35,7 +35,6 @@ constexpr int PIECES = NORM ? 1 : 2;  // of a token, for simdgroups in turn: les
 threadgroup float sums[SLICES * TILE * PITCH];
 threadgroup float pre[TILE * N];
 threadgroup float mix[PROJECT ? TILE * N * N : 1];
-const int tid = int(thread_position_in_threadgroup.x);
 const int lane = int(thread_index_in_simdgroup);
 const int simd = int(simdgroup_index_in_threadgroup);
 const int slice = simd % SLICES, band = simd / SLICES * TILES * 8;  // of k; of tokens
@@ -46,7 +45,7 @@ const bool all_whole = K % 32 == 0 && mhc::aligned<mhc::run_vec<T, 8>()>(x) && m
 const int begin = int(threadgroup_position_in_grid.x % SPLITS) * SHARE;
 const int end = begin + SHARE < OUTS ? begin + SHARE : OUTS;
 
-const mhc::Course course = {tokens, K, 32 * slice, 32 * SLICES, lane};
+const mhc::Course course = {tokens, K, 32 * slice, 32 * SLICES, lane, simd};
 const uint turn = threadgroups_per_grid.x / SPLITS * TILE;
 for (uint first = threadgroup_position_in_grid.x / SPLITS * TILE; first < tokens; first += turn) {
   for (int o0 = begin; o0 < end; o0 += WIDE) {

@@ -18,7 +18,7 @@ const uint first = threadgroup_position_in_grid.x / uint(spans) * 8;
 const uint tokens = x_shape[0];
 const bool all_whole = K % 32 == 0 && mhc::aligned<mhc::run_vec<T, 8>()>(x) && mhc::aligned<mhc::run_vec<P, 8 / mhc::PHI_ROWS>()>(phi);
 
-const mhc::Course course = {tokens, K, 32 * run, K, lane};
+const mhc::Course course = {tokens, K, 32 * run, K, lane, 0};
 for (int o0 = 0; run < count && o0 < OUTS; o0 += 8 * BLOCK) {
   float sum[1][BLOCK][2] = {}, squares[1] = {};
   if (all_whole) mhc::sweep<true, OUTS, T, P>(sum, squares, x, phi, course, first, o0);

@@ -2,14 +2,14 @@
 //
 // A lane has two tokens, and of each SPAN / 4 neighbours. x is bfloat16; of float32 factors two parts make dx, which is
 // bfloat16, and three dphi.
-#include "common.h"
+#include "ptx.h"
 
 namespace mhc {
 
 // Two values as pairs of bfloat16: the nearest, and what is left.
 template <int COUNT> inline void split_pair(uint (&w)[COUNT], float low, float high) {
   UNROLL for (int part = 0; part < COUNT; ++part) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w[part]) : "f"(high), "f"(low));
+    w[part] = bfloat_pair(low, high);
     low -= __uint_as_float(w[part] << 16);
     high -= __uint_as_float(w[part] & 0xffff0000u);
   }
@@ -37,24 +37,9 @@ template <int COUNT> inline void set_pair(Run<__nv_bfloat16, COUNT>& r, int p, c
   reinterpret_cast<uint*>(&r)[p] = w[0];
 }
 
-// d += a b: 16 x 16 by 16 x 8, and 16 x 8 by 8 x 8
-inline void multiply_16(float (&d)[4], uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(d[0]), "f"(d[1]), "f"(d[2]), "f"(d[3]));
-}
-inline void multiply_8(float (&d)[4], uint a0, uint a1, uint b0) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a0), "r"(a1), "r"(b0), "f"(d[0]), "f"(d[1]), "f"(d[2]), "f"(d[3]));
-}
-
-// Towards the second cache, for no register
-template <typename P> inline void fetch(P from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
-
 // dp of STAGE tokens in threadgroup memory: three parts, in each a row of eights a token. An odd number of them in a row
 // keeps ldmatrix free of bank conflicts.
-struct alignas(16) Staged { uint2 halves[2]; };
+struct alignas(16) Staged { uint2 v[2]; };
 constexpr int staged_row(int outs) { return eights(outs) | 1; }
 constexpr int staged_size(int outs, int stage) { return 3 * stage * staged_row(outs); }
 template <int OUTS, int STAGE, int THREADS, typename S, typename D>
@@ -83,7 +68,7 @@ inline void stage_dp(S staged, D dp, uint base, uint end, int tid) {
       UNROLL for (int h = 0; h < 2; ++h) split_pair(w[h], v[q][2 * h], v[q][2 * h + 1]);
       UNROLL for (int part = 0; part < 3; ++part) {
         if (i < STAGE * FOURS)
-          staged[(part * STAGE + t) * staged_row(OUTS) + f / 2].halves[f % 2] = make_uint2(w[0][part], w[1][part]);
+          staged[(part * STAGE + t) * staged_row(OUTS) + f / 2].v[f % 2] = make_uint2(w[0][part], w[1][part]);
       }
     }
   }
@@ -93,19 +78,8 @@ inline void stage_dp(S staged, D dp, uint base, uint end, int tid) {
 // TRANSPOSED: a lane has an output of two tokens, else two outputs of a token.
 template <int OUTS, int STAGE, bool FOUR, bool TRANSPOSED, typename S>
 inline void load_staged(uint* w, S staged, int row, int part, int s, int lane) {
-  const uint lanes = uint(__cvta_generic_to_shared(staged)) + uint((row + lane % 16) * staged_row(OUTS) + lane / 16) * 16u;
-  const uint at = lanes + uint(part * STAGE * staged_row(OUTS) + s) * 16u;
-  if constexpr (FOUR && TRANSPOSED) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "r"(at));
-  } else if constexpr (FOUR) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "r"(at));
-  } else if constexpr (TRANSPOSED) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "r"(at));
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "r"(at));
-  }
+  const uint lanes = shared_address(staged) + uint((row + lane % 16) * staged_row(OUTS) + lane / 16) * 16u;
+  load_matrices<FOUR ? 4 : 2, TRANSPOSED>(w, lanes + uint(part * STAGE * staged_row(OUTS) + s) * 16u);
 }
 template <int OUTS, int STAGE, bool TRANSPOSED, typename S>
 inline void load_part(uint (&w)[2 * eights(OUTS)], S staged, int row, int part, int lane) {
@@ -166,8 +140,7 @@ inline void collect(Sums<OUTS, SPAN>& sums, const Run<T, SPAN / 4> (&x)[HELD], S
   uint a[SPAN / 8][2];  // tokens in pairs
   UNROLL for (int p = 0; p < SPAN / 8; ++p) {
     UNROLL for (int r = 0; r < HELD; ++r) {
-      const uint w = reinterpret_cast<const uint*>(&x[r])[p];
-      asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(a[p][r]) : "r"(w));
+      a[p][r] = transposed(reinterpret_cast<const uint*>(&x[r])[p]);
     }
   }
   UNROLL for (int s = 0; s < eights(OUTS); s += 2) {

@@ -1,10 +1,8 @@
 // The products of mhc_pre on CUDA. Runs are on their way into a ring in threadgroup memory before a simdgroup needs them: they take no
-// registers, and it fetches whole lines of rows, whatever its products want where.
+// registers, and it fetches 64 or 128 bytes of a row at once, whatever its products want where.
 #include "tiles.h"
 
 namespace mhc {
-
-extern __shared__ uint4 ring[];  // RING bytes
 
 // The i-th of a lane's fetches of 16 bytes, of 8 rows of 32 elements: of two bytes in one fetch, of four in two. Neighbours in odd
 // rows of four-byte elements swap places, so that lanes read from all banks.
@@ -14,10 +12,6 @@ template <int FETCHES> inline uint fetched_bytes(int i, int lane) {
 }
 template <int FETCHES> inline int place_of(int i, int lane) {  // of the i-th 16 bytes of the lane's 8 elements
   return FETCHES == 1 ? lane : lane / 4 * 8 + ((lane % 4 * 2 + i) ^ (lane / 4 & 1));
-}
-inline void fetch_ahead(uint4* to, const void* from, uint bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint(__cvta_generic_to_shared(to))),
-               "l"(static_cast<const char*>(from) + bytes) : "memory");
 }
 
 // `sweep`, all of it aligned
@@ -39,23 +33,23 @@ inline void sweep_ring(float (&sum)[TILES][BLOCK][2], float (&squares)[TILES], c
     }
     x += size_t(token < c.tokens ? token : 0u) * size_t(c.K) + size_t(c.first);
     phi += size_t(output) * size_t(c.K) + size_t(c.first);
-    uint4* own = ring + int(threadIdx.x / 32) * STAGES * FETCHES * 32;
+    uint4* own = dynamic_threadgroup + c.simd * STAGES * FETCHES * 32;
     int wanted = c.first, stage = 0;
     auto want = [&](int stage) {  // the next run, if there is one
       if (wanted < c.K) {
-        uint4* to = own + stage * FETCHES * 32 + c.lane;
-        UNROLL for (int i = 0; i < TILES * XS; ++i) fetch_ahead(to + 32 * i, x, x_bytes[i]);
-        UNROLL for (int i = 0; i < BLOCK * PHIS; ++i) fetch_ahead(to + 32 * (TILES * XS + i), phi, phi_bytes[i]);
+        const uint to = shared_address(own + stage * FETCHES * 32 + c.lane);
+        UNROLL for (int i = 0; i < TILES * XS; ++i) copy_16(to + uint(i) * 512u, (const char*)x + x_bytes[i]);
+        UNROLL for (int i = 0; i < BLOCK * PHIS; ++i) copy_16(to + uint(TILES * XS + i) * 512u, (const char*)phi + phi_bytes[i]);
         x += c.step;
         phi += c.step;
         wanted += c.step;
       }
-      asm volatile("cp.async.commit_group;" ::: "memory");
+      commit_copies();
     };
     UNROLL for (int s = 0; s < STAGES; ++s) want(s);
     for (int k = c.first; k < c.K; k += c.step) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
-      __syncwarp();
+      wait_for_copies<STAGES - 1>();
+      simdgroup_sync();
       const uint4* from = own + stage * FETCHES * 32;
       XTile<T> xt[TILES];
       UNROLL for (int m = 0; m < TILES; ++m) {
@@ -71,7 +65,7 @@ inline void sweep_ring(float (&sum)[TILES][BLOCK][2], float (&squares)[TILES], c
         to_tile(pt, r);
         multiply_add(sum, b, xt, pt);
       }
-      __syncwarp();
+      simdgroup_sync();
       want(stage);
       stage = stage + 1 == STAGES ? 0 : stage + 1;
     }

@@ -53,7 +53,7 @@ inline void take(thread float (&sum)[TILES][BLOCK][2], thread float (&squares)[T
 // The runs of a simdgroup: at first, first + step, ... < K.
 struct Course {
   uint tokens;
-  int K, first, step, lane;
+  int K, first, step, lane, simd;
 };
 
 // Over them, of tokens from `token` on and outputs from `output` on. WHOLE: x and phi are aligned, and K % 32 == 0.

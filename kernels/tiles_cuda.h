@@ -3,7 +3,7 @@
 // The instruction multiplies TF32, float32 whose last 13 bits it ignores (seen on sm_90, where ptxas relies on it): 11
 // significant bits, which hold a 16-bit float whole; a float32 is a sum of two but for its last two bits. It takes 16
 // tokens, two tiles, and 8 outputs. A lane holds 8 neighbours of a row, which orders k alike on both sides.
-#include "common.h"
+#include "ptx.h"
 
 namespace mhc {
 
@@ -50,17 +50,11 @@ inline float sum_squares(float s) {
   return v + simd_shuffle_xor(v, 2);
 }
 
-// d += parts p of the tokens of x and y, or of x alone, times parts q of phi; FRESH: d = ...
-template <bool FRESH, typename T, typename P>
+// d += parts p of the tokens of x and y, or of x alone, times parts q of phi
+template <typename T, typename P>
 inline void multiply(float (&d)[4], const Parts<T>& x, const Parts<T>* y, int p, const Parts<P>& phi, int q) {
-  UNROLL for (int e = 0; e < 8; e += 2) {
-    const bool zero = FRESH && e == 0;
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(x.w[p][e]), "r"(y ? y->w[p][e] : 0u), "r"(x.w[p][e + 1]), "r"(y ? y->w[p][e + 1] : 0u),
-          "r"(phi.w[q][e]), "r"(phi.w[q][e + 1]),
-          "f"(zero ? 0.0f : d[0]), "f"(zero ? 0.0f : d[1]), "f"(zero ? 0.0f : d[2]), "f"(zero ? 0.0f : d[3]));
-  }
+  UNROLL for (int e = 0; e < 8; e += 2)
+    multiply_tf32(d, x.w[p][e], y ? y->w[p][e] : 0u, x.w[p][e + 1], y ? y->w[p][e + 1] : 0u, phi.w[q][e], phi.w[q][e + 1]);
 }
 
 // sum[.][b] += x phi^T; small products first
@@ -69,10 +63,10 @@ inline void multiply_add(float (&sum)[TILES][BLOCK][2], int b, const XTile<T> (&
   static_assert(TILES <= 2, "");
   constexpr int X = PARTS<T> - 1, PHI = PARTS<P> - 1;
   const Parts<T>* next = TILES == 2 ? &x[TILES - 1] : nullptr;
-  float d[4];
-  if constexpr (X == 1) multiply<true>(d, x[0], next, X, phi, 0);
-  if constexpr (PHI == 1) multiply<X == 0>(d, x[0], next, 0, phi, PHI);
-  multiply<PHI + X == 0>(d, x[0], next, 0, phi, 0);
+  float d[4] = {};
+  if constexpr (X == 1) multiply(d, x[0], next, X, phi, 0);
+  if constexpr (PHI == 1) multiply(d, x[0], next, 0, phi, PHI);
+  multiply(d, x[0], next, 0, phi, 0);
   UNROLL for (int m = 0; m < TILES; ++m) {
     UNROLL for (int e = 0; e < 2; ++e) sum[m][b][e] += d[2 * m + e];
   }

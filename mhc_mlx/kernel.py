@@ -81,7 +81,8 @@ def _build(
         return mx.fast.metal_kernel(**names, source=source, header=_header(name, "metal"))
     header = cuda_header(name, threads)
     names |= {"source": "METAL_POSITIONS " + source, "header": header}
-    return mx.fast.cuda_kernel(**names, shared_memory=ring)
+    # from 48,000 bytes on MLX raises the kernel's limit, which also counts its own arrays
+    return mx.fast.cuda_kernel(**names, shared_memory=max(ring, 48 << 10) if ring else 0)
 
 
 def absent_pointers(inputs: dict, outputs: dict) -> str:

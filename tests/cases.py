@@ -322,3 +322,21 @@ def single() -> list[Case]:
 
 
 SINGLE = single()
+
+
+def ringed() -> list[Case]:
+    """What mhc_pre fetches through its ring on CUDA: every dtype, tails of tokens and of outputs,
+    one run of k and several a slice."""
+    f32, f16, bf16 = DTYPES
+    rows = [
+        ((17,), 4, 256, bf16, PAPER, {"norm": False}),  # 17 tokens: two tiles of 16
+        ((9,), 4, 256, f32, DEEPSEEK_V4, {}),
+        ((5,), 4, 64, f16, PAPER, {"phi": f16}),
+        ((33,), 3, 32, bf16, ROW_FIRST, {"phi": bf16}),  # 15 outputs of 16, fewer runs than slices
+        ((9,), 4, 72, f32, KRONECKER, {"norm": False, "phi": bf16}),  # 12 outputs of 16
+        ((7,), 4, 136, f16, UNCONSTRAINED, {"offset": 1}),
+    ]
+    return [Case("mhc_pre", *shape, convention, **special) for *shape, convention, special in rows]
+
+
+RINGED = ringed()

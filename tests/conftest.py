@@ -38,7 +38,7 @@ def missing(rung: str) -> str | None:
         return None
     if rung == "gpu":
         return None if kernel.backend() else "no Metal or CUDA device"
-    if rung == "simulator":
+    if rung.startswith("simulator"):
         if not sys.platform.startswith("linux"):
             return "the simulator runs on Linux"
         return None if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler"
@@ -82,7 +82,8 @@ def forget_traces() -> None:
 
 @contextlib.contextmanager
 def executor(rung: str, few_groups: bool = True):
-    """Kernels run by the simulator, this machine's GPU or the stand-in, or compiled by NVRTC.
+    """Kernels run by the simulator, as Metal or as CUDA has them, by this machine's GPU or the
+    stand-in, or compiled by NVRTC.
 
     Yields the set of the variants that were launched.
     """
@@ -90,13 +91,17 @@ def executor(rung: str, few_groups: bool = True):
     literals = {k: getattr(ops.geometry, k) for k in (*FEW_GROUPS, *FEW_TOKENS)}
     set_geometry(**FEW_TOKENS)
     forget_traces()
-    if rung == "simulator":
+    stack = contextlib.ExitStack()
+    if rung.startswith("simulator"):
         import simulator
 
         mx.disable_compile()  # it evaluates what it is given
         run = simulator.launch
         set_geometry(**(FEW_GROUPS if few_groups else {}))
         kernel.backend = lambda: kernel._traced or "metal"
+        if rung == "simulator, CUDA":
+            stack.enter_context(simulator.cuda_form())
+            kernel.backend = lambda: kernel._traced or "cuda"
     elif rung == "stand-in":
         import standin
 
@@ -130,7 +135,8 @@ def executor(rung: str, few_groups: bool = True):
         kernel.launch, kernel.backend = launch, backend
         set_geometry(**literals)
         forget_traces()
-        if rung == "simulator":
+        stack.close()
+        if rung.startswith("simulator"):
             mx.enable_compile()
 
 

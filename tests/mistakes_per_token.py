@@ -42,6 +42,8 @@ PRE_65 = Case("mhc_pre", (65,), 4, 8, convention=PAPER)  # chunks of 33 and 32 t
 PRE_12 = Case("mhc_pre", (5,), 12, 33, convention=PAPER)  # threadgroups share a tile
 IDENTITY_32 = Case("mhc_pre", (20,), 32, 8, convention=IDENTITY)  # three blocks, two shares
 NORM_EPS = Case("mhc_pre", (5,), 4, 64, convention=PAPER, norm_eps=0.5)
+RINGED = Case("mhc_pre", (17,), 4, 256, "bfloat16", PAPER, norm=False)  # several runs a slice
+RINGED_12 = Case("mhc_pre", (5,), 4, 64, convention=KRONECKER)  # 12 outputs of 16
 PRE_EPS = Case("mhc_pre", (5,), 4, 64, convention=replace(EPS, pre_eps=0.1, post_eps=0.2))
 FEW = Case("mhc_pre", (5,), 4, 64, convention=replace(PAPER, iters=2))
 FEW_5 = Case("mhc_pre", (5,), 5, 31, convention=replace(PAPER, iters=2))
@@ -77,7 +79,9 @@ pre, pre_back = mistakes("mhc_pre"), mistakes("mhc_pre_backward")
 outer, alone = mistakes("mhc_phi_gradient"), mistakes("mhc_pre", "sinkhorn.h")
 made, runs = mistakes("mhc_pre", "coefficients.h"), mistakes("mhc_pre", "common.h")
 tiles, metal = mistakes("mhc_pre", "tiles.h"), mistakes("mhc_pre", "tiles_metal.h")
-cuda = mistakes("mhc_pre", "tiles_cuda.h")
+cuda, ring = mistakes("mhc_pre", "tiles_cuda.h"), mistakes("mhc_pre", "ring_cuda.h")
+ptx, ptx_products = mistakes("mhc_pre", "ptx.h"), mistakes("mhc_projection_backward", "ptx.h")
+SYNC = "simdgroup_sync();"
 streams = mistakes("mhc_pre", "streams.h")
 read, read_back = mistakes("stream_aggregate"), mistakes("stream_aggregate_backward")
 exact, exact_back = mistakes("mixing_matrix"), mistakes("mixing_matrix_backward")
@@ -365,8 +369,21 @@ PER_TOKEN = [
     ),
     metal("half of the squares", PRE, "e < 8; ++e) run", "e < 4; ++e) run", parity=WRONG),
     metal("squares of other lanes", PRE, "ushort(8)", "ushort(16)", parity=WRONG),
-    cuda("a longer instruction", PRE, "m16n8k8", "m16n8k16", nvrtc="mma"),
-    cuda("an integer in a float's register", PRE, '"r"(phi.w', '"f"(phi.w', nvrtc="constraint"),
+    ptx("a longer instruction", PRE, "m16n8k8", "m16n8k16", nvrtc="mma"),
+    ptx("an integer in a float's register", PRE, '"r"(b0)', '"f"(b0)', nvrtc="constraint"),
+    cuda("the last bits of phi", PRE, "phi, PHI)", "phi, 0)", parity=WRONG),
+    cuda("the first 8 tokens alone", RINGED, "y ? y->w[p][e] : 0u", "0u", parity=WRONG),
+    cuda("an element for two", RINGED, "= w << 16", "= w & 0xffff0000u", parity=WRONG),
+    ring("a run before it is there", RINGED, "<STAGES - 1>", "<STAGES>", rules=UNWRITTEN),
+    ring("a run that other lanes fetch", RINGED, SYNC, "", rules=UNWRITTEN),
+    ring("fetched while other lanes read", RINGED, SYNC, "", nth=1, rules=RACE),
+    ring("a ring for all simdgroups", RINGED, "c.simd * STAGES", "0 * STAGES", rules=RACE),
+    ring("odd rows as even ones", PRE, "(lane / 4 & 1)", "0", parity=WRONG),
+    ring("tokens past the last", RINGED, "t < c.tokens ? t", "true ? t", rules=OUTSIDE),
+    ring("outputs past the last", RINGED_12, "int(o) < OUTS", "int(o) < 99", rules=OUTSIDE),
+    ring("runs past the row", RINGED, "if (wanted < c.K)", "if (true)", rules=OUTSIDE),
+    ring("x stands still", RINGED, "x += c.step;", "", parity=WRONG),
+    ring("the first stage alone", RINGED, "stage + 1 ==", "1 ==", rules=RACE),
     # mhc_pre_backward
     pre_back("no barrier before dh_pre", PRE, BARRIER, "", rules=UNWRITTEN),
     pre_back("no barrier before dz is used", PRE, BARRIER, "", nth=1, rules=RACE),
@@ -621,9 +638,39 @@ PER_TOKEN = [
         "2 + 8 * p + e;\n        c.m",
         parity=WRONG,
     ),
-    cuda_products("a shorter instruction", MULTIPLIED, "m16n8k16", "m16n8k8", nvrtc="mma"),
-    cuda_products("two matrices for four", MULTIPLIED, "x2.trans", "x4.trans", nvrtc="ldmatrix"),
+    ptx_products("a shorter instruction", MULTIPLIED, "m16n8k16", "m16n8k8", nvrtc="mma"),
+    ptx_products("two matrices for four", MULTIPLIED, "x2.trans", "x4.trans", nvrtc="ldmatrix"),
+    ptx_products(
+        "a transpose of bytes",
+        MULTIPLIED,
+        "m8n8.trans.b16 %0",
+        "m8n8.trans.b8 %0",
+        nvrtc="movmatrix",
+    ),
+    cuda_products("the first part of dp alone", MULTIPLIED, "part = 2;", "part = 0;", parity=WRONG),
     cuda_products(
-        "a transpose of bytes", MULTIPLIED, "m8n8.trans.b16", "m8n8.trans.b8", nvrtc="movmatrix"
+        "tokens not in pairs", MULTIPLIED, "= transposed(reint", "= (reint", parity=WRONG
+    ),
+    cuda_products(
+        "outputs not in pairs",
+        MULTIPLIED,
+        "true, true>(b[part]",
+        "true, false>(b[part]",
+        parity=WRONG,
+    ),
+    cuda_products(
+        "dp's last part not kept",
+        MULTIPLIED,
+        "part < 3; ++part) {\n        if",
+        "part < 2; ++part) {\n        if",
+        rules=UNWRITTEN,
+    ),
+    cuda_products(
+        "an output for its neighbour",
+        MULTIPLIED,
+        "s * 8 + lane % 4 * 2 + e;\n        v[e]",
+        "s * 8 + lane % 4 + e;\n        v[e]",
+        parity=WRONG,
+        traffic=MORE,
     ),
 ]

@@ -6,7 +6,8 @@ python tests/simulate.py --case mhc_layer-5-n4        (the cases of tests/cases.
 Each launch runs under every schedule of the simulator and is compared with the reference's maths
 for that kernel (standin.py). Printed: threads, template, loads and stores of each buffer; for a
 broken rule the schedule, line, thread and element; for a wrong result the first wrong element, the
-thread and the line that stored it. --source prints the Metal source.
+thread and the line that stored it. --source prints the Metal source. --cuda runs the text that CUDA
+gets.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from cases import (
     EXACT,
     OUTPUT_ULPS,
     PROJECTED,
+    RINGED,
     SEAMS,
     SINGLE,
     ULP,
@@ -59,7 +61,7 @@ def first_wrong(record: simulator.Record, name: str, got: mx.array, want: mx.arr
     )
 
 
-def simulate(case: Case, source: bool) -> bool:
+def simulate(case: Case, source: bool, form: str) -> bool:
     """Whether every kernel that the case launches is right."""
     right = True
 
@@ -88,7 +90,7 @@ def simulate(case: Case, source: bool) -> bool:
         return want
 
     print(case)
-    with executor("simulator"):
+    with executor(form):
         kernel.launch = both
         results(getattr(ops, case.op), case, [a for a in case.arrays() if a is not None])
     print(f"  {'right, under every schedule' if right else 'WRONG: see above'}")
@@ -108,8 +110,9 @@ def main() -> None:
     parser.add_argument("--convention", choices=CONVENTIONS | EXACT, default="ROW_FIRST")
     parser.add_argument("--per-token", action="store_true", help="h_post and h_res of each token")
     parser.add_argument("--source", action="store_true", help="print the Metal source")
+    parser.add_argument("--cuda", action="store_true", help="the text that CUDA gets")
     args = parser.parse_args()
-    cases = [c for c in COVERING + DYNAMIC + SINGLE if args.case and args.case in str(c)]
+    cases = [c for c in COVERING + DYNAMIC + SINGLE + RINGED if args.case and args.case in str(c)]
     if args.case and not cases:
         parser.error(f"no case has {args.case!r} in its name")
     if not cases:
@@ -118,7 +121,8 @@ def main() -> None:
         shape = (args.n, args.n if args.op == "sinkhorn_knopp" else args.C)
         each = (args.per_token,) * 2
         cases = [Case(args.op, (args.tokens,), *shape, args.dtype, convention, per_token=each)]
-    sys.exit(not all([simulate(c, args.source) for c in cases]))
+    form = "simulator, CUDA" if args.cuda else "simulator"
+    sys.exit(not all([simulate(c, args.source, form) for c in cases]))
 
 
 if __name__ == "__main__":

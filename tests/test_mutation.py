@@ -58,12 +58,17 @@ def run(case: Case):
         ops.geometry.of_outer = of_outer
 
 
+METAL, CUDA = "simulator", "simulator, CUDA"
+
+
 @functools.cache
-def launches(case: Case, body: str) -> list[tuple]:
+def launches(case: Case, body: str, form: str) -> list[tuple]:
     """What the case launches of the body, a call for each variant."""
     calls = {}
     with executor("stand-in"):
         stand_in = kernel.launch
+        if form == CUDA:
+            kernel.backend = lambda: "cuda"
 
         def keep(*call):
             if call[0] == body:
@@ -86,8 +91,8 @@ def compiled_by_nvrtc(body: str, source: str) -> str:
 
 
 @functools.cache
-def traffic(case: Case) -> list[str]:
-    with executor("simulator", few_groups=case is not MANY), simulator.recording() as records:
+def traffic(case: Case, form: str) -> list[str]:
+    with executor(form, few_groups=case is not MANY), simulator.recording() as records:
         run(case)
     return [words(r) for r in records]
 
@@ -97,15 +102,16 @@ def caught(case: Case, body: str, mistake: Mistake | None = None) -> dict[str, s
     import dialect
     import nvrtc
 
-    says, normal = dict.fromkeys(RUNGS, ""), traffic(case)
-    calls = launches(case, body)
+    form = CUDA if mistake and mistake.file.endswith(("_cuda.h", "ptx.h")) else METAL
+    says, normal = dict.fromkeys(RUNGS, ""), traffic(case, form)
+    calls = launches(case, body, form)
     with planted(mistake), ThreadPoolExecutor(1) as pool:
         cuda = [(c[0], nvrtc.cuda_source(*c[:3], c[4], c[5])) for c in calls]
         compiled = pool.map(lambda one: compiled_by_nvrtc(*one), cuda)  # while the others run
         for call in calls:
             says["dialect"] += "; ".join(dialect.refusals(simulator.generated(*call[:6])))
         try:
-            with executor("simulator", few_groups=case is not MANY):
+            with executor(form, few_groups=case is not MANY):
                 with simulator.recording() as records:
                     got = run(case)
             moved = [words(r) for r in records]

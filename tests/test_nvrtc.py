@@ -41,7 +41,7 @@ def test_compiles_without_spills(k, need, request):
     [
         (4, 1024, mx.bfloat16, None, 64 << 10),
         (4, 1024, mx.float32, None, 80 << 10),
-        (4, 1024, mx.bfloat16, 512, 0),  # more than a threadgroup has
+        (4, 1024, mx.bfloat16, 512, 0),  # more than a threadgroup may have
         (4, 1001, mx.bfloat16, None, 0),  # n C is no multiple of 32
         (2, 1024, mx.bfloat16, None, 0),  # 8 outputs
         (8, 1024, mx.bfloat16, None, 0),  # x is swept again
@@ -60,6 +60,19 @@ def test_ring_of_products(n, C, dtype, threads, ring, need, monkeypatch):
             threads_per_group=threads,
         )
     assert max(nvrtc.rings.values()) == ring
+
+
+def test_a_ring_raises_the_limit_of_its_kernel(monkeypatch):
+    """MLX does from 48,000 bytes on; without, ring and the kernel's own arrays may exceed 48 KiB."""
+    asked = []
+    monkeypatch.setattr(
+        mx.fast, "cuda_kernel", lambda **given: asked.append(given["shared_memory"])
+    )
+    kernel._build.cache_clear()
+    for ring in (0, 32 << 10, 40 << 10, 80 << 10):
+        kernel._build("cuda", "mhc_pre", (), (), "", 256, ring)
+    kernel._build.cache_clear()
+    assert asked == [0, 48 << 10, 48 << 10, 80 << 10]
 
 
 @pytest.mark.parametrize("n", [8, 48, 64])

@@ -14,8 +14,8 @@ MANY_GROUPS = 1 << 16  # where a threadgroup fetches next to nothing before its 
 BACKWARD_THREADS = 132 * 512  # what an H100 holds at 128 registers; a group leaves a row of sums
 FEW_TOKENS = 2048  # up to here small tiles, for more threadgroups
 SWEEP_TOKENS = 16  # up to here many threadgroups share a token's projection: half the time
-RING_STAGES = 2  # 3 take 384 us at (65536, 4, 1024), 2 take 354, registers instead 408
-RING_BYTES = 80 << 10  # any GPU since sm_80 has them beside what mhc_pre keeps
+RING_STAGES = 2  # 354 us at (65536, 4, 1024), registers instead 408
+RING_THREADS = 256  # up to here any GPU since sm_80 has the ring beside what mhc_pre keeps
 FILLING_GROUPS = 264  # two for each multiprocessor of an H100
 ONE_LAUNCH_TOKENS = 1024  # up to here every threadgroup of `mhc_layer` projects H_res itself
 
@@ -86,8 +86,7 @@ class Projection(NamedTuple):
     def ring(self, dtype: mx.Dtype, phi: mx.Dtype) -> int:
         """Bytes in which runs wait on CUDA: of each row that a lane has of a tile, 8 elements."""
         row = self.tiles * dtype.size + self.block * phi.size
-        size = RING_STAGES * 8 * self.threads * row
-        return size if size <= RING_BYTES else 0
+        return RING_STAGES * 8 * self.threads * row if self.threads <= RING_THREADS else 0
 
 
 @functools.cache

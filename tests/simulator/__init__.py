@@ -150,7 +150,8 @@ def runtime() -> ctypes.CDLL:
 def program(source: str) -> tuple[Path, ctypes._SimpleCData]:
     """The library and the entry of a body's C++, compiled once per source."""
     runtime()
-    library = build(source, BODY_FLAGS, source + (HERE / "body.hpp").read_text() + str(BODY_FLAGS))
+    words = "".join((HERE / file).read_text() for file in ("body.hpp", "ptx.hpp"))
+    library = build(source, BODY_FLAGS, source + words + str(BODY_FLAGS))
     return library, ctypes.CDLL(str(library)).simulated
 
 
@@ -179,6 +180,21 @@ def generated(name, inputs, outputs, groups, threads, template) -> str:
 
 
 _launch = kernel.launch
+_cuda = False  # headers of CUDA instead of Metal's
+
+
+@contextlib.contextmanager
+def cuda_form():
+    """Launches run the text of kernels/ that CUDA gets, PTX by `ptx.hpp`, in MLX's Metal kernel."""
+    global _cuda
+    header = kernel._header
+    _cuda, kernel._header = True, lambda name, backend: header(name, "cuda")
+    kernel._build.cache_clear()
+    try:
+        yield
+    finally:
+        _cuda, kernel._header = False, header
+        kernel._build.cache_clear()
 
 
 def cpp(name: str, source: str) -> tuple[str, list[str]]:
@@ -196,6 +212,8 @@ def cpp(name: str, source: str) -> tuple[str, list[str]]:
     instance = re.search(r"decltype\((\w+<.*?>)\)", source)
     instance = instance or re.search(r"\[\[kernel\]\] void (\w+)", source)
     headers = sorted(p.name for p in kernel._FOLDERS[1].glob("*.h"))
+    if _cuda:
+        source = source.replace(kernel.text("ptx.h"), '\n#include "ptx.hpp"\n')
     for file in (*headers, f"{name}.metal"):  # so that errors name our lines
         text = kernel.text(file)
         source = source.replace(text, f'\n#line 1 "{file}"\n{text}\n#line 1 "generated"\n')
@@ -266,7 +284,8 @@ def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> l
         table = (_Buffer * len(names))(*(w.entry(k) for k, w in watched.items()))
         where = ctypes.c_uint64()
         error = runtime().simulate(
-            entry, table, len(names), groups, threads, schedule % 3, ctypes.byref(where)
+            *(entry, table, len(names), groups, threads, schedule % 3),
+            *(ctypes.c_size_t(template.get("RING", 0)), ctypes.byref(where)),
         )
         if error:
             place_of = f" at {source_line(library, where.value)}" if where.value else ""

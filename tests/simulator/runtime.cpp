@@ -18,6 +18,12 @@ namespace {
 typedef unsigned int uint;
 enum { RUNNING, AT_SIMD, AT_BARRIER, DONE };
 
+struct Copy {
+  uint to;
+  const void* from;
+  void* where;
+};
+
 struct Fiber {
   ucontext_t start;
   jmp_buf here;
@@ -25,7 +31,10 @@ struct Fiber {
   int state, line, flags;
   const char* file;
   uint tid, arrays, turn;
-  float values[2][4];  // published at this simd operation and at the one before
+  float values[2][8];  // published at this simd operation and at the one before
+  bool sync;           // it is one that orders memory in the simdgroup
+  std::vector<Copy> copies;  // asked for, oldest first
+  std::vector<size_t> commits;  // copies in each
 };
 
 struct Buffer {  // filled in by __init__.py
@@ -42,6 +51,7 @@ struct Buffer {  // filled in by __init__.py
 struct Touch {  // last write and read of an element of threadgroup memory; an epoch ends at a barrier
   uint write_epoch, read_epoch;
   int writer, reader, other_reader;  // threads; -1 is none
+  uint write_turn, read_turn;        // of their simdgroup's memory
 };
 
 struct Array {
@@ -51,12 +61,15 @@ struct Array {
   std::vector<Touch> touches;
 };
 
-constexpr size_t STACK = 128 << 10, RED_ZONE = 4096, LIMIT = 32 << 10;
+constexpr size_t STACK = 128 << 10, RED_ZONE = 4096, LIMIT = 32 << 10, CUDA_LIMIT = 99 << 10;
 constexpr int MEM_THREADGROUP = 2;
 
 std::vector<Fiber> fibers;
 std::vector<char> stacks, arena;
 std::vector<Array> arrays;
+Array dynamic;            // what the launch gives
+uint turns[32];           // of each simdgroup's memory
+int order;                // schedule
 std::vector<Buffer*> buffers;
 Fiber* current;
 jmp_buf scheduler;
@@ -134,7 +147,8 @@ bool step(uint s) {
     if (fibers[i].line != fibers[first].line || fibers[i].file != fibers[first].file)
       return apart(fibers[first], fibers[i], "lanes at different simd operations");
   }
-  for (uint i = first; i < end; ++i) fibers[i].state = RUNNING;
+  if (fibers[first].sync) ++turns[s];
+  for (uint i = first; i < end; ++i) fibers[i].state = RUNNING, fibers[i].sync = false;
   return true;
 }
 
@@ -171,7 +185,10 @@ void threadgroup_access(Array& a, size_t offset, size_t size, bool write, void* 
       fail(where, "thread %d of threadgroup %u reads %s[%zu], which nobody wrote", me, group, a.name, e);
       leave();
     }
-    const bool written = t.write_epoch == epoch, read = t.read_epoch == epoch;
+    const uint turn = turns[me / 32];  // what lanes of its simdgroup did in an earlier one is over
+    auto before = [&](int thread, uint then) { return thread / 32 == me / 32 && then < turn; };
+    const bool written = t.write_epoch == epoch && !before(t.writer, t.write_turn);
+    const bool read = t.read_epoch == epoch && !before(t.reader, t.read_turn);
     int other = written && t.writer != me ? t.writer : -1;
     if (other < 0 && write && read) other = t.reader != me ? t.reader : t.other_reader;
     if (other >= 0) {
@@ -179,8 +196,8 @@ void threadgroup_access(Array& a, size_t offset, size_t size, bool write, void* 
            write ? "writes" : "reads", a.name, e, other, written && other == t.writer ? "wrote" : "read");
       leave();
     }
-    if (write) t.write_epoch = epoch, t.writer = me;
-    else if (!read) t.read_epoch = epoch, t.reader = me, t.other_reader = -1;
+    if (write) t.write_epoch = epoch, t.writer = me, t.write_turn = turn;
+    else if (!read) t.read_epoch = epoch, t.reader = me, t.other_reader = -1, t.read_turn = turn;
     else if (t.reader != me) t.other_reader = me;
   }
 }
@@ -225,6 +242,8 @@ void access(void* p, size_t size, size_t alignment, bool write, void* where) {
     if (away < distance) distance = away, near = name, element = long((a < data ? a - data - long(item) + 1 : a - data) / long(item));
     return false;
   };
+  if (dynamic.bytes && seen(dynamic.name, dynamic.data, dynamic.bytes, dynamic.element))
+    return threadgroup_access(dynamic, a - dynamic.data, size, write, where);
   if (a >= arena.data() && a < arena.data() + arena.size()) {
     for (auto& array : arrays)
       if (seen(array.name, array.data, array.bytes, array.element))
@@ -260,8 +279,9 @@ void* sim_threadgroup(const char* name, size_t bytes, size_t element) {
     size_t total = bytes, offset = RED_ZONE;
     for (auto& a : arrays) total += a.bytes, offset += a.bytes + RED_ZONE;
     offset += -reinterpret_cast<uintptr_t>(arena.data() + offset) % 64;
-    if (total > LIMIT) {
-      fail(nullptr, "%zu bytes of threadgroup memory with %s: Metal has %zu", total, name, LIMIT);
+    const size_t limit = dynamic.bytes ? CUDA_LIMIT - dynamic.bytes : LIMIT;
+    if (total > limit) {
+      fail(nullptr, "%zu bytes of threadgroup memory with %s: %s has %zu", total, name, dynamic.bytes ? "CUDA" : "Metal", limit);
       leave();
     }
     arrays.push_back({name, arena.data() + offset, bytes, element, std::vector<Touch>(bytes / element)});
@@ -276,6 +296,47 @@ void sim_barrier(int flags, const char* file, int line) {
 
 float sim_exchange(float v, uint lane, const char* file, int line) {
   return publish({v}, file, line)[lane].values[current->turn][0];
+}
+
+// The lanes' shares, up to 32 bytes each, in order
+void sim_lanes(const void* mine, void* all, size_t bytes, const char* file, int line) {
+  float words[8] = {};
+  std::memcpy(words, mine, bytes);
+  const Fiber* lanes = publish({words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7]}, file, line);
+  for (uint i = 0; i < 32; ++i) std::memcpy(static_cast<char*>(all) + i * bytes, lanes[i].values[current->turn], bytes);
+}
+void sim_simdgroup_sync(const char* file, int line) {
+  current->sync = true;
+  publish({}, file, line);
+}
+
+// Copies land at once, or, in the schedules that run ahead, as late as they may.
+uint sim_address(const void* p) { return uint(static_cast<const char*>(p) - arena.data()); }
+void* sim_pointer(uint address) { return arena.data() + address; }
+void* sim_dynamic() { return dynamic.data; }
+static void land(const Copy& c) {
+  access(const_cast<void*>(c.from), 16, 16, false, c.where);
+  access(sim_pointer(c.to), 16, 16, true, c.where);
+  std::memcpy(sim_pointer(c.to), c.from, 16);
+}
+void sim_copy(uint to, const void* from) {
+  const Copy c = {to, from, __builtin_return_address(0)};
+  if (order == 0) land(c);
+  else current->copies.push_back(c);
+}
+void sim_commit() {
+  size_t before = 0;
+  for (size_t count : current->commits) before += count;
+  current->commits.push_back(current->copies.size() - before);
+}
+void sim_wait(int left) {
+  while (current->commits.size() > size_t(left)) {
+    for (size_t count = current->commits.front(); count > 0; --count) {
+      land(current->copies.front());
+      current->copies.erase(current->copies.begin());
+    }
+    current->commits.erase(current->commits.begin());
+  }
 }
 
 // A lane holds two elements of an 8 x 8 matrix: [row][column] and [row][column + 1].
@@ -298,7 +359,7 @@ void sim_matrix(float* d, const float* a, const float* b, const float* c, const 
 
 // Runs the grid. Returns an error or null; *where becomes the instruction's offset in its library, 0 if there is none.
 const char* simulate(void (*entry)(), Buffer* list, int count, uint group_count, uint thread_count, int schedule,
-                     uint64_t* where) {
+                     size_t dynamic_bytes, uint64_t* where) {
   kernel = entry;
   threads = thread_count;
   groups = group_count;
@@ -307,7 +368,11 @@ const char* simulate(void (*entry)(), Buffer* list, int count, uint group_count,
   buffers.clear();
   for (int k = 0; k < count; ++k) buffers.push_back(list + k);
   arrays.clear();
-  arena.resize(LIMIT + 32 * (RED_ZONE + 64));
+  order = schedule;
+  arena.resize(LIMIT + 33 * (RED_ZONE + 64) + dynamic_bytes);
+  dynamic = {"dynamic_threadgroup", nullptr, dynamic_bytes, 16, std::vector<Touch>(dynamic_bytes / 16)};
+  dynamic.data = arena.data() + arena.size() - dynamic_bytes - 64;
+  dynamic.data += -reinterpret_cast<uintptr_t>(dynamic.data) % 64;
   fibers.resize(threads);
   stacks.resize(threads * STACK);
   for (group = 0; group < groups && error.empty(); ++group) {
@@ -318,6 +383,9 @@ const char* simulate(void (*entry)(), Buffer* list, int count, uint group_count,
       f.state = RUNNING;
       f.tid = i;
       f.arrays = f.turn = 0;
+      f.sync = false;
+      f.copies.clear();
+      f.commits.clear();
       getcontext(&f.start);
       f.start.uc_stack.ss_sp = &stacks[i * STACK];
       f.start.uc_stack.ss_size = STACK;
