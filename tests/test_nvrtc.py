@@ -63,7 +63,7 @@ def test_ring_of_products(n, C, dtype, threads, ring, need, monkeypatch):
 
 
 def test_a_ring_raises_the_limit_of_its_kernel(monkeypatch):
-    """MLX does from 48,000 bytes on; without, ring and the kernel's own arrays may exceed 48 KiB."""
+    """MLX does from 48,000 bytes on; without, a ring and arrays may exceed 48 KiB."""
     asked = []
     monkeypatch.setattr(
         mx.fast, "cuda_kernel", lambda **given: asked.append(given["shared_memory"])
