@@ -309,7 +309,7 @@ def single() -> list[Case]:
         (axes, 4, 64, bf16, PAPER, {"norm": False, "phi": bf16}),
         (few, 2, 31, f16, IDENTITY, {}),
         (few, 3, 8, bf16, MHC_LITE, {"rounded": True}),
-        (two, 12, 8, f32, PAPER, {}),
+        (axes, 12, 8, f32, PAPER, {}),
         ((0,), 4, 8, f32, DEEPSEEK_V4, {}),
     ]
     cases = []

@@ -174,14 +174,15 @@ def _single_backward(
 ):
     *made, unit = saved
     h_pre, h_post, h_res = made if len(made) == 3 else (*made, None)
-    dout, du, dh_pre = cotangents
+    whole, branch = flat(x, 3), flat(y, 2)  # all tokens in a row, as what was saved
+    dout, du, dh_pre = (flat(a, keep) for a, keep in zip(cotangents, (3, 2, 2), strict=True))
     dx, dy, dpre, dpost, dres, dweight = _seam_backward(
-        x, y, h_pre, h_post, h_res, weight, (dout, du), eps, rounded, *options
+        whole, branch, h_pre, h_post, h_res, weight, (dout, du), eps, rounded, *options
     )
-    given = (None, dpre + flat(dh_pre, 2), dpost, dres, dx)
-    arrays = (x, phi, bias, alpha, None)
+    given = (None, dpre + dh_pre, dpost, dres, dx)
+    arrays = (whole, phi, bias, alpha, None)
     dx, *rest = pre_backward(*arrays, given, convention, norm_eps, 1.0, *options, saved=[unit])
-    return [dx, dy, *rest[:3], dweight]
+    return [unflat(dx, x.shape), unflat(dy, y.shape), *rest[:3], dweight]
 
 
 KERNELS |= {
