@@ -15,6 +15,7 @@ add to a layer's kernels. With --from FILE nothing runs: --compare, --plot and -
 import argparse
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import os
@@ -778,7 +779,7 @@ def measure(args: argparse.Namespace) -> dict:
     kernels = kernel.backend() or "none here, so compiled against plain reference"
     print(f"{result['device']}, MLX {mx.__version__}, kernels: {kernels}")
     if args.once:
-        for op, shape, name in chosen.get("rows", []):
+        for op, shape, name in itertools.chain.from_iterable(chosen.values()):
             once(op, shape, name, args.direction or ["forward+backward"], args.threads)
         return result
     for section, each_case in chosen.items():

@@ -418,9 +418,11 @@ def test_a_compiled_site_follows_its_constants(launches):
 
 
 def test_sites_that_are_not_compiled(launches, monkeypatch):
-    """With a gradient, without kernels, without a GPU, without tokens: each call calls the op."""
+    """With a gradient, without kernels, without a GPU, without tokens, and of a length that is no
+    decoder's and no whole chunk: each call calls the op."""
     site = find_sites(patched(tiny()).model)[1]
     x, y = random_inputs(site, mx.float32, 3)
+    rest, chunk = (random_inputs(site, mx.float32, length) for length in (65, 256))
     with monkeypatch.context() as context:
         op, calls = ops.mhc_single_pass, []
         counted = lambda *args, **options: calls.append(options) or op(*args, **options)  # noqa: E731
@@ -429,6 +431,7 @@ def test_sites_that_are_not_compiled(launches, monkeypatch):
         for given, backend, use_metal, differentiable, count in (
             *(((x, y), "metal", True, True, 2), ((x, y), "metal", False, False, 2)),
             *(((x, y), None, True, False, 2), (none, "metal", True, False, 2)),
+            *((rest, "metal", True, False, 2), (chunk, "metal", True, False, 1)),
             ((x, y), "metal", True, False, 1),
         ):
             context.setattr(kernel, "backend", lambda backend=backend: backend)

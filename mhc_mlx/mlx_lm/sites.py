@@ -58,7 +58,7 @@ def _site(
     unless it reads, and normalised where there is a weight.
 
     With a backend it is compiled: MLX traces it once for each shape, stream and thread, and keeps
-    the launches with their sources, some 50 KB.
+    the launches with their sources, some 50 KB: see `_comes_again`.
     """
     options = {"use_metal": use_metal, "differentiable": differentiable}
     settings = convention(iters, hc_eps), norm_eps
@@ -74,6 +74,12 @@ def _site(
         return out, ops.stream_aggregate(out, h_pre, **options) if reads else None, h_pre
 
     return mx.compile(run) if backend else run
+
+
+def _comes_again(length: int) -> bool:
+    """Of decoding, or a whole chunk of a prompt. Its last chunk may have any length: it is worth no
+    trace, because traces are kept."""
+    return length <= 64 or length % 256 == 0
 
 
 class SinglePassConnection(stock.HyperConnection):
@@ -98,9 +104,12 @@ class SinglePassConnection(stock.HyperConnection):
     def site(self, x: mx.array, y: mx.array, norm: Callable | None) -> Made:
         """The streams out, u (None without a norm) and h_pre."""
         plain = y.dtype == x.dtype and _plain_norm(norm, x.dtype)
-        launches = self.use_metal and not self.differentiable and x.size > 0
+        compiles = self.use_metal and not self.differentiable and x.size > 0
         run = _site(
-            *(kernel.backend() if launches else None, norm is not None),
+            *(
+                kernel.backend() if compiles and _comes_again(x.shape[-3]) else None,
+                norm is not None,
+            ),
             *(self.iters, self.hc_eps, self.norm_eps, norm.eps if plain else 1.0),
             *(self.use_metal, self.differentiable),
         )
