@@ -34,7 +34,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
       const mhc::Pack<T, VEC> v = mhc::load<T, VEC>(x + base + j * C + c, whole);
       UNROLL for (int i = 0; i < N; ++i) {
         const float m = MIXES > 0 ? own_mix[MIXES > 0 ? i * N + j : 0] : RES_PER_TOKEN ? static_cast<float>(h_res[(size_t(t) * N + i) * N + j]) : mix[j * N + i];
-        UNROLL for (int e = 0; e < VEC; ++e) acc[i * VEC + e] += m * static_cast<float>(v.v[e]);
+        UNROLL for (int e = 0; e < VEC; ++e) acc[i * VEC + e] = metal::fma(m, static_cast<float>(v.v[e]), acc[i * VEC + e]);
       }
     }
     UNROLL for (int i = 0; i < N; ++i) {
