@@ -378,11 +378,11 @@ PER_TOKEN = [
     ring("a run that other lanes fetch", RINGED, SYNC, "", rules=UNWRITTEN),
     ring("fetched while other lanes read", RINGED, SYNC, "", nth=1, rules=RACE),
     ring("a ring for all simdgroups", RINGED, "c.simd * STAGES", "0 * STAGES", rules=RACE),
-    ring("odd rows as even ones", PRE, "(lane / 4 & 1)", "0", parity=WRONG),
+    ring("odd rows as even ones", PRE, "(lane / 4 & 1)", "0", rules=DIFFER),
     ring("tokens past the last", RINGED, "t < c.tokens ? t", "true ? t", rules=OUTSIDE),
     ring("outputs past the last", RINGED_12, "int(o) < OUTS", "int(o) < 99", rules=OUTSIDE),
     ring("runs past the row", RINGED, "if (wanted < c.K)", "if (true)", rules=OUTSIDE),
-    ring("x stands still", RINGED, "x += c.step;", "", parity=WRONG),
+    ring("x stands still", RINGED, "x += c.step;", "", rules=DIFFER),
     ring("the first stage alone", RINGED, "stage + 1 ==", "1 ==", rules=RACE),
     # mhc_pre_backward
     pre_back("no barrier before dh_pre", PRE, BARRIER, "", rules=UNWRITTEN),

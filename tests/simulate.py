@@ -61,7 +61,7 @@ def first_wrong(record: simulator.Record, name: str, got: mx.array, want: mx.arr
     )
 
 
-def simulate(case: Case, source: bool, form: str) -> bool:
+def simulate(case: Case, source: bool, form: str = "simulator") -> bool:
     """Whether every kernel that the case launches is right."""
     right = True
 

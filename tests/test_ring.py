@@ -21,7 +21,7 @@ def ring(need) -> ctypes.CDLL:
     import simulator
 
     text = kernel.text("ring_cuda.h")
-    functions = text[text.index("template <int FETCHES>") : text.index("inline void fetch_ahead")]
+    functions = text[text.index("template <int FETCHES>") : text.index("template <int OUTS")]
     source = "typedef unsigned int uint;\n" + functions
     source += "".join(ENTRY.format(name=k, function=v) for k, v in FUNCTIONS.items())
     return ctypes.CDLL(str(simulator.build(source, ["-std=c++20", "-O1", "-fPIC", "-c"], source)))
