@@ -21,7 +21,6 @@ from cases import (
     OUTPUT_ULPS,
     PROJECTED,
     REFERENCE,
-    RINGED,
     SEAMS,
     SIGMAS,
     SINGLE,
@@ -233,22 +232,6 @@ def test_kernels(case, rung, need):
     compiled.update((rung, which, v) for v in launched)
     count = sum(v[:2] == (rung, which) for v in compiled)
     assert count <= MAX_VARIANTS[which], f"{count} compiled variants"
-
-
-CUDA_FORM = [c for c in DYNAMIC + SINGLE if c.op in (*PROJECTED, "mhc_single_pass")] + RINGED
-
-
-@pytest.mark.parametrize("case", CUDA_FORM, ids=str)
-def test_cuda_form(case, need):
-    """The text that CUDA gets, where it is another than Metal's."""
-    need("simulator, CUDA")
-    given = [a for a in case.arrays() if a is not None]
-    with executor("simulator, CUDA") as launched:
-        check(case, results(getattr(ops, case.op), case, given))
-    rings = [
-        dict(template).get("RING", 0) for _, name, template, _ in launched if name == "mhc_pre"
-    ]
-    assert case not in RINGED or min(rings) > 0
 
 
 @pytest.mark.parametrize("threads", [32, 96, 1024])
