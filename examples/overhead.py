@@ -8,7 +8,8 @@ The floor of what connections add is their traffic over the bandwidth of a copy 
 dynamic sublayer of 4 streams moves at least 41 rows of C elements per token, 14 forward and 27
 backward. Peak memory of the reference is foretold from one and two layers; where the device has
 not as much, it is left out. --curves trains small models of both kinds for some steps and
-compares their losses. Without a GPU both are the reference, and it says so.
+compares their losses. --from FILE prints the table of an earlier --json, with --copy-gb-s by the
+bandwidth that another program measured. Without a GPU both are the reference, and it says so.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def copy_bandwidth(mib: int) -> float:
             times.append(time.perf_counter() - began)
         return statistics.median(times[2:])  # the first allocate
 
-    return 2 * x.nbytes * 12 / (seconds(16) - seconds(4))
+    return 2 * x.nbytes * 12 / max(seconds(16) - seconds(4), 1e-9)  # small copies are noise
 
 
 def measure(command: list[str], steps: int) -> dict:
@@ -124,6 +125,15 @@ def curves(steps: int) -> float:
     return max(abs(a - b) for a, b in zip(*losses, strict=True))
 
 
+def by_floor(result: dict, factor: float) -> dict:
+    """A result of `overhead` with its floor times a factor."""
+    made = {k: dict(result[k]) for k in KINDS if k in result}
+    for kind in made.values():
+        if "x_floor" in kind:
+            kind["x_floor"] /= factor
+    return result | made | {"floor_ms": factor * result["floor_ms"]}
+
+
 def table(results: list[dict]) -> str:
     """Markdown."""
     lines = [
@@ -161,7 +171,18 @@ def main(command: list[str] | None = None) -> None:
     parser.add_argument("--copy-mib", type=int, default=512, help="size of the array copied")
     parser.add_argument("--curves", type=int, default=0, metavar="STEPS")
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--from", dest="source", metavar="FILE", help="run nothing, read this")
+    parser.add_argument("--copy-gb-s", type=float, metavar="GB/S", help="of a copy, with --from")
     args = parser.parse_args(command)
+    if args.copy_gb_s and not args.source:
+        parser.error("--copy-gb-s goes with --from")
+    if args.source:
+        with open(args.source) as f:
+            record = json.load(f)
+        factor = record["copy_gb_s"] / (args.copy_gb_s or record["copy_gb_s"])
+        print(f"{record['device']}, MLX {record['mlx']}, {record['date']}")
+        print(table([by_floor(r, factor) for r in record["results"]]))
+        return
     if args.tokens % args.context:
         parser.error(f"--tokens must be a multiple of --context but is {args.tokens}")
     if backend() is None:

@@ -463,6 +463,7 @@ def test_overhead(tmp_path, capsys, uncompiled):
     # 41 rows of 8 float32 for 32 tokens in 2 sublayers
     floor = 41 * 2 * 8 * 32 * 4 / record["copy_gb_s"] / 1e6
     assert result["floor_ms"] == pytest.approx(floor)
+    added_fused = result["fused"]["added_ms"]
     for kind in ("fused", "reference"):
         added = result[kind]["ms"] - result["plain"]["ms"]
         assert result[kind]["added_ms"] == pytest.approx(added)
@@ -472,6 +473,14 @@ def test_overhead(tmp_path, capsys, uncompiled):
     )
     out = capsys.readouterr().out
     assert "both the reference on the CPU" in out and "| 8 | fused |" in out
+    table = next(line for line in out.splitlines() if line.startswith("| 8 | fused |"))
+    overhead.main(["--from", str(file)])
+    assert table in capsys.readouterr().out
+    overhead.main(["--from", str(file), "--copy-gb-s", str(record["copy_gb_s"] / 2)])
+    halved = next(
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("| 8 | fused |")
+    )
+    assert halved.split("|")[7].strip() == f"{added_fused / floor / 2:.2f}"
 
 
 if __name__ == "__main__":

@@ -231,8 +231,7 @@ def pre_forward(
         g = geometry.of_projection(n, C, x.dtype, outs, tokens, threads_per_group)
         template = {"T": x.dtype, "P": phi.dtype, "N": n, "OUTS": outs, "VEC": g.vec}
         template |= {"THREADS": g.threads, "SLICES": g.slices, "TILES": g.tiles, "BLOCK": g.block}
-        gains = n <= 4 and n * C % 32 == 0 and 8 < outs <= 8 * g.block  # one pass over x
-        ring = g.ring(x.dtype, phi.dtype) if gains and kernel.backend() == "cuda" else 0
+        ring = geometry.of_ring(g, n, C, x.dtype, phi.dtype, outs, kernel.backend())
         results = kernel.launch(
             "mhc_pre",
             {"x": x, "phi": phi, "bias": bias, "alpha": alpha, "weight": weight, "params": params},

@@ -50,8 +50,8 @@ struct Buffer {  // filled in by __init__.py
 
 struct Touch {  // last write and read of an element of threadgroup memory; an epoch ends at a barrier
   uint write_epoch, read_epoch;
-  int writer, reader, other_reader;  // threads; -1 is none
-  uint write_turn, read_turn;        // of their simdgroup's memory
+  int writer, reader, other_reader;  // threads; -1 is none; the other of another simdgroup, if one reads
+  uint write_turn, read_turn, other_turn;  // of their simdgroup's memory
 };
 
 struct Array {
@@ -188,9 +188,13 @@ void threadgroup_access(Array& a, size_t offset, size_t size, bool write, void* 
     const uint turn = turns[me / 32];  // what lanes of its simdgroup did in an earlier one is over
     auto before = [&](int thread, uint then) { return thread / 32 == me / 32 && then < turn; };
     const bool written = t.write_epoch == epoch && !before(t.writer, t.write_turn);
-    const bool read = t.read_epoch == epoch && !before(t.reader, t.read_turn);
+    const bool read = t.read_epoch == epoch;
+    auto apart = [&](int thread, uint then) { return thread >= 0 && thread != me && !before(thread, then); };
     int other = written && t.writer != me ? t.writer : -1;
-    if (other < 0 && write && read) other = t.reader != me ? t.reader : t.other_reader;
+    if (other < 0 && write && read) {
+      if (apart(t.reader, t.read_turn)) other = t.reader;
+      else if (apart(t.other_reader, t.other_turn)) other = t.other_reader;
+    }
     if (other >= 0) {
       fail(where, "race: thread %d of threadgroup %u %s %s[%zu], which thread %d %s, with no barrier between", me, group,
            write ? "writes" : "reads", a.name, e, other, written && other == t.writer ? "wrote" : "read");
@@ -198,7 +202,8 @@ void threadgroup_access(Array& a, size_t offset, size_t size, bool write, void* 
     }
     if (write) t.write_epoch = epoch, t.writer = me, t.write_turn = turn;
     else if (!read) t.read_epoch = epoch, t.reader = me, t.other_reader = -1, t.read_turn = turn;
-    else if (t.reader != me) t.other_reader = me;
+    else if (!apart(t.reader, t.read_turn)) t.reader = me, t.read_turn = turn;
+    else if (t.other_reader < 0 || t.other_reader / 32 == t.reader / 32) t.other_reader = me, t.other_turn = turn;
   }
 }
 
