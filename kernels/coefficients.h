@@ -11,6 +11,15 @@ template <typename Q> inline float gate(float z, int part, Q params) {
   return scale * sigmoid(z) + static_cast<float>(params[part == 0 ? 0 : 2]);
 }
 
+// A token's logits alpha l + bias, to be read like an array of them
+template <typename L, typename B> struct Logits {
+  L l;
+  B bias;
+  float alpha;
+  inline float operator[](uint i) const { return alpha * static_cast<float>(l[i]) + static_cast<float>(bias[i]); }
+};
+template <typename L, typename B> inline Logits<L, B> logits_of(L l, B bias, float alpha) { return {l, bias, alpha}; }
+
 // Lanes that project a token's N x N logits, N <= 8: four lines fit in one lane.
 constexpr int projecting(int n) { return n <= 4 ? 1 : lanes(n); }
 

@@ -1,22 +1,16 @@
 // mhc_pre_backward: the gradient of mhc_pre but for phi's, from what it saved and the gradient of the logits of h_res.
 //
-//   z = alpha l + bias, s = sigmoid(z);   dz_post = dh_post post_scale s (1 - s);   dz_res is given
-//   dz_pre[j] = dh_pre[j] s (1 - s), where READ makes dh_pre from du: sum du x[j], or with NORM
-//   r (sum du weight x[j] - slope sum u x[j]), r = rsqrt(mean(u**2) + eps), slope = r**2 mean(du weight u)
-//   dl = alpha dz;   dp = scale dl, scale = rsqrt(mean(x**2) + norm_eps);   pull = -scale**2 sum(dl l) / (N C)
-//   du' = du, or with NORM r * (du weight - u slope), u = sum_j h_pre[j] x[j];   dweight = sum_t du u r
+//   dz, dp, pull, dweight, dbias, dalpha and with NORM du' as in mhc_token_backward; dz_res is given; without NORM du' = du
 //   dx[j] = sum_o phi[o, j] dp[o] + pull x[j] + h_pre[j] du' (+ dx_out[j], the cotangent of the x passed through)
-//   dbias[o] = sum_t dz[o];   dalpha of a part = its sum of dz l
 //
 // in   x, phi, bias, alpha, weight, params as in mhc_pre; l [tokens, OUTS + 1], dz_res [tokens, R] float; du [tokens, C] T,
 //      or without READ dh_pre [tokens, N] float; dh_post [tokens, N] float; dx_out [tokens, N, C] T
-// out  dx [tokens, N, C] T, or without SPREAD, for mhc_projection_backward, side [tokens, N + 1] float: h_pre, then pull,
-//      and with NORM dread [tokens, C] float: du'; dp [tokens, OUTS] float; partial [threadgroups / SPLITS, P] float: sums
-//      of dz, of dz l, and with NORM dweight, in this order
+// out  dx [tokens, N, C] T; dp [tokens, OUTS] float; partial [threadgroups / SPLITS, P] float: sums of dz, of dz l, and with
+//      NORM dweight, in this order
 // own  a threadgroup takes tiles of TILE tokens in turn, a thread VEC neighbours of all streams: phi is read once a tile.
 //      dh_pre: a simdgroup takes a token. SPLITS threadgroups share a tile, each a range of channels of dx; for n > 8,
 //      where phi is most of the bytes, so that each may make dh_pre and dp anew.
-// template  T, N, OUTS, VEC, THREADS, TILE, SPLITS, HEAD, READ, NORM, PASS (dx_out is given), SPREAD
+// template  T, N, OUTS, VEC, THREADS, TILE, SPLITS, HEAD, READ, NORM, PASS (dx_out is given)
 #include "common.h"
 constexpr int SIMDS = THREADS / 32;
 constexpr int GATED = HEAD ? N : 2 * N;
@@ -140,12 +134,7 @@ for (uint tile = owner; tile < tiles; tile += threadgroups_per_grid.x / SPLITS) 
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  for (int q = tid; !SPREAD && begin == 0 && q < TILE * (N + 1); q += THREADS) {
-    const int i = q / (N + 1), j = q % (N + 1);
-    const size_t t = first + uint(i);
-    if (t < tokens) side[t * (N + 1) + j] = j < N ? pre[i * N + j] : pull[i];
-  }
-  for (int c = begin + tid * VEC; (SPREAD || NORM) && c < end; c += THREADS * VEC) {
+  for (int c = begin + tid * VEC; c < end; c += THREADS * VEC) {
     float d[TILE * VEC] = {}, w[VEC], g_weight[VEC] = {}, v[VEC];
     if (NORM) mhc::load_floats<VEC>(w, weight + c, mhc::aligned<VEC>(weight));
     UNROLL for (int i = 0; i < TILE; ++i) {
@@ -170,15 +159,7 @@ for (uint tile = owner; tile < tiles; tile += threadgroups_per_grid.x / SPLITS) 
     if (NORM) {
       UNROLL for (int e = 0; e < VEC; ++e) mine[2 * OUTS + c + e] = (again ? mine[2 * OUTS + c + e] : 0.0f) + g_weight[e];
     }
-    UNROLL for (int i = 0; i < TILE; ++i) {
-      const size_t t = first + uint(i);
-      if (!SPREAD && t < tokens) {
-        mhc::Pack<float, VEC> packed;
-        UNROLL for (int e = 0; e < VEC; ++e) packed.v[e] = d[i * VEC + e];
-        *(device mhc::Pack<float, VEC>*)(dread + t * size_t(C) + c) = packed;
-      }
-    }
-    for (int j = 0; SPREAD && j < N; ++j) {
+    for (int j = 0; j < N; ++j) {
       float acc[TILE * VEC] = {}, p[VEC];
       auto column = phi + (j * C + c);
 #pragma unroll 2

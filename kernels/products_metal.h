@@ -33,8 +33,12 @@ template <typename T, int COUNT> inline void set_pair(thread Run<T, COUNT>& r, i
   UNROLL for (int e = 0; e < 2; ++e) r.p[(2 * p + e) / VEC].v[(2 * p + e) % VEC] = static_cast<T>(v[e]);
 }
 
-// Metal has no such word
+// Metal has no such word, and nothing waits in a ring
 template <typename P> inline void fetch(P) {}
+template <typename Place, bool READ, bool PASS, typename T, typename D, int RUN, typename S>
+inline void ask_tile(const thread S&, int, uint, uint, int) {}
+template <int SLOTS> inline void wait_for_tile() {}
+template <typename T, int RUN> inline void have_tile(thread Run<T, RUN> (&)[HELD], int, int) {}
 
 // dp of STAGE tokens in threadgroup memory
 typedef float Staged;

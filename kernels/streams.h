@@ -1,4 +1,4 @@
-// What a sublayer reads of a token's streams.
+// What a sublayer reads of a token's streams, and the gradients of how much.
 #include "common.h"
 
 namespace mhc {
@@ -36,6 +36,53 @@ inline void read_ragged(thread float (&o)[CHUNKS][VEC], X x, S pre, int C, int l
       load_floats<VEC>(v, x + (j * C + k * 32 * VEC), whole);
       UNROLL for (int e = 0; e < VEC; ++e) o[k][e] += pre[j] * v[e];
     }
+  }
+}
+
+// Shares of a lane: sums over channels of d x[j], and with a norm of u x[j], u ** 2 and d u; d is du or with a norm du weight,
+// u = sum_j pre[j] x[j]
+template <int N> struct Dots { float pre[N], x[N], u[N], squared, both; };
+template <bool NORM, typename T, int VEC, int N, typename W>
+inline void add_dots(thread Dots<N>& to, thread const Pack<T, VEC> (&v)[N], thread const Pack<T, VEC>& dv, W weight, bool w_whole) {
+  float d[VEC], u[VEC] = {};
+  UNROLL for (int e = 0; e < VEC; ++e) d[e] = static_cast<float>(dv.v[e]);
+  if constexpr (NORM) {
+    float w[VEC];
+    load_floats<VEC>(w, weight, w_whole);
+    UNROLL for (int j = 0; j < N; ++j) {
+      UNROLL for (int e = 0; e < VEC; ++e) u[e] += to.pre[j] * static_cast<float>(v[j].v[e]);
+    }
+    UNROLL for (int e = 0; e < VEC; ++e) {
+      d[e] *= w[e];
+      to.squared += u[e] * u[e];
+      to.both += d[e] * u[e];
+    }
+  }
+  UNROLL for (int j = 0; j < N; ++j) {
+    UNROLL for (int e = 0; e < VEC; ++e) {
+      to.x[j] += d[e] * static_cast<float>(v[j].v[e]);
+      if (NORM) to.u[j] += u[e] * static_cast<float>(v[j].v[e]);
+    }
+  }
+}
+
+// All of them of a token, CHUNKS packs of each stream under way at once
+template <bool NORM, int CHUNKS, typename T, int VEC, int N, typename X, typename D, typename W>
+inline void dot_streams(thread Dots<N>& to, X x, D du, W weight, int C, int lane, bool whole) {
+  const bool w_whole = NORM && aligned<VEC>(weight);
+  int c = lane * VEC;
+  for (; whole && c + (CHUNKS - 1) * 32 * VEC < C; c += CHUNKS * 32 * VEC) {
+    Pack<T, VEC> v[CHUNKS][N], d[CHUNKS];
+    UNROLL for (int k = 0; k < CHUNKS; ++k) {
+      UNROLL for (int j = 0; j < N; ++j) v[k][j] = *packs<VEC>(x + (j * C + c + k * 32 * VEC));
+      d[k] = *packs<VEC>(du + (c + k * 32 * VEC));
+    }
+    UNROLL for (int k = 0; k < CHUNKS; ++k) add_dots<NORM>(to, v[k], d[k], weight + (c + k * 32 * VEC), w_whole);
+  }
+  for (; c < C; c += 32 * VEC) {
+    Pack<T, VEC> v[N], d = load<T, VEC>(du + c, whole);
+    UNROLL for (int j = 0; j < N; ++j) v[j] = load<T, VEC>(x + (j * C + c), whole);
+    add_dots<NORM>(to, v, d, weight + c, w_whole);
   }
 }
 

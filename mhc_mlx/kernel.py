@@ -27,6 +27,16 @@ def backend() -> str | None:
 
 
 @functools.cache
+def room(backend: str | None) -> int:
+    """Bytes of threadgroup memory that a threadgroup can have; on CUDA without a GPU an H100's."""
+    if backend != "cuda":
+        return 32 << 10
+    info = mx.device_info()
+    kind = tuple(info.get(f"compute_capability_{k}", v) for k, v in (("major", 9), ("minor", 0)))
+    return (163 if kind in ((8, 0), (8, 7)) else 227 if kind[0] in (9, 10) else 99) << 10
+
+
+@functools.cache
 def _read(name: str) -> str:
     folder = next((f for f in _FOLDERS if f.is_dir()), None)
     if folder is None:
@@ -57,6 +67,7 @@ def headers(name: str, backend: str) -> tuple[str, ...]:
 # how many.
 _RESIDENT = {"mhc_pre": 512, "mhc_pre_backward": 512, "mhc_projection_backward": 512}
 _RESIDENT |= {"mhc_sweep": 512, "mhc_phi_gradient": 512, "mhc_seam_backward": 320}
+_RESIDENT |= {"mhc_token_backward": 512}
 
 
 def cuda_header(name: str, threads: int) -> str:
@@ -81,8 +92,10 @@ def _build(
         return mx.fast.metal_kernel(**names, source=source, header=_header(name, "metal"))
     header = cuda_header(name, threads)
     names |= {"source": "METAL_POSITIONS " + source, "header": header}
-    # from 48,000 bytes on MLX raises the kernel's limit, which also counts its own arrays
-    return mx.fast.cuda_kernel(**names, shared_memory=max(ring, 48 << 10) if ring else 0)
+    # from 48,000 bytes on MLX raises the kernel's limit, which also counts the kernel's own arrays:
+    # beside a small ring they stay below it
+    bytes_ = ring if ring <= 32 << 10 else max(ring, 48 << 10)
+    return mx.fast.cuda_kernel(**names, shared_memory=bytes_)
 
 
 def absent_pointers(inputs: dict, outputs: dict) -> str:

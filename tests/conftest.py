@@ -16,6 +16,7 @@ from mhc_mlx import kernel, ops
 variants: set = set()
 # In the simulator: so few threadgroups that each takes several of a case's tokens or matrices.
 FEW_GROUPS = {"FORWARD_GROUPS": 2, "MANY_GROUPS": 2, "BACKWARD_THREADS": 64}
+FEW_GROUPS |= {"TOKEN_SIMDGROUPS": 4}
 FEW_TOKENS = {"FEW_TOKENS": 6, "SWEEP_TOKENS": 2}  # so few that cases have both sizes of tile
 
 

@@ -70,6 +70,7 @@ add_common = mistakes("stream_mix_add", "common.h")
 tiled, sums = mistakes("mhc_backward_tiled"), mistakes("sum_partials")
 sink, sink_common = mistakes("sinkhorn_knopp"), mistakes("sinkhorn_knopp", "sinkhorn.h")
 sink_back = mistakes("sinkhorn_knopp_backward")
+walk = mistakes("sinkhorn_knopp_backward", "sinkhorn_backward.h")
 OUTSIDE, BOUNDS, TWO = "out of bounds", "the bounds of an array", "which thread"
 RACE, UNWRITTEN = "race", "nobody wrote"
 WRONG, DIFFER, MORE = "of the bound", "differs between", "in all"
@@ -356,18 +357,19 @@ SHARED = [
     sink("idle lanes write", SINKHORN_3, "m < count && lane < N", "m < count", rules=TWO),
     sink("matrices past the last", SINKHORN, "m < count && lane", "lane", rules=TWO),
     # sinkhorn_knopp_backward
-    sink_back("a sum dropped along", SINKHORN, "(g[j] - dot) * r", "g[j] * r", parity=WRONG),
-    sink_back("p not restored", SINKHORN, "p[j] *= d;", ";", parity=WRONG, nth=1),
-    sink_back("a sum dropped across", SINKHORN, "(g[j] - dots[j])", "g[j]", parity=WRONG),
-    sink_back("divisors read at once", SINKHORN, BARRIER, "", rules=RACE),
-    sink_back("divisors written at once", LONG, BARRIER, "", rules=RACE, nth=1),
-    sink_back(
-        "softmax applied twice", SINKHORN, "if (START == mhc::START_SOFTMAX) g", "g", parity=WRONG
-    ),
-    sink_back("segments not shifted", LONG, "(k - begin) * THREADS", "k * THREADS", rules=BOUNDS),
+    sink_back("matrices past the last", SINKHORN, "m < count && live", "live", rules=TWO),
+    sink_back("a divisor for all lanes", SINKHORN, "divisors + tid", "divisors", rules=RACE),
+    walk("a sum dropped along", SINKHORN, "(g[j] - dot) * r", "g[j] * r", parity=WRONG),
+    walk("p not restored", SINKHORN, "p[j] *= all[j];", ";", parity=WRONG),
+    walk("a sum dropped across", SINKHORN, "(g[j] - dots[j])", "g[j]", parity=WRONG),
+    walk("its own divisor for all", SINKHORN, "RECIPROCAL(all[j])", "RECIPROCAL(d)", parity=WRONG),
+    walk("softmax applied twice", SINKHORN, "if (START == START_SOFTMAX) g", "g", parity=WRONG),
+    walk("segments not shifted", LONG, "(k - begin) * STRIDE", "k * STRIDE", rules=OUTSIDE),
     # sum_partials
     sums("no barrier", MANY, BARRIER, "", rules=UNWRITTEN),
-    sums("rows skipped", MANY, "g += 32", "g += 33", parity=WRONG, traffic=MORE),
+    sums("rows skipped", MANY, "g += LINES", "g += LINES + 1", parity=WRONG, traffic=MORE),
     sums("sigmoid's slope dropped", MANY, "h * (1.0f - h)", "h", parity=WRONG),
-    sums("a column too many", MANY, "if (tid < 8 &&", "if (tid < 9 &&", rules=BOUNDS),
+    sums(
+        "a column too many", MANY, "if (tid < COLUMNS &&", "if (tid < COLUMNS + 1 &&", rules=BOUNDS
+    ),
 ]

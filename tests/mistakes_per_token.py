@@ -35,6 +35,7 @@ PRE_4 = Case("mhc_pre", (5,), 4, 31, convention=PAPER)  # aligned, but no whole 
 PRE_HALF = Case("mhc_pre", (17,), 4, 64, "bfloat16", PAPER, phi="bfloat16")  # a simdgroup has 16
 MULTIPLIED = Case("mhc_pre", (17,), 4, 64, "bfloat16", PAPER, norm=False)  # three tiles
 NORMED = Case("mhc_pre", (17,), 4, 64, "bfloat16", PAPER)  # dread
+DOTTED = Case("mhc_pre", (3,), 4, 512, "bfloat16", PAPER, norm=False)  # two packs a lane
 CHUNKS = Case("mhc_pre", (130,), 4, 64, "bfloat16", PAPER, norm=False)  # of 65 tokens
 STAGES = Case("mhc_pre", (70,), 4, 64, "bfloat16", PAPER, norm=False)  # of 64 tokens
 MULTIPLIED_RAGGED = Case("mhc_pre", (5,), 3, 31, "bfloat16", DEEPSEEK_V4, norm=False)
@@ -75,6 +76,8 @@ SPARE = Threads("mhc_pre", (5,), 3, 31, "bfloat16", DEEPSEEK_V4, norm=False, thr
 PRE_BANDS = Threads("mhc_pre", (9,), 4, 64, convention=PAPER)  # two bands of eight slices
 PRE_SLICE = Slice("mhc_pre", (5,), 4, 64, convention=PAPER)
 
+token, dots = mistakes("mhc_token_backward"), mistakes("mhc_token_backward", "streams.h")
+made_back = mistakes("mhc_token_backward", "coefficients.h")
 pre, pre_back = mistakes("mhc_pre"), mistakes("mhc_pre_backward")
 outer, alone = mistakes("mhc_phi_gradient"), mistakes("mhc_pre", "sinkhorn.h")
 made, runs = mistakes("mhc_pre", "coefficients.h"), mistakes("mhc_pre", "common.h")
@@ -572,9 +575,53 @@ PER_TOKEN = [
     exact_back(
         "sigmoid's slope dropped", FACTORS, "dp * own * (1.0f - own)", "dp * own", parity=WRONG
     ),
-    pre_back("du' of the first token", NORMED, "(dread + t * size_t(C)", "(dread", rules=TWO),
-    pre_back(
-        "h_pre and pull of the first token", MULTIPLIED, "side[t * (N + 1)", "side[", rules=TWO
+    # mhc_token_backward
+    token("du' of the first token", NORMED, "(dread + t * size_t(C)", "(dread", rules=TWO),
+    token("h_pre of the first token", MULTIPLIED, "side[t * (N + 1) + l", "side[l", rules=TWO),
+    token("dp past the last output", MULTIPLIED, "if (lane < OUTS) dp", "dp", rules=TWO),
+    token("tokens past the last", MULTIPLIED, " && first + uint(i) < tokens", "", rules=OUTSIDE),
+    token(
+        "matrices past the last",
+        MULTIPLIED,
+        "first + uint(lane / W) < tokens && lane / W < BATCH ? ",
+        "true ? ",
+        rules=OUTSIDE,
+    ),
+    token("the first token's matrix", MULTIPLIED, "ushort(i * W + line)", "line", parity=WRONG),
+    token("another line's entry", MULTIPLIED, "place == j ? v", "line == j ? v", parity=WRONG),
+    token("divisors of another lane", MULTIPLIED, "divisors + tid", "divisors", rules=RACE),
+    token("sigmoid's slope dropped", MULTIPLIED, "d = s * (1.0f - s)", "d = s", parity=WRONG),
+    token("alpha dropped", MULTIPLIED, "d *= a * scale", "d *= scale", parity=WRONG),
+    token("dalpha without l", MULTIPLIED, "sum_l += d * unit", "sum_l += d", parity=WRONG),
+    token("pull without its mean", MULTIPLIED, "/ static_cast<float>(K);", ";", parity=WRONG),
+    token("a batch again", MULTIPLIED, "x * SIMDS * BATCH) {", "x * SIMDS) {", rules=TWO),
+    token("slope dropped", NORMED, "(through - slope * norm)", "through", parity=WRONG),
+    token("slope without r", NORMED, "slope = r * r *", "slope = r *", parity=WRONG),
+    token("dweight without r", NORMED, "u[e] * r;", "u[e];", parity=WRONG),
+    token("h_pre of the first", NORMED, "(kept[j], ushort(i))", "(kept[j], 0)", parity=WRONG),
+    token(
+        "from nothing",
+        NORMED,
+        "(again ? mine[2 * OUTS + c + e] : 0.0f)",
+        "mine[2 * OUTS + c + e]",
+        rules=UNWRITTEN,
+    ),
+    dots("weight dropped", NORMED, "d[e] *= w[e];", ";", parity=WRONG),
+    dots("the first pack again", DOTTED, "du + (c + k * 32 * VEC)", "du + c", rules=DIFFER),
+    dots(
+        "unaligned du loaded whole",
+        MULTIPLIED,
+        "load<T, VEC>(du + c, whole)",
+        "load<T, VEC>(du + c, true)",
+        rules="misaligned",
+    ),
+    made_back(
+        "bias dropped",
+        MULTIPLIED,
+        " + static_cast<float>(bias[i]); }",
+        "; }",
+        parity=WRONG,
+        traffic="bias 128",
     ),
     # mhc_projection_backward
     product("no barrier before dp is staged", STAGES, BARRIER, "", rules=RACE),
@@ -646,6 +693,16 @@ PER_TOKEN = [
         "m8n8.trans.b16 %0",
         "m8n8.trans.b8 %0",
         nvrtc="movmatrix",
+    ),
+    cuda_products("rows past the last", MULTIPLIED, "t < end ? t : end - 1", "t", rules=OUTSIDE),
+    cuda_products("a tile too late", STAGES, "copies<SLOTS - 1>", "copies<SLOTS>", rules=UNWRITTEN),
+    cuda_products("tiles past the last", CHUNKS, "if (first < end) {", "{", traffic=MORE),
+    cuda_products(
+        "dx_out in du's place",
+        MULTIPLIED,
+        "at + Place::PASSED, from.dx_out",
+        "at + Place::DU, from.dx_out",
+        rules=UNWRITTEN,
     ),
     cuda_products("the first part of dp alone", MULTIPLIED, "part = 2;", "part = 0;", parity=WRONG),
     cuda_products(

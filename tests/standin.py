@@ -5,6 +5,7 @@ GPU: mx.compile, checkpoint, vmap, export and second derivatives. What a body pr
 is checked of every launch: names, shapes and dtypes of arrays, and that its threads cover C.
 """
 
+import math
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -161,7 +162,9 @@ def mhc_pre(t, groups, x, phi, bias, alpha, params, weight=None):
     return made
 
 
-def mhc_pre_backward(t, groups, x, bias, alpha, params, phi=None, weight=None, **d):
+def coefficient_gradients(t, x, bias, alpha, params, weight, d):
+    """What a token's coefficients give: h_pre, dp, pull, the gradient of x where it is read, and
+    the sums over tokens."""
     n, gated, eps = t["N"], t["N"] if t["HEAD"] else 2 * t["N"], params[4]
     (logits, pre, post), (unit, scale) = (
         pre_parts(t, alpha, bias, params),
@@ -181,20 +184,33 @@ def mhc_pre_backward(t, groups, x, bias, alpha, params, phi=None, weight=None, *
     else:
         dz = mx.vjp(pre, [z[:, :n]], [d["dh_pre"]])[1]
     dz = list(dz) + ([] if t["HEAD"] else mx.vjp(post, [z[:, n:gated]], [d["dh_post"]])[1])
-    dz = mx.concatenate(dz + ([d["dz_res"]] if t["OUTS"] > gated else []), -1)
+    if t.get("PROJECT"):
+        given = {"logits": z[:, gated:].reshape(-1, n, n), "dh_res": d["dh_res"]}
+        res = sinkhorn_knopp_backward(t, 0, **given, eps=params[5:])["dlogits"]
+        dz.append(res.reshape(len(x), -1))
+    elif t["OUTS"] > gated:
+        dz.append(d["dz_res"])
+    dz = mx.concatenate(dz, -1)
     dl = of_outputs(t, alpha) * dz
-    dp = scale * dl
     pull = -scale * scale * (dl * unit).sum(-1, keepdims=True) / x[0].size
-    rows = groups // t["SPLITS"]
-    made = {"dp": dp, "partial": partials(rows, dz.sum(0), (dz * unit).sum(0), *sums)}
-    if not t["SPREAD"]:
-        made["side"] = mx.concatenate([pre(z[:, :n]), pull], -1)
-        if t["NORM"]:
-            u = reference.stream_aggregate(x, pre(z[:, :n]))
-            norm = [lambda u: reference.rms_norm(u, weight, eps), [u], [d["du"]]]
-            made["dread"] = mx.vjp(*norm)[1][0]
-        return made
+    return pre(z[:, :n]), scale * dl, pull, dx, [dz.sum(0), (dz * unit).sum(0), *sums]
+
+
+def mhc_token_backward(t, groups, x, bias, alpha, params, weight=None, **d):
+    h_pre, dp, pull, _, sums = coefficient_gradients(t, x, bias, alpha, params, weight, d)
+    made = {"dp": dp, "partial": partials(groups * (t["THREADS"] // 32), *sums)}
+    made["side"] = mx.concatenate([h_pre, pull], -1)
+    if t["NORM"]:
+        u = reference.stream_aggregate(x, h_pre)
+        norm = [lambda u: reference.rms_norm(u, weight, params[4]), [u], [d["du"]]]
+        made["dread"] = mx.vjp(*norm)[1][0]
+    return made
+
+
+def mhc_pre_backward(t, groups, x, bias, alpha, params, phi, weight=None, **d):
+    _, dp, pull, dx, sums = coefficient_gradients(t, x, bias, alpha, params, weight, d)
     dx += (dp[..., None] * phi).sum(1).reshape(x.shape) + pull[..., None] * x
+    made = {"dp": dp, "partial": partials(groups // t["SPLITS"], *sums)}
     return made | {"dx": dx + d["dx_out"] if t["PASS"] else dx}
 
 
@@ -271,6 +287,7 @@ BODIES |= {f.__name__: f for f in (stream_aggregate, stream_aggregate_backward, 
 BODIES |= {f.__name__: f for f in (mixing_matrix_backward, mhc_pre, mhc_pre_backward)}
 BODIES |= {f.__name__: f for f in (mhc_sweep, mhc_seam, mhc_seam_backward)}
 BODIES["mhc_projection_backward"] = mhc_projection_backward
+BODIES["mhc_token_backward"] = mhc_token_backward
 BODIES["mhc_phi_gradient"] = mhc_phi_gradient
 BODIES["mhc_backward_tiled"] = mhc_backward
 
@@ -302,6 +319,7 @@ def promised(t: dict, given: dict) -> dict:
         "dh_post": (tokens, n),
         "h_post": (tokens, n) if t.get("POST_PER_TOKEN") or seam else (n,),
         "h_res": (tokens, n, n) if t.get("RES_PER_TOKEN") or seam else (n, n),
+        "dh_res": (tokens, n, n),
         "weight": (C,),
         "params": (6,) if outs or seam else (5,),
     }
@@ -316,6 +334,8 @@ def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> l
     """`kernel.launch` by the reference: float32 inside, one rounding at the end."""
     given = {k.lower(): a for k, a in inputs.items() if a is not None}
     shapes = promised(template, given)
+    if "y" in given:  # its leading axes are as they come
+        given["y"] = given["y"].reshape(-1, given["y"].shape[-1])
     agree(name, {k: a.shape for k, a in given.items()}, {k: shapes[k] for k in given})
     dtypes = {k: template["T"] for k in given.keys() & SAME}
     dtypes |= {"du": template["D"]} if "SPAN" in template and "du" in given else {}
@@ -328,5 +348,6 @@ def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> l
         agree(name, {"C % VEC": C % vec, "C": min(C, most)}, {"C % VEC": 0, "C": C})
     made = BODIES[name](template, groups, **{k: a.astype(mx.float32) for k, a in given.items()})
     wanted = {k: spec for k, spec in outputs.items() if spec is not None}
-    agree(name, {k: shape for k, (shape, _) in wanted.items()}, {k: made[k].shape for k in made})
-    return [opaque(made[k].astype(dtype)) for k, (_, dtype) in wanted.items()]
+    rows = {k: (math.prod(shape), shape[-1]) for k, (shape, _) in wanted.items()}
+    agree(name, rows, {k: (a.size, a.shape[-1]) for k, a in made.items()})
+    return [opaque(made[k].astype(d)).reshape(shape) for k, (shape, d) in wanted.items()]

@@ -41,7 +41,9 @@ def test_compiles_without_spills(k, need, request):
     [
         (4, 1024, mx.bfloat16, None, 64 << 10),
         (4, 1024, mx.float32, None, 80 << 10),
-        (4, 1024, mx.bfloat16, 512, 0),  # more than a threadgroup may have
+        (4, 1024, mx.bfloat16, 512, 128 << 10),
+        (4, 1024, mx.bfloat16, 1024, 0),  # more than a threadgroup may have
+        (4, 4096, mx.bfloat16, None, 128 << 10),  # 16 slices
         (4, 1001, mx.bfloat16, None, 0),  # n C is no multiple of 32
         (2, 1024, mx.bfloat16, None, 0),  # 8 outputs
         (8, 1024, mx.bfloat16, None, 0),  # x is swept again
@@ -62,8 +64,26 @@ def test_ring_of_products(n, C, dtype, threads, ring, need, monkeypatch):
     assert max(nvrtc.rings.values()) == ring
 
 
+@pytest.mark.parametrize("capability, ring", [((8, 0), 128), ((8, 6), 64), ((12, 0), 64)])
+def test_a_ring_fits_its_device(capability, ring, need, monkeypatch):
+    """Long rows have 512 threads where their ring fits, else 256."""
+    need("nvrtc")
+    info = dict(
+        zip(("compute_capability_major", "compute_capability_minor"), capability, strict=True)
+    )
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    kernel.room.cache_clear()
+    room = kernel.room("cuda")
+    kernel.room.cache_clear()
+    shape = (4, 4096, mx.bfloat16)
+    g = ops.geometry.of_projection(*shape, 24, 4096, None, room)
+    size = ops.geometry.of_ring(g, *shape, mx.float32, 24, room)
+    assert (g.threads, g.slices, size) == (4 * ring, ring // 8, ring << 10)
+    assert size < room
+
+
 def test_a_ring_raises_the_limit_of_its_kernel(monkeypatch):
-    """MLX does from 48,000 bytes on; without, a ring and arrays may exceed 48 KiB."""
+    """MLX does from 48,000 bytes on; without, a large ring and arrays exceed 48 KiB."""
     asked = []
     monkeypatch.setattr(
         mx.fast, "cuda_kernel", lambda **given: asked.append(given["shared_memory"])
@@ -72,7 +92,7 @@ def test_a_ring_raises_the_limit_of_its_kernel(monkeypatch):
     for ring in (0, 32 << 10, 40 << 10, 80 << 10):
         kernel._build("cuda", "mhc_pre", (), (), "", 256, ring)
     kernel._build.cache_clear()
-    assert asked == [0, 48 << 10, 48 << 10, 80 << 10]
+    assert asked == [0, 32 << 10, 48 << 10, 80 << 10]
 
 
 @pytest.mark.parametrize("n", [8, 48, 64])

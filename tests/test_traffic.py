@@ -33,16 +33,14 @@ PINNED = [
     (
         Case("mhc_static", **WIDE),  # dweight keeps its running sum in partial
         "mhc_fused: x 1, out 1; H_pre 2, H_post 2, H_res 2, weight 2",
-        "mhc_backward: x 2, dout 2, dx 1; H_pre 1, H_post 1, H_res 1, weight 4, "
-        "partial 8272 in all and 4096 loads",
-        "sum_partials: out 1; partial 1",
+        "mhc_backward: x 2, dout 2, dx 1; H_pre 1, H_post 1, H_res 1, weight 4, partial 8272 in "
+        "all and 4096 loads",
     ),
     (
         Case("mhc_static", **TILED),
         "mhc_fused: x 2, out 1; H_pre 2, H_post 2, H_res 2, weight 5",
-        "mhc_backward_tiled: x 2, dout 2, dx 1; H_pre 1, H_post 1, H_res 1, weight 10, "
-        "partial 488 in all and 256 loads",
-        "sum_partials: out 1; partial 1",
+        "mhc_backward_tiled: x 2, dout 2, dx 1; H_pre 1, H_post 1, H_res 1, weight 10, partial "
+        "488 in all and 256 loads",
     ),
     (
         Case("stream_aggregate_norm", **HERE),
@@ -53,9 +51,8 @@ PINNED = [
     (
         Case("stream_aggregate_norm", **TILED),
         "mhc_fused: x 2, out 1; H_pre 2, weight 5",
-        "mhc_backward_tiled: x 2, dout 2, dx 1; H_pre 1, weight 10, "
-        "partial 332 in all and 256 loads",
-        "sum_partials: out 1; partial 1",
+        "mhc_backward_tiled: x 2, dout 2, dx 1; H_pre 1, weight 10, partial 332 in all and 256 "
+        "loads",
     ),
     (
         Case("stream_mix_add", **HERE),
@@ -72,7 +69,6 @@ PINNED = [
         Case("stream_mix_add", **TILED),
         "stream_mix_add: x 1, y 1, out 1; h_post 2, h_res 2",
         "mhc_backward_tiled: x 1, y 1, dout 1, dx 1, dy 1; H_post 1, H_res 1, partial 1",
-        "sum_partials: out 1; partial 1",
     ),
     (
         Case("stream_mix_add", **TILED, **TOKENS),
@@ -125,8 +121,8 @@ PINNED = [
         "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
         "mhc_pre_backward: x 1, dx 1; phi 4, bias 128 in all, l 1296 in all, dz_res 1, dh_pre 1, "
         "dh_post 1, dp 1, partial 2 and 96 loads",
-        "sum_partials: out 1; partial 1",
         "mhc_phi_gradient: x 1; dp 1, partial 1",
+        "sum_partials: out 1; partial 1",
     ),
     (
         Case("mhc_pre", **TILES, norm=False),
@@ -134,28 +130,29 @@ PINNED = [
         "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
         "mhc_pre_backward: x 2, du 2, dx_out 1, dx 1; phi 4, bias 128 in all, l 1296 in all, "
         "dz_res 1, dh_post 1, dp 1, partial 2 and 96 loads",
-        "sum_partials: out 1; partial 1",
         "mhc_phi_gradient: x 1; dp 1, partial 1",
+        "sum_partials: out 1; partial 1",
     ),
     (
         # Tiles of sixteen. Backward x is read for dh_pre, then once for dx and dphi. A stream
-        # reads du, each of two threadgroups of four spans of 32 channels dp and side.
+        # reads du, each of two threadgroups of four spans of 32 channels dp and side. One token at
+        # a time fills one of eight places for matrices, which all read it; a line reads its logits
+        # (l and bias) for each of five segments of eight half-steps, and twice at the end.
         Case("mhc_pre", **TILES | {"dtype": "bfloat16"}, norm=False),
         "mhc_pre: x 2, u 1; phi 1, bias 16, h_post 1, h_res 1, l 1",
-        "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
-        "mhc_pre_backward: x 1, du 1; bias 128 in all, l 1296 in all, dz_res 1, dh_post 1, side "
-        "1, dp 1, partial 2 and 96 loads",
-        "sum_partials: out 1; partial 1",
+        "mhc_token_backward: x 1, du 1; bias 7296 in all, l 8192 in all, dh_post 1, dh_res 1024 "
+        "in all, side 1, dp 1, partial 1",
         "mhc_projection_backward: x 1, du 4, dx_out 1, dx 1; phi 1, dp 2, side 2, partial 1",
+        "sum_partials: out 1; partial 1",
     ),
     (
-        Case("mhc_pre", **TILES | {"dtype": "bfloat16"}),  # x once more for u, and du' is written
+        Case("mhc_pre", **TILES | {"dtype": "bfloat16"}),  # x by all lanes for u, du' is written
         "mhc_pre: x 3, u 1; phi 1, bias 16, weight 16, h_post 1, h_res 1, l 1",
-        "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
-        "mhc_pre_backward: x 3, du 2; bias 128 in all, weight 20, l 1296 in all, dz_res 1, "
-        "dh_post 1, side 1, dread 1, dp 1, partial 2 and 224 loads",
-        "sum_partials: out 1; partial 1",
+        "mhc_token_backward: x 20480 in all, du 5120 in all; bias 7296 in all, weight 3072 in "
+        "all, l 8192 in all, dh_post 1, dh_res 1024 in all, side 1, dread 1, dp 1, partial 704 "
+        "in all and 256 loads",
         "mhc_projection_backward: x 1, du 4, dx_out 1, dx 1; phi 1, dp 2, side 2, partial 1",
+        "sum_partials: out 1; partial 1",
     ),
     (
         Case("mhc_pre", **TILES | {"convention": MHC_LITE}),  # 32 outputs: blocks of 16
@@ -165,16 +162,16 @@ PINNED = [
         # weight for dh_pre of each of sixteen tokens, for dx of each of four tiles
         "mhc_pre_backward: x 4, du 2, dx_out 1, dx 1; phi 4, bias 128 in all, weight 20, l 1680 "
         "in all, dz_res 1, dh_post 1, dp 1, partial 2 and 256 loads",
-        "sum_partials: out 1; partial 1",
         "mhc_phi_gradient: x 2; dp 1, partial 1",  # 32 outputs in two halves
+        "sum_partials: out 1; partial 1",
     ),
     (
         Case("mhc_head", **TILES),
         "mhc_pre: x 2, u 1; phi 2048 in all, bias 16, l 1",
         "mhc_pre_backward: x 2, du 2, dx 1; phi 4, bias 16, l 272 in all, dp 1, partial 2 and 16 "
         "loads",
-        "sum_partials: out 1; partial 1",
         "mhc_phi_gradient: x 1; dp 1, partial 1",
+        "sum_partials: out 1; partial 1",
     ),
     (
         # Five tokens. Two threadgroups share a tile: x for 24 outputs, for 16, and by one for u.
@@ -184,8 +181,8 @@ PINNED = [
         "mhc_pre: x 172032 in all, u 1; phi 393216 in all, bias 5, h_post 1, logits 1, l 1",
         "mixing_matrix: ; logits 256, h_res 1",
         "mixing_matrix_backward: ; logits 1024, dh_res 4, dlogits 1",
-        "mhc_pre_backward: x 3, du 3, dx_out 1, dx 1; phi 2, bias 320 in all, l 1530 in all, "
-        "dz_res 2, dh_post 2, dp 1, partial 2 and 80 loads",
+        "mhc_pre_backward: x 3, du 3, dx_out 1, dx 1; phi 3, bias 320 in all, l 1530 in all, "
+        "dz_res 2, dh_post 2, dp 1, partial 3 and 160 loads",
         "mhc_phi_gradient: x 2; dp 32, partial 1",
     ),
     (
@@ -196,10 +193,10 @@ PINNED = [
         "sum_partials: out 1; partial 1",
     ),
     (
-        Case("mhc_seam", (2,), 4, 1280, **TOKENS),  # two passes: the second read from the cache
+        Case("mhc_seam", (2,), 4, 2560, **TOKENS),  # two passes: the second read from the cache
         "mhc_seam: x 1, y 1, out 1, u 1; h_pre 1, h_post 1, h_res 1, weight 2",
         "mhc_seam_backward: x 2, y 2, dout 1, du 2, dx 1, dy 1; h_pre 1, h_post 1, h_res 1, "
-        "weight 4, dh_pre 1, dh_post 1, dh_res 1, partial 2 and 1280 loads",
+        "weight 4, dh_pre 1, dh_post 1, dh_res 1, partial 2 and 2560 loads",
     ),
     # Two tokens, a threadgroup each. Last, without a gradient: a sublayer in two launches.
     (

@@ -33,11 +33,12 @@ def convention(iters: int, eps: float) -> Convention:
     return replace(DEEPSEEK_V4, iters=iters, eps=eps, pre_eps=eps)
 
 
-def _plain_norm(norm: Callable | None, dtype: mx.Dtype) -> bool:
-    """Whether norm is an RMSNorm with a weight whose output has this dtype."""
+def _plain_weight(norm: Callable | None, dtype: mx.Dtype) -> mx.array | None:
+    """The weight of an RMSNorm whose output has this dtype, of other norms None."""
     if type(norm) is not nn.RMSNorm or not norm.eps > 0:
-        return False
-    return dtype == mx.float32 or norm.weight.dtype == dtype
+        return None
+    weight = norm["weight"]  # by attribute it takes a microsecond
+    return weight if dtype == mx.float32 or weight.dtype == dtype else None
 
 
 Made = tuple[mx.array, mx.array | None, mx.array]  # out, u, h_pre
@@ -103,7 +104,8 @@ class SinglePassConnection(stock.HyperConnection):
 
     def site(self, x: mx.array, y: mx.array, norm: Callable | None) -> Made:
         """The streams out, u (None without a norm) and h_pre."""
-        plain = y.dtype == x.dtype and _plain_norm(norm, x.dtype)
+        weight = _plain_weight(norm, x.dtype) if y.dtype == x.dtype else None
+        plain = weight is not None
         compiles = self.use_metal and not self.differentiable and x.size > 0
         run = _site(
             *(
@@ -113,8 +115,7 @@ class SinglePassConnection(stock.HyperConnection):
             *(self.iters, self.hc_eps, self.norm_eps, norm.eps if plain else 1.0),
             *(self.use_metal, self.differentiable),
         )
-        weight = norm.weight if plain else None
-        out, u, h_pre = run(x, y, self.fn, self.base, self.scale, weight)
+        out, u, h_pre = run(x, y, self["fn"], self["base"], self["scale"], weight)
         return out, u if plain or norm is None else norm(u), h_pre
 
 

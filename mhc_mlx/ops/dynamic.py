@@ -1,5 +1,6 @@
 """Ops whose coefficients each token makes for itself: launches, gradients, public names."""
 
+import functools
 import math
 
 import mlx.core as mx
@@ -20,24 +21,7 @@ from .dispatch import (
     fused_op,
     unflat,
 )
-from .static import projection, sinkhorn_backward, sinkhorn_forward
-
-
-def sum_rows(partial: mx.array, verbose: bool) -> mx.array:
-    """The sum of the rows, in a fixed order."""
-    if partial.shape[0] == 1:
-        return partial[0]
-    (total,) = kernel.launch(
-        "sum_partials",
-        {"partial": partial, "H_pre": None, "H_post": None, "params": None},
-        {"out": ((partial.shape[1],), mx.float32)},
-        math.ceil(partial.shape[1] / 8),
-        256,
-        {"T": mx.float32, "N": 0, "GATES": False},
-        verbose,
-    )
-    return total
-
+from .static import projection, sinkhorn_backward, sinkhorn_forward, sum_rows
 
 # ---- stream_aggregate
 
@@ -148,7 +132,8 @@ def projected(n: int, convention: Convention, head: bool = False) -> bool:
 def sweep(x, phi, threads_per_group, verbose) -> tuple[mx.array, int]:
     """The products of the projection by runs of k, and in how many slices `mhc_pre` adds them."""
     (tokens, n, C), outs = x.shape, phi.shape[0]
-    g = geometry.of_projection(n, C, x.dtype, outs, tokens, threads_per_group)
+    room = kernel.room(kernel.backend())
+    g = geometry.of_projection(n, C, x.dtype, outs, tokens, threads_per_group, room)
     runs, threads = math.ceil(n * C / 32), threads_per_group or 128
     template = {"T": x.dtype, "P": phi.dtype, "N": n, "OUTS": outs, "BLOCK": g.block}
     (products,) = kernel.launch(
@@ -171,7 +156,7 @@ SEAM_FLAGS = ("BACK", "READ", "NORM", "ROUND", "SWEPT", "HEAD", "SAVE", "PROJECT
 def seam_launch(x, inputs, outputs, flags, threads_per_group, verbose) -> list[mx.array]:
     """`mhc_seam` of x [tokens, n, C]; what is not given of inputs, outputs and flags is absent."""
     tokens, n, C = x.shape
-    g = geometry.of_token(n, C, x.dtype.size, 1, threads_per_group, kernel.backend())
+    g = geometry.of_seam(n, C, x.dtype.size, threads_per_group, kernel.backend())
     template = {"T": x.dtype, "N": n, "VEC": g.vec, "THREADS": g.threads, "PASSES": g.passes}
     template |= dict.fromkeys(SEAM_FLAGS, False) | {"OUTS": 2 * n, "SLICES": 1}
     return kernel.launch(
@@ -221,17 +206,19 @@ def pre_forward(
     flags |= {"SAVE": save, "PROJECT": projects, **projection(convention if projects else None)}
     params = token_params(convention, norm_eps, eps)
     options = (threads_per_group, verbose)
-    if geometry.swept(n, C, x.dtype, outs, tokens, threads_per_group, kernel.backend()):
+    backend = kernel.backend()
+    room, shape = kernel.room(backend), (n, C, x.dtype, outs, tokens, threads_per_group)
+    if geometry.swept(*shape, backend, room):
         runs, slices = sweep(x, phi, *options)
         inputs = {"runs": runs, "bias": bias, "alpha": alpha, "weight": weight, "params": params}
         made = {f"made_{k[2:]}" if k[:2] == "h_" else k: v for k, v in outputs.items()}
         flags |= {"SWEPT": True, "OUTS": outs, "SLICES": slices}
         results = seam_launch(x, inputs, made, flags, *options)
     else:
-        g = geometry.of_projection(n, C, x.dtype, outs, tokens, threads_per_group)
+        g = geometry.of_projection(*shape, room)
         template = {"T": x.dtype, "P": phi.dtype, "N": n, "OUTS": outs, "VEC": g.vec}
         template |= {"THREADS": g.threads, "SLICES": g.slices, "TILES": g.tiles, "BLOCK": g.block}
-        ring = geometry.of_ring(g, n, C, x.dtype, phi.dtype, outs, kernel.backend())
+        ring = geometry.of_ring(g, n, C, x.dtype, phi.dtype, outs, room)
         results = kernel.launch(
             "mhc_pre",
             {"x": x, "phi": phi, "bias": bias, "alpha": alpha, "weight": weight, "params": params},
@@ -251,6 +238,9 @@ def pre_forward(
     return results, ([made["l"]] if save else [])
 
 
+TOKEN_INPUTS = ("bias", "alpha", "weight", "l", "params", "dz_res", "du", "dh_pre", "dh_post")
+
+
 def _phi_gradient(x, dp, threads_per_group, verbose) -> mx.array:
     """dphi in rows to be added."""
     (tokens, n, C), outs = x.shape, dp.shape[1]
@@ -268,13 +258,68 @@ def _phi_gradient(x, dp, threads_per_group, verbose) -> mx.array:
     return partial
 
 
+@functools.cache
+def _parts(n: int, outs: int, count: int) -> mx.array:
+    """A row of ones and zeros for each part, pre, post and res: which outputs are its own."""
+    ends = (0, n, 2 * n, outs)
+    return mx.array(
+        [[float(ends[k] <= o < ends[k + 1]) for o in range(outs)] for k in range(count)]
+    )
+
+
+def _token_backward(x, arrays, template, columns, threads_per_group, verbose):
+    """side, with a norm dread, dp, and in rows to be added the sums over tokens."""
+    (tokens, n, C), outs = x.shape, template["OUTS"]
+    size, options = x.dtype.size, (tokens, threads_per_group)
+    threads, vec, batch, groups = geometry.of_tokens(n, C, size, *options)
+    kept = min(2 * template["ITERS"], geometry.KEPT_HALF_STEPS[kernel.backend()])
+    return kernel.launch(
+        "mhc_token_backward",
+        {"x": x} | {k: arrays.get(k) for k in (*TOKEN_INPUTS, "dh_res")},
+        {
+            "side": ((tokens, n + 1), mx.float32),
+            "dread": ((tokens, C), mx.float32) if template["NORM"] else None,
+            "dp": ((tokens, outs), mx.float32),
+            "partial": ((groups * (threads // 32), columns), mx.float32),
+        },
+        groups,
+        threads,
+        template | {"VEC": vec, "THREADS": threads, "BATCH": batch, "KEPT": kept},
+        verbose,
+    )
+
+
+def _spread(x, arrays, template, columns, threads_per_group, verbose):
+    """dx, dp, and in rows to be added the sums over tokens."""
+    (tokens, n, C), outs = x.shape, template["OUTS"]
+    threads, tile, vec, splits = geometry.of_spread(n, C, outs, tokens, threads_per_group)
+    groups = min(math.ceil(tokens / tile), max(1, geometry.BACKWARD_THREADS // threads // splits))
+    template = template | {"VEC": vec, "THREADS": threads, "TILE": tile, "SPLITS": splits}
+    return kernel.launch(
+        "mhc_pre_backward",
+        {"x": x} | {k: arrays.get(k) for k in ("phi", *TOKEN_INPUTS, "dx_out")},
+        {
+            "dx": (x.shape, x.dtype),
+            "dp": ((tokens, outs), mx.float32),
+            "partial": ((groups, columns), mx.float32),
+        },
+        groups * splits,
+        threads,
+        template | {"PASS": arrays["dx_out"] is not None},
+        verbose,
+    )
+
+
 def _products(x, phi, dp, side, du, dx_out, threads_per_group, verbose):
     """dx, and dphi in rows to be added."""
     (tokens, n, C), outs = x.shape, dp.shape[1]
     threads, span, chunks, groups = geometry.of_products(n, C, outs, tokens, threads_per_group)
     template = {"T": x.dtype, "P": phi.dtype, "D": x.dtype if du is None else du.dtype}
     template |= {"N": n, "OUTS": outs, "THREADS": threads}
+    read = 0 if du is None else du.dtype.size
+    ring = (span, threads, x.dtype.size, read, dx_out is not None, kernel.backend())
     template |= {"SPAN": span, "STAGE": geometry.PRODUCT_STAGE}
+    template |= {"RING": geometry.of_product_ring(*ring)}
     return kernel.launch(
         "mhc_projection_backward",
         {"x": x, "phi": phi, "dp": dp, "side": side, "du": du, "dx_out": dx_out},
@@ -305,53 +350,35 @@ def pre_backward(
     of the x that was passed through: None where there is none."""
     shape, (n, C), outs = x.shape, x.shape[-2:], phi.shape[0]
     x, (unit,) = flat(x, 3), saved
-    tokens, gated = x.shape[0], n if head else 2 * n
+    gated = n if head else 2 * n
     ndims = (2, 2, 2, 3, 3)
     du, dh_pre, dh_post, dh_res, dx_out = (
         None if a is None else flat(a, ndim) for a, ndim in zip(cotangents, ndims, strict=True)
     )
-    dz_res = None
-    if outs > gated:
-        logits = alpha[2].astype(mx.float32) * unit[:, gated:outs] + bias[gated:].astype(mx.float32)
-        dz_res = _project_backward(logits, dh_res, n, convention, threads_per_group, verbose)
-
-    options = (threads_per_group, verbose)
+    arrays = {"bias": bias, "alpha": alpha, "weight": weight, "l": unit}
+    arrays |= {"params": token_params(convention, norm_eps, eps)}
+    arrays |= {"du": du, "dh_pre": dh_pre, "dh_post": dh_post}
+    projects, options = projected(n, convention, head), (threads_per_group, verbose)
     multiplied = geometry.multiplied(outs, x.dtype)
-    wide = weight is not None or not multiplied
-    threads, tile, vec, splits = geometry.of_spread(n, C, outs, tokens, threads_per_group, wide)
-    groups = min(math.ceil(tokens / tile), max(1, geometry.BACKWARD_THREADS // threads // splits))
+    if multiplied and projects:
+        arrays["dh_res"] = dh_res
+    elif outs > gated:
+        logits = alpha[2].astype(mx.float32) * unit[:, gated:outs] + bias[gated:].astype(mx.float32)
+        arrays["dz_res"] = _project_backward(logits, dh_res, n, convention, *options)
     columns = 2 * outs + (C if weight is not None else 0)
-    template = {"T": x.dtype, "N": n, "OUTS": outs, "VEC": vec, "THREADS": threads, "TILE": tile}
-    template |= {"SPLITS": splits, "HEAD": head, "READ": du is not None, "SPREAD": not multiplied}
-    template |= {"NORM": weight is not None, "PASS": dx_out is not None and not multiplied}
-    *made, dp, partial = kernel.launch(
-        "mhc_pre_backward",
-        {"x": x, "phi": None if multiplied else phi, "bias": bias, "alpha": alpha}
-        | {"weight": weight, "l": unit, "params": token_params(convention, norm_eps, eps)}
-        | {"dz_res": dz_res, "du": du, "dh_pre": dh_pre, "dh_post": dh_post}
-        | {"dx_out": None if multiplied else dx_out},
-        {
-            "dx": None if multiplied else (x.shape, x.dtype),
-            "side": ((tokens, n + 1), mx.float32) if multiplied else None,
-            "dread": ((tokens, C), mx.float32) if multiplied and weight is not None else None,
-            "dp": ((tokens, outs), mx.float32),
-            "partial": ((groups, columns), mx.float32),
-        },
-        groups * splits,
-        threads,
-        template,
-        verbose,
-    )
-    sums = sum_rows(partial, verbose)
-    parts = [sums[outs : outs + n], sums[outs + n : outs + 2 * n], sums[outs + 2 * n : 2 * outs]]
-    dalpha = mx.stack([part.sum() for part in parts[: alpha.shape[0]]])
+    template = {"T": x.dtype, "N": n, "OUTS": outs, "HEAD": head}
+    template |= {"READ": du is not None, "NORM": weight is not None}
     if multiplied:
-        side, *dread = made
-        read = dread[0] if dread else du
-        dx, partial = _products(x, phi, dp, side, read, dx_out, *options)
+        template |= {"PROJECT": projects, **projection(convention if projects else None)}
+        side, *read, dp, partial = _token_backward(x, arrays, template, columns, *options)
+        dx, products = _products(x, phi, dp, side, (read or [du])[0], dx_out, *options)
     else:
-        (dx,), partial = made, _phi_gradient(x, dp, *options)
-    dphi = sum_rows(partial, verbose).reshape(phi.shape)
+        arrays |= {"phi": phi, "dx_out": dx_out}
+        dx, dp, partial = _spread(x, arrays, template, columns, *options)
+        products = _phi_gradient(x, dp, *options)
+    sums = sum_rows(partial, verbose)
+    dalpha = (_parts(n, outs, alpha.shape[0]) * sums[outs : 2 * outs]).sum(1)
+    dphi = sum_rows(products, verbose).reshape(phi.shape)
     gradients = [unflat(dx, shape), dphi, sums[:outs], dalpha]
     gradients += [None if weight is None else sums[2 * outs :]]
     primals = (x, phi, bias, alpha, weight)

@@ -12,10 +12,10 @@ REGISTER_BYTES = {("metal", 1): 256, ("cuda", 1): 256, ("metal", 2): 256, ("cuda
 FORWARD_GROUPS = 4096  # fills any GPU; fewer threadgroups than tokens share coefficients
 MANY_GROUPS = 1 << 16  # where a threadgroup fetches next to nothing before its first token
 BACKWARD_THREADS = 132 * 512  # what an H100 holds at 128 registers; a group leaves a row of sums
-FEW_TOKENS = 2048  # up to here small tiles, for more threadgroups
+FEW_TOKENS = 1024  # up to here small tiles: at 2048 they take 60 us, large ones 43 (C = 4096)
+LONG = 1 << 14  # n * C from which 16 slices take 35 instead of these 43 us
 SWEEP_TOKENS = 16  # up to here many threadgroups share a token's projection: half the time
 RING_STAGES = 2  # 354 us at (65536, 4, 1024), registers instead 408
-RING_THREADS = 256  # up to here any GPU since sm_80 has the ring beside what mhc_pre keeps
 FILLING_GROUPS = 264  # two for each multiprocessor of an H100
 ONE_LAUNCH_TOKENS = 1024  # up to here every threadgroup of `mhc_layer` projects H_res itself
 
@@ -54,6 +54,15 @@ def of_token(
     return Geometry(vec, threads, passes, fits)
 
 
+def of_seam(n: int, C: int, size: int, threads_per_group: int | None, backend: str) -> Geometry:
+    """How a threadgroup takes a token in `mhc_seam`: in the fewest passes of up to 320 threads,
+    85 instead of 99 us at (2048, 4, 5120) and 114 instead of 122 at C = 7168."""
+    g = of_token(n, C, size, 1, threads_per_group, backend)
+    packs = C // g.vec
+    threads = threads_per_group or 32 * math.ceil(packs / math.ceil(packs / 320) / 32)
+    return g._replace(threads=threads, passes=math.ceil(packs / threads))
+
+
 def of_seam_backward(n: int, C: int, size: int, threads_per_group: int | None) -> Geometry:
     """How a threadgroup takes a token in `mhc_seam_backward`, whose n (n + 2) sums leave registers
     for few channels at once: for 128 in all, what a GPU wants, where n <= 4."""
@@ -71,6 +80,11 @@ def even(count: int, most: int) -> int:
     return math.ceil(count / max(1, math.ceil(count / most)))
 
 
+def of_sum(rows: int) -> int:
+    """Threads that share a column in `sum_partials`."""
+    return 64 if rows >= 64 else 8 if rows >= 8 else 1
+
+
 class Projection(NamedTuple):
     vec: int
     threads: int
@@ -86,71 +100,114 @@ class Projection(NamedTuple):
 
 @functools.cache
 def of_projection(
-    n: int, C: int, dtype: mx.Dtype, outs: int, tokens: int, threads: int | None
+    n: int, C: int, dtype: mx.Dtype, outs: int, tokens: int, threads: int | None, room: int
 ) -> Projection:
-    """How `mhc_pre` multiplies. Slices, and so the order of sums, are the same for all tokens."""
-    threads, vec = threads or 256, math.gcd(C, 16 // dtype.size)
-    most = 2 if threads <= 512 else 1  # or registers spill
-    tiles = most if tokens > (FEW_TOKENS if n <= 8 else 8) else 1  # phi is long for n > 8
+    """How `mhc_pre` multiplies. Slices, and so the order of sums, are the same for all tokens.
+
+    room: Bytes of threadgroup memory that a threadgroup can have on this device.
+    """
+    vec = math.gcd(C, 16 // dtype.size)
     wide = math.ceil(outs / 8)
     most_wide = 2 if n * C % 32 else 3  # single elements take more registers
     block = math.ceil(wide / math.ceil(wide / most_wide))
-    simds, each = threads // 32, n + 1 + (n * n if n <= 8 else 0)  # floats kept of a token
 
-    def fits(slices: int) -> bool:
-        sums = 8 * most * simds  # of a token and slice, for 8 * block outputs and one more
-        return 4 * (sums * (8 * block + 1) + sums // slices * each) <= 30 << 10
+    def cut(threads: int, most_slices: int) -> Projection:
+        most = 2 if threads <= 512 else 1  # or registers spill
+        tiles = most if tokens > (FEW_TOKENS if n <= 8 else 8) else 1  # phi is long for n > 8
+        simds, each = threads // 32, n + 1 + (n * n if n <= 8 else 0)  # floats kept of a token
 
-    slices = next(s for s in range(min(8, simds), simds + 1) if simds % s == 0 and fits(s))
+        def fits(slices: int) -> bool:
+            sums = 8 * most * simds  # of a token and slice, for 8 * block outputs and one more
+            return 4 * (sums * (8 * block + 1) + sums // slices * each) <= 30 << 10
+
+        counts = range(min(most_slices, simds), simds + 1)
+        slices = next(s for s in counts if simds % s == 0 and fits(s))
+        return Projection(vec, threads, slices, tiles, block, 1)
+
+    g = cut(threads or 256, 8)
+    if threads is None and n * C >= LONG:
+        long = cut(512, 16)
+        if of_ring(long._replace(tiles=2), n, C, dtype, mx.float32, outs, room):
+            g = long
     splits = 1
     if n > 8:
-        blocks, groups = math.ceil(wide / block), math.ceil(tokens / (8 * tiles))
+        blocks, groups = math.ceil(wide / block), math.ceil(tokens / (8 * g.tiles))
         own = math.ceil(n / (8 * block))  # the first threadgroup makes all of h_pre
         splits = math.ceil(blocks / max(own, math.ceil(blocks * groups / FILLING_GROUPS)))
-    return Projection(vec, threads, slices, tiles, block, splits)
+    return g._replace(splits=splits)
 
 
 def of_ring(
-    g: Projection, n: int, C: int, dtype: mx.Dtype, phi: mx.Dtype, outs: int, backend: str
+    g: Projection, n: int, C: int, dtype: mx.Dtype, phi: mx.Dtype, outs: int, room: int
 ) -> int:
-    """Bytes in which runs of `mhc_pre` wait: 8 elements of each row that a lane has of a tile. On
-    CUDA, where it was measured to gain: all outputs, more than 8, in one pass over x."""
-    gains = backend == "cuda" and n <= 4 and n * C % 32 == 0 and 8 < outs <= 8 * g.block
+    """Bytes in which runs of `mhc_pre` wait, 8 elements of each row that a lane has of a tile:
+    where all outputs, more than 8, are made in one pass over x, and this fits beside its sums."""
     row = g.tiles * dtype.size + g.block * phi.size
-    return RING_STAGES * 8 * g.threads * row if gains and g.threads <= RING_THREADS else 0
+    size = RING_STAGES * 8 * g.threads * row
+    sums = 4 * g.tokens * (g.slices * (8 * g.block + 1) + n + n * n)
+    gains = n <= 4 and n * C % 32 == 0 and 8 < outs <= 8 * g.block
+    return size if gains and size + sums <= room else 0
 
 
 def swept(
-    n: int, C: int, dtype: mx.Dtype, outs: int, tokens: int, threads: int | None, backend: str
+    n: int,
+    C: int,
+    dtype: mx.Dtype,
+    outs: int,
+    tokens: int,
+    threads: int | None,
+    backend: str,
+    room: int,
 ) -> bool:
     """Whether `mhc_sweep` projects, and `mhc_seam` does the rest of `mhc_pre`: of few tokens, as
     far as what it keeps to add up, a square of each load of u and each slice's sums, fits."""
     if n > 8 or tokens > SWEEP_TOKENS:
         return False
-    g = of_token(n, C, dtype.size, 1, threads, backend)
-    slices = of_projection(n, C, dtype, outs, tokens, threads).slices
+    g = of_seam(n, C, dtype.size, threads, backend)
+    slices = of_projection(n, C, dtype, outs, tokens, threads, room).slices
     return 4 * (g.passes * g.threads + slices * (outs + 4)) <= 28 << 10
 
 
 def of_spread(
-    n: int, C: int, outs: int, tokens: int, threads: int | None, wide: bool
+    n: int, C: int, outs: int, tokens: int, threads: int | None
 ) -> tuple[int, int, int, int]:
     """Threads, tokens of a tile, neighbours per load and threadgroups that share a tile, in
-    `mhc_pre_backward`; they share the channels, if it goes over these (wide)."""
+    `mhc_pre_backward`; they share the channels."""
     vec, splits = math.gcd(C, 8), 1
-    tile = 4 if 2 * tokens > FEW_TOKENS else 2  # 8 leave room for one threadgroup, not two
+    tile = 4 if tokens > FEW_TOKENS else 2  # 8 leave room for one threadgroup, not two
     while tile > 1 and 4 * tile * (outs + n + 3) > 30 << 10:
         tile //= 2
-    if n > 8 and wide:  # phi is longer than a tile of tokens
+    if n > 8:  # phi is longer than a tile of tokens
         splits = min(
             math.ceil(FILLING_GROUPS / math.ceil(tokens / tile)), math.ceil(C / (32 * vec))
         )
     return threads or min(128, 32 * math.ceil(C / splits / vec / 32)), tile, vec, splits
 
 
+TOKEN_SIMDGROUPS = 132 * 16  # of `mhc_token_backward`: what an H100 holds at 128 registers
+KEPT_HALF_STEPS = {"metal": 8, "cuda": 40}  # 128 bytes each of a simdgroup's threadgroup memory
+
+
+def of_tokens(
+    n: int, C: int, size: int, tokens: int, threads: int | None
+) -> tuple[int, int, int, int]:
+    """Threads, neighbours per load, tokens that a simdgroup takes at once, and threadgroups, in
+    `mhc_token_backward`."""
+    vec, threads = math.gcd(C, 16 // size), threads or 128
+    while n * vec > (64 if n <= 8 else 32):
+        vec //= 2
+    batch = min(8, 32 >> (n - 1).bit_length())  # a lane per line of each matrix
+    if tokens < batch * TOKEN_SIMDGROUPS:
+        batch = max(1, batch // 4)
+    simds = threads // 32
+    groups = min(math.ceil(tokens / (batch * simds)), max(1, TOKEN_SIMDGROUPS // simds))
+    return threads, vec, batch, groups
+
+
 # `mhc_projection_backward`; an H100 takes 645 us at (65536, 4, 1024), with 8 simdgroups as well.
 PRODUCT_STAGE = 64  # tokens between barriers: dp and side of them take 24 KiB at most
 PRODUCT_SIMDS = 4  # in a threadgroup: others work while these wait for each other
+PRODUCT_RING = 2  # tiles that a simdgroup has on their way
 PRODUCT_SIMDGROUPS = 132 * 16  # what an H100 holds of them at 128 registers
 
 
@@ -170,6 +227,15 @@ def of_products(
     turns = max(range(1, 5), key=lambda turns: turns * PRODUCT_SIMDGROUPS // units / turns)
     chunks = min(turns * PRODUCT_SIMDGROUPS // units, tokens // 64)
     return 32 * simds, span, max(1, chunks), math.ceil(units / simds)
+
+
+def of_product_ring(
+    span: int, threads: int, size: int, read: int, passes: bool, backend: str
+) -> int:
+    """Bytes in which tiles of `mhc_projection_backward` wait, on CUDA: of 16 tokens and a span's
+    channels of x, of du whose elements have ``read`` bytes and where it is given of dx_out."""
+    tile = 16 * span * (size * (1 + passes) + read)
+    return PRODUCT_RING * (threads // 32) * tile if backend == "cuda" and span == 32 else 0
 
 
 def of_outer(

@@ -25,11 +25,10 @@ from .dynamic import (
     pre_forward,
     projected,
     seam_launch,
-    sum_rows,
     sweep,
     token_params,
 )
-from .static import mix_add_backward, mix_add_forward, projection
+from .static import mix_add_backward, mix_add_forward, projection, sum_rows
 
 
 def _per_token(tokens: int, *coefficients: tuple[mx.array, int]) -> list[mx.array]:
@@ -41,20 +40,19 @@ def _per_token(tokens: int, *coefficients: tuple[mx.array, int]) -> list[mx.arra
 
 
 def _seam_forward(x, y, h_pre, h_post, h_res, weight, eps, rounded, threads_per_group, verbose):
-    (*lead, n, C), x = x.shape, flat(x, 3)
-    tokens = x.shape[0]
+    whole, n = flat(x, 3), x.shape[-2]
     h_res = identity(n) if h_res is None else h_res
-    h_pre, h_post, h_res = _per_token(tokens, (h_pre, 2), (h_post, 2), (h_res, 3))
-    inputs = {"y": flat(y, 2), "h_pre": h_pre, "h_post": h_post, "h_res": h_res, "weight": weight}
+    h_pre, h_post, h_res = _per_token(len(whole), (h_pre, 2), (h_post, 2), (h_res, 3))
+    inputs = {"y": y, "h_pre": h_pre, "h_post": h_post, "h_res": h_res, "weight": weight}
     out, u = seam_launch(
-        x,
+        whole,
         inputs | {"params": token_params(DEEPSEEK_V4, 1.0, eps)},
-        {"out": (x.shape, x.dtype), "u": ((tokens, C), x.dtype)},
+        {"out": (x.shape, x.dtype), "u": (y.shape, x.dtype)},  # a reshape is one more primitive
         {"BACK": True, "READ": True, "NORM": weight is not None, "ROUND": rounded},
         threads_per_group,
         verbose,
     )
-    return unflat(out, (*lead, n, C)), unflat(u, (*lead, C))
+    return out, u
 
 
 def _seam_backward(
@@ -139,34 +137,34 @@ def _single_forward(
     save=False,
 ):
     """out, u, h_pre, and h_pre, h_post, h_res, l of all tokens in a row for the gradient."""
-    (*lead, n, C), outs = x.shape, phi.shape[0]
-    whole, branch, options = flat(x, 3), flat(y, 2), (threads_per_group, verbose)
-    tokens, kept = whole.shape[0], []
-    few = geometry.swept(n, C, x.dtype, outs, tokens, threads_per_group, kernel.backend())
+    (*lead, n, C), outs, options = x.shape, phi.shape[0], (threads_per_group, verbose)
+    whole, kept = flat(x, 3), []
+    backend, shape = kernel.backend(), (n, C, x.dtype, outs, len(whole), threads_per_group)
+    few = geometry.swept(*shape, backend, kernel.room(backend))
     if save or not few or not projected(n, convention):
         arrays = (whole, phi, bias, alpha, None)
         (_, *made), unit = pre_forward(
             *arrays, convention, norm_eps, 1.0, *options, read=False, save=save
         )
-        out, u = _seam_forward(whole, branch, *made, weight, eps, rounded, *options)
+        out, u = _seam_forward(x, y, *made, weight, eps, rounded, *options)
         h_pre, kept = made[0], [*(a for a in made if a is not None), *unit] if save else []
-    else:
-        runs, slices = sweep(whole, phi, *options)
-        inputs = {"y": branch, "weight": weight, "runs": runs, "bias": bias, "alpha": alpha}
-        flags = {"BACK": True, "READ": True, "NORM": weight is not None, "ROUND": rounded}
-        flags |= {"SWEPT": True, "OUTS": outs, "SLICES": slices, "PROJECT": True, "WRITE_PRE": True}
-        out, u, h_pre = seam_launch(
-            whole,
-            inputs | {"params": token_params(convention, norm_eps, eps)},
-            {
-                "out": (whole.shape, x.dtype),
-                "u": ((tokens, C), x.dtype),
-                "made_pre": ((tokens, n), mx.float32),
-            },
-            flags | projection(convention),
-            *options,
-        )
-    return unflat(out, x.shape), unflat(u, (*lead, C)), unflat(h_pre, (*lead, n)), *kept
+        return out, u, unflat(h_pre, (*lead, n)), *kept
+    runs, slices = sweep(whole, phi, *options)
+    inputs = {"y": y, "weight": weight, "runs": runs, "bias": bias, "alpha": alpha}
+    flags = {"BACK": True, "READ": True, "NORM": weight is not None, "ROUND": rounded}
+    flags |= {"SWEPT": True, "OUTS": outs, "SLICES": slices, "PROJECT": True, "WRITE_PRE": True}
+    results = seam_launch(
+        whole,
+        inputs | {"params": token_params(convention, norm_eps, eps)},
+        {
+            "out": (x.shape, x.dtype),
+            "u": (y.shape, x.dtype),
+            "made_pre": ((*lead, n), mx.float32),
+        },
+        flags | projection(convention),
+        *options,
+    )
+    return tuple(results)
 
 
 def _single_backward(

@@ -80,6 +80,23 @@ def sinkhorn_backward(logits, dh_res, *options):
     return [_sinkhorn_launch("sinkhorn_knopp_backward", inputs, logits.dtype, *options, True)]
 
 
+def sum_rows(partial: mx.array, verbose: bool, n: int = 0, **gates) -> mx.array:
+    """The sum of the rows, in a fixed order; of gates' gradients those of their n logits."""
+    if partial.shape[0] == 1 and not gates:
+        return partial[0]
+    lines = geometry.of_sum(partial.shape[0])
+    (total,) = kernel.launch(
+        "sum_partials",
+        {"partial": partial} | {k: gates.get(k) for k in ("H_pre", "H_post", "params")},
+        {"out": ((partial.shape[1],), mx.float32)},
+        math.ceil(partial.shape[1] * lines / 256),
+        256,
+        {"T": mx.float32, "N": n, "GATES": bool(gates), "LINES": lines},
+        verbose,
+    )
+    return total
+
+
 def _layer_forward(
     x, H_pre, H_post, H_res, weight, eps, threads_per_group, verbose, convention=None, mix=True
 ):
@@ -195,16 +212,8 @@ def _backward(
     results = kernel.launch(name, inputs, outputs, groups, threads, template, verbose)
     made = dict(zip((k for k, v in outputs.items() if v is not None), results, strict=True))
     if any(sums):
-        (total,) = kernel.launch(
-            "sum_partials",
-            {"partial": made["partial"]}
-            | {k: inputs[k] if gates else None for k in ("H_pre", "H_post", "params")},
-            {"out": ((sum(sums),), mx.float32)},
-            math.ceil(sum(sums) / 8),
-            256,
-            {"T": mx.float32, "N": n if gates else 0, "GATES": gates},
-            verbose,
-        )
+        given = {k: inputs[k] for k in ("H_pre", "H_post", "params")} if gates else {}
+        total = sum_rows(made["partial"], verbose, n, **given)
         ends = [sum(sums[: i + 1]) for i in range(4)]
         parts = zip(("H_pre", "dh_post", "dh_res", "weight"), sums, ends, strict=True)
         made |= {k: total[end - size : end] for k, size, end in parts if size}
