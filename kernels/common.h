@@ -49,6 +49,16 @@ template <int VEC, typename P> inline void load_floats(thread float (&v)[VEC], P
   }
 }
 
+template <int VEC, typename P> inline void store_floats(P p, thread const float (&v)[VEC], bool whole) {
+  if (whole) {
+    Pack<float, VEC> pack;
+    UNROLL for (int e = 0; e < VEC; ++e) pack.v[e] = v[e];
+    *(device Pack<float, VEC>*)p = pack;
+  } else {
+    UNROLL for (int e = 0; e < VEC; ++e) p[e] = v[e];
+  }
+}
+
 // v = p[0..COUNT), in as few loads as its alignment allows
 template <int COUNT, typename P> inline void load_all(thread float* v, P p) {
   constexpr int VEC = COUNT % 4 == 0 ? 4 : COUNT % 2 == 0 ? 2 : 1;

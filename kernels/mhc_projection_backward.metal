@@ -5,18 +5,18 @@
 //   dphi[o, k] = sum_t dp[t, o] vec(x[t])[k]
 //
 // in   x [tokens, N, C] T, phi [OUTS, N * C] P, dp [tokens, OUTS] float, side [tokens, N + 1] float: h_pre, then pull;
-//      du [tokens, C] D (READ), dx_out [tokens, N, C] T (PASS)
+//      du [tokens, C] T (READ), dx_out [tokens, N, C] T (PASS)
 // out  dx [tokens, N, C] T, partial [chunks, OUTS * N * C] float, a row per chunk of tokens
 // own  a threadgroup takes a chunk of tokens, of which it keeps STAGE at a time, dp and side, in threadgroup memory; each
 //      of its simdgroups takes a unit, SPAN channels of a stream, and a tile of these tokens at a time: phi, and the sums
 //      of dphi, stay in its registers
 //      RING: on CUDA, bytes that a launch gives for the tiles that are on their way
-// template  T, P, D, N, OUTS, THREADS, SPAN, STAGE, READ, PASS, RING
+// template  T, P, N, OUTS, THREADS, SPAN, STAGE, READ, PASS, RING
 // grid  chunks * ceil(N * ceil(C / SPAN) / (THREADS / 32)) threadgroups, exactly
 #include "products.h"
 constexpr int SIMDS = THREADS / 32;
 constexpr int RUN = SPAN / 4;
-typedef mhc::Slot<T, D, RUN, READ, PASS> Place;
+typedef mhc::Slot<T, RUN, READ, PASS> Place;
 constexpr int SLOTS = RING / (SIMDS * Place::BYTES);
 static_assert(STAGE % mhc::TOKENS == 0, "a stage is whole tiles");
 threadgroup mhc::Staged staged[mhc::staged_size(OUTS, STAGE)];
@@ -36,16 +36,16 @@ const uint begin = chunk * each;
 const uint end = begin + each < tokens ? begin + each : tokens;
 const uint last = live ? end : 0u;
 const int own = c0 + mhc::quarter_of(lane) * RUN;  // the lane's first channel
-const bool all_whole = C % RUN == 0 && mhc::aligned<mhc::run_vec<T, RUN>()>(x) && (!READ || mhc::aligned<mhc::run_vec<D, RUN>()>(du)) &&
+const bool all_whole = C % RUN == 0 && mhc::aligned<mhc::run_vec<T, RUN>()>(x) && (!READ || mhc::aligned<mhc::run_vec<T, RUN>()>(du)) &&
                        (!PASS || mhc::aligned<mhc::run_vec<T, RUN>()>(dx_out));
 
 mhc::Columns<P, OUTS, SPAN> columns;
 mhc::load_columns(columns, phi + (j * C + c0), K, live ? C - c0 : 0, lane);
 mhc::Sums<OUTS, SPAN> sums = {};
-const int fetched = RING > 0 && all_whole && own >= C ? C - RUN : own;  // of lanes past the last channel others again
-const auto from = mhc::sources(x + (j * C + fetched), du + fetched, dx_out + (j * C + fetched), K, C, C - own, all_whole);
+const auto from = mhc::sources(x + (j * C + c0), du + c0, dx_out + (j * C + c0), K, C, C - c0, all_whole);
+const int ahead = own - c0;
 int slot = int(simdgroup_index_in_threadgroup) * SLOTS;
-for (int s = 0; s < SLOTS; ++s) mhc::ask_tile<Place, READ, PASS, T, D, RUN>(from, (slot + s) * Place::BYTES, begin + uint(s * mhc::TOKENS), last, lane);
+for (int s = 0; RING > 0 && s < SLOTS; ++s) mhc::ask_tile<Place, READ, PASS, T, RUN>(from, (slot + s) * Place::BYTES, begin + uint(s * mhc::TOKENS), last, lane);
 for (uint base = begin; base < end; base += STAGE) {
   threadgroup_barrier(mem_flags::mem_threadgroup);
   mhc::stage_dp<OUTS, STAGE, THREADS>(staged, dp, base, end, tid);
@@ -56,25 +56,25 @@ for (uint base = begin; base < end; base += STAGE) {
   for (uint first = base; first < stop; first += mhc::TOKENS) {
     const int row = int(first - base);
     mhc::Run<T, RUN> xs[mhc::HELD] = {}, more[mhc::HELD] = {};
-    mhc::Run<D, RUN> ds[mhc::HELD] = {};
+    mhc::Run<T, RUN> ds[mhc::HELD] = {};
     if constexpr (RING > 0) {
       mhc::wait_for_tile<SLOTS>();
       mhc::have_tile(xs, slot * Place::BYTES, lane);
     } else {
-      mhc::load_tile(xs, from.x, from.K, first, stop, from.left, all_whole, lane);
-      mhc::fetch_tile(from.x, from.K, first + mhc::TOKENS, tokens, from.left, lane);
-      if (READ) mhc::fetch_tile(from.du, from.C, first + mhc::TOKENS, tokens, from.left, lane);
-      if (PASS) mhc::fetch_tile(from.dx_out, from.K, first + mhc::TOKENS, tokens, from.left, lane);
+      mhc::load_tile(xs, from.x + ahead, from.K, first, stop, C - own, all_whole, lane);
+      mhc::fetch_tile(from.x + ahead, from.K, first + mhc::TOKENS, tokens, C - own, lane);
+      if (READ) mhc::fetch_tile(from.du + ahead, from.C, first + mhc::TOKENS, tokens, C - own, lane);
+      if (PASS) mhc::fetch_tile(from.dx_out + ahead, from.K, first + mhc::TOKENS, tokens, C - own, lane);
     }
     mhc::collect<STAGE>(sums, xs, staged, row, lane);
     if constexpr (RING > 0) {
       if (READ) mhc::have_tile(ds, slot * Place::BYTES + Place::DU, lane);
       if (PASS) mhc::have_tile(more, slot * Place::BYTES + Place::PASSED, lane);
-      mhc::ask_tile<Place, READ, PASS, T, D, RUN>(from, slot * Place::BYTES, first + uint(SLOTS * mhc::TOKENS), last, lane);
+      mhc::ask_tile<Place, READ, PASS, T, RUN>(from, slot * Place::BYTES, first + uint(SLOTS * mhc::TOKENS), last, lane);
       slot = (slot + 1) % SLOTS == 0 ? slot + 1 - SLOTS : slot + 1;
     } else {
-      if (READ) mhc::load_tile(ds, from.du, from.C, first, stop, from.left, all_whole, lane);
-      if (PASS) mhc::load_tile(more, from.dx_out, from.K, first, stop, from.left, all_whole, lane);
+      if (READ) mhc::load_tile(ds, from.du + ahead, from.C, first, stop, C - own, all_whole, lane);
+      if (PASS) mhc::load_tile(more, from.dx_out + ahead, from.K, first, stop, C - own, all_whole, lane);
     }
     float pre[mhc::HELD], pull[mhc::HELD];
     UNROLL for (int r = 0; r < mhc::HELD; ++r) {

@@ -11,10 +11,10 @@
 // in   x [tokens, N, C] T; bias [OUTS], alpha [parts], weight [C] any float, params as in mhc_pre; l [tokens, OUTS + 1] float;
 //      du [tokens, C] T, or without READ dh_pre [tokens, N] float; dh_post [tokens, N] float; dh_res [tokens, N, N] float
 //      (PROJECT) or dz_res [tokens, R] float
-// out  side [tokens, N + 1] float: h_pre, then pull; NORM: dread [tokens, C] float: du'; dp [tokens, OUTS] float;
+// out  side [tokens, N + 1] float: h_pre, then pull; NORM: dread [tokens, C] T: du'; dp [tokens, OUTS] float;
 //      partial [simdgroups, P] float: sums of dz, of dz l, and with NORM dweight, in this order
 // own  a simdgroup takes BATCH tokens in turn: all their matrices at once, lanes(N) lanes each; then token by token, a lane
-//      VEC channels of all streams and an output; then with NORM, a lane VEC channels of the tokens. OUTS <= 32
+//      VEC channels of all streams and an output, and with NORM once more its channels, from the cache. OUTS <= 32
 // template  T, N, OUTS, VEC, THREADS, BATCH, HEAD, READ, NORM, PROJECT, ITERS, START, COLUMNS, OUT_COLUMNS, KEPT (half-steps
 //      whose divisors stay in threadgroup memory)
 #include "coefficients.h"
@@ -25,6 +25,7 @@ constexpr int GATED = HEAD ? N : 2 * N;
 constexpr int R = OUTS - GATED;
 constexpr int W = mhc::lanes(N);
 constexpr int CHUNKS = N <= 4 ? 2 : 1;  // packs under way at once
+constexpr bool PACKED = 2 * OUTS % VEC == 0;  // dweight's sums
 static_assert(OUTS <= 32 && (!PROJECT || BATCH * W <= 32), "a lane for each output, and for each line");
 threadgroup float divisors[PROJECT ? KEPT * THREADS : 1];
 const int tid = int(thread_position_in_threadgroup.x);
@@ -50,7 +51,6 @@ for (uint first = self * BATCH; first < tokens; first += threadgroups_per_grid.x
         g_res, z, divisors + tid, static_cast<float>(params[5]), uint(lane % W), uint(lane), divisors);
   }
 
-  float kept[NORM ? N + 2 : 1] = {};  // h_pre, r and slope of the token of the lane
   for (int i = 0; i < BATCH && first + uint(i) < tokens; ++i) {
     const size_t t = first + uint(i);
     const float unit = static_cast<float>(l[t * (OUTS + 1) + o]), scale = static_cast<float>(l[t * (OUTS + 1) + OUTS]);
@@ -63,9 +63,6 @@ for (uint first = self * BATCH; first < tokens; first += threadgroups_per_grid.x
       if constexpr (NORM) {
         r = metal::precise::rsqrt(simd_sum(dots.squared) / static_cast<float>(C) + static_cast<float>(params[4]));
         slope = r * r * (simd_sum(dots.both) / static_cast<float>(C));
-        UNROLL for (int j = 0; j < N; ++j) kept[j] = lane == i ? dots.pre[j] : kept[j];
-        kept[N] = lane == i ? r : kept[N];
-        kept[N + 1] = lane == i ? slope : kept[N + 1];
       }
     }
 
@@ -92,34 +89,23 @@ for (uint first = self * BATCH; first < tokens; first += threadgroups_per_grid.x
     if (lane < OUTS) dp[t * OUTS + lane] = d;
     if (lane < N) side[t * (N + 1) + lane] = h;
     if (lane == 0) side[t * (N + 1) + N] = pull;
-  }
 
-  if constexpr (NORM) {
-    const bool again = first != self * BATCH;
-    for (int c0 = 0; c0 < C; c0 += 32 * VEC) {
-      const int c = c0 + lane * VEC, from = c < C ? c : 0;
-      float g_weight[VEC] = {}, w[VEC];
-      mhc::load_floats<VEC>(w, weight + from, mhc::aligned<VEC>(weight));
-      for (int i = 0; i < BATCH && first + uint(i) < tokens; ++i) {
-        const size_t t = first + uint(i);
-        float u[VEC] = {}, v[VEC], d[VEC];
-        mhc::load_floats<VEC>(d, du + t * size_t(C) + from, whole);
-        UNROLL for (int j = 0; j < N; ++j) {
-          const float h = simd_shuffle(kept[j], ushort(i));
-          mhc::load_floats<VEC>(v, x + t * size_t(K) + (j * C + from), whole);
-          UNROLL for (int e = 0; e < VEC; ++e) u[e] += h * v[e];
-        }
-        const float r = simd_shuffle(kept[N], ushort(i)), slope = simd_shuffle(kept[N + 1], ushort(i));
-        mhc::Pack<float, VEC> packed;
-        UNROLL for (int e = 0; e < VEC; ++e) {
-          g_weight[e] += d[e] * u[e] * r;
-          packed.v[e] = r * (d[e] * w[e] - u[e] * slope);
-        }
-        if (c < C) *(device mhc::Pack<float, VEC>*)(dread + t * size_t(C) + c) = packed;
+    for (int c = lane * VEC; NORM && c < C; c += 32 * VEC) {
+      float u[VEC] = {}, v[VEC], g[VEC], w[VEC], g_weight[VEC] = {};
+      mhc::Pack<T, VEC> read;
+      if (i > 0 || first != self * BATCH) mhc::load_floats<VEC>(g_weight, mine + (2 * OUTS + c), PACKED);
+      mhc::load_floats<VEC>(w, weight + c, mhc::aligned<VEC>(weight));
+      mhc::load_floats<VEC>(g, du + t * size_t(C) + c, whole);
+      UNROLL for (int j = 0; j < N; ++j) {
+        mhc::load_floats<VEC>(v, x + t * size_t(K) + (j * C + c), whole);
+        UNROLL for (int e = 0; e < VEC; ++e) u[e] += dots.pre[j] * v[e];
       }
       UNROLL for (int e = 0; e < VEC; ++e) {
-        if (c < C) mine[2 * OUTS + c + e] = (again ? mine[2 * OUTS + c + e] : 0.0f) + g_weight[e];
+        read.v[e] = static_cast<T>(r * (g[e] * w[e] - u[e] * slope));
+        g_weight[e] += g[e] * u[e] * r;
       }
+      *(device mhc::Pack<T, VEC>*)(dread + t * size_t(C) + c) = read;
+      mhc::store_floats<VEC>(mine + (2 * OUTS + c), g_weight, PACKED);
     }
   }
 }

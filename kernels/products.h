@@ -25,8 +25,8 @@ template <typename P> inline void fetch_tile(P from, uint row, uint first, uint 
   }
 }
 
-// What a simdgroup reads, at its lane's first channel; left: channels from there; whole: as in load_tile. And where in bytes a tile of
-// it lies in a ring.
+// What a simdgroup reads, from its first channel on; left: channels from there; whole: as in load_tile. And where in bytes a tile of it
+// lies in a ring.
 template <typename X, typename D, typename M> struct Sources {
   X x;
   D du;
@@ -39,9 +39,8 @@ template <typename X, typename D, typename M>
 inline Sources<X, D, M> sources(X x, D du, M dx_out, int K, int C, int left, bool whole) {
   return {x, du, dx_out, uint(K), uint(C), left, whole};
 }
-template <typename T, typename D, int RUN, bool READ, bool PASS> struct Slot {
-  enum { DU = 32 * HELD * RUN * int(sizeof(T)), PASSED = DU + (READ ? 32 * HELD * RUN * int(sizeof(D)) : 0) };
-  enum { BYTES = PASSED + (PASS ? int(DU) : 0) };
+template <typename T, int RUN, bool READ, bool PASS> struct Slot {
+  enum { DU = 32 * HELD * RUN * int(sizeof(T)), PASSED = DU * (1 + READ), BYTES = DU * (1 + READ + PASS) };
 };
 
 // to[0..left), if whole all or none of it

@@ -22,45 +22,42 @@ constexpr int eights(int outs) { return (outs + 7) / 8; }
 template <typename P> constexpr int PHI_PARTS = 2;
 template <> constexpr int PHI_PARTS<__nv_bfloat16> = 1;
 
-// A tile on its way into a ring in threadgroup memory, from byte `at` on, where each lane finds its own runs. Rows past the last are
-// that again; channels past it any, whose sums no one takes.
+// A tile on its way into a ring in threadgroup memory, from byte `at` on, where each lane finds its own runs, of 16 bytes. Rows past
+// the last are that again; channels past it others, whose sums no one takes.
 template <bool WHOLE, typename T, int RUN, typename P>
 inline void want_runs(int at, P from, uint row, uint first, uint end, int left, int lane) {
-  constexpr int PIECES = RUN * int(sizeof(T)) / 16;
+  const int c = quarter_of(lane) * RUN;
   UNROLL for (int r = 0; r < HELD; ++r) {
     const uint t = first + uint(token_of(lane, r));
     const auto p = from + size_t(t < end ? t : end - 1) * row;
-    uint4* to = dynamic_threadgroup + at / 16 + r * PIECES * 32 + lane;
-    Run<T, RUN> run;
-    if (!WHOLE) load_run<false>(run, p, left);
-    UNROLL for (int i = 0; i < PIECES; ++i) {
-      if (WHOLE) copy_16(shared_address(to + i * 32), p + i * (RUN / PIECES));
-      else to[i * 32] = reinterpret_cast<const uint4*>(&run)[i];
+    uint4* to = dynamic_threadgroup + at / 16 + r * 32 + lane;
+    if (WHOLE) {
+      copy_16(shared_address(to), p + (c < left ? c : left - RUN));
+    } else {
+      Run<T, RUN> run;
+      load_run<false>(run, p + c, left - c);
+      *to = reinterpret_cast<const uint4&>(run);
     }
   }
 }
-template <bool WHOLE, typename Place, bool READ, bool PASS, typename T, typename D, int RUN, typename S>
+template <bool WHOLE, typename Place, bool READ, bool PASS, typename T, int RUN, typename S>
 inline void want_tile(const S& from, int at, uint first, uint end, int lane) {
   want_runs<WHOLE, T, RUN>(at, from.x, from.K, first, end, from.left, lane);
-  if (READ) want_runs<WHOLE, D, RUN>(at + Place::DU, from.du, from.C, first, end, from.left, lane);
+  if (READ) want_runs<WHOLE, T, RUN>(at + Place::DU, from.du, from.C, first, end, from.left, lane);
   if (PASS) want_runs<WHOLE, T, RUN>(at + Place::PASSED, from.dx_out, from.K, first, end, from.left, lane);
 }
-template <typename Place, bool READ, bool PASS, typename T, typename D, int RUN, typename S>
+template <typename Place, bool READ, bool PASS, typename T, int RUN, typename S>
 inline void ask_tile(const S& from, int at, uint first, uint end, int lane) {
   simdgroup_sync();
   if (first < end) {
-    if (from.whole) want_tile<true, Place, READ, PASS, T, D, RUN>(from, at, first, end, lane);
-    else want_tile<false, Place, READ, PASS, T, D, RUN>(from, at, first, end, lane);
+    if (from.whole) want_tile<true, Place, READ, PASS, T, RUN>(from, at, first, end, lane);
+    else want_tile<false, Place, READ, PASS, T, RUN>(from, at, first, end, lane);
   }
   commit_copies();
 }
 template <int SLOTS> inline void wait_for_tile() { wait_for_copies<SLOTS - 1>(); }
 template <typename T, int RUN> inline void have_tile(Run<T, RUN> (&runs)[HELD], int at, int lane) {
-  constexpr int PIECES = RUN * int(sizeof(T)) / 16;
-  UNROLL for (int r = 0; r < HELD; ++r) {
-    UNROLL for (int i = 0; i < PIECES; ++i)
-      reinterpret_cast<uint4*>(&runs[r])[i] = dynamic_threadgroup[at / 16 + (r * PIECES + i) * 32 + lane];
-  }
+  UNROLL for (int r = 0; r < HELD; ++r) reinterpret_cast<uint4&>(runs[r]) = dynamic_threadgroup[at / 16 + r * 32 + lane];
 }
 
 // The lane's elements 2 p and 2 p + 1

@@ -35,7 +35,7 @@ template <typename T, int COUNT> inline void set_pair(thread Run<T, COUNT>& r, i
 
 // Metal has no such word, and nothing waits in a ring
 template <typename P> inline void fetch(P) {}
-template <typename Place, bool READ, bool PASS, typename T, typename D, int RUN, typename S>
+template <typename Place, bool READ, bool PASS, typename T, int RUN, typename S>
 inline void ask_tile(const thread S&, int, uint, uint, int) {}
 template <int SLOTS> inline void wait_for_tile() {}
 template <typename T, int RUN> inline void have_tile(thread Run<T, RUN> (&)[HELD], int, int) {}

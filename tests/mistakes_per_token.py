@@ -597,15 +597,9 @@ PER_TOKEN = [
     token("a batch again", MULTIPLIED, "x * SIMDS * BATCH) {", "x * SIMDS) {", rules=TWO),
     token("slope dropped", NORMED, "(through - slope * norm)", "through", parity=WRONG),
     token("slope without r", NORMED, "slope = r * r *", "slope = r *", parity=WRONG),
-    token("dweight without r", NORMED, "u[e] * r;", "u[e];", parity=WRONG),
-    token("h_pre of the first", NORMED, "(kept[j], ushort(i))", "(kept[j], 0)", parity=WRONG),
-    token(
-        "from nothing",
-        NORMED,
-        "(again ? mine[2 * OUTS + c + e] : 0.0f)",
-        "mine[2 * OUTS + c + e]",
-        rules=UNWRITTEN,
-    ),
+    token("dweight without r", NORMED, "g[e] * u[e] * r;", "g[e] * u[e];", parity=WRONG),
+    token("u of h_pre's first", NORMED, "+= dots.pre[j] * v", "+= dots.pre[0] * v", parity=WRONG),
+    token("from nothing", NORMED, "i > 0 || first != self * BATCH", "true", rules=UNWRITTEN),
     dots("weight dropped", NORMED, "d[e] *= w[e];", ";", parity=WRONG),
     dots("the first pack again", DOTTED, "du + (c + k * 32 * VEC)", "du + c", rules=DIFFER),
     dots(

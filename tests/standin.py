@@ -338,7 +338,6 @@ def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> l
         given["y"] = given["y"].reshape(-1, given["y"].shape[-1])
     agree(name, {k: a.shape for k, a in given.items()}, {k: shapes[k] for k in given})
     dtypes = {k: template["T"] for k in given.keys() & SAME}
-    dtypes |= {"du": template["D"]} if "SPAN" in template and "du" in given else {}
     dtypes |= dict.fromkeys(given.keys() & FLOAT32, mx.float32)
     agree(name, {k: given[k].dtype for k in dtypes}, dtypes)
     agree(name, {"THREADS": threads}, {"THREADS": template.get("THREADS", 256)})

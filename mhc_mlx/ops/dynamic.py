@@ -278,7 +278,7 @@ def _token_backward(x, arrays, template, columns, threads_per_group, verbose):
         {"x": x} | {k: arrays.get(k) for k in (*TOKEN_INPUTS, "dh_res")},
         {
             "side": ((tokens, n + 1), mx.float32),
-            "dread": ((tokens, C), mx.float32) if template["NORM"] else None,
+            "dread": ((tokens, C), x.dtype) if template["NORM"] else None,
             "dp": ((tokens, outs), mx.float32),
             "partial": ((groups * (threads // 32), columns), mx.float32),
         },
@@ -314,12 +314,12 @@ def _products(x, phi, dp, side, du, dx_out, threads_per_group, verbose):
     """dx, and dphi in rows to be added."""
     (tokens, n, C), outs = x.shape, dp.shape[1]
     threads, span, chunks, groups = geometry.of_products(n, C, outs, tokens, threads_per_group)
-    template = {"T": x.dtype, "P": phi.dtype, "D": x.dtype if du is None else du.dtype}
+    template = {"T": x.dtype, "P": phi.dtype}
     template |= {"N": n, "OUTS": outs, "THREADS": threads}
-    read = 0 if du is None else du.dtype.size
-    ring = (span, threads, x.dtype.size, read, dx_out is not None, kernel.backend())
+    size = x.dtype.size * (1 + (du is not None) + (dx_out is not None))
+    ring = geometry.of_product_ring(span, threads, size, kernel.backend())
     template |= {"SPAN": span, "STAGE": geometry.PRODUCT_STAGE}
-    template |= {"RING": geometry.of_product_ring(*ring)}
+    template |= {"RING": ring}
     return kernel.launch(
         "mhc_projection_backward",
         {"x": x, "phi": phi, "dp": dp, "side": side, "du": du, "dx_out": dx_out},

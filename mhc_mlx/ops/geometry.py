@@ -204,7 +204,7 @@ def of_tokens(
     return threads, vec, batch, groups
 
 
-# `mhc_projection_backward`; an H100 takes 645 us at (65536, 4, 1024), with 8 simdgroups as well.
+# `mhc_projection_backward`; an H100 takes 639 us at (65536, 4, 1024), with 8 simdgroups as well.
 PRODUCT_STAGE = 64  # tokens between barriers: dp and side of them take 24 KiB at most
 PRODUCT_SIMDS = 4  # in a threadgroup: others work while these wait for each other
 PRODUCT_RING = 2  # tiles that a simdgroup has on their way
@@ -229,13 +229,11 @@ def of_products(
     return 32 * simds, span, max(1, chunks), math.ceil(units / simds)
 
 
-def of_product_ring(
-    span: int, threads: int, size: int, read: int, passes: bool, backend: str
-) -> int:
+def of_product_ring(span: int, threads: int, size: int, backend: str) -> int:
     """Bytes in which tiles of `mhc_projection_backward` wait, on CUDA: of 16 tokens and a span's
-    channels of x, of du whose elements have ``read`` bytes and where it is given of dx_out."""
-    tile = 16 * span * (size * (1 + passes) + read)
-    return PRODUCT_RING * (threads // 32) * tile if backend == "cuda" and span == 32 else 0
+    channels, ``size`` bytes of each in all arrays."""
+    rings = backend == "cuda" and span == 32
+    return PRODUCT_RING * (threads // 32) * 16 * span * size if rings else 0
 
 
 def of_outer(
