@@ -27,6 +27,8 @@ from .sites import (
     text_model,
 )
 
+SITES = 122  # of 61 layers
+
 
 def machine() -> dict:
     return {
@@ -145,15 +147,16 @@ def bench_sites(
     d: int, tokens: tuple[int, ...] = (1, 8, 512, 2048), dtype: mx.Dtype = mx.bfloat16
 ) -> dict:
     """Time per sublayer of hidden size d with the identity for a sublayer: patched (sites are
-    compiled), mlx-lm's and mlx-lm's compiled, in a row of 24 with weights of their own (together
-    larger than a cache), the largest errors of both, the dispatches of each in MLX's graph, and the
+    compiled), mlx-lm's and mlx-lm's compiled, in a row of 122, those of DeepSeek V4.1
+    (together larger than a cache), the largest errors of both, the dispatches of each in MLX's graph, and the
     most memory that two sublayers of the largest number of tokens need.
 
     Returns:
         Numbers by name: seconds, bytes, units in the last place.
     """
-    sites = random_sites(d, 24)
-    errors = [site_errors(site, *random_inputs(site, dtype, 4, k)) for k, site in enumerate(sites)]
+    sites = random_sites(d, SITES)
+    checked = enumerate(sites[:24])
+    errors = [site_errors(site, *random_inputs(site, dtype, 4, k)) for k, site in checked]
     chains = _chains(sites, dtype, max(tokens))
     print(f"d = {d}, {str(dtype).split('.')[-1]}")
     report = {"d": d, "n": sites[0].hc.hc, "dtype": str(dtype).split(".")[-1], "sites": len(sites)}
