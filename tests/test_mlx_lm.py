@@ -38,6 +38,7 @@ from mhc_mlx.mlx_lm.sites import (  # noqa: E402
     own_coefficients,
     stock_site,
 )
+from mhc_mlx.mlx_lm.times import SITES  # noqa: E402
 
 launched = models.launched
 
@@ -642,7 +643,7 @@ def test_command_on_a_path(tmp_path, monkeypatch):
 def test_command_on_sites(capsys, launched):
     report = main(["--sites", "64,32", "--tokens", "1,16"])
     for row, d in zip(report["per sublayer"], (64, 32), strict=True):
-        assert (row["d"], row["n"], row["sites"]) == (d, 4, 24)
+        assert (row["d"], row["n"], row["sites"]) == (d, 4, SITES)
         assert [t["tokens"] for t in row["times"]] == [1, 16]
         assert row["errors"]["patched"] <= max(2, row["errors"]["mlx-lm"])
         graph = row["graph"]["1"]

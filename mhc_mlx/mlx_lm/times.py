@@ -147,9 +147,9 @@ def bench_sites(
     d: int, tokens: tuple[int, ...] = (1, 8, 512, 2048), dtype: mx.Dtype = mx.bfloat16
 ) -> dict:
     """Time per sublayer of hidden size d with the identity for a sublayer: patched (sites are
-    compiled), mlx-lm's and mlx-lm's compiled, in a row of 122, those of DeepSeek V4.1
-    (together larger than a cache), the largest errors of both, the dispatches of each in MLX's graph, and the
-    most memory that two sublayers of the largest number of tokens need.
+    compiled), mlx-lm's and mlx-lm's compiled, in a row as long as DeepSeek V4.1's (of 122; their
+    weights are larger than a cache), the largest errors of both, the dispatches of each in MLX's
+    graph, and the most memory that two sublayers of the largest number of tokens need.
 
     Returns:
         Numbers by name: seconds, bytes, units in the last place.
