@@ -82,7 +82,7 @@ def even(count: int, most: int) -> int:
 
 def of_sum(rows: int) -> int:
     """Threads that share a column in `sum_partials`."""
-    return 64 if rows >= 64 else 8 if rows >= 8 else 1
+    return 64 if rows >= 64 else 8
 
 
 class Projection(NamedTuple):

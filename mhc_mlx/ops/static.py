@@ -91,7 +91,7 @@ def sum_rows(partial: mx.array, verbose: bool, n: int = 0, **gates) -> mx.array:
         {"out": ((partial.shape[1],), mx.float32)},
         math.ceil(partial.shape[1] * lines / 256),
         256,
-        {"T": mx.float32, "N": n, "GATES": bool(gates), "LINES": lines},
+        {"T": mx.float32, "N": n if gates else 0, "GATES": bool(gates), "LINES": lines},
         verbose,
     )
     return total
