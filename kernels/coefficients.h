@@ -1,4 +1,4 @@
-// The coefficients that a token makes for itself of its logits, for mhc_pre and mhc_seam.
+// The coefficients that a token makes for itself of its logits, for mhc_pre, mhc_seam and mhc_token_backward.
 #include "sinkhorn.h"
 
 namespace mhc {

@@ -1,5 +1,5 @@
 // mhc_projection_backward: dx of mhc_pre and the first stage of dphi's sum over tokens, by products of matrices; x is read
-// once for both. For OUTS <= 32; mhc_pre_backward (without SPREAD) makes what it needs of a token.
+// once for both. For OUTS <= 32; mhc_token_backward makes what it needs of a token.
 //
 //   dx[t, j] = sum_o phi[o, j] dp[t, o] + pull[t] x[t, j] + h_pre[t, j] du[t] (+ dx_out[t, j])
 //   dphi[o, k] = sum_t dp[t, o] vec(x[t])[k]

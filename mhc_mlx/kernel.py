@@ -28,9 +28,10 @@ def backend() -> str | None:
 
 @functools.cache
 def room(backend: str | None) -> int:
-    """Bytes of threadgroup memory that a threadgroup can have; on CUDA without a GPU an H100's."""
+    """Bytes of threadgroup memory that a threadgroup with a ring can have: none but on CUDA, there
+    without a GPU an H100's."""
     if backend != "cuda":
-        return 32 << 10
+        return 0
     info = mx.device_info()
     kind = tuple(info.get(f"compute_capability_{k}", v) for k, v in (("major", 9), ("minor", 0)))
     return (163 if kind in ((8, 0), (8, 7)) else 227 if kind[0] in (9, 10) else 99) << 10

@@ -82,6 +82,14 @@ def test_a_ring_fits_its_device(capability, ring, need, monkeypatch):
     assert size < room
 
 
+def test_rings_of_many_threads_fit_their_device():
+    """Beside the 24 KiB of mhc_projection_backward's own."""
+    ring = ops.geometry.of_product_ring
+    assert [ring(32, 128, 6, r << 10) >> 10 for r in (0, 99, 227)] == [0, 24, 24]
+    assert [ring(32, 512, 6, r << 10) >> 10 for r in (0, 99, 227)] == [0, 0, 96]
+    assert ring(16, 128, 6, 227 << 10) == 0
+
+
 def test_a_ring_raises_the_limit_of_its_kernel(monkeypatch):
     """MLX does from 48,000 bytes on; without, a large ring and arrays exceed 48 KiB."""
     asked = []

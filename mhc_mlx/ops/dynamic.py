@@ -270,9 +270,8 @@ def _parts(n: int, outs: int, count: int) -> mx.array:
 def _token_backward(x, arrays, template, columns, threads_per_group, verbose):
     """side, with a norm dread, dp, and in rows to be added the sums over tokens."""
     (tokens, n, C), outs = x.shape, template["OUTS"]
-    size, options = x.dtype.size, (tokens, threads_per_group)
-    threads, vec, batch, groups = geometry.of_tokens(n, C, size, *options)
-    kept = min(2 * template["ITERS"], geometry.KEPT_HALF_STEPS[kernel.backend()])
+    threads, vec, batch, groups = geometry.of_tokens(n, C, tokens, threads_per_group)
+    kept = geometry.of_half_steps(template["ITERS"], threads, kernel.backend())
     return kernel.launch(
         "mhc_token_backward",
         {"x": x} | {k: arrays.get(k) for k in (*TOKEN_INPUTS, "dh_res")},
@@ -317,7 +316,7 @@ def _products(x, phi, dp, side, du, dx_out, threads_per_group, verbose):
     template = {"T": x.dtype, "P": phi.dtype}
     template |= {"N": n, "OUTS": outs, "THREADS": threads}
     size = x.dtype.size * (1 + (du is not None) + (dx_out is not None))
-    ring = geometry.of_product_ring(span, threads, size, kernel.backend())
+    ring = geometry.of_product_ring(span, threads, size, kernel.room(kernel.backend()))
     template |= {"SPAN": span, "STAGE": geometry.PRODUCT_STAGE}
     template |= {"RING": ring}
     return kernel.launch(
@@ -377,7 +376,8 @@ def pre_backward(
         dx, dp, partial = _spread(x, arrays, template, columns, *options)
         products = _phi_gradient(x, dp, *options)
     sums = sum_rows(partial, verbose)
-    dalpha = (_parts(n, outs, alpha.shape[0]) * sums[outs : 2 * outs]).sum(1)
+    own = _parts(n, outs, alpha.shape[0])
+    dalpha = mx.where(own, sums[outs : 2 * outs], 0.0).sum(1)
     dphi = sum_rows(products, verbose).reshape(phi.shape)
     gradients = [unflat(dx, shape), dphi, sums[:outs], dalpha]
     gradients += [None if weight is None else sums[2 * outs :]]

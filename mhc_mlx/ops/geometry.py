@@ -80,9 +80,9 @@ def even(count: int, most: int) -> int:
     return math.ceil(count / max(1, math.ceil(count / most)))
 
 
-def of_sum(rows: int) -> int:
-    """Threads that share a column in `sum_partials`."""
-    return 64 if rows >= 64 else 8
+def of_sum(rows: int, columns: int) -> int:
+    """Threads that share a column in `sum_partials`: many only where there are few columns."""
+    return 64 if rows >= 64 and columns < 1 << 14 else 8
 
 
 class Projection(NamedTuple):
@@ -104,7 +104,7 @@ def of_projection(
 ) -> Projection:
     """How `mhc_pre` multiplies. Slices, and so the order of sums, are the same for all tokens.
 
-    room: Bytes of threadgroup memory that a threadgroup can have on this device.
+    room: Bytes of threadgroup memory that a threadgroup with a ring can have: `kernel.room`.
     """
     vec = math.gcd(C, 16 // dtype.size)
     wide = math.ceil(outs / 8)
@@ -188,13 +188,11 @@ TOKEN_SIMDGROUPS = 132 * 16  # of `mhc_token_backward`: what an H100 holds at 12
 KEPT_HALF_STEPS = {"metal": 8, "cuda": 40}  # 128 bytes each of a simdgroup's threadgroup memory
 
 
-def of_tokens(
-    n: int, C: int, size: int, tokens: int, threads: int | None
-) -> tuple[int, int, int, int]:
+def of_tokens(n: int, C: int, tokens: int, threads: int | None) -> tuple[int, int, int, int]:
     """Threads, neighbours per load, tokens that a simdgroup takes at once, and threadgroups, in
     `mhc_token_backward`."""
-    vec, threads = math.gcd(C, 16 // size), threads or 128
-    while n * vec > (64 if n <= 8 else 32):
+    vec, threads = math.gcd(C, 8), threads or 128
+    while n > 8 and n * vec > 32:
         vec //= 2
     batch = min(8, 32 >> (n - 1).bit_length())  # a lane per line of each matrix
     if tokens < batch * TOKEN_SIMDGROUPS:
@@ -202,6 +200,11 @@ def of_tokens(
     simds = threads // 32
     groups = min(math.ceil(tokens / (batch * simds)), max(1, TOKEN_SIMDGROUPS // simds))
     return threads, vec, batch, groups
+
+
+def of_half_steps(iters: int, threads: int, backend: str) -> int:
+    """Half-steps whose divisors `mhc_token_backward` keeps: 20 KiB at most."""
+    return min(2 * iters, KEPT_HALF_STEPS[backend], (20 << 10) // (4 * threads))
 
 
 # `mhc_projection_backward`; an H100 takes 639 us at (65536, 4, 1024), with 8 simdgroups as well.
@@ -229,11 +232,11 @@ def of_products(
     return 32 * simds, span, max(1, chunks), math.ceil(units / simds)
 
 
-def of_product_ring(span: int, threads: int, size: int, backend: str) -> int:
-    """Bytes in which tiles of `mhc_projection_backward` wait, on CUDA: of 16 tokens and a span's
-    channels, ``size`` bytes of each in all arrays."""
-    rings = backend == "cuda" and span == 32
-    return PRODUCT_RING * (threads // 32) * 16 * span * size if rings else 0
+def of_product_ring(span: int, threads: int, size: int, room: int) -> int:
+    """Bytes in which tiles of `mhc_projection_backward` wait, of 16 tokens and a span's channels,
+    ``size`` bytes of each in all arrays: of 32 channels, where they fit beside 24 KiB."""
+    ring = PRODUCT_RING * (threads // 32) * 16 * span * size
+    return ring if span == 32 and ring + (24 << 10) <= room else 0
 
 
 def of_outer(

@@ -84,7 +84,7 @@ def sum_rows(partial: mx.array, verbose: bool, n: int = 0, **gates) -> mx.array:
     """The sum of the rows, in a fixed order; of gates' gradients those of their n logits."""
     if partial.shape[0] == 1 and not gates:
         return partial[0]
-    lines = geometry.of_sum(partial.shape[0])
+    lines = geometry.of_sum(*partial.shape)
     (total,) = kernel.launch(
         "sum_partials",
         {"partial": partial} | {k: gates.get(k) for k in ("H_pre", "H_post", "params")},

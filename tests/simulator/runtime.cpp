@@ -61,7 +61,7 @@ struct Array {
   std::vector<Touch> touches;
 };
 
-constexpr size_t STACK = 128 << 10, RED_ZONE = 4096, LIMIT = 32 << 10, CUDA_LIMIT = 99 << 10;
+constexpr size_t STACK = 128 << 10, RED_ZONE = 4096, LIMIT = 32 << 10, CUDA_LIMIT = 227 << 10;
 constexpr int MEM_THREADGROUP = 2;
 
 std::vector<Fiber> fibers;
