@@ -14,10 +14,10 @@ RAGGED = Case("mhc_seam", (5,), 3, 129, "bfloat16", rounded=True, **EACH)
 ROUNDED = Case("mhc_seam", (5,), 4, 64, "bfloat16", rounded=True, **EACH)
 READ = Case("mhc_seam", (5,), 4, 64, norm=False, **EACH)
 MANY = Case("mhc_seam", (3,), 12, 33, norm=False, **EACH)
-LONG = Case("mhc_seam", (3,), 2, 10272, "bfloat16", **EACH)  # u is made twice
-TWICE = Case("mhc_seam", (2,), 4, 2560, **EACH)  # backward, a token is read twice
+LONG = Case("mhc_seam", (3,), 2, 8224, "bfloat16", **EACH)  # u is made twice
+TWICE = Case("mhc_seam", (2,), 4, 1280, **EACH)  # backward, a token is read twice
 PRE = Case("mhc_pre", (2,), 4, 160, convention=PAPER)
-PRE_NORM = Case("mhc_pre", (2,), 4, 2560, convention=PAPER)
+PRE_NORM = Case("mhc_pre", (2,), 4, 1280, convention=PAPER)
 PRE_RAGGED = Case("mhc_pre", (2,), 3, 129, convention=DEEPSEEK_V4, norm=False)
 MADE = Case("mhc_coefficients", (2,), 4, 64, convention=PAPER)
 LITE = Case("mhc_pre", (2,), 3, 31, convention=MHC_LITE)

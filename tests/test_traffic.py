@@ -192,10 +192,10 @@ PINNED = [
         "sum_partials: out 1; partial 1",
     ),
     (
-        Case("mhc_seam", (2,), 4, 2560, **TOKENS),  # two passes: the second read from the cache
+        Case("mhc_seam", (2,), 4, 1280, **TOKENS),  # two passes: the second read from the cache
         "mhc_seam: x 1, y 1, out 1, u 1; h_pre 1, h_post 1, h_res 1, weight 2",
         "mhc_seam_backward: x 2, y 2, dout 1, du 2, dx 1, dy 1; h_pre 1, h_post 1, h_res 1, "
-        "weight 4, dh_pre 1, dh_post 1, dh_res 1, partial 2 and 2560 loads",
+        "weight 4, dh_pre 1, dh_post 1, dh_res 1, partial 2 and 1280 loads",
     ),
     # Two tokens, a threadgroup each. Last, without a gradient: a sublayer in two launches.
     (

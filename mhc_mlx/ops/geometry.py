@@ -55,11 +55,13 @@ def of_token(
 
 
 def of_seam(n: int, C: int, size: int, threads_per_group: int | None, backend: str) -> Geometry:
-    """How a threadgroup takes a token in `mhc_seam`: in the fewest passes of up to 320 threads,
-    85 instead of 99 us at (2048, 4, 5120) and 114 instead of 122 at C = 7168."""
+    """How a threadgroup takes a token in `mhc_seam`: on CUDA in the fewest passes of up to 320
+    threads, 85 instead of 99 us at (2048, 4, 5120) and 114 instead of 122 at C = 7168."""
     g = of_token(n, C, size, 1, threads_per_group, backend)
+    if threads_per_group or backend != "cuda":
+        return g
     packs = C // g.vec
-    threads = threads_per_group or 32 * math.ceil(packs / math.ceil(packs / 320) / 32)
+    threads = 32 * math.ceil(packs / math.ceil(packs / 320) / 32)
     return g._replace(threads=threads, passes=math.ceil(packs / threads))
 
 
