@@ -29,7 +29,7 @@ from cases import (
 )
 from conftest import executor
 
-from mhc_mlx import ops, reference
+from mhc_mlx import PAPER, ops, reference
 
 compiled: set = set()  # (rung, list of cases, variant)
 
@@ -253,3 +253,16 @@ def test_bits_do_not_depend_on_the_size_of_a_tile(need):
         many = ops.mhc_pre(x, *rest, *case.statics)
         few = ops.mhc_pre(x[4:7], *rest, *case.statics)
     assert all(mx.array_equal(a[4:7], b) for a, b in zip(many, few, strict=True))
+
+
+def test_a_part_of_alpha_that_overflows_alone(need):
+    """The sum of one part is infinite, those of the others are not a number of it."""
+    need("simulator")
+    case = Case("mhc_coefficients", (5,), 4, 64, convention=PAPER)
+    given = [a for a in case.arrays() if a is not None]
+    with executor("simulator"):
+        made = ops.mhc_coefficients(*given, PAPER)
+        cotangents = [mx.random.normal(a.shape) for a in made]
+        cotangents[1] = mx.full(made[1].shape, 3e38)
+        *_, dalpha = mx.vjp(lambda *a: ops.mhc_coefficients(*a, PAPER), given, cotangents)[1]
+    assert mx.isfinite(dalpha).tolist() == [True, False, True]

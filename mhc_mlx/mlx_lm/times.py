@@ -148,8 +148,8 @@ def bench_sites(
 ) -> dict:
     """Time per sublayer of hidden size d with the identity for a sublayer: patched (sites are
     compiled), mlx-lm's and mlx-lm's compiled, in a row as long as DeepSeek V4.1's (of 122; their
-    weights are larger than a cache), the largest errors of both, the dispatches of each in MLX's
-    graph, and the most memory that two sublayers of the largest number of tokens need.
+    weights are larger than a cache), the largest errors of both at 24 of them, the dispatches of
+    each in MLX's graph, and the most memory that two sublayers of the most tokens need.
 
     Returns:
         Numbers by name: seconds, bytes, units in the last place.

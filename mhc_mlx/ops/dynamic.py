@@ -238,9 +238,6 @@ def pre_forward(
     return results, ([made["l"]] if save else [])
 
 
-TOKEN_INPUTS = ("bias", "alpha", "weight", "l", "params", "dz_res", "du", "dh_pre", "dh_post")
-
-
 def _phi_gradient(x, dp, threads_per_group, verbose) -> mx.array:
     """dphi in rows to be added."""
     (tokens, n, C), outs = x.shape, dp.shape[1]
@@ -260,11 +257,11 @@ def _phi_gradient(x, dp, threads_per_group, verbose) -> mx.array:
 
 @functools.cache
 def _parts(n: int, outs: int, count: int) -> mx.array:
-    """A row of ones and zeros for each part, pre, post and res: which outputs are its own."""
-    ends = (0, n, 2 * n, outs)
-    return mx.array(
-        [[float(ends[k] <= o < ends[k + 1]) for o in range(outs)] for k in range(count)]
-    )
+    """A row for each part, pre, post and res: which outputs are its own."""
+    return mx.array([[min(o // n, 2) == k for o in range(outs)] for k in range(count)])
+
+
+TOKEN_INPUTS = ("bias", "alpha", "weight", "l", "params", "dz_res", "du", "dh_pre", "dh_post")
 
 
 def _token_backward(x, arrays, template, columns, threads_per_group, verbose):
@@ -313,12 +310,10 @@ def _products(x, phi, dp, side, du, dx_out, threads_per_group, verbose):
     """dx, and dphi in rows to be added."""
     (tokens, n, C), outs = x.shape, dp.shape[1]
     threads, span, chunks, groups = geometry.of_products(n, C, outs, tokens, threads_per_group)
-    template = {"T": x.dtype, "P": phi.dtype}
-    template |= {"N": n, "OUTS": outs, "THREADS": threads}
     size = x.dtype.size * (1 + (du is not None) + (dx_out is not None))
     ring = geometry.of_product_ring(span, threads, size, kernel.room(kernel.backend()))
-    template |= {"SPAN": span, "STAGE": geometry.PRODUCT_STAGE}
-    template |= {"RING": ring}
+    template = {"T": x.dtype, "P": phi.dtype, "N": n, "OUTS": outs, "THREADS": threads}
+    template |= {"SPAN": span, "STAGE": geometry.PRODUCT_STAGE, "RING": ring}
     return kernel.launch(
         "mhc_projection_backward",
         {"x": x, "phi": phi, "dp": dp, "side": side, "du": du, "dx_out": dx_out},
