@@ -489,52 +489,60 @@ def train(args: argparse.Namespace, diagnosed: bool = False) -> dict:
 
     history, seconds, validation, stop, saved = [], [], None, False, step
     mx.reset_peak_memory()
-    start = time.perf_counter()
+    start = before = time.perf_counter()
     progress = tqdm(total=args.steps, initial=step, unit="step", mininterval=1, disable=rank > 0)
+    pending = []  # steps that run: the next is prepared meanwhile
     while step < args.steps and not stop:
-        began = time.perf_counter()
         starts = windows.starts(position + rank * share, share).reshape(args.accumulate, args.batch)
         # A process that is late says so to all, so that all stop after the same step.
-        values = run(starts, mx.array(float(began - start > args.seconds)))
-        mx.eval(values, model.state, optimizer.state)
-        bits, similarity, norm, late = values.tolist()
-        seconds.append(time.perf_counter() - began)
+        values = run(starts, mx.array(float(time.perf_counter() - start > args.seconds)))
+        mx.async_eval(values, model.state, optimizer.state)
         step, position = step + 1, position + share * processes
-        finite = math.isfinite(bits) and math.isfinite(norm)
-        stop = late > 0 or not finite
-        history.append((bits, similarity))
-        last = step == args.steps or stop
-        if finite and (last or step % args.validate_every == 0):
-            validation = validate().item()
-        shown = f"{validation:.3f}" if validation is not None else "-"
-        rate, peak = tokens / seconds[-1], mx.get_peak_memory() / 2**20
-        if log:
-            similar = similarity if model.streams > 1 else ""
-            tested = validation if last or step % args.validate_every == 0 else None
-            log.write(step, bits, similar, norm, round(rate), round(peak), tested)
-        progress.set_postfix_str(
-            f"bits/byte {bits:.3f}, validation {shown}, similarity {similarity:.3f}, "
-            f"gradient {norm:.2g}, {rate:,.0f} tokens/s, {peak:.0f} MiB",
-            refresh=False,
-        )
-        progress.update()
-        if finite and folder and (step % args.save_every == 0 or last):
-            save()
-            saved = step
-        if wanted:
-            wanted.clear()
-            draw(diagnose(start_report))
+        pending.append((step, values))
+        due = step == args.steps or step % args.validate_every == 0
+        due |= folder is not None and step % args.save_every == 0
+        while pending and (len(pending) > 1 or due or stop):
+            done, values = pending.pop(0)
+            bits, similarity, norm, late = values.tolist()
+            seconds.append(time.perf_counter() - before)
+            finite = math.isfinite(bits) and math.isfinite(norm)
+            if not finite:
+                pending.clear()
+            stop |= late > 0 or not finite
+            history.append((bits, similarity))
+            last = done == args.steps or stop and not pending
+            tested = None
+            if finite and (last or done % args.validate_every == 0):
+                validation = tested = validate().item()
+            shown = f"{validation:.3f}" if validation is not None else "-"
+            rate, peak = tokens / seconds[-1], mx.get_peak_memory() / 2**20
+            if log:
+                similar = similarity if model.streams > 1 else ""
+                log.write(done, bits, similar, norm, round(rate), round(peak), tested)
+            progress.set_postfix_str(
+                f"bits/byte {bits:.3f}, validation {shown}, similarity {similarity:.3f}, "
+                f"gradient {norm:.2g}, {rate:,.0f} tokens/s, {peak:.0f} MiB",
+                refresh=False,
+            )
+            progress.update()
+            if finite and folder and (done % args.save_every == 0 or last):
+                save()
+                saved = done
+            if wanted:
+                wanted.clear()
+                draw(diagnose(start_report))
+            before = time.perf_counter()
     progress.close()
     if log:
         log.close()
     elapsed = time.perf_counter() - start
     if not finite:
         kept = f"; the last checkpoint is of step {saved}" if saved else ""
-        say(f"loss {bits} and gradient norm {norm} in step {step}: stopped{kept}")
+        say(f"loss {bits} and gradient norm {norm} in step {done}: stopped{kept}")
     recent = history[-100:]
     bits, similarity = (sum(h[k] for h in recent) / len(recent) for k in range(2))
     result = {
-        "steps": step,
+        "steps": done,
         "finite": finite,
         "bits_per_byte": bits,
         "validation": validation,

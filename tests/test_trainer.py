@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -116,17 +117,16 @@ def arrange(when):
     what, _, number = when.partition(" ")
     number = int(number or 0)
     if what == "step":
-        evaluate, count = mx.eval, 0
+        evaluate, count = mx.async_eval, 0
 
-        def eval(*arrays):
+        def async_eval(*arrays):
             nonlocal count
-            count += len(arrays) == 3  # the loss, the model and the optimiser: a step
-            if count == number:
-                mx.async_eval(*arrays)  # begun, and not waited for
-                die()
             evaluate(*arrays)
+            count += 1
+            if count == number:
+                die()  # the step has begun, and is not waited for
 
-        mx.eval = eval
+        mx.async_eval = async_eval
         return
     save, replace, unlink = mx.save_safetensors, os.replace, Path.unlink
     checkpoint = train_lm.save_checkpoint
@@ -176,7 +176,7 @@ def test_killed_and_resumed(when, corpus, whole, tmp_path, capsys):
     if when == "write 8":
         assert 0 < file.stat().st_size < next((whole / "checkpoints").iterdir()).stat().st_size
     before = rows(tmp_path / "log.csv")
-    assert before == rows(whole / "log.csv")[: len(before)] and len(before) >= 6
+    assert before == rows(whole / "log.csv")[: len(before)] and len(before) >= 5
     if kept[0] < STEPS:
         train(corpus, tmp_path, "--resume")
         assert f"resumed after step {kept[0]} from" in capsys.readouterr().out
@@ -356,6 +356,25 @@ def test_diverged_run_stops_and_keeps_its_checkpoint(corpus, tmp_path, capsys):
     assert not result["finite"] and 1 < result["steps"] < STEPS
     assert f"in step {result['steps']}: stopped; the last checkpoint" in capsys.readouterr().out
     assert steps_kept(tmp_path)[0] == result["steps"] - 1
+    ahead = train(corpus, tmp_path / "ahead", "--lr", 1e30, "--save-every", STEPS)
+    assert ahead["losses"] == pytest.approx(result["losses"], nan_ok=True)  # and not one more
+    assert steps_kept(tmp_path / "ahead") == []
+
+
+def test_out_of_time(corpus, tmp_path, monkeypatch):
+    """The step that has begun meanwhile counts: it is in the log, tested and saved."""
+    write, clock = train_lm.Log.write, time.perf_counter
+
+    def late(log, step, *row):
+        write(log, step, *row)
+        if step == 5:
+            monkeypatch.setattr(time, "perf_counter", lambda: clock() + 3600)
+
+    monkeypatch.setattr(train_lm.Log, "write", late)
+    result = train(corpus, tmp_path, "--seconds", 600, "--save-every", STEPS)
+    found = rows(tmp_path / "log.csv")
+    assert result["steps"] == len(found) == len(result["losses"]) == steps_kept(tmp_path)[0] < STEPS
+    assert [bool(r[-1]) for r in found][-2:] == [False, True]
 
 
 def test_pictures_on_a_signal_and_at_the_end(corpus, tmp_path, monkeypatch):
