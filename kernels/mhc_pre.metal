@@ -13,10 +13,11 @@
 //      SLICES-th, for 8 * TILES tokens and 8 * BLOCK outputs at once; x and phi go straight into products of matrices.
 //      SPLITS threadgroups may share a tile: each makes a range of outputs, the first also u.
 //      u: a simdgroup takes a token, or without NORM half of one, of those that do not project if any are left; x is read
-//      once more, from cache as far as that reaches.
+//      once more, from cache as far as that reaches. With NORM a lane keeps HELD packs of u until it is scaled, and TEAM
+//      simdgroups share a token; where HELD is 0 a simdgroup makes it twice.
 //      The order of every sum depends on N and C alone.
-// template  T, P, N, OUTS, VEC, THREADS, SLICES, TILES, BLOCK, SPLITS, HEAD, READ (u is made), NORM, WRITE_PRE, SAVE,
-//           RING (bytes that a launch gives on CUDA for what is on its way), PROJECT, ITERS, START, COLUMNS, OUT_COLUMNS
+// template  T, P, N, OUTS, VEC, THREADS, SLICES, TILES, BLOCK, SPLITS, HEAD, READ (u is made), NORM, TEAM, HELD, WRITE_PRE,
+//           SAVE, RING (bytes that a launch gives on CUDA for what is on its way), PROJECT, ITERS, START, COLUMNS, OUT_COLUMNS
 #include "coefficients.h"
 #include "ring_BACKEND.h"
 #include "streams.h"
@@ -32,6 +33,8 @@ constexpr int LANES = PROJECT ? mhc::projecting(N) : 1;       // of a token's pr
 constexpr int BUSY = PROJECT ? (TILE * LANES + 31) / 32 : 0;  // simdgroups that project
 constexpr int READERS = BUSY < SIMDS ? SIMDS - BUSY : SIMDS;
 constexpr int PIECES = NORM ? 1 : 2;  // of a token, for simdgroups in turn: less to wait for the last
+constexpr bool KEEPS = READ && NORM && HELD > 0;
+constexpr int KEPT = KEEPS ? HELD : CHUNKS;
 threadgroup float sums[SLICES * TILE * PITCH];
 threadgroup float pre[TILE * N];
 threadgroup float mix[PROJECT ? TILE * N * N : 1];
@@ -101,7 +104,47 @@ for (uint first = threadgroup_position_in_grid.x / SPLITS * TILE; first < tokens
     }
   }
 
-  for (int q = simd; READ && simd < READERS && q < TILE * PIECES && first + uint(q / PIECES) < tokens && begin == 0; q += READERS) {
+  if constexpr (KEEPS) {
+    constexpr int TEAMS = TEAM > 1 ? SIMDS / TEAM : READERS;
+    static_assert(TEAM == 1 || SIMDS * KEPT * 32 <= SLICES * TILE * PITCH, "squares lie where sums did");
+    for (int i0 = 0; i0 < TILE; i0 += TEAMS) {
+      const int i = i0 + simd / TEAM, c0 = (simd % TEAM * KEPT * 32 + lane) * VEC;
+      const size_t t = first + uint(i);
+      const bool live = simd < TEAMS * TEAM && i < TILE && t < tokens && begin == 0;
+      float o[KEPT / CHUNKS][CHUNKS][VEC] = {}, squared = 0.0f, some[KEPT];
+      UNROLL for (int k = 0; k < KEPT / CHUNKS; ++k) {
+        const int c = c0 + k * CHUNKS * 32 * VEC;
+        if (live && c < C) {
+          if (!whole || c + (CHUNKS - 1) * 32 * VEC >= C) mhc::read_ragged<N, T>(o[k], x + (t * size_t(K) + c), pre + i * N, C, C - c, whole);
+          else mhc::read_streams<true, N, T>(o[k], x + (t * size_t(K) + c), pre + i * N, C);
+        }
+      }
+      UNROLL for (int k = 0; k < KEPT; ++k) {
+        some[k] = 0.0f;
+        UNROLL for (int e = 0; e < VEC; ++e) some[k] += o[k / CHUNKS][k % CHUNKS][e] * o[k / CHUNKS][k % CHUNKS][e];
+        if (TEAM == 1) squared += some[k];
+        else sums[(simd * KEPT + k) * 32 + lane] = some[k];
+      }
+      if constexpr (TEAM > 1) {  // added as one simdgroup would
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        UNROLL for (int k = 0; k < TEAM * KEPT; ++k) squared += sums[(simd / TEAM * TEAM * KEPT + k) * 32 + lane];
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+      }
+      const float r = metal::precise::rsqrt(simd_sum(squared) / static_cast<float>(C) + static_cast<float>(params[4]));
+      UNROLL for (int k = 0; k < KEPT; ++k) {
+        const int c = c0 + k * 32 * VEC;
+        if (live && c < C) {
+          float w[VEC];
+          mhc::load_floats<VEC>(w, weight + c, mhc::aligned<VEC>(weight));
+          mhc::Pack<T, VEC> packed;
+          UNROLL for (int e = 0; e < VEC; ++e) packed.v[e] = static_cast<T>(o[k / CHUNKS][k % CHUNKS][e] * r * w[e]);
+          STORE_STREAMING((device mhc::Pack<T, VEC>*)(u + t * size_t(C) + c), packed);
+        }
+      }
+    }
+  }
+
+  for (int q = simd; READ && !KEEPS && simd < READERS && q < TILE * PIECES && first + uint(q / PIECES) < tokens && begin == 0; q += READERS) {
     const int i = q / PIECES;
     const size_t t = first + uint(i);
     const auto row = x + t * size_t(K);

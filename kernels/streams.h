@@ -44,32 +44,26 @@ inline void read_ragged(thread float (&o)[CHUNKS][VEC], X x, S pre, int C, int l
 template <int N> struct Dots { float pre[N], x[N], u[N], squared, both; };
 template <bool NORM, typename T, int VEC, int N, typename W>
 inline void add_dots(thread Dots<N>& to, thread const Pack<T, VEC> (&v)[N], thread const Pack<T, VEC>& dv, W weight, bool w_whole) {
-  float d[VEC], u[VEC] = {};
-  UNROLL for (int e = 0; e < VEC; ++e) d[e] = static_cast<float>(dv.v[e]);
-  if constexpr (NORM) {
-    float w[VEC];
-    load_floats<VEC>(w, weight, w_whole);
+  float w[VEC];
+  if (NORM) load_floats<VEC>(w, weight, w_whole);
+  UNROLL for (int e = 0; e < VEC; ++e) {
+    float d = static_cast<float>(dv.v[e]), u = 0.0f;
+    if constexpr (NORM) {
+      UNROLL for (int j = 0; j < N; ++j) u += to.pre[j] * static_cast<float>(v[j].v[e]);
+      d *= w[e];
+      to.squared += u * u;
+      to.both += d * u;
+    }
     UNROLL for (int j = 0; j < N; ++j) {
-      UNROLL for (int e = 0; e < VEC; ++e) u[e] += to.pre[j] * static_cast<float>(v[j].v[e]);
-    }
-    UNROLL for (int e = 0; e < VEC; ++e) {
-      d[e] *= w[e];
-      to.squared += u[e] * u[e];
-      to.both += d[e] * u[e];
-    }
-  }
-  UNROLL for (int j = 0; j < N; ++j) {
-    UNROLL for (int e = 0; e < VEC; ++e) {
-      to.x[j] += d[e] * static_cast<float>(v[j].v[e]);
-      if (NORM) to.u[j] += u[e] * static_cast<float>(v[j].v[e]);
+      to.x[j] += d * static_cast<float>(v[j].v[e]);
+      if (NORM) to.u[j] += u * static_cast<float>(v[j].v[e]);
     }
   }
 }
 
-// All of them of a token, CHUNKS packs of each stream under way at once
-template <bool NORM, int CHUNKS, typename T, int VEC, int N, typename X, typename D, typename W>
-inline void dot_streams(thread Dots<N>& to, X x, D du, W weight, int C, int lane, bool whole) {
-  const bool w_whole = NORM && aligned<VEC>(weight);
+// sums of du x[j] of a token, CHUNKS packs of each stream under way at once
+template <int CHUNKS, typename T, int VEC, int N, typename X, typename D>
+inline void dot_streams(thread Dots<N>& to, X x, D du, int C, int lane, bool whole) {
   int c = lane * VEC;
   for (; whole && c + (CHUNKS - 1) * 32 * VEC < C; c += CHUNKS * 32 * VEC) {
     Pack<T, VEC> v[CHUNKS][N], d[CHUNKS];
@@ -77,12 +71,12 @@ inline void dot_streams(thread Dots<N>& to, X x, D du, W weight, int C, int lane
       UNROLL for (int j = 0; j < N; ++j) v[k][j] = *packs<VEC>(x + (j * C + c + k * 32 * VEC));
       d[k] = *packs<VEC>(du + (c + k * 32 * VEC));
     }
-    UNROLL for (int k = 0; k < CHUNKS; ++k) add_dots<NORM>(to, v[k], d[k], weight + (c + k * 32 * VEC), w_whole);
+    UNROLL for (int k = 0; k < CHUNKS; ++k) add_dots<false>(to, v[k], d[k], du, false);
   }
   for (; c < C; c += 32 * VEC) {
     Pack<T, VEC> v[N], d = load<T, VEC>(du + c, whole);
-    UNROLL for (int j = 0; j < N; ++j) v[j] = load<T, VEC>(x + (j * C + c), whole);
-    add_dots<NORM>(to, v, d, weight + c, w_whole);
+    load_streams<N>(v, x, C, c, whole);
+    add_dots<false>(to, v, d, du, false);
   }
 }
 

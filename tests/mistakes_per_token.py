@@ -21,6 +21,14 @@ from mistakes import (
 from mhc_mlx import DEEPSEEK_V4, PAPER
 from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE
 
+
+@dataclass(frozen=True)
+class Threads(Case):
+    """A call with so many threads a threadgroup."""
+
+    threads: int = 512
+
+
 READ = Case("stream_aggregate", (5,), 4, 64)
 READ_EACH = Case("stream_aggregate", (5,), 3, 129, per_token=(True, False))
 PRE = Case("mhc_pre", (5,), 4, 64, convention=PAPER)
@@ -35,6 +43,12 @@ PRE_4 = Case("mhc_pre", (5,), 4, 31, convention=PAPER)  # aligned, but no whole 
 PRE_HALF = Case("mhc_pre", (17,), 4, 64, "bfloat16", PAPER, phi="bfloat16")  # a simdgroup has 16
 MULTIPLIED = Case("mhc_pre", (17,), 4, 64, "bfloat16", PAPER, norm=False)  # three tiles
 NORMED = Case("mhc_pre", (17,), 4, 64, "bfloat16", PAPER)  # dread
+TEAM = Threads("mhc_pre", (19,), 4, 512, "bfloat16", PAPER, threads=64)  # share a token
+TWICE = Threads("mhc_pre", (19,), 4, 1000, "bfloat16", PAPER, threads=64)  # and read it twice
+PRE_PLAIN = Case("mhc_pre", (5,), 4, 64, convention=PAPER, norm=False)
+MANY_PLAIN = Case("mhc_pre", (20,), 4, 512, convention=PAPER, norm=False)
+MADE_TWICE = Threads("mhc_pre", (5,), 4, 1280, convention=PAPER, threads=96)  # u, not kept
+SHARED_U = Case("mhc_pre", (19,), 4, 1280, "bfloat16", PAPER)  # two simdgroups share u
 DOTTED = Case("mhc_pre", (3,), 4, 512, "bfloat16", PAPER, norm=False)  # two packs a lane
 CHUNKS = Case("mhc_pre", (130,), 4, 64, "bfloat16", PAPER, norm=False)  # of 65 tokens
 STAGES = Case("mhc_pre", (70,), 4, 64, "bfloat16", PAPER, norm=False)  # of 64 tokens
@@ -49,13 +63,6 @@ PRE_EPS = Case("mhc_pre", (5,), 4, 64, convention=replace(EPS, pre_eps=0.1, post
 FEW = Case("mhc_pre", (5,), 4, 64, convention=replace(PAPER, iters=2))
 FEW_5 = Case("mhc_pre", (5,), 5, 31, convention=replace(PAPER, iters=2))
 COEFFICIENTS = Case("mhc_coefficients", (5,), 4, 64, convention=PAPER)
-
-
-@dataclass(frozen=True)
-class Threads(Case):
-    """A call with so many threads a threadgroup."""
-
-    threads: int = 512
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,32 @@ PER_TOKEN = [
     pre(
         "outputs past the last", PRE_RAGGED, "lane < WIDE && o < OUTS", "lane < WIDE", rules=OUTSIDE
     ),
-    pre("u past the last token", PRE, " && first + uint(q / PIECES) < tokens", "", rules=OUTSIDE),
+    pre(
+        "u past the last token",
+        PRE_PLAIN,
+        " && first + uint(q / PIECES) < tokens",
+        "",
+        rules=OUTSIDE,
+    ),
+    pre("u past the last token, kept", PRE, " && t < tokens && begin", " && begin", rules=OUTSIDE),
+    pre(
+        "u past the last channel",
+        SHARED_U,
+        "k * 32 * VEC;\n        if (live && c < C)",
+        "k * 32 * VEC;\n        if (live)",
+        rules=OUTSIDE,
+    ),
+    pre("squares of half of u", SHARED_U, "k < TEAM * KEPT; ++k)", "k < KEPT; ++k)", parity=WRONG),
+    pre("no barrier before squares are added", SHARED_U, BARRIER, "", nth=2, rules=RACE),
+    pre("no barrier after squares are added", SHARED_U, BARRIER, "", nth=3, rules=RACE),
+    pre(
+        "h_pre of another token, kept",
+        PRE,
+        "pre + i * N, C, C - c, w",
+        "pre, C, C - c, w",
+        parity=WRONG,
+    ),
+    pre("r dropped", PRE, "[e] * r * w[e]", "[e] * w[e]", parity=WRONG),
     pre("norm forgotten", PRE, "unit = scale * s", "unit = s", parity=WRONG),
     pre("mean over a stream", PRE, "static_cast<float>(K)", "static_cast<float>(C)", parity=WRONG),
     pre("norm_eps dropped", NORM_EPS, "params[3]", "params[0]", parity=WRONG),
@@ -232,14 +264,26 @@ PER_TOKEN = [
     alone("idle lanes write", PRE_5, "live && lane < uint(N)", "live", rules=TWO),
     pre(
         "h_pre of another token",
-        PRE,
+        MADE_TWICE,
         "pre + i * N, C, C - c0",
         "pre, C, C - c0",
+        rules=DIFFER,
+    ),
+    pre(
+        "wrong width of a step",
+        PRE_PLAIN,
+        "c0 += PIECES * CHUNKS * 32 * VEC",
+        "c0 += 32",
+        rules=TWO,
+    ),
+    pre("the first piece of u twice", MULTIPLIED, "(q % PIECES * CHUNKS", "(0 * CHUNKS", rules=TWO),
+    pre(
+        "u not divided by its norm",
+        MADE_TWICE,
+        "o[k][e] * r * w[e]",
+        "o[k][e] * w[e]",
         parity=WRONG,
     ),
-    pre("wrong width of a step", PRE, "c0 += PIECES * CHUNKS * 32 * VEC", "c0 += 32", rules=TWO),
-    pre("the first piece of u twice", MULTIPLIED, "(q % PIECES * CHUNKS", "(0 * CHUNKS", rules=TWO),
-    pre("u not divided by its norm", PRE, "o[k][e] * r * w[e]", "o[k][e] * w[e]", parity=WRONG),
     streams(
         "a lane's second pack its first",
         PRE_RUNS,
@@ -248,10 +292,10 @@ PER_TOKEN = [
         rules=DIFFER,  # from an array that is not aligned
     ),
     streams("packs past the last", PRE, " && k * 32 * VEC < left", "", rules=OUTSIDE),
-    pre("the readers' tokens", PRE_MANY, "q += READERS", "q += SIMDS", rules="nobody writes"),
+    pre("the readers' tokens", MANY_PLAIN, "q += READERS", "q += SIMDS", rules="nobody writes"),
     pre(
         "a square of each pack",
-        PRE,
+        MADE_TWICE,
         "some += o[k][e] * o[k][e]",
         "some += o[k][0] * o[k][0]",
         parity=WRONG,
@@ -583,24 +627,42 @@ PER_TOKEN = [
     token(
         "matrices past the last",
         MULTIPLIED,
-        "first + uint(lane / W) < tokens && lane / W < BATCH ? ",
+        "own < tokens && lane / W < BATCH ? ",
         "true ? ",
         rules=OUTSIDE,
     ),
-    token("the first token's matrix", MULTIPLIED, "ushort(i * W + line)", "line", parity=WRONG),
+    token(
+        "the first token's matrix", MULTIPLIED, "ushort(i % BATCH * W + line)", "line", parity=WRONG
+    ),
     token("another line's entry", MULTIPLIED, "place == j ? v", "line == j ? v", parity=WRONG),
     token("divisors of another lane", MULTIPLIED, "divisors + tid", "divisors", rules=RACE),
     token("sigmoid's slope dropped", MULTIPLIED, "d = s * (1.0f - s)", "d = s", parity=WRONG),
     token("alpha dropped", MULTIPLIED, "d *= a * scale", "d *= scale", parity=WRONG),
     token("dalpha without l", MULTIPLIED, "sum_l += d * unit", "sum_l += d", parity=WRONG),
     token("pull without its mean", MULTIPLIED, "/ static_cast<float>(K);", ";", parity=WRONG),
-    token("a batch again", MULTIPLIED, "x * SIMDS * BATCH) {", "x * SIMDS) {", rules=TWO),
-    token("slope dropped", NORMED, "(through - slope * norm)", "through", parity=WRONG),
+    token("a batch again", MULTIPLIED, "(SIMDS / TEAM) * OWN) {", "(SIMDS / TEAM)) {", rules=TWO),
+    token("slope dropped", NORMED, "(through - slope * normal)", "through", parity=WRONG),
     token("slope without r", NORMED, "slope = r * r *", "slope = r *", parity=WRONG),
-    token("dweight without r", NORMED, "g[e] * u[e] * r;", "g[e] * u[e];", parity=WRONG),
-    token("u of h_pre's first", NORMED, "+= dots.pre[j] * v", "+= dots.pre[0] * v", parity=WRONG),
-    token("from nothing", NORMED, "i > 0 || first != self * BATCH", "true", rules=UNWRITTEN),
-    dots("weight dropped", NORMED, "d[e] *= w[e];", ";", parity=WRONG),
+    token("dweight without r", NORMED, "g * u[e] * r;", "g * u[e];", parity=WRONG),
+    token("u of h_pre's first", NORMED, "+= dots.pre[j] * s", "+= dots.pre[0] * s", parity=WRONG),
+    token("from nothing", TWICE, "i > 0 || first != self * OWN", "true", rules=UNWRITTEN),
+    token("no barrier before shares are added", TEAM, BARRIER, "", rules=UNWRITTEN),
+    token("the next token's shares in their place", TEAM, "turn ^= 1;", ";", rules=RACE),
+    token(
+        "a simdgroup's share left out", TEAM, "k < TEAM; ++k)", "k < TEAM - 1; ++k)", parity=WRONG
+    ),
+    token("all by the first simdgroup", TEAM, "(i / BATCH == simd)", "(simd == 0)", parity=WRONG),
+    token("no barrier before the ends are added", TEAM, BARRIER, "", nth=1, rules=UNWRITTEN),
+    token("the ends of one simdgroup", TEAM, "k < TEAM && lane", "k < 1 && lane", parity=WRONG),
+    token(
+        "dweight of the last token",
+        TWICE,
+        "i > 0 || first != self * OWN",
+        "false",
+        parity=WRONG,
+        traffic="partial",
+    ),
+    dots("weight dropped", NORMED, "d *= w[e];", ";", parity=WRONG),
     dots("the first pack again", DOTTED, "du + (c + k * 32 * VEC)", "du + c", rules=DIFFER),
     dots(
         "unaligned du loaded whole",

@@ -198,7 +198,7 @@ def coefficient_gradients(t, x, bias, alpha, params, weight, d):
 
 def mhc_token_backward(t, groups, x, bias, alpha, params, weight=None, **d):
     h_pre, dp, pull, _, sums = coefficient_gradients(t, x, bias, alpha, params, weight, d)
-    made = {"dp": dp, "partial": partials(groups * (t["THREADS"] // 32), *sums)}
+    made = {"dp": dp, "partial": partials(groups * (1 if t["NORM"] else t["THREADS"] // 32), *sums)}
     made["side"] = mx.concatenate([h_pre, pull], -1)
     if t["NORM"]:
         u = reference.stream_aggregate(x, h_pre)
@@ -343,7 +343,8 @@ def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> l
     agree(name, {"THREADS": threads}, {"THREADS": template.get("THREADS", 256)})
     if "VEC" in template:
         C, vec = given["x"].shape[2], template["VEC"]
-        most = threads * vec * template.get("PASSES", C)
+        loops = name == "mhc_token_backward" and not template["NORM"]
+        most = threads * vec * (C if loops else template.get("PASSES", C))
         agree(name, {"C % VEC": C % vec, "C": min(C, most)}, {"C % VEC": 0, "C": C})
     made = BODIES[name](template, groups, **{k: a.astype(mx.float32) for k, a in given.items()})
     wanted = {k: spec for k, spec in outputs.items() if spec is not None}

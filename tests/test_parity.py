@@ -1,6 +1,7 @@
 """Outputs and every gradient against the float64 oracle: the reference, the simulator, the GPU."""
 
 import contextlib
+import math
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -243,6 +244,30 @@ def test_threads_per_group_of_dynamic_ops(op, threads, need):
     with executor("simulator"):
         f = getattr(ops, op)
         check(case, results(lambda *a: f(*a, threads_per_group=threads), case, given))
+
+
+@pytest.mark.parametrize("form", ["simulator", "simulator, CUDA"])
+@pytest.mark.parametrize("C, threads", [(512, 32), (1000, 64), (1280, 96), (1280, 256)])
+def test_tokens_that_simdgroups_share(C, threads, form, need):
+    """Of mhc_pre with a norm: u is kept by one simdgroup, by several, or made twice; backward a
+    threadgroup keeps x or reads it twice, in whole passes or not."""
+    need(form)
+    case = Case("mhc_pre", (19,), 4, C, "bfloat16", CONVENTIONS["PAPER"])
+    given = [a for a in case.arrays() if a is not None]
+    with executor(form) as launched:
+        check(case, results(lambda *a: ops.mhc_pre(*a, threads_per_group=threads), case, given))
+        x, *rest = given
+        many = ops.mhc_pre(x, *rest, *case.statics)
+        for few in (x[4:8], x[4:5]):  # a small tile, and swept
+            for a, b in zip(many, ops.mhc_pre(few, *rest, *case.statics), strict=True):
+                assert mx.array_equal(a[4 : 4 + len(few)], b)
+    forms = [dict(t) for _, name, t, _ in launched if name in ("mhc_pre", "mhc_token_backward")]
+    shared = {(t["TEAM"] > 1, t["HELD"] > 0) for t in forms if "TEAM" in t}
+    kept = {(t["THREADS"] > 32, t["PASSES"], t["CACHED"]) for t in forms if "CACHED" in t}
+    metal = form == "simulator"
+    assert kept == {(threads > 32, math.ceil(C / 8 / threads), C < 8 * threads or not metal)}
+    if C == 1280 and metal:
+        assert ((False, False) if threads == 96 else (True, True)) in shared, shared
 
 
 def test_bits_do_not_depend_on_the_size_of_a_tile(need):

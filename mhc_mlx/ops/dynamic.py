@@ -219,6 +219,8 @@ def pre_forward(
         template = {"T": x.dtype, "P": phi.dtype, "N": n, "OUTS": outs, "VEC": g.vec}
         template |= {"THREADS": g.threads, "SLICES": g.slices, "TILES": g.tiles, "BLOCK": g.block}
         ring = geometry.of_ring(g, n, C, x.dtype, phi.dtype, outs, room)
+        team, held = geometry.of_read(g, n, C, backend) if flags["NORM"] else (1, 0)
+        template |= {"TEAM": team, "HELD": held}
         results = kernel.launch(
             "mhc_pre",
             {"x": x, "phi": phi, "bias": bias, "alpha": alpha, "weight": weight, "params": params},
@@ -267,20 +269,23 @@ TOKEN_INPUTS = ("bias", "alpha", "weight", "l", "params", "dz_res", "du", "dh_pr
 def _token_backward(x, arrays, template, columns, threads_per_group, verbose):
     """side, with a norm dread, dp, and in rows to be added the sums over tokens."""
     (tokens, n, C), outs = x.shape, template["OUTS"]
-    threads, vec, batch, groups = geometry.of_tokens(n, C, tokens, threads_per_group)
-    kept = geometry.of_half_steps(template["ITERS"], threads, kernel.backend())
+    backend, normed = kernel.backend(), template["NORM"]
+    g = geometry.of_tokens(n, C, tokens, normed, threads_per_group, backend)
+    template = template | {"VEC": g.vec, "THREADS": g.threads, "PASSES": g.passes}
+    template |= {"CACHED": g.cached, "BATCH": g.batch}
+    template |= {"KEPT": geometry.of_half_steps(template["ITERS"], g.threads, backend)}
     return kernel.launch(
         "mhc_token_backward",
         {"x": x} | {k: arrays.get(k) for k in (*TOKEN_INPUTS, "dh_res")},
         {
             "side": ((tokens, n + 1), mx.float32),
-            "dread": ((tokens, C), x.dtype) if template["NORM"] else None,
+            "dread": ((tokens, C), x.dtype) if normed else None,
             "dp": ((tokens, outs), mx.float32),
-            "partial": ((groups * (threads // 32), columns), mx.float32),
+            "partial": ((g.teams, columns), mx.float32),
         },
-        groups,
-        threads,
-        template | {"VEC": vec, "THREADS": threads, "BATCH": batch, "KEPT": kept},
+        g.groups,
+        g.threads,
+        template,
         verbose,
     )
 

@@ -151,6 +151,22 @@ def of_ring(
     return size if gains and size + sums <= room else 0
 
 
+KEPT_FLOATS = {"metal": 32, "cuda": 64}  # of u, that a lane of `mhc_pre` keeps for its norm
+
+
+def of_read(g: Projection, n: int, C: int, backend: str) -> tuple[int, int]:
+    """Simdgroups that share a token's u in `mhc_pre` with a norm, and packs of it that a lane
+    keeps; none where their squares, which lie where sums did, do not fit."""
+    packs, chunks = math.ceil(C / (32 * g.vec)), 4 if n <= 2 else 2 if n <= 4 else 1
+    simds, most, team = g.threads // 32, KEPT_FLOATS[backend] // g.vec, 1
+    while team * most < packs:
+        team *= 2
+    held = chunks * math.ceil(packs / team / chunks)
+    room = g.slices * g.tokens * (8 * g.block + 1)
+    fits = team == 1 or simds % team == 0 and 32 * simds * held <= room
+    return (team, held) if fits else (1, 0)
+
+
 def swept(
     n: int,
     C: int,
@@ -187,21 +203,42 @@ def of_spread(
 
 
 TOKEN_SIMDGROUPS = 132 * 16  # of `mhc_token_backward`: what an H100 holds at 128 registers
+TOKEN_BYTES = {"metal": 64, "cuda": 128}  # of x that a thread of it keeps: 408 us, half 460
 KEPT_HALF_STEPS = {"metal": 8, "cuda": 40}  # 128 bytes each of a simdgroup's threadgroup memory
 
 
-def of_tokens(n: int, C: int, tokens: int, threads: int | None) -> tuple[int, int, int, int]:
-    """Threads, neighbours per load, tokens that a simdgroup takes at once, and threadgroups, in
-    `mhc_token_backward`."""
-    vec, threads = math.gcd(C, 8), threads or 128
+class Tokens(NamedTuple):
+    threads: int
+    vec: int
+    passes: int  # with a norm
+    cached: bool
+    batch: int  # tokens that a simdgroup takes at once
+    groups: int
+    teams: int
+
+
+def of_tokens(
+    n: int, C: int, tokens: int, normed: bool, threads: int | None, backend: str
+) -> Tokens:
+    """How `mhc_token_backward` takes tokens of 2-byte elements: each by a simdgroup, or where it is
+    ``normed`` by a threadgroup, which keeps it in registers as far as they reach."""
+    vec = math.gcd(C, 8)
     while n > 8 and n * vec > 32:
         vec //= 2
+    packs, passes, cached = C // vec, 0, False
+    if normed:
+        most = TOKEN_BYTES[backend] // (2 * vec * n) if n <= 8 else 0
+        limit = 256 if backend == "metal" else 512
+        threads = threads or min(limit, 32 * math.ceil(packs / max(1, most) / 32))
+        passes = math.ceil(packs / threads)
+        cached = passes <= most
+    threads = threads or 128
     batch = min(8, 32 >> (n - 1).bit_length())  # a lane per line of each matrix
     if tokens < batch * TOKEN_SIMDGROUPS:
         batch = max(1, batch // 4)
     simds = threads // 32
     groups = min(math.ceil(tokens / (batch * simds)), max(1, TOKEN_SIMDGROUPS // simds))
-    return threads, vec, batch, groups
+    return Tokens(threads, vec, passes, cached, batch, groups, groups * (1 if normed else simds))
 
 
 def of_half_steps(iters: int, threads: int, backend: str) -> int:
