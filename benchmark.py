@@ -134,6 +134,9 @@ OPS = {
     "stream_aggregate_norm": Op(lambda x: [x, uniform(x.shape[1]), weight(x)], (1, 1), (2, 1)),
     "mhc_coefficients": Op(lambda x: [x, *dynamic(x)], (1, 0), (2, 0), V4, saves=True),
     "mhc_pre": Op(lambda x: [x, *dynamic(x)], (1, 1), (3, 1), (None, *V4), saves=True),
+    "mhc_pre_norm": Op(
+        lambda x: [x, *dynamic(x), weight(x)], (1, 1), (3, 1), V4, call="mhc_pre", saves=True
+    ),
     "mhc_head": Op(lambda x: [x, *dynamic(x, 1)], (1, 1), (2, 1), V4, saves=True),
     "sublayer": Op(lambda x: [x, *dynamic(x)], (3, 2), (6, 3), call=sublayer, saves=True),
     "mhc_seam": Op(seam, (2, 2), (3, 3), (1e-6, True)),
@@ -158,7 +161,7 @@ DEFAULT = {
     "mhc_layer": [(320, 4, 1280)],
     "stream_mix_add": [(16384, 4, 1024)],
     "sinkhorn_knopp": [(65536, 4, 4)],
-    **dict.fromkeys(TARGETS, LARGE),
+    **dict.fromkeys((*TARGETS, "mhc_pre_norm"), LARGE),
     **dict.fromkeys(OTHERS, [(16384, 4, 1024)]),
 }
 FLOAT32_TOO = ("mhc_static",)  # of the default list

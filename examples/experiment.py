@@ -17,6 +17,7 @@ import argparse
 import datetime
 import gc
 import json
+import os
 import shlex
 import statistics
 import sys
@@ -55,8 +56,9 @@ def device() -> str:
 
 def about() -> dict:
     """How figures were made."""
+    settings = [f"{k}={v}" for k, v in os.environ.items() if k.startswith("MLX_MAX_")]
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join([*sorted(settings), "python", *sys.argv]),
         "device": device(),
         "mlx": mx.__version__,
         "date": datetime.date.today().isoformat(),

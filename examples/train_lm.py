@@ -257,34 +257,33 @@ def make_optimizer(lr: float, steps: int, warmup: int, gates: float = 10) -> opt
 def make_step(model, optimizer, data: mx.array, context: int, clip: float, group):
     """The whole step, compiled: of starts ``[accumulate, batch]`` and whether to stop.
 
-    Returns a function to ``[4]``: loss, similarity, gradient norm, and how many processes stop.
+    Returns a function to loss, similarity, gradient norm, and how many processes stop: arrays of
+    their own, because on CUDA the host reads a number at once, a row of them after all that waits.
     """
     state = [model.state, optimizer.state]
     backward = nn.value_and_grad(model, loss_fn)
 
     @functools.partial(mx.compile, inputs=state, outputs=state)
-    def step(starts: mx.array, late: mx.array) -> mx.array:
+    def step(starts: mx.array, late: mx.array) -> tuple[mx.array, ...]:
         count, values, gradients = starts.shape[0], None, None
         for k in range(count):
             chosen = starts[k]
             if k:  # one after another: the activations of one part at a time
-                done = [values, *(g for _, g in tree_flatten(gradients))]
+                done = [*values, *(g for _, g in tree_flatten(gradients))]
                 chosen = mx.depends([chosen], done)[0]
             batch = data[chosen[:, None] + mx.arange(context + 1)].astype(mx.int32)
             made, new = backward(model, batch)
-            made = mx.stack(made)
-            values = made if values is None else values + made
+            values = made if values is None else tree_map(mx.add, values, made)
             gradients = new if gradients is None else tree_map(mx.add, gradients, new)
         if count > 1:
-            values, gradients = values / count, tree_map(lambda g: g / count, gradients)
-        values = mx.concatenate([values, late[None]])
+            values, gradients = tree_map(lambda v: v / count, (values, gradients))
         if group.size() > 1:
             shares = mx.array([group.size(), group.size(), 1])
-            values = mx.distributed.all_sum(values, group=group) / shares
+            *values, late = mx.distributed.all_sum(mx.stack([*values, late]), group=group) / shares
             gradients = nn.average_gradients(gradients, group)
         gradients, norm = optim.clip_grad_norm(gradients, clip)
         optimizer.update(model, gradients)
-        return mx.concatenate([values[:2], norm[None], values[2:]])
+        return *values, norm, late
 
     return step
 
@@ -503,7 +502,7 @@ def train(args: argparse.Namespace, diagnosed: bool = False) -> dict:
         due |= folder is not None and step % args.save_every == 0
         while pending and (len(pending) > 1 or due or stop):
             done, values = pending.pop(0)
-            bits, similarity, norm, late = values.tolist()
+            bits, similarity, norm, late = (v.item() for v in values)
             seconds.append(time.perf_counter() - before)
             finite = math.isfinite(bits) and math.isfinite(norm)
             if not finite:

@@ -60,16 +60,15 @@ inline void multiply(float (&d)[4], const Parts<T>& x, const Parts<T>* y, int p,
 // sum[.][b] += x phi^T; small products first
 template <typename T, typename P, int TILES, int BLOCK>
 inline void multiply_add(float (&sum)[TILES][BLOCK][2], int b, const XTile<T> (&x)[TILES], const PhiTile<P>& phi) {
+  static_assert(TILES <= 2, "");
   constexpr int X = PARTS<T> - 1, PHI = PARTS<P> - 1;
-  UNROLL for (int m = 0; m < TILES; m += 2) {
-    const Parts<T>* next = m + 1 < TILES ? &x[m + 1 < TILES ? m + 1 : m] : nullptr;
-    float d[4] = {};
-    if constexpr (X == 1) multiply(d, x[m], next, X, phi, 0);
-    if constexpr (PHI == 1) multiply(d, x[m], next, 0, phi, PHI);
-    multiply(d, x[m], next, 0, phi, 0);
-    UNROLL for (int i = 0; i < 2 && m + i < TILES; ++i) {
-      UNROLL for (int e = 0; e < 2; ++e) sum[m + i < TILES ? m + i : m][b][e] += d[2 * i + e];
-    }
+  const Parts<T>* next = TILES == 2 ? &x[TILES - 1] : nullptr;
+  float d[4] = {};
+  if constexpr (X == 1) multiply(d, x[0], next, X, phi, 0);
+  if constexpr (PHI == 1) multiply(d, x[0], next, 0, phi, PHI);
+  multiply(d, x[0], next, 0, phi, 0);
+  UNROLL for (int m = 0; m < TILES; ++m) {
+    UNROLL for (int e = 0; e < 2; ++e) sum[m][b][e] += d[2 * m + e];
   }
 }
 

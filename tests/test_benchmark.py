@@ -25,6 +25,7 @@ ROWS = {  # forward, backward at n = 4
     "stream_aggregate_norm": (5, 9),
     "mhc_coefficients": (4, 8),
     "mhc_pre": (5, 13),
+    "mhc_pre_norm": (5, 13),
     "mhc_head": (5, 9),
     "sublayer": (14, 27),
     "mhc_dynamic": (14, 27),
