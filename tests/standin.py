@@ -334,8 +334,9 @@ def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> l
     """`kernel.launch` by the reference: float32 inside, one rounding at the end."""
     given = {k.lower(): a for k, a in inputs.items() if a is not None}
     shapes = promised(template, given)
-    if "y" in given:  # its leading axes are as they come
-        given["y"] = given["y"].reshape(-1, given["y"].shape[-1])
+    for k, a in given.items():  # of all but x the bodies take no shape
+        if k != "x" and a.size == math.prod(shapes[k]):
+            given[k] = a.reshape(shapes[k])
     agree(name, {k: a.shape for k, a in given.items()}, {k: shapes[k] for k in given})
     dtypes = {k: template["T"] for k in given.keys() & SAME}
     dtypes |= dict.fromkeys(given.keys() & FLOAT32, mx.float32)
@@ -348,6 +349,6 @@ def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> l
         agree(name, {"C % VEC": C % vec, "C": min(C, most)}, {"C % VEC": 0, "C": C})
     made = BODIES[name](template, groups, **{k: a.astype(mx.float32) for k, a in given.items()})
     wanted = {k: spec for k, spec in outputs.items() if spec is not None}
-    rows = {k: (math.prod(shape), shape[-1]) for k, (shape, _) in wanted.items()}
-    agree(name, rows, {k: (a.size, a.shape[-1]) for k, a in made.items()})
+    sizes = {k: math.prod(shape) for k, (shape, _) in wanted.items()}
+    agree(name, sizes, {k: a.size for k, a in made.items()})
     return [opaque(made[k].astype(d)).reshape(shape) for k, (shape, d) in wanted.items()]

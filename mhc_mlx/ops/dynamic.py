@@ -38,40 +38,35 @@ def _aggregate_launch(name, inputs, outputs, tokens, groups, threads_per_group, 
 
 
 def _aggregate_forward(x, h_pre, threads_per_group, verbose):
-    tokens, n, C = (whole := flat(x, 3)).shape
-    inputs = {"x": whole, "h_pre": flat(h_pre, 2) if h_pre.ndim > 1 else h_pre}
-    made = {"u": ((tokens, C), x.dtype)}
+    whole, made = flat(x, 3), {"u": ((*x.shape[:-2], x.shape[-1]), x.dtype)}
     (u,) = _aggregate_launch(
         "stream_aggregate",
-        inputs,
+        {"x": whole, "h_pre": h_pre},
         lambda groups: made,
-        tokens,
+        len(whole),
         geometry.MANY_GROUPS,
         threads_per_group,
         verbose,
     )
-    return unflat(u, (*x.shape[:-2], C))
+    return u
 
 
 def _aggregate_backward(x, h_pre, du, threads_per_group, verbose):
-    tokens, n, C = (whole := flat(x, 3)).shape
-    per_token = h_pre.ndim > 1
-    inputs = {"x": whole, "h_pre": flat(h_pre, 2) if per_token else h_pre, "du": flat(du, 2)}
+    whole, per_token = flat(x, 3), h_pre.ndim > 1
     dx, sums = _aggregate_launch(
         "stream_aggregate_backward",
-        inputs,
+        {"x": whole, "h_pre": h_pre, "du": du},
         lambda groups: {
-            "dx": (whole.shape, x.dtype),
-            "dh_pre": ((tokens, n), mx.float32) if per_token else None,
-            "partial": None if per_token else ((groups, n), mx.float32),
+            "dx": (x.shape, x.dtype),
+            "dh_pre": (h_pre.shape, mx.float32) if per_token else None,
+            "partial": None if per_token else ((groups, x.shape[-2]), mx.float32),
         },
-        tokens,
+        len(whole),
         geometry.MANY_GROUPS if per_token else None,
         threads_per_group,
         verbose,
     )
-    dh_pre = sums if per_token else sum_rows(sums, verbose)
-    return [unflat(dx, x.shape), unflat(dh_pre, h_pre.shape).astype(h_pre.dtype)]
+    return [dx, (sums if per_token else sum_rows(sums, verbose)).astype(h_pre.dtype)]
 
 
 # ---- h_res from its logits
@@ -190,17 +185,17 @@ def pre_forward(
     x = flat(x, 3)
     tokens, size = x.shape[0], 0 if head else convention.res_size(n)
     projects = projected(n, convention, head)
-    widths = {
-        "u": C if read else 0,
-        "h_pre": 0 if read else n,
-        "h_post": 0 if head else n,
-        "h_res": n * n if projects else 0,
-        "logits": 0 if projects else size,
-        "l": outs + 1 if save else 0,
+    shapes = {
+        "u": (*lead, C) if read else None,
+        "h_pre": None if read else (*lead, n),
+        "h_post": None if head else (*lead, n),
+        "h_res": (*lead, n, n) if projects else None,
+        "logits": None if projects or not size else (tokens, size),
+        "l": (tokens, outs + 1) if save else None,
     }
     outputs = {
-        k: ((tokens, w), x.dtype if k == "u" else mx.float32) if w else None
-        for k, w in widths.items()
+        k: None if shape is None else (shape, x.dtype if k == "u" else mx.float32)
+        for k, shape in shapes.items()
     }
     flags = {"HEAD": head, "READ": read, "NORM": weight is not None, "WRITE_PRE": not read}
     flags |= {"SAVE": save, "PROJECT": projects, **projection(convention if projects else None)}
@@ -231,12 +226,11 @@ def pre_forward(
             verbose,
         )
     made = dict(zip((k for k, v in outputs.items() if v is not None), results, strict=True))
-    if projects:
-        h_res = made["h_res"].reshape(tokens, n, n)
-    else:
-        h_res = None if head else _project(made.get("logits"), n, convention, *options)
+    h_res = made.get("h_res")
+    if not projects and not head:
+        h_res = _project(made.get("logits"), n, convention, *options)
+        h_res = None if h_res is None else unflat(h_res, (*lead, n, n))
     results = [made.get("u"), made.get("h_pre"), made.get("h_post"), h_res]
-    results = [None if a is None else unflat(a, (*lead, *a.shape[1:])) for a in results]
     return results, ([made["l"]] if save else [])
 
 
@@ -290,7 +284,7 @@ def _token_backward(x, arrays, template, columns, threads_per_group, verbose):
     )
 
 
-def _spread(x, arrays, template, columns, threads_per_group, verbose):
+def _spread(x, shape, arrays, template, columns, threads_per_group, verbose):
     """dx, dp, and in rows to be added the sums over tokens."""
     (tokens, n, C), outs = x.shape, template["OUTS"]
     threads, tile, vec, splits = geometry.of_spread(n, C, outs, tokens, threads_per_group)
@@ -300,7 +294,7 @@ def _spread(x, arrays, template, columns, threads_per_group, verbose):
         "mhc_pre_backward",
         {"x": x} | {k: arrays.get(k) for k in ("phi", *TOKEN_INPUTS, "dx_out")},
         {
-            "dx": (x.shape, x.dtype),
+            "dx": (shape, x.dtype),
             "dp": ((tokens, outs), mx.float32),
             "partial": ((groups, columns), mx.float32),
         },
@@ -311,7 +305,7 @@ def _spread(x, arrays, template, columns, threads_per_group, verbose):
     )
 
 
-def _products(x, phi, dp, side, du, dx_out, threads_per_group, verbose):
+def _products(x, shape, phi, dp, side, du, dx_out, threads_per_group, verbose):
     """dx, and dphi in rows to be added."""
     (tokens, n, C), outs = x.shape, dp.shape[1]
     threads, span, chunks, groups = geometry.of_products(n, C, outs, tokens, threads_per_group)
@@ -322,7 +316,7 @@ def _products(x, phi, dp, side, du, dx_out, threads_per_group, verbose):
     return kernel.launch(
         "mhc_projection_backward",
         {"x": x, "phi": phi, "dp": dp, "side": side, "du": du, "dx_out": dx_out},
-        {"dx": (x.shape, x.dtype), "partial": ((chunks, outs * n * C), mx.float32)},
+        {"dx": (shape, x.dtype), "partial": ((chunks, outs * n * C), mx.float32)},
         chunks * groups,
         threads,
         template | {"READ": du is not None, "PASS": dx_out is not None},
@@ -350,10 +344,7 @@ def pre_backward(
     shape, (n, C), outs = x.shape, x.shape[-2:], phi.shape[0]
     x, (unit,) = flat(x, 3), saved
     gated = n if head else 2 * n
-    ndims = (2, 2, 2, 3, 3)
-    du, dh_pre, dh_post, dh_res, dx_out = (
-        None if a is None else flat(a, ndim) for a, ndim in zip(cotangents, ndims, strict=True)
-    )
+    du, dh_pre, dh_post, dh_res, dx_out = cotangents
     arrays = {"bias": bias, "alpha": alpha, "weight": weight, "l": unit}
     arrays |= {"params": token_params(convention, norm_eps, eps)}
     arrays |= {"du": du, "dh_pre": dh_pre, "dh_post": dh_post}
@@ -363,23 +354,23 @@ def pre_backward(
         arrays["dh_res"] = dh_res
     elif outs > gated:
         logits = alpha[2].astype(mx.float32) * unit[:, gated:outs] + bias[gated:].astype(mx.float32)
-        arrays["dz_res"] = _project_backward(logits, dh_res, n, convention, *options)
+        arrays["dz_res"] = _project_backward(logits, flat(dh_res, 3), n, convention, *options)
     columns = 2 * outs + (C if weight is not None else 0)
     template = {"T": x.dtype, "N": n, "OUTS": outs, "HEAD": head}
     template |= {"READ": du is not None, "NORM": weight is not None}
     if multiplied:
         template |= {"PROJECT": projects, **projection(convention if projects else None)}
         side, *read, dp, partial = _token_backward(x, arrays, template, columns, *options)
-        dx, products = _products(x, phi, dp, side, (read or [du])[0], dx_out, *options)
+        dx, products = _products(x, shape, phi, dp, side, (read or [du])[0], dx_out, *options)
     else:
         arrays |= {"phi": phi, "dx_out": dx_out}
-        dx, dp, partial = _spread(x, arrays, template, columns, *options)
+        dx, dp, partial = _spread(x, shape, arrays, template, columns, *options)
         products = _phi_gradient(x, dp, *options)
     sums = sum_rows(partial, verbose)
     own = _parts(n, outs, alpha.shape[0])
     dalpha = mx.where(own, sums[outs : 2 * outs], 0.0).sum(1)
-    dphi = sum_rows(products, verbose).reshape(phi.shape)
-    gradients = [unflat(dx, shape), dphi, sums[:outs], dalpha]
+    dphi = sum_rows(products, verbose, shape=phi.shape)
+    gradients = [dx, dphi, sums[:outs], dalpha]
     gradients += [None if weight is None else sums[2 * outs :]]
     primals = (x, phi, bias, alpha, weight)
     return [

@@ -34,8 +34,7 @@ from .static import mix_add_backward, mix_add_forward, projection, sum_rows
 def _per_token(tokens: int, *coefficients: tuple[mx.array, int]) -> list[mx.array]:
     """Coefficients of so many axes, or shared by all tokens, for each token."""
     return [
-        flat(a, ndim) if a.ndim >= ndim else mx.broadcast_to(a, (tokens, *a.shape))
-        for a, ndim in coefficients
+        a if a.ndim >= ndim else mx.broadcast_to(a, (tokens, *a.shape)) for a, ndim in coefficients
     ]
 
 
@@ -75,15 +74,15 @@ def _seam_backward(
     template = {"T": x.dtype, "N": n, "VEC": g.vec, "THREADS": g.threads, "PASSES": g.passes}
     dx, dy, *made = kernel.launch(
         "mhc_seam_backward",
-        {"x": whole, "y": flat(y, 2), "dout": flat(dout, 3), "du": flat(du, 2)}
+        {"x": whole, "y": y, "dout": dout, "du": du}
         | {"h_pre": h_pre, "h_post": h_post, "h_res": mixing, "weight": weight}
         | {"params": token_params(DEEPSEEK_V4, 1.0, eps)},
         {
-            "dx": (whole.shape, x.dtype),
-            "dy": ((tokens, C), x.dtype),
-            "dh_pre": ((tokens, n), mx.float32),
-            "dh_post": ((tokens, n), mx.float32),
-            "dh_res": ((tokens, n, n), mx.float32),
+            "dx": (x.shape, x.dtype),
+            "dy": (y.shape, x.dtype),
+            "dh_pre": (h_pre.shape, mx.float32),
+            "dh_post": (h_post.shape, mx.float32),
+            "dh_res": (mixing.shape, mx.float32),
             "partial": None if weight is None else ((groups, C), mx.float32),
         },
         groups,
@@ -91,11 +90,10 @@ def _seam_backward(
         template | {"CACHED": g.fits, "NORM": weight is not None, "ROUND": rounded},
         verbose,
     )
-    gradients = [unflat(dx, x.shape), unflat(dy, y.shape)]
+    gradients = [dx, dy]
     for a, d in zip(coefficients, made, strict=False):
-        if a is not None:
-            shared = a.ndim < d.ndim
-            d = unflat(sum_rows(d.reshape(tokens, -1), verbose) if shared else d, a.shape)
+        if a is not None and a.ndim < d.ndim:  # shared by all tokens
+            d = unflat(sum_rows(d.reshape(tokens, -1), verbose), a.shape)
         gradients.append(None if a is None else d.astype(a.dtype))
     dweight = None if weight is None else sum_rows(made[3], verbose).astype(weight.dtype)
     return [*gradients, dweight]

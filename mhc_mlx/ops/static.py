@@ -80,15 +80,19 @@ def sinkhorn_backward(logits, dh_res, *options):
     return [_sinkhorn_launch("sinkhorn_knopp_backward", inputs, logits.dtype, *options, True)]
 
 
-def sum_rows(partial: mx.array, verbose: bool, n: int = 0, **gates) -> mx.array:
-    """The sum of the rows, in a fixed order; of gates' gradients those of their n logits."""
+def sum_rows(
+    partial: mx.array, verbose: bool, n: int = 0, shape: tuple[int, ...] = (), **gates
+) -> mx.array:
+    """The sum of the rows, in a fixed order, as an array of that shape; of gates' gradients those
+    of their n logits."""
+    shape = shape or partial.shape[1:]
     if partial.shape[0] == 1 and not gates:
-        return partial[0]
+        return partial.reshape(shape)
     lines = geometry.of_sum(*partial.shape)
     (total,) = kernel.launch(
         "sum_partials",
         {"partial": partial} | {k: gates.get(k) for k in ("H_pre", "H_post", "params")},
-        {"out": ((partial.shape[1],), mx.float32)},
+        {"out": (shape, mx.float32)},
         math.ceil(partial.shape[1] * lines / 256),
         256,
         {"T": mx.float32, "N": n if gates else 0, "GATES": bool(gates), "LINES": lines},
@@ -115,13 +119,13 @@ def _layer_forward(
     (out,) = kernel.launch(
         "mhc_fused",
         arrays | {"params": _params(eps, convention)},
-        {"out": (x.shape if mix else (tokens, C), x.dtype)},
+        {"out": (shape, x.dtype)},
         geometry.even(tokens, geometry.FORWARD_GROUPS),
         g.threads,
         template,
         verbose,
     )
-    return unflat(out, shape)
+    return out
 
 
 def _layer_backward(
@@ -145,20 +149,18 @@ def mix_add_forward(x, y, h_post, h_res, threads_per_group, verbose):
     shape, x = x.shape, flat(x, 3)
     tokens, n, C = x.shape
     g = geometry.of_token(n, C, x.dtype.size, 1, threads_per_group, kernel.backend())
-    post_per_token, res_per_token = h_post.ndim > 1, h_res.ndim > 2
-    h_post = flat(h_post, 2) if post_per_token else h_post
-    h_res = flat(h_res, 3) if res_per_token else h_res
     template = {"T": x.dtype, "N": n, "VEC": g.vec, "THREADS": g.threads}
+    template |= {"POST_PER_TOKEN": h_post.ndim > 1, "RES_PER_TOKEN": h_res.ndim > 2}
     (out,) = kernel.launch(
         "stream_mix_add",
-        {"x": x, "y": flat(y, 2), "h_post": h_post, "h_res": h_res},
-        {"out": (x.shape, x.dtype)},
+        {"x": x, "y": y, "h_post": h_post, "h_res": h_res},
+        {"out": (shape, x.dtype)},
         min(tokens, geometry.MANY_GROUPS),
         g.threads,
-        template | {"POST_PER_TOKEN": post_per_token, "RES_PER_TOKEN": res_per_token},
+        template,
         verbose,
     )
-    return unflat(out, shape)
+    return out
 
 
 def mix_add_backward(x, y, h_post, h_res, dout, threads_per_group, verbose):
@@ -166,8 +168,7 @@ def mix_add_backward(x, y, h_post, h_res, dout, threads_per_group, verbose):
     dx, dy, _, dh_post, dh_res, _ = _backward(
         x, y, None, h_post, h_res, None, dout, 1.0, threads_per_group, verbose, None, True
     )
-    dh_post = unflat(dh_post, h_post.shape).astype(h_post.dtype)
-    return [dx, dy, dh_post, dh_res.astype(h_res.dtype)]
+    return [dx, dy, dh_post.astype(h_post.dtype), dh_res.astype(h_res.dtype)]
 
 
 def _backward(
@@ -182,9 +183,6 @@ def _backward(
     tokens, n, C = x.shape
     norm, gates = y is None, convention is not None and convention.sigmoid
     post_per_token, res_per_token = mix and H_post.ndim > 1, mix and H_res.ndim > 2
-    res_shape = H_res.shape if mix else None
-    H_post = flat(H_post, 2) if post_per_token else H_post
-    H_res = flat(H_res, 3) if res_per_token else H_res
     sinkhorn = convention is not None and n <= 8
     g = geometry.of_token(n, C, x.dtype.size, 2, threads_per_group, kernel.backend())
     name, threads = ("mhc_backward", g.threads) if n <= 8 else ("mhc_backward_tiled", 256)
@@ -200,14 +198,14 @@ def _backward(
     if n <= 8:
         template |= {"VEC": g.vec, "PASSES": g.passes, "CACHED": g.fits, "SINKHORN": sinkhorn}
         template |= projection(convention)
-    inputs = {"x": x, "y": None if norm else flat(y, 2), "dout": flat(dout, 3 if mix else 2)}
+    inputs = {"x": x, "y": y, "dout": dout}
     inputs |= {"H_pre": H_pre, "H_post": H_post, "H_res": H_res, "weight": weight, "params": params}
     outputs = {
-        "dx": (x.shape, x.dtype),
-        "dy": None if norm else ((tokens, C), x.dtype),
+        "dx": (shape, x.dtype),
+        "dy": None if norm else (y.shape, x.dtype),
         "partial": ((groups, sum(sums)), mx.float32) if any(sums) else None,
-        "dh_post": ((tokens, n), mx.float32) if post_per_token else None,
-        "dh_res": ((tokens, n, n), mx.float32) if res_per_token else None,
+        "dh_post": (H_post.shape, mx.float32) if post_per_token else None,
+        "dh_res": (H_res.shape, mx.float32) if res_per_token else None,
     }
     results = kernel.launch(name, inputs, outputs, groups, threads, template, verbose)
     made = dict(zip((k for k, v in outputs.items() if v is not None), results, strict=True))
@@ -217,10 +215,9 @@ def _backward(
         ends = [sum(sums[: i + 1]) for i in range(4)]
         parts = zip(("H_pre", "dh_post", "dh_res", "weight"), sums, ends, strict=True)
         made |= {k: total[end - size : end] for k, size, end in parts if size}
-    dh_res = unflat(made["dh_res"], res_shape) if mix else None
-    dy = None if norm else unflat(made["dy"], y.shape)
+    dh_res = unflat(made["dh_res"], H_res.shape) if mix else None
     rest = made.get("H_pre"), made.get("dh_post"), dh_res, made.get("weight")
-    return [unflat(made["dx"], shape), dy, *rest]
+    return [made["dx"], made.get("dy"), *rest]
 
 
 def _reading(forward_or_backward):
