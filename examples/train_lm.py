@@ -348,7 +348,7 @@ def load_checkpoint(folder: Path) -> tuple[Path, dict, dict] | None:
 
 
 class Log:
-    """A CSV file with a line per step, there as soon as the step is done."""
+    """A CSV file with a line per step, there as soon as the next one has begun."""
 
     FIELDS = ("step", "bits_per_byte", "similarity", "gradient_norm", "tokens_per_second")
     FIELDS += ("peak_mib", "validation")
@@ -500,16 +500,20 @@ def train(args: argparse.Namespace, diagnosed: bool = False) -> dict:
         pending.append((step, values))
         due = step == args.steps or step % args.validate_every == 0
         due |= folder is not None and step % args.save_every == 0
-        while pending and (len(pending) > 1 or due or stop):
-            done, values = pending.pop(0)
-            bits, similarity, norm, late = (v.item() for v in values)
-            seconds.append(time.perf_counter() - before)
+        ready = []  # of steps that are read at once each took as long as the other
+        while ready or pending and (len(pending) > 1 or due or stop):
+            if not ready:
+                ready, pending = (pending, []) if due or stop else (pending[:1], pending[1:])
+                ready = [(k, *(v.item() for v in values)) for k, values in ready]
+                each = (time.perf_counter() - before) / len(ready)
+            done, bits, similarity, norm, late = ready.pop(0)
+            seconds.append(each)
             finite = math.isfinite(bits) and math.isfinite(norm)
             if not finite:
-                pending.clear()
+                ready, pending = [], []
             stop |= late > 0 or not finite
             history.append((bits, similarity))
-            last = done == args.steps or stop and not pending
+            last = done == args.steps or stop and not ready and not pending
             tested = None
             if finite and (last or done % args.validate_every == 0):
                 validation = tested = validate().item()

@@ -155,8 +155,7 @@ def mhc_pre(t, groups, x, phi, bias, alpha, params, weight=None):
     made |= {} if t["HEAD"] else {"h_post": post(z[:, n : 2 * n])}
     if t["PROJECT"]:
         c = convention(t, params[5])
-        h_res = reference.sinkhorn_knopp(z[:, 2 * n :].reshape(-1, n, n), c)
-        made["h_res"] = h_res.reshape(-1, n * n)
+        made["h_res"] = reference.sinkhorn_knopp(z[:, 2 * n :].reshape(-1, n, n), c)
     elif not t["HEAD"] and t["OUTS"] > 2 * n:
         made["logits"] = z[:, 2 * n :]
     return made
@@ -265,7 +264,7 @@ def mhc_seam(t, groups, x, params, runs=None, bias=None, alpha=None, y=None, wei
         if t["PROJECT"]:
             c = convention(t, params[5])
             h["h_res"] = reference.sinkhorn_knopp(z[:, 2 * n :].reshape(-1, n, n), c)
-            made |= {} if t["BACK"] else {"made_res": h["h_res"].reshape(-1, n * n)}
+            made |= {} if t["BACK"] else {"made_res": h["h_res"]}
         elif not t["HEAD"] and t["OUTS"] > 2 * n:
             made["logits"] = z[:, 2 * n :]
     if t["BACK"]:
@@ -334,8 +333,9 @@ def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> l
     """`kernel.launch` by the reference: float32 inside, one rounding at the end."""
     given = {k.lower(): a for k, a in inputs.items() if a is not None}
     shapes = promised(template, given)
-    for k, a in given.items():  # of all but x the bodies take no shape
-        if k != "x" and a.size == math.prod(shapes[k]):
+    for k, a in given.items():  # of all but x the leading axes are as they come
+        axes = len(shapes[k]) - 1
+        if k != "x" and a.size == math.prod(shapes[k]) and a.shape[-axes:] == shapes[k][-axes:]:
             given[k] = a.reshape(shapes[k])
     agree(name, {k: a.shape for k, a in given.items()}, {k: shapes[k] for k in given})
     dtypes = {k: template["T"] for k in given.keys() & SAME}
@@ -349,6 +349,8 @@ def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> l
         agree(name, {"C % VEC": C % vec, "C": min(C, most)}, {"C % VEC": 0, "C": C})
     made = BODIES[name](template, groups, **{k: a.astype(mx.float32) for k, a in given.items()})
     wanted = {k: spec for k, spec in outputs.items() if spec is not None}
-    sizes = {k: math.prod(shape) for k, (shape, _) in wanted.items()}
-    agree(name, sizes, {k: a.size for k, a in made.items()})
+    rows = {k: (math.prod(shape), shape[-1]) for k, (shape, _) in wanted.items()}
+    if name == "sum_partials":  # in the shape of a parameter
+        rows = {"out": (rows["out"][0],) * 2}
+    agree(name, rows, {k: (a.size, a.shape[-1]) for k, a in made.items()})
     return [opaque(made[k].astype(d)).reshape(shape) for k, (shape, d) in wanted.items()]

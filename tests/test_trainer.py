@@ -361,6 +361,14 @@ def test_diverged_run_stops_and_keeps_its_checkpoint(corpus, tmp_path, capsys):
     assert steps_kept(tmp_path / "ahead") == []
 
 
+def test_steps_read_at_once_took_as_long(whole):
+    """Before a validation the host waits for the step that runs and the one before it."""
+    with open(whole / "log.csv", newline="") as f:
+        speeds = [float(r["tokens_per_second"]) for r in csv.DictReader(f)]
+    assert all(speeds[k - 1] == speeds[k] for k in range(EVERY - 1, STEPS, EVERY))
+    assert len(set(speeds)) > STEPS // EVERY
+
+
 def test_out_of_time(corpus, tmp_path, monkeypatch):
     """The step that has begun meanwhile counts: it is in the log, tested and saved."""
     write, clock = train_lm.Log.write, time.perf_counter

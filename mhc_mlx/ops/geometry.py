@@ -227,7 +227,7 @@ def of_tokens(
         vec //= 2
     packs, passes, cached = C // vec, 0, False
     if normed:
-        most = TOKEN_BYTES[backend] // (2 * vec * n) if n <= 8 else 0
+        most = min(8, TOKEN_BYTES[backend] // (2 * vec * n)) if n <= 4 else 0  # or it spills
         limit = 256 if backend == "metal" else 512
         threads = threads or min(limit, 32 * math.ceil(packs / max(1, most) / 32))
         passes = math.ceil(packs / threads)
