@@ -127,7 +127,7 @@ for (uint first = threadgroup_position_in_grid.x / SPLITS * TILE; first < tokens
       }
       if constexpr (TEAM > 1) {  // added as one simdgroup would
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        for (int k = 0; k < TEAM * KEPT; ++k) squared += sums[(simd / TEAM * TEAM * KEPT + k) * 32 + lane];
+        UNROLL for (int k = 0; k < TEAM * KEPT; ++k) squared += sums[(simd / TEAM * TEAM * KEPT + k) * 32 + lane];
         threadgroup_barrier(mem_flags::mem_threadgroup);
       }
       const float r = metal::precise::rsqrt(simd_sum(squared) / static_cast<float>(C) + static_cast<float>(params[4]));
