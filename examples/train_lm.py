@@ -506,6 +506,8 @@ def train(args: argparse.Namespace, diagnosed: bool = False) -> dict:
                 ready, pending = (pending, []) if due or stop else (pending[:1], pending[1:])
                 ready = [(k, *(v.item() for v in values)) for k, values in ready]
                 each = (time.perf_counter() - before) / len(ready)
+                if stop:  # it ran while the one before was waited for
+                    each = max(each, seconds[-1])
             done, bits, similarity, norm, late = ready.pop(0)
             seconds.append(each)
             finite = math.isfinite(bits) and math.isfinite(norm)
