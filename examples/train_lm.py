@@ -491,6 +491,12 @@ def train(args: argparse.Namespace, diagnosed: bool = False) -> dict:
     start = before = time.perf_counter()
     progress = tqdm(total=args.steps, initial=step, unit="step", mininterval=1, disable=rank > 0)
     pending = []  # steps that run: the next is prepared meanwhile
+
+    def read(count: int) -> list[tuple]:
+        """The oldest of them, and what they returned."""
+        taken = [pending.pop(0) for _ in range(count)]
+        return [(k, *(v.item() for v in values)) for k, values in taken]
+
     while step < args.steps and not stop:
         starts = windows.starts(position + rank * share, share).reshape(args.accumulate, args.batch)
         # A process that is late says so to all, so that all stop after the same step.
@@ -500,22 +506,15 @@ def train(args: argparse.Namespace, diagnosed: bool = False) -> dict:
         pending.append((step, values))
         due = step == args.steps or step % args.validate_every == 0
         due |= folder is not None and step % args.save_every == 0
-        ready = []  # of steps that are read at once each took as long as the other
-        while ready or pending and (len(pending) > 1 or due or stop):
-            if not ready:
-                ready, pending = (pending, []) if due or stop else (pending[:1], pending[1:])
-                ready = [(k, *(v.item() for v in values)) for k, values in ready]
-                each = (time.perf_counter() - before) / len(ready)
-                if stop:  # it ran while the one before was waited for
-                    each = max(each, seconds[-1])
-            done, bits, similarity, norm, late = ready.pop(0)
+        rows = read(len(pending) if due else len(pending) - 1)
+        stop = any(late > 0 for *_, late in rows)
+        rows += read(len(pending)) if stop else []
+        each = (time.perf_counter() - before) / max(1, len(rows))  # read at once, they share it
+        for done, bits, similarity, norm, _ in rows:
             seconds.append(each)
             finite = math.isfinite(bits) and math.isfinite(norm)
-            if not finite:
-                ready, pending = [], []
-            stop |= late > 0 or not finite
             history.append((bits, similarity))
-            last = done == args.steps or stop and not ready and not pending
+            last = done == args.steps or stop and done == rows[-1][0]
             tested = None
             if finite and (last or done % args.validate_every == 0):
                 validation = tested = validate().item()
@@ -536,7 +535,10 @@ def train(args: argparse.Namespace, diagnosed: bool = False) -> dict:
             if wanted:
                 wanted.clear()
                 draw(diagnose(start_report))
-            before = time.perf_counter()
+            if not finite:
+                stop = True
+                break
+        before = time.perf_counter() if rows else before
     progress.close()
     if log:
         log.close()
