@@ -66,10 +66,9 @@ def measure(command: list[str], steps: int) -> dict:
     times, losses, pending = [], [], None
     mx.reset_peak_memory()
     began = time.perf_counter()
-    for k in range(steps + 4):  # as the trainer: a step is prepared while the last one runs
-        values = run(starts, late) if k < steps + 3 else None
-        if values is not None:
-            mx.async_eval(values, model.state, optimizer.state)
+    for _ in range(steps + 4):  # as the trainer: a step is prepared while the last one runs
+        values = run(starts, late)
+        mx.async_eval(values, model.state, optimizer.state)
         if pending is not None:
             losses.append(pending[0].item())
             times.append(1e3 * (time.perf_counter() - began))
