@@ -501,6 +501,12 @@ def test_overhead(tmp_path, capsys, uncompiled):
     )
     out = capsys.readouterr().out
     assert "both the reference on the CPU" in out and "| 8 | fused |" in out
+    assert "dim 8: the losses of 4 steps" in out and "by at most 0.0e+00 bits" in out
+    apart = json.loads(file.read_text())
+    apart["results"][0]["reference"]["losses"][1] += 0.25
+    (tmp_path / "apart.json").write_text(json.dumps(apart))
+    overhead.main(["--from", str(tmp_path / "apart.json")])
+    assert "by at most 2.5e-01 bits per byte" in capsys.readouterr().out
     table = next(line for line in out.splitlines() if line.startswith("| 8 | fused |"))
     overhead.main(["--from", str(file)])
     assert table in capsys.readouterr().out
