@@ -18,6 +18,10 @@ streams do at the end, and whenever the process gets SIGUSR1. More processes sha
 A step takes batch x accumulate x processes sequences. Weights and the optimiser are float32;
 with --dtype bfloat16 streams and products are bfloat16, and weights are rounded where they are
 used; coefficients of connections are float32 in any case. Everything follows from the seed.
+
+On an NVIDIA GPU with memory to spare MLX_MAX_MB_PER_BUFFER=2000 in the environment lets MLX's host
+run further ahead: a step of 24 layers of dim 1024 takes 81 instead of 87 ms on an H100, and 35
+instead of 28 GiB.
 """
 
 import argparse
