@@ -32,12 +32,14 @@ from .ops import (
     mhc_seam,
     mhc_single_pass,
     mhc_static,
+    rms_norm,
     sinkhorn_knopp,
     stream_aggregate,
     stream_aggregate_norm,
+    stream_distribute,
+    stream_mix,
     stream_mix_add,
     vmap,
 )
-from .reference import rms_norm, stream_distribute, stream_mix
 
 __version__ = "0.1.0"

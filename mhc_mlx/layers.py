@@ -59,6 +59,23 @@ def _check_sizes(op: str, **sizes: tuple[int, float]) -> None:
             raise ValueError(f"[{op}] {name} must be from 1 to {most} but got {value}.")
 
 
+def _check_finite(op: str, **numbers: float) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"[{op}] {name} must be a number but got {type(value).__name__}.")
+        if not math.isfinite(value):
+            raise ValueError(f"[{op}] {name} must be finite but got {value}.")
+
+
+def _check_input(module: nn.Module, x: mx.array, n: int, C: int) -> None:
+    op = type(module).__name__
+    if not isinstance(x, mx.array):
+        raise TypeError(f"[{op}] x must be an mx.array but got {type(x).__name__}.")
+    if x.shape[-2:] != (n, C):
+        must = f"have shape [..., n={n}, C={C}]"
+        raise ValueError(f"[{op}] x must {must} but got {list(x.shape)}.")
+
+
 def _logit(p: float) -> float:
     """Where the sigmoid is p, kept from 0.0001 to 0.9: beyond, a gate has hardly a gradient."""
     p = min(max(p, 1e-4), 0.9)
@@ -111,8 +128,8 @@ class HyperConnection(nn.Module):
     ``H_pre [n]``, ``H_post [n]`` and ``H_res``, ``[n, n]`` or ``[R]``, for all tokens. Parameters
     start in float32, may be cast, and are read as float.
 
-    The start preserves a network's function: on equal streams it is ``x + F(x)``, exactly but for
-    rounding.
+    The start preserves a network's function: on n > 1 equal streams it is ``x + F(x)``, exactly but
+    for rounding.
         h_pre: 0.9 on stream ``layer_idx % n``, so that neighbours differ, and 0.1 / (n - 1)
             elsewhere. The sum is 1; for n = 1 it is 0.9, since a sigmoid at 1 has no gradient.
         h_post: 1, the middle of its gate.
@@ -160,8 +177,11 @@ class HyperConnection(nn.Module):
         super().__init__()
         op, n = type(self).__name__, num_streams
         _check_sizes(op, dim=(dim, math.inf), num_streams=(n, ops.MAX_STREAMS))
+        if isinstance(layer_idx, bool) or not isinstance(layer_idx, int):
+            raise TypeError(f"[{op}] layer_idx must be an int but got {type(layer_idx).__name__}.")
         ops.check_convention(op, convention)
         convention.check_streams(op, n)
+        _check_finite(op, init_scale=init_scale)
         if dynamic and not convention.sigmoid:
             got = convention.name
             raise ValueError(f"[{op}] convention must have sigmoid gates if dynamic but got {got}.")
@@ -208,6 +228,7 @@ class HyperConnection(nn.Module):
 
     def coefficients(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array | None]:
         """h_pre, h_post and h_res for streams x, float32: per token, or static ones."""
+        _check_input(self, x, self.num_streams, self.dim)
         if self.dynamic:
             arrays = (x, self.phi, self.bias, self.alpha)
             return ops.mhc_coefficients(*arrays, self._convention, self.norm_eps, **self._options)
@@ -237,10 +258,7 @@ class HyperConnection(nn.Module):
         """``[..., n, C]`` to u ``[..., C]`` and the function from y ``[..., C]`` to the streams,
         all in x's dtype.
         """
-        n, C = self.num_streams, self.dim
-        if x.shape[-2:] != (n, C):
-            must = f"have shape [..., n={n}, C={C}]"
-            raise ValueError(f"[HyperConnection] x must {must} but got {list(x.shape)}.")
+        _check_input(self, x, self.num_streams, self.dim)
         return self._read(x)
 
     def _extra_repr(self) -> str:
@@ -290,6 +308,7 @@ class MHCLayer(HyperConnection):
         self, x: mx.array, sublayer: Callable[[mx.array], mx.array] | None = None
     ) -> mx.array:
         """``[..., n, C] -> [..., n, C]`` in x's dtype; sublayer is F, the identity by default."""
+        _check_input(self, x, self.num_streams, self.dim)
         if sublayer is None and not self.dynamic and self._convention.start in SINKHORN:
             parameters = (self.H_pre, self.H_post, self.H_res, self.rms_weight)
             return ops.mhc_layer(x, *parameters, self._convention, self.eps, **self._options)
@@ -340,6 +359,7 @@ class HyperHead(nn.Module):
             )
         ops.check_threads(op, threads_per_group)
         ops.check_eps(op, norm_eps, "norm_eps")
+        _check_finite(op, init_scale=init_scale)
         self._convention, self.norm_eps = convention, norm_eps
         self.use_metal, self.threads_per_group = use_metal, threads_per_group
         self.differentiable = differentiable
@@ -349,6 +369,8 @@ class HyperHead(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """``[..., n, C] -> [..., C]`` in x's dtype."""
+        n, width = self.phi.shape
+        _check_input(self, x, n, width // n)
         options = {k: getattr(self, k) for k in _OPTIONS}
         parameters = (self.phi, self.bias, self.alpha)
         return ops.mhc_head(x, *parameters, self._convention, self.norm_eps, **options)
@@ -500,9 +522,10 @@ def widen(
 
     The first block expands ``[..., C]`` to n equal streams and the last one reduces them, so the
     model's own code stays as it is; `HyperConnection` starts so that its outputs do too, but for
-    rounding. Blocks keep their parameters, names and attributes (weights, adapters, quantization
-    and caches work as before) and gain ``connections.0``, ``connections.1``, ..., trainable even
-    in a frozen model: to train those alone, call ``model.freeze()`` first.
+    rounding and, with one stream, for its h_pre of 0.9. Blocks keep their parameters, names and
+    attributes (weights, adapters, quantization and caches work as before) and gain
+    ``connections.0``, ``connections.1``, ..., trainable even in a frozen model: to train
+    those alone, call ``model.freeze()`` first.
 
     A block is a module whose call is ``for F in branches: x = x + F(x)``. It has a method
     ``residual_branches(*args, **kwargs)``, which gets the arguments of the call after x and returns

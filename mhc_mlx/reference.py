@@ -29,7 +29,7 @@ def sinkhorn_knopp(logits: mx.array, convention: Convention = ROW_FIRST) -> mx.a
     Args:
         logits: ``[..., n, n]``; any finite values for the starts exp and softmax. ADDITIVE divides
             by sums of ``I + logits`` as given: its lines must not sum to 0.
-        convention: Start, order, iterations and eps.
+        convention: Start, order, iterations and eps; one with half-steps.
 
     Returns:
         h_res ``[..., n, n]`` float32, row = output: ``out[i] = sum_j h_res[i, j] x[j]``.

@@ -138,6 +138,10 @@ def test_similarity_by_hand():
     both = mx.stack([token, mx.ones((3, 2))])
     assert stream_similarity(both).item() == pytest.approx(want, rel=1e-6)
     assert math.isnan(stream_similarity(mx.ones((4, 1, 2))).item())
+    for size in (1e-30, 1e-7, 1e19, 1e38):  # squares leave float32
+        assert stream_similarity(copies * size / 4).item() == pytest.approx(1)
+    assert stream_similarity(mx.zeros((2, 4, 8))).item() == 0
+    assert math.isnan(stream_similarity(mx.full((2, 4, 8), math.inf)).item())
 
 
 def test_gates_moved():
@@ -276,7 +280,7 @@ def test_every_module_is_seen_in_the_order_in_which_it_runs():
 
 def test_classes_are_restored_after_an_error():
     calls = [m.HyperConnection.__call__, m.MHCLayer.__call__]
-    with pytest.raises(ValueError, match="h_pre must have shape"):
+    with pytest.raises(ValueError, match="x must have shape"):
         stability_report(Chain(fixed(FIRST)), streams(5, 3, 3))
     assert [m.HyperConnection.__call__, m.MHCLayer.__call__] == calls
 
@@ -326,6 +330,8 @@ def test_report_before_must_be_of_the_same_model():
     before = stability_report(Chain(fixed(FIRST), fixed(SECOND)), X)
     with pytest.raises(ValueError, match="before must be of 1 connections but got 2 connections"):
         stability_report(CHAIN, X, before=before)
+    with pytest.raises(ValueError, match="before must be of connections with 2 streams"):
+        stability_report(CHAIN, X, before=stability_report(m.MHCLayer(3, 3), streams(4, 3, 3)))
     with pytest.raises(TypeError, match="before must be a StabilityReport but got dict"):
         stability_report(CHAIN, X, before={})
 
@@ -467,3 +473,5 @@ def test_diverged_runs_can_be_drawn(tmp_path, monkeypatch):
     assert len(files) == 4 and all(f.exists() for f in files)
     assert titles == ["diverged (not finite)"] * 2  # gains and streams
     assert ticks and all(float(t).is_integer() for t in ticks), "half a connection"
+    lost = stability_report(m.MHCLayer(2, 3, dynamic=True), X * math.nan, mean)
+    assert len(plot({"lost": lost}, tmp_path)) == 4  # not a number anywhere

@@ -94,7 +94,7 @@ BAD = [
     (
         lambda: m.stream_mix_add(x, y[:, :7], gate, mix),
         ValueError,
-        r"y must have shape \[0=2, C=8\]|y must have shape",
+        r"y must have shape \[2, C=8\]|y must have shape",
     ),
     (
         lambda: m.stream_mix_add(x, y.astype(mx.float16), gate, mix),
@@ -223,7 +223,7 @@ BAD = [
     (
         lambda: m.mhc_pre(**dynamic | {"norm_eps": 0.0}),
         ValueError,
-        "norm_eps must be finite and above 0 but got 0.0",
+        "norm_eps must be finite and above 0 in float32 but got 0.0",
     ),
     (
         lambda: m.mhc_coefficients(**dynamic | {"norm_eps": float("inf")}),
@@ -263,7 +263,7 @@ BAD = [
     (
         lambda: m.mhc_seam(**seam | {"y": mx.zeros((2, 7))}),
         ValueError,
-        r"\[mhc_seam\] y must have shape \[0=2, C=8\] but got \[2, 7\]",
+        r"\[mhc_seam\] y must have shape \[2, C=8\] but got \[2, 7\]",
     ),
     (
         lambda: m.mhc_seam(**seam | {"y": y.astype(mx.float16)}),
@@ -279,6 +279,72 @@ BAD = [
     (lambda: m.mhc_seam(**seam | {"h_res": gate}), ValueError, r"\[mhc_seam\] h_res must have"),
     (lambda: m.mhc_seam(**seam | {"weight": gate}), ValueError, r"\[mhc_seam\] weight must have"),
     (lambda: m.mhc_seam(**seam | {"eps": 0.0}), ValueError, r"\[mhc_seam\] eps must be finite"),
+    (lambda: m.mhc_static(*layer, 1e-60), ValueError, "eps must be finite and above 0 in float32"),
+    (lambda: m.mhc_static(*layer, 1e300), ValueError, "eps must be finite and above 0 in float32"),
+    (lambda: m.mhc_static(*layer, 10**400), ValueError, "eps must be finite"),
+    *(
+        (
+            lambda c=c: m.sinkhorn_knopp(mix, c),
+            ValueError,
+            r"\[sinkhorn_knopp\] convention must have half-steps .* but got " + c.name,
+        )
+        for c in (m.MHC_LITE, m.KRONECKER, m.IDENTITY, m.UNCONSTRAINED)
+    ),
+    (
+        lambda: m.mhc_layer(*layer, m.KRONECKER),
+        ValueError,
+        r"\[mhc_layer\] convention must have half-steps",
+    ),
+    (
+        lambda: m.stream_mix(x, mx.zeros((5, 5))),
+        ValueError,
+        r"\[stream_mix\] h_res must have shape",
+    ),
+    (lambda: m.stream_mix([1], mix), TypeError, r"\[stream_mix\] x must be an mx.array"),
+    (
+        lambda: m.stream_distribute(y, mx.zeros((5, 4))),
+        ValueError,
+        r"\[stream_distribute\] h_post must have shape \[n=4\] or \[2, n=4\] but got \[5, 4\]",
+    ),
+    (
+        lambda: m.stream_distribute(mx.array(1.0), gate),
+        ValueError,
+        r"\[stream_distribute\] y must have shape \[..., C\]",
+    ),
+    (lambda: m.rms_norm(y, mx.ones(1)), ValueError, r"\[rms_norm\] weight must have shape \[C=8\]"),
+    (lambda: m.rms_norm(y, weight, -1.0), ValueError, r"\[rms_norm\] eps must be finite"),
+    (lambda: m.rms_norm(y.astype(mx.int32), weight), TypeError, r"\[rms_norm\] u must be float32"),
+    (
+        lambda: m.HyperConnection(8, layer_idx=1.5),
+        TypeError,
+        r"\[HyperConnection\] layer_idx must be an int but got float",
+    ),
+    (
+        lambda: m.HyperConnection(8, init_scale=float("nan")),
+        ValueError,
+        r"\[HyperConnection\] init_scale must be finite but got nan",
+    ),
+    (
+        lambda: m.HyperHead(8, init_scale=True),
+        TypeError,
+        r"\[HyperHead\] init_scale must be a number but got bool",
+    ),
+    (lambda: m.HyperConnection(8)([x]), TypeError, r"\[HyperConnection\] x must be an mx.array"),
+    (
+        lambda: m.HyperConnection(8).coefficients(mx.zeros((2, 4, 7))),
+        ValueError,
+        r"\[HyperConnection\] x must have shape \[..., n=4, C=8\] but got \[2, 4, 7\]",
+    ),
+    (
+        lambda: m.MHCLayer(3, 8)(x),
+        ValueError,
+        r"\[MHCLayer\] x must have shape \[..., n=3, C=8\] but got \[2, 4, 8\]",
+    ),
+    (
+        lambda: m.HyperHead(8, 3)(x),
+        ValueError,
+        r"\[HyperHead\] x must have shape \[..., n=3, C=8\] but got \[2, 4, 8\]",
+    ),
     (
         lambda: m.mhc_seam(**seam | {"round_aggregate": 1}),
         TypeError,
@@ -391,7 +457,7 @@ BAD = [
     (
         lambda: m.MHCLayer(4, 8)(mx.zeros((2, 4, 9))),
         ValueError,
-        r"weight must have shape \[C=9\] but got \[8\]",
+        r"x must have shape \[..., n=4, C=8\] but got \[2, 4, 9\]",
     ),
     (
         lambda: m.split_streams(mx.zeros((2, 9)), 4),

@@ -758,9 +758,18 @@ BAD = [
         TypeError,
         "must be a dynamic HyperConnection",
     ),
-    (lambda: adapter.load_v4(m.HyperConnection(8), {}, "c"), ValueError, "must have c_fn"),
     (
-        lambda: adapter.load_v4(m.HyperConnection(9), CONNECTION, "c"),
+        lambda: adapter.load_v4(m.HyperConnection(8, convention=m.DEEPSEEK_V4), {}, "c"),
+        ValueError,
+        "must have c_fn",
+    ),
+    (
+        lambda: adapter.load_v4(m.HyperConnection(8), CONNECTION, "c"),
+        ValueError,
+        "convention must be DEEPSEEK_V4's but got PAPER",
+    ),
+    (
+        lambda: adapter.load_v4(m.HyperConnection(9, convention=m.DEEPSEEK_V4), CONNECTION, "c"),
         ValueError,
         r"c_fn must have shape \[24, 36\] but got \[24, 32\]",
     ),

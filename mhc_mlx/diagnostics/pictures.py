@@ -109,6 +109,8 @@ def _log_axis(axes) -> None:
             return ""
         return f"{y:g}" if 1e-3 < y < 1e4 else f"{first}e{math.floor(math.log10(y) + 1e-9)}"
 
+    if not any(y > 0 for line in axes.lines for y in line.get_ydata()):  # all of it is NaN
+        return
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(tick)
     axes.yaxis.set_minor_formatter(tick)

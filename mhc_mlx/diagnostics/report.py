@@ -112,14 +112,18 @@ class StabilityReport:
 def stream_similarity(x: mx.array) -> mx.array:
     """Mean cosine similarity between two different streams of a token, a float32 scalar.
 
-    x ``[..., n, C]``; 1 where the streams are copies of each other; NaN for n = 1.
+    x ``[..., n, C]``; 1 where the streams are copies of each other, at any scale; a stream of zeros
+    is like none, 0; NaN for n = 1 and where x is not finite.
     """
-    x = x.astype(mx.float32)
-    x = x * mx.rsqrt((x * x).sum(-1, keepdims=True) + 1e-12)
-    n = x.shape[-2]
+    x, n = x.astype(mx.float32), x.shape[-2]
     if n == 1:
         return mx.array(math.nan)
-    return ((x.sum(-2) ** 2).sum(-1).mean() - n) / (n * (n - 1))
+    largest = mx.abs(x).max(-1, keepdims=True)
+    x = x / mx.where(largest > 0, largest, 1)  # or squares leave float32
+    norms = (x * x).sum(-1, keepdims=True)
+    x = x * mx.rsqrt(mx.where(norms > 0, norms, 1))
+    alone = (x * x).sum((-2, -1))
+    return ((x.sum(-2) ** 2).sum(-1) - alone).mean() / (n * (n - 1))
 
 
 def _product(a: mx.array, b: mx.array) -> mx.array:
@@ -245,6 +249,11 @@ def stability_report(
         composite = _composed(h_res, composite)
         k, means = len(found), (_mean(h_pre, 1), _mean(h_post, 1))
         start = before.connections[k] if before and k < len(before.connections) else None
+        if start is not None and start.streams != n:
+            got = f"one with {start.streams}"
+            raise ValueError(
+                f"[{op}] before must be of connections with {n} streams but got {got}."
+            )
         pre_moved, post_moved = _moved(connection, *means, start)
         found.append(
             {

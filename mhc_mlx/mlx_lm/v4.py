@@ -2,7 +2,9 @@
 
 import mlx.core as mx
 
+from ..conventions import DEEPSEEK_V4
 from ..layers import HyperConnection, HyperHead
+from ..ops.dispatch import check_dtype
 
 
 def load_v4(
@@ -18,7 +20,8 @@ def load_v4(
     place of the underscore (mlx-lm's names), too.
 
     Args:
-        module: A dynamic `HyperConnection` with 24 outputs for 4 streams, or a `HyperHead`.
+        module: A dynamic `HyperConnection` with 24 outputs for 4 streams, or a `HyperHead`, of
+            DEEPSEEK_V4 or one with other iters or eps.
         weights: Arrays by name; others are left alone.
         prefix: Of the three names.
 
@@ -26,19 +29,23 @@ def load_v4(
         The module.
 
     Raises:
-        TypeError: The module is neither.
-        ValueError: A tensor is missing, or has another shape.
+        TypeError: The module is neither, or a tensor is no array of floats.
+        ValueError: Its convention is another, or a tensor is missing or has another shape.
     """
     if not isinstance(module, (HyperConnection, HyperHead)) or "phi" not in module:
         got = type(module).__name__
         raise TypeError(
             f"[load_v4] module must be a dynamic HyperConnection or a HyperHead but got {got}."
         )
+    c, ours = module._convention, DEEPSEEK_V4
+    if (c.start, c.transposed, c.post_scale) != (ours.start, ours.transposed, ours.post_scale):
+        raise ValueError(f"[load_v4] module.convention must be DEEPSEEK_V4's but got {c.name}.")
     found = []
     for ours, theirs in (("phi", "fn"), ("bias", "base"), ("alpha", "scale")):
         name = next((k for k in (f"{prefix}_{theirs}", f"{prefix}.{theirs}") if k in weights), None)
         if name is None:
             raise ValueError(f"[load_v4] weights must have {prefix}_{theirs} but have it not.")
+        check_dtype("load_v4", **{name: weights[name]})
         if weights[name].shape != module[ours].shape:
             must, got = list(module[ours].shape), list(weights[name].shape)
             raise ValueError(f"[load_v4] {name} must have shape {must} but got {got}.")

@@ -12,7 +12,6 @@ Every op takes the positional arguments of its namesake in `reference` and four 
 
 import functools
 import inspect
-import math
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -20,10 +19,11 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .. import kernel, reference
-from ..conventions import Convention
+from ..conventions import SINKHORN, Convention
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 MAX_STREAMS = 64
+SMALLEST, LARGEST = 2.0**-126, 2.0**127  # of float32, whole
 
 
 class Kernels(NamedTuple):
@@ -66,7 +66,7 @@ def check_array(op: str, name: str, a: mx.array, axes: str, sizes: tuple[int, ..
     """Check dtype and shape: ``sizes``, also behind leading axes if such are given."""
     check_dtype(op, **{name: a})
     if tuple(a.shape) not in (sizes, *((*axis, *sizes) for axis in lead)):
-        own = [f"{letter}={size}" for letter, size in zip(axes, sizes, strict=True)]
+        own = [f"{k}={size}" if k else str(size) for k, size in zip(axes, sizes, strict=True)]
         shapes = [[*map(str, axis), *own] for axis in ((), *lead)]
         must = " or ".join(f"[{', '.join(s)}]" for s in shapes)
         raise ValueError(fail(op, name, f"have shape {must}", list(a.shape)))
@@ -87,7 +87,7 @@ def check_streams(op: str, x: mx.array) -> tuple[tuple[int, ...], int, int]:
 def check_branch(op: str, x: mx.array, y: mx.array) -> None:
     """A sublayer's output, for streams that have been checked."""
     *lead, _, C = x.shape
-    check_array(op, "y", y, (*map(str, range(len(lead))), "C"), (*lead, C))
+    check_array(op, "y", y, (*("" for _ in lead), "C"), (*lead, C))
     if y.dtype != x.dtype:
         raise TypeError(fail(op, "y", f"have x's dtype {x.dtype}", y.dtype))
 
@@ -95,13 +95,20 @@ def check_branch(op: str, x: mx.array, y: mx.array) -> None:
 def check_eps(op: str, eps: float, name: str = "eps") -> None:
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(fail(op, name, "be a number", type(eps).__name__))
-    if not 0 < eps < math.inf:
-        raise ValueError(fail(op, name, "be finite and above 0", eps))
+    if not SMALLEST <= eps <= LARGEST:
+        raise ValueError(fail(op, name, "be finite and above 0 in float32", eps))
 
 
 def check_convention(op: str, convention: Convention) -> None:
     if not isinstance(convention, Convention):
         raise TypeError(fail(op, "convention", "be a Convention", type(convention).__name__))
+
+
+def check_half_steps(op: str, convention: Convention) -> None:
+    check_convention(op, convention)
+    if convention.start not in SINKHORN:
+        must = f"have half-steps (start {', '.join(SINKHORN[:-1])} or {SINKHORN[-1]})"
+        raise ValueError(fail(op, "convention", must, convention.name))
 
 
 def check_threads(op: str, threads: int | None) -> None:

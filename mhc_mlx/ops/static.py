@@ -13,9 +13,9 @@ from .dispatch import (
     Kernels,
     check_array,
     check_branch,
-    check_convention,
     check_dtype,
     check_eps,
+    check_half_steps,
     check_streams,
     constants,
     fail,
@@ -255,7 +255,7 @@ def sinkhorn_knopp(logits: mx.array, convention: Convention = ROW_FIRST) -> mx.a
     if logits.shape[-2:] != (n, n) or not 1 <= n <= MAX_STREAMS:
         must = f"have shape [..., n, n] with n from 1 to {MAX_STREAMS}"
         raise ValueError(fail(op, "logits", must, list(logits.shape)))
-    check_convention(op, convention)
+    check_half_steps(op, convention)
     return (logits,), (convention,)
 
 
@@ -305,5 +305,5 @@ def mhc_layer(
     eps: float = 1e-5,
 ) -> mx.array:
     check_layer("mhc_layer", x, eps, H_pre=H_pre, H_post=H_post, H_res=H_res, weight=weight)
-    check_convention("mhc_layer", convention)
+    check_half_steps("mhc_layer", convention)
     return (x, H_pre, H_post, H_res, weight), (convention, eps)
