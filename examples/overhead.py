@@ -18,8 +18,10 @@ they are longer, so that a slow host keeps a fast NVIDIA GPU busy; they take mor
 import argparse
 import gc
 import json
+import math
 import statistics
 import time
+from pathlib import Path
 
 import mlx.core as mx
 from experiment import about
@@ -35,6 +37,7 @@ KINDS = {
     "reference": ["--connection", "mhc", "--no-metal"],
 }
 GIB = 2**30
+DATA = 2**20  # bytes to train on
 
 
 def copy_bandwidth(mib: int) -> float:
@@ -60,7 +63,7 @@ def measure(command: list[str], steps: int) -> dict:
     mx.random.seed(0)
     model, optimizer = make_model(args), make_optimizer(args.lr, 1000, 100)
     optimizer.init(model.trainable_parameters())
-    data = mx.random.randint(0, 256, (1 << 20,)).astype(mx.uint8)
+    data = mx.random.randint(0, 256, (DATA,)).astype(mx.uint8)
     starts = mx.random.randint(0, data.size - args.context - 1, (1, args.batch))
     late = mx.array(0.0)
     mx.eval(model.parameters(), optimizer.state, data, starts, late)
@@ -105,7 +108,7 @@ def overhead(dim: int, args: argparse.Namespace, bandwidth: float) -> dict:
     info = mx.device_info()
     most = info.get("total_memory", info.get("memory_size"))
     result = {"dim": dim, "floor_ms": floor}
-    for kind in args.kinds:
+    for kind in [k for k in KINDS if k in args.kinds]:  # plain first: others add to it
         command = [*base, *KINDS[kind]]
         if kind == "reference" and most:
             one, two = (released(with_depth(command, d), 1)["peak_gib"] for d in (1, 2))
@@ -188,15 +191,34 @@ def main(command: list[str] | None = None) -> None:
     parser.add_argument("--from", dest="source", metavar="FILE", help="run nothing, read this")
     parser.add_argument("--copy-gb-s", type=float, metavar="GB/S", help="of a copy, with --from")
     args = parser.parse_args(command)
-    if args.copy_gb_s and not args.source:
-        parser.error("--copy-gb-s goes with --from")
+    for name in ("depth", "tokens", "context", "steps", "copy_mib"):
+        if getattr(args, name) < 1:
+            parser.error(
+                f"--{name.replace('_', '-')} must be at least 1 but is {getattr(args, name)}"
+            )
+    if min(args.dims, default=1) < 1:
+        parser.error(f"--dims must be at least 1 but has {min(args.dims)}")
+    if args.curves < 0:
+        parser.error(f"--curves must be at least 0 but is {args.curves}")
+    if args.context > DATA - 2:
+        parser.error(f"--context must be at most {DATA - 2} but is {args.context}")
+    if args.copy_gb_s is not None:
+        if not 0 < args.copy_gb_s < math.inf:
+            parser.error(f"--copy-gb-s must be finite and above 0 but is {args.copy_gb_s}")
+        if not args.source:
+            parser.error("--copy-gb-s goes with --from")
     if args.source:
-        with open(args.source) as f:
-            record = json.load(f)
-        factor = record["copy_gb_s"] / (args.copy_gb_s or record["copy_gb_s"])
-        print(f"{record['device']}, MLX {record['mlx']}, {record['date']}")
-        print(table([by_floor(r, factor) for r in record["results"]]))
+        try:
+            record = json.loads(Path(args.source).read_text())
+            factor = record["copy_gb_s"] / (args.copy_gb_s or record["copy_gb_s"])
+            lines = [f"{record['device']}, MLX {record['mlx']}, {record['date']}"]
+            lines.append(table([by_floor(r, factor) for r in record["results"]]))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            parser.error(f"--from must be a file that --json wrote but is {args.source}: {error!r}")
+        print(*lines, sep="\n")
         return
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).parent.is_dir()):
+        parser.error(f"--json must be a file in a folder that exists but is {args.json}")
     if args.tokens % args.context:
         parser.error(f"--tokens must be a multiple of --context but is {args.tokens}")
     if backend() is None:

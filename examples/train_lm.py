@@ -33,8 +33,10 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import statistics
+import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -195,7 +197,12 @@ def loss_fn(model: ByteLM, batch: mx.array) -> tuple[mx.array, mx.array]:
 def read_corpus(file: str | None, limit: int = 16 << 20) -> bytes:
     """A file, or the standard library's own sources."""
     if file:
-        data = Path(file).read_bytes()
+        try:
+            data = Path(file).read_bytes()
+        except OSError as error:
+            raise SystemExit(
+                f"--data must be a file that can be read but is {file}: {error.strerror}"
+            ) from error
     else:
         folder = Path(sysconfig.get_paths()["stdlib"])
         paths = sorted(p for p in folder.rglob("*.py") if "site-packages" not in p.parts)
@@ -301,8 +308,22 @@ def _digest(path: Path) -> str:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Of a folder, the newest first."""
-    return sorted(folder.glob("step-*.safetensors"), reverse=True)
+    """Of a folder, the newest first; files with other names are not ours."""
+    found = folder.glob("step-*.safetensors")
+    return sorted(
+        (p for p in found if re.fullmatch(r"step-\d+-[0-9a-f]{16}", p.stem)), reverse=True
+    )
+
+
+def make_folder(option: str, folder: Path) -> None:
+    """SystemExit where files cannot be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        why = "" if os.access(folder, os.W_OK) else "it is not writable"
+    except OSError as error:
+        why = error.strerror
+    if why:
+        raise SystemExit(f"{option} needs a folder to write to but was given {folder}: {why}")
 
 
 def save_checkpoint(folder: Path, step: int, arrays: dict, about: dict) -> Path:
@@ -328,7 +349,7 @@ def save_checkpoint(folder: Path, step: int, arrays: dict, about: dict) -> Path:
         left = checkpoints(folder)
         kept = f"the last one is {left[0]}" if left else "there is none before it"
         raise SystemExit(f"cannot write a checkpoint to {folder}: {error}; {kept}") from error
-    for old in checkpoints(folder)[2:]:
+    for old in [p for p in checkpoints(folder) if p != path][1:]:
         old.unlink()
     return path
 
@@ -406,6 +427,20 @@ def train(args: argparse.Namespace, diagnosed: bool = False) -> dict:
     held = max(len(text) // 32, 2 * args.context + 1)  # the tail, for validation
     if len(text) < 2 * held:
         raise SystemExit(f"--context {args.context} is too long for a text of {len(text)} bytes")
+    folder = Path(args.checkpoint) if args.checkpoint else None
+    if folder and rank == 0:
+        make_folder("--checkpoint", folder)
+        if not args.resume and checkpoints(folder):
+            raise SystemExit(
+                "--checkpoint must be a folder without checkpoints, or go with --resume, "
+                f"but {folder} has some"
+            )
+    if args.log:
+        make_folder("--log", Path(args.log).parent)
+        if Path(args.log).is_dir():
+            raise SystemExit(f"--log must be a file but {args.log} is a folder")
+    if args.plot:
+        make_folder("--plot", Path(args.plot))
     data, tail = mx.array(memoryview(text[:-held])), mx.array(memoryview(text[-held:]))
     windows = Windows(data.size, args.context, args.seed)
     tests = Windows(tail.size, args.context, 0)
@@ -441,7 +476,6 @@ def train(args: argparse.Namespace, diagnosed: bool = False) -> dict:
         return dict(tree_flatten(tree | {"at": where, "random": {"state": mx.random.state[0]}}))
 
     step = position = 0
-    folder = Path(args.checkpoint) if args.checkpoint else None
     loaded = load_checkpoint(folder) if args.resume and rank == 0 else None
     if loaded:
         path, arrays, made = loaded
@@ -618,10 +652,30 @@ def parse(command: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(command)
     positive = ("steps", "streams", "dim", "depth", "heads", "context", "batch", "accumulate")
     for name in (*positive, "clip", "validate_every", "validation_batch", "save_every"):
-        if getattr(args, name) <= 0:
+        if not getattr(args, name) > 0:  # nan neither
             parser.error(
                 f"--{name.replace('_', '-')} must be positive but is {getattr(args, name)}"
             )
+    for name in ("lr", "gates_rate"):
+        if not 0 <= getattr(args, name) < math.inf:
+            parser.error(
+                f"--{name.replace('_', '-')} must be finite and at least 0 but is "
+                f"{getattr(args, name)}"
+            )
+    for name in ("seconds", "warmup", "sample"):
+        if not getattr(args, name) >= 0:
+            parser.error(f"--{name} must be at least 0 but is {getattr(args, name)}")
+    if args.mlp is not None and args.mlp <= 0:
+        parser.error(f"--mlp must be positive but is {args.mlp}")
+    if not 0 <= args.seed < 2**64:
+        parser.error(f"--seed must be from 0 to 2**64 - 1 but is {args.seed}")
+    if args.streams > 64:
+        parser.error(f"--streams must be at most 64 but is {args.streams}")
+    if args.connection != "plain":
+        try:
+            CONVENTIONS[args.connection].check_streams("--streams", args.streams)
+        except ValueError as error:
+            parser.error(str(error).replace("[--streams] n", "--streams"))
     if args.dim % (2 * args.heads):
         parser.error(f"--dim must be a multiple of 2 x --heads but is {args.dim}, {args.heads}")
     if args.resume and not args.checkpoint:
@@ -632,4 +686,4 @@ def parse(command: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    train(parse())
+    sys.exit(0 if train(parse())["finite"] else 1)

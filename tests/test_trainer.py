@@ -8,6 +8,7 @@ import io
 import json
 import os
 import resource
+import runpy
 import shutil
 import signal
 import sys
@@ -453,13 +454,87 @@ def test_rate_warms_up_and_falls_as_a_cosine():
 
 @pytest.mark.parametrize(
     "options",
-    [["--dim", "0"], ["--heads", "3"], ["--accumulate", "-1"], ["--resume"]],
-    ids=lambda o: o[0],
+    [
+        *(["--dim", "0"], ["--heads", "3"], ["--accumulate", "-1"], ["--resume"]),
+        *(["--seed", "-1"], ["--seed", str(2**64)], ["--mlp", "0"], ["--mlp", "-8"]),
+        *(["--lr", "nan"], ["--lr", "inf"], ["--lr", "-1"], ["--clip", "nan"]),
+        *(["--seconds", "nan"], ["--seconds", "-1"], ["--gates-rate", "nan"], ["--warmup", "-1"]),
+        *(["--sample", "-1"], ["--streams", "65"]),
+        *(["--streams", "6", "--connection", "mhc-lite"],),
+        *(["--streams", "6", "--connection", "kronecker"],),
+    ],
+    ids=lambda o: " ".join(o),
 )
 def test_bad_options_are_named(options, capsys):
     with pytest.raises(SystemExit):
         train_lm.parse(options)
-    assert options[0] in capsys.readouterr().err.rpartition("error:")[2]
+    found = capsys.readouterr().err.rpartition("error:")[2]
+    assert options[0] in found and all(v in found for v in options[1:2])
+
+
+def test_options_at_their_bounds():
+    args = train_lm.parse(["--seed", str(2**64 - 1), "--seconds", "inf", "--streams", "64"])
+    mx.random.seed(args.seed)
+    for connection, streams in (("mhc-lite", 5), ("kronecker", 8), ("plain", 6)):
+        train_lm.parse(["--connection", connection, "--streams", str(streams)])
+
+
+@pytest.mark.parametrize("option", ["--data", "--checkpoint", "--log", "--plot"])
+def test_unusable_files_are_noticed_at_the_start(option, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_lm, "make_model", None)  # nothing is made before
+    (tmp_path / "file").write_text("kept")
+    paths = {
+        "--data": [tmp_path, tmp_path / "missing"],
+        "--log": [tmp_path, tmp_path / "file" / "log.csv"],
+    }
+    for path in paths.get(option, [tmp_path / "file", tmp_path / "file" / "under"]):
+        with pytest.raises(SystemExit, match=f"{option} .* {tmp_path}"):
+            train(corpus, None, option, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_folder_with_checkpoints_is_for_resuming(corpus, whole):
+    before = sorted(p.name for p in whole.rglob("*")), rows(whole / "log.csv")
+    with pytest.raises(SystemExit, match="--checkpoint .* or go with --resume, but .*checkpoints "):
+        train(corpus, whole, "--steps", 4)
+    assert (sorted(p.name for p in whole.rglob("*")), rows(whole / "log.csv")) == before
+
+
+def test_what_is_kept_of_a_folder(tmp_path):
+    """The file just written, whatever the others are called, and the newest other of ours."""
+    foreign = tmp_path / "step-abc.safetensors"
+    foreign.touch()
+    for step in (100, 200, 3, 4):
+        path = train_lm.save_checkpoint(tmp_path, step, {"a": mx.array(step)}, {})
+        assert path.exists()
+    found = [int(p.name.split("-")[1]) for p in train_lm.checkpoints(tmp_path)]
+    assert found == [200, 4] and foreign.exists()
+
+
+@pytest.mark.parametrize("lr, code", [("0.01", 0), ("1e30", 1)])
+def test_exit_code_of_a_run(lr, code, corpus, monkeypatch, uncompiled):
+    args = command(corpus, None, "--steps", 3, "--warmup", 0, "--lr", lr)
+    monkeypatch.setattr(sys, "argv", ["train_lm.py", *args])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "examples" / "train_lm.py"), run_name="__main__")
+    assert stopped.value.code == code
+
+
+def test_widths_without_a_connection_that_cannot_be(monkeypatch, tmp_path):
+    """More streams than mhc-lite can have, where it is not asked for."""
+    made = {}
+    monkeypatch.setattr(
+        experiment, "run", lambda c, seed, command, width, out: made.update({c: width})
+    )
+    monkeypatch.setattr(experiment, "summarise", lambda out: None)
+    sizes = ["--out", str(tmp_path), "--seeds", "0", "--dim", "8", "--depth", "1", "--heads", "2"]
+    experiment.main([*sizes, "--streams", "8", "--connections", "mhc"])
+    assert made == {"mhc": 32}
+    experiment.main([*sizes, "--connections", "mhc"])
+    alone = made.pop("mhc")
+    experiment.main(sizes)
+    assert made.keys() == set(experiment.CONNECTIONS) and made["mhc"] == alone > 32
 
 
 def test_experiment(corpus, tmp_path, capsys, uncompiled):
@@ -515,6 +590,35 @@ def test_overhead(tmp_path, capsys, uncompiled):
         line for line in capsys.readouterr().out.splitlines() if line.startswith("| 8 | fused |")
     )
     assert halved.split("|")[7].strip() == f"{added_fused / floor / 2:.2f}"
+
+
+def test_overhead_in_any_order(capsys, uncompiled):
+    sizes = ["--dims", "8", "--depth", "1", "--tokens", "32", "--context", "16", "--copy-mib", "1"]
+    overhead.main([*sizes, "--dtype", "float32", "--steps", "1", "--kinds", "fused", "plain"])
+    found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 8 |")]
+    assert [line.split("|")[2].strip() for line in found] == ["plain", "fused"]
+    assert " ms |" in found[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(["--steps", "0"], ["--context", "0"], ["--copy-mib", "0"], ["--tokens", "0"]),
+        *(["--depth", "0"], ["--dims", "0"], ["--curves", "-1"], ["--context", str(2**20)]),
+        *(["--copy-gb-s", "0", "--from", "FILE"], ["--copy-gb-s", "nan", "--from", "FILE"]),
+        *(["--copy-gb-s", "0"], ["--from", "missing"], ["--from", "FILE"], ["--from", "."]),
+        *(["--json", "missing/overhead.json"], ["--json", "."]),
+    ],
+    ids=lambda o: " ".join(o),
+)
+def test_bad_options_of_overhead_are_named(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(overhead, "copy_bandwidth", None)  # nothing is measured before
+    (tmp_path / "FILE").write_text('{"copy_gb_s": 1, "results": []}')  # no device
+    with pytest.raises(SystemExit):
+        overhead.main(options)
+    found = capsys.readouterr().err.rpartition("error:")[2]
+    assert found.strip().startswith(options[0]) and options[1] in found
 
 
 if __name__ == "__main__":
