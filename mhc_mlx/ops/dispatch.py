@@ -23,7 +23,7 @@ from ..conventions import SINKHORN, Convention
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 MAX_STREAMS = 64
-SMALLEST, LARGEST = 2.0**-126, 2.0**127  # of float32, whole
+SMALLEST, LARGEST = 2.0**-126, 2.0**127  # that float32 holds without loss of digits
 
 
 class Kernels(NamedTuple):
