@@ -733,7 +733,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--predict", action="store_true", help="expected times on Apple GPUs, in Markdown")
     add("--from", dest="source", metavar="FILE", help="run nothing, read this --json")
     add("--peak-gbps", type=float, help="adds percent of this peak")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for shape in args.shape or []:
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){2}", shape):
+            parser.error(f"--shape must be three positive numbers B,n,C but is {shape}")
+    return args
 
 
 def cases(args: argparse.Namespace) -> dict[str, list[tuple]]:

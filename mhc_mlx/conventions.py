@@ -63,6 +63,9 @@ class Convention:
             raise ValueError(f"[Convention] iters must be at least 1 but got {self.iters}.")
         for name in ("eps", "pre_eps", "post_scale", "post_eps"):
             value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                got = type(value).__name__
+                raise TypeError(f"[Convention] {name} must be a number but got {got}.")
             if not 0 <= value < float("inf"):
                 raise ValueError(
                     f"[Convention] {name} must be finite and at least 0 but got {value}."

@@ -15,40 +15,10 @@ from .conventions import MHC_LITE, PAPER, ROW_FIRST, SINKHORN, Convention
 from .reference import gates, project
 
 
-def split_streams(h: mx.array, n: int) -> mx.array:
-    """``[..., n*C] -> [..., n, C]``."""
-    if n < 1 or h.ndim < 1 or h.shape[-1] % n:
-        raise ValueError(f"[split_streams] h must have shape [..., {n}*C] but got {list(h.shape)}.")
-    return h.reshape(*h.shape[:-1], n, h.shape[-1] // n)
-
-
-def merge_streams(x: mx.array) -> mx.array:
-    """``[..., n, C] -> [..., n*C]``."""
-    if x.ndim < 2:
-        raise ValueError(f"[merge_streams] x must have shape [..., n, C] but got {list(x.shape)}.")
-    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
-
-
-def expand_streams(h: mx.array, n: int) -> mx.array:
-    """Copy ``[..., C]`` into n equal streams ``[..., n, C]``: how a model enters."""
-    if n < 1 or h.ndim < 1:
-        got = f"{list(h.shape)} and {n}"
-        raise ValueError(f"[expand_streams] h must be [..., C] and n positive but got {got}.")
-    return mx.repeat(h[..., None, :], n, axis=-2)
-
-
-def reduce_streams(x: mx.array, how: str = "mean") -> mx.array:
-    """``[..., n, C] -> [..., C]`` by ``"mean"``, ``"sum"`` or ``"first"``: how a model leaves
-    hyper-connections. Sums run in float32 and are rounded to x's dtype once.
-    """
-    if x.ndim < 2:
-        raise ValueError(f"[reduce_streams] x must have shape [..., n, C] but got {list(x.shape)}.")
-    if how == "first":
-        return x[..., 0, :]
-    if how not in ("mean", "sum"):
-        raise ValueError(f"[reduce_streams] how must be 'mean', 'sum' or 'first' but got {how!r}.")
-    xf = x.astype(mx.float32)
-    return (xf.mean(-2) if how == "mean" else xf.sum(-2)).astype(x.dtype)
+def _check_array(op: str, **arrays: mx.array) -> None:
+    for name, a in arrays.items():
+        if not isinstance(a, mx.array):
+            raise TypeError(f"[{op}] {name} must be an mx.array but got {type(a).__name__}.")
 
 
 def _check_sizes(op: str, **sizes: tuple[int, float]) -> None:
@@ -57,6 +27,47 @@ def _check_sizes(op: str, **sizes: tuple[int, float]) -> None:
             raise TypeError(f"[{op}] {name} must be an int but got {type(value).__name__}.")
         if not 1 <= value <= most:
             raise ValueError(f"[{op}] {name} must be from 1 to {most} but got {value}.")
+
+
+def split_streams(h: mx.array, n: int) -> mx.array:
+    """``[..., n*C] -> [..., n, C]``."""
+    _check_array("split_streams", h=h)
+    _check_sizes("split_streams", n=(n, math.inf))
+    if h.ndim < 1 or h.shape[-1] % n:
+        raise ValueError(f"[split_streams] h must have shape [..., {n}*C] but got {list(h.shape)}.")
+    return h.reshape(*h.shape[:-1], n, h.shape[-1] // n)
+
+
+def merge_streams(x: mx.array) -> mx.array:
+    """``[..., n, C] -> [..., n*C]``."""
+    _check_array("merge_streams", x=x)
+    if x.ndim < 2:
+        raise ValueError(f"[merge_streams] x must have shape [..., n, C] but got {list(x.shape)}.")
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+
+
+def expand_streams(h: mx.array, n: int) -> mx.array:
+    """Copy ``[..., C]`` into n equal streams ``[..., n, C]``: how a model enters."""
+    _check_array("expand_streams", h=h)
+    _check_sizes("expand_streams", n=(n, math.inf))
+    if h.ndim < 1:
+        raise ValueError(f"[expand_streams] h must have shape [..., C] but got {list(h.shape)}.")
+    return mx.repeat(h[..., None, :], n, axis=-2)
+
+
+def reduce_streams(x: mx.array, how: str = "mean") -> mx.array:
+    """``[..., n, C] -> [..., C]`` by ``"mean"``, ``"sum"`` or ``"first"``: how a model leaves
+    hyper-connections. Sums run in float32 and are rounded to x's dtype once.
+    """
+    _check_array("reduce_streams", x=x)
+    if x.ndim < 2:
+        raise ValueError(f"[reduce_streams] x must have shape [..., n, C] but got {list(x.shape)}.")
+    if how == "first":
+        return x[..., 0, :]
+    if how not in ("mean", "sum"):
+        raise ValueError(f"[reduce_streams] how must be 'mean', 'sum' or 'first' but got {how!r}.")
+    xf = x.astype(mx.float32)
+    return (xf.mean(-2) if how == "mean" else xf.sum(-2)).astype(x.dtype)
 
 
 def _check_finite(op: str, **numbers: float) -> None:
@@ -69,8 +80,7 @@ def _check_finite(op: str, **numbers: float) -> None:
 
 def _check_input(module: nn.Module, x: mx.array, n: int, C: int) -> None:
     op = type(module).__name__
-    if not isinstance(x, mx.array):
-        raise TypeError(f"[{op}] x must be an mx.array but got {type(x).__name__}.")
+    _check_array(op, x=x)
     if x.shape[-2:] != (n, C):
         must = f"have shape [..., n={n}, C={C}]"
         raise ValueError(f"[{op}] x must {must} but got {list(x.shape)}.")
@@ -550,6 +560,9 @@ def widen(
         TypeError: A block is not a module of one of the two forms.
         ValueError: A block is widened already, there twice, or not the sum of its branches.
     """
+    if layers is None and not hasattr(model, "layers"):
+        got = type(model).__name__
+        raise TypeError(f"[widen] model must have layers, or layers be given, but got {got}.")
     layers = list(model.layers if layers is None else layers)
     if not layers:
         raise ValueError("[widen] layers must have at least one block but got none.")

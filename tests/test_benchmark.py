@@ -288,3 +288,10 @@ def test_kept_figures_have_the_schema():
         for row in (row for section in benchmark.SECTIONS for row in result.get(section, [])):
             assert row["direction"] in benchmark.DIRECTIONS and row["dtype"] in benchmark.DTYPES
             assert row["us"] == pytest.approx(row["us"]) and row["us"] > 0
+
+
+@pytest.mark.parametrize("shape", ["1,2", "0,4,8", "1,2,3,4", "a,b,c"])
+def test_shapes_are_three_positive_numbers(shape, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--quick", "--op", "mhc_pre", "--shape", shape])
+    assert f"--shape must be three positive numbers B,n,C but is {shape}" in capsys.readouterr().err

@@ -441,6 +441,8 @@ BAD = [
     (lambda: m.Convention("X", iters=0), ValueError, "iters must be at least 1"),
     (lambda: m.Convention("X", iters=2.0), TypeError, "iters must be an int"),
     (lambda: m.Convention("X", eps=-1e-6), ValueError, "eps must be finite and at least 0"),
+    (lambda: m.Convention("X", eps=None), TypeError, "eps must be a number but got NoneType"),
+    (lambda: m.Convention("X", pre_eps=True), TypeError, "pre_eps must be a number but got bool"),
     (lambda: m.Convention("X", start="relu"), ValueError, "start must be one of"),
     (lambda: m.Convention("X", first="rank"), ValueError, "first must be one of"),
     (
@@ -465,7 +467,13 @@ BAD = [
         r"h must have shape \[\.\.\., 4\*C\]",
     ),
     (lambda: m.reduce_streams(x, "max"), ValueError, "how must be 'mean', 'sum' or 'first'"),
-    (lambda: m.expand_streams(x, 0), ValueError, "n positive"),
+    (lambda: m.expand_streams(x, 0), ValueError, r"\[expand_streams\] n must be from 1"),
+    (lambda: m.expand_streams(x, 2.0), TypeError, r"\[expand_streams\] n must be an int"),
+    (lambda: m.split_streams([1.0], 1), TypeError, r"\[split_streams\] h must be an mx.array"),
+    (lambda: m.split_streams(x, True), TypeError, r"\[split_streams\] n must be an int"),
+    (lambda: m.merge_streams([1.0]), TypeError, r"\[merge_streams\] x must be an mx.array"),
+    (lambda: m.reduce_streams(None), TypeError, r"\[reduce_streams\] x must be an mx.array"),
+    (lambda: m.widen(None), TypeError, r"\[widen\] model must have layers, .* got NoneType"),
     (lambda: m.merge_streams(mx.zeros(4)), ValueError, r"x must have shape \[\.\.\., n, C\]"),
 ]
 

@@ -742,6 +742,18 @@ BAD = [
     ),
     (lambda: adapter.unpatch(None), TypeError, rf"\[unpatch\] model must be a {V41} but got buil"),
     (lambda: adapter.check(3), TypeError, r"\[check\] model must be a deepseek_v41"),
+    (lambda: adapter.check(tiny(), [1, 2]), TypeError, r"\[check\] tokens must .* got list"),
+    (lambda: adapter.check(tiny(), mx.ones(3)), TypeError, r"integers but got mlx.core.float32"),
+    (
+        lambda: adapter.check(tiny(), mx.zeros((1, 0), mx.int32)),
+        ValueError,
+        r"tokens must have shape \[length\] .* but got \[1, 0\]",
+    ),
+    (
+        lambda: adapter.check(tiny(), mx.array([10**6, 3])),
+        ValueError,
+        r"\[check\] tokens must be from 0 to \d+ but got 3 to 1000000",
+    ),
     (lambda: adapter.bench(tiny()), ValueError, r"\[bench\] model must be patched"),
     (another_layer, TypeError, rf"as in {V41} but got .*Linear for a HyperConnection"),
     (bad_iterations, ValueError, "iters must be at least 1"),
@@ -780,6 +792,23 @@ BAD = [
 def test_errors(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("--sites abc", "--sites must be positive numbers with commas between but is 'abc'"),
+        ("--sites 0", "--sites must be positive numbers"),
+        ("--sites 64 --tokens 1,0", "--tokens must be positive numbers"),
+        ("--sites 64 --check", "they go not with --sites"),
+        ("--random 256,0", "--random must be positive numbers"),
+        ("--random 100,2", "--random must have D a multiple of 32 but has 100"),
+    ],
+)
+def test_command_names_mistakes(command, message, capsys):
+    with pytest.raises(SystemExit):
+        main(command.split())
+    assert message in capsys.readouterr().err
 
 
 def test_another_version_of_mlx_lm(monkeypatch):

@@ -73,26 +73,35 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--json", metavar="FILE", help="write what is printed, as data")
     given = parser.parse_args(argv)
 
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
+    def numbers(option: str, text: str) -> list[int]:
+        parts = text.split(",")
+        if not all(part.isdecimal() and int(part) > 0 for part in parts):
+            parser.error(f"{option} must be positive numbers with commas between but is {text!r}")
+        return [int(part) for part in parts]
 
+    tokens = None if given.tokens is None else tuple(numbers("--tokens", given.tokens))
+    if given.sites and (given.check or given.bench or given.no_verify):
+        parser.error("--check, --bench and --no-verify are of a model: they go not with --sites")
     command = shlex.join(["python", "-m", "mhc_mlx.mlx_lm", *(argv or sys.argv[1:])])
     report = {"command": command, **machine()}
     if given.sites:
-        counts = tuple(numbers(given.tokens or "1,8,512,2048"))
-        report["per sublayer"] = [bench_sites(d, counts) for d in numbers(given.sites)]
+        sizes = numbers("--sites", given.sites)
+        report["per sublayer"] = [bench_sites(d, tokens or (1, 8, 512, 2048)) for d in sizes]
     else:
         if given.model:
             model = mlx_lm.load(given.model)[0]
         else:
-            model = _random_model(*(numbers(given.random) + [3])[:2])
+            d, layers = (numbers("--random", given.random) + [3])[:2]
+            if d % 32:
+                parser.error(f"--random must have D a multiple of 32 but has {d}")
+            model = _random_model(d, layers)
         start = time.perf_counter()
         patch(model, verify=not given.no_verify)
         print(f"patched in {time.perf_counter() - start:.1f} s", flush=True)
         if not given.bench:
-            report["check"] = check(model, times=tuple(numbers(given.tokens or "1,512")))
+            report["check"] = check(model, times=tokens or (1, 512))
         if not given.check:
-            report["bench"] = bench(model, tuple(numbers(given.tokens or "512,2048")))
+            report["bench"] = bench(model, tokens or (512, 2048))
     if given.json:
         with open(given.json, "w") as file:
             json.dump(report, file, indent=1)

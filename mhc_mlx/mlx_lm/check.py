@@ -50,9 +50,12 @@ def check(
         by site and their max, median and worst site; times are seconds per site.
 
     Raises:
-        TypeError: The model is another.
+        TypeError: The model is another, or tokens are no array of integers.
+        ValueError: Tokens have another shape, or are not in the model's vocabulary.
     """
     text = text_model("check", model)
+    if tokens is not None:
+        _check_tokens(tokens, model.args.vocab_size)
     patched = any(isinstance(layer, SinglePassLayer) for layer in stage_layers(text))
     if not patched:
         patch(model, verify=False)
@@ -64,6 +67,19 @@ def check(
     if verbose:
         _print_check(report)
     return report
+
+
+def _check_tokens(tokens: mx.array, vocabulary: int) -> None:
+    if not isinstance(tokens, mx.array) or not mx.issubdtype(tokens.dtype, mx.integer):
+        got = tokens.dtype if isinstance(tokens, mx.array) else type(tokens).__name__
+        raise TypeError(f"[check] tokens must be an mx.array of integers but got {got}.")
+    if tokens.ndim not in (1, 2) or tokens.size == 0:
+        must = "have shape [length] or [batch, length], not empty,"
+        raise ValueError(f"[check] tokens must {must} but got {list(tokens.shape)}.")
+    least, most = tokens.min().item(), tokens.max().item()
+    if least < 0 or most >= vocabulary:  # MLX would read what is not there
+        got = f"{least} to {most}"
+        raise ValueError(f"[check] tokens must be from 0 to {vocabulary - 1} but got {got}.")
 
 
 def _check(
