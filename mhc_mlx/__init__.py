@@ -22,7 +22,6 @@ from .layers import (
     merge_streams,
     reduce_streams,
     split_streams,
-    widen,
 )
 from .ops import (
     mhc_coefficients,
@@ -41,5 +40,6 @@ from .ops import (
     stream_mix_add,
     vmap,
 )
+from .widening import widen
 
 __version__ = "0.1.0"

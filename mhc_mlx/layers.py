@@ -1,24 +1,16 @@
 """Modules: parameters, initial values, calls to ops."""
 
-import functools
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from . import ops
 from .conventions import MHC_LITE, PAPER, ROW_FIRST, SINKHORN, Convention
+from .ops.dispatch import check_dtype, check_number, check_type
 from .reference import gates, project
-
-
-def _check_array(op: str, **arrays: mx.array) -> None:
-    for name, a in arrays.items():
-        if not isinstance(a, mx.array):
-            raise TypeError(f"[{op}] {name} must be an mx.array but got {type(a).__name__}.")
 
 
 def _check_sizes(op: str, **sizes: tuple[int, float]) -> None:
@@ -31,7 +23,7 @@ def _check_sizes(op: str, **sizes: tuple[int, float]) -> None:
 
 def split_streams(h: mx.array, n: int) -> mx.array:
     """``[..., n*C] -> [..., n, C]``."""
-    _check_array("split_streams", h=h)
+    check_type("split_streams", h=h)
     _check_sizes("split_streams", n=(n, math.inf))
     if h.ndim < 1 or h.shape[-1] % n:
         raise ValueError(f"[split_streams] h must have shape [..., {n}*C] but got {list(h.shape)}.")
@@ -40,7 +32,7 @@ def split_streams(h: mx.array, n: int) -> mx.array:
 
 def merge_streams(x: mx.array) -> mx.array:
     """``[..., n, C] -> [..., n*C]``."""
-    _check_array("merge_streams", x=x)
+    check_type("merge_streams", x=x)
     if x.ndim < 2:
         raise ValueError(f"[merge_streams] x must have shape [..., n, C] but got {list(x.shape)}.")
     return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
@@ -48,7 +40,7 @@ def merge_streams(x: mx.array) -> mx.array:
 
 def expand_streams(h: mx.array, n: int) -> mx.array:
     """Copy ``[..., C]`` into n equal streams ``[..., n, C]``: how a model enters."""
-    _check_array("expand_streams", h=h)
+    check_type("expand_streams", h=h)
     _check_sizes("expand_streams", n=(n, math.inf))
     if h.ndim < 1:
         raise ValueError(f"[expand_streams] h must have shape [..., C] but got {list(h.shape)}.")
@@ -59,7 +51,7 @@ def reduce_streams(x: mx.array, how: str = "mean") -> mx.array:
     """``[..., n, C] -> [..., C]`` by ``"mean"``, ``"sum"`` or ``"first"``: how a model leaves
     hyper-connections. Sums run in float32 and are rounded to x's dtype once.
     """
-    _check_array("reduce_streams", x=x)
+    check_dtype("reduce_streams", x=x)
     if x.ndim < 2:
         raise ValueError(f"[reduce_streams] x must have shape [..., n, C] but got {list(x.shape)}.")
     if how == "first":
@@ -70,17 +62,9 @@ def reduce_streams(x: mx.array, how: str = "mean") -> mx.array:
     return (xf.mean(-2) if how == "mean" else xf.sum(-2)).astype(x.dtype)
 
 
-def _check_finite(op: str, **numbers: float) -> None:
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"[{op}] {name} must be a number but got {type(value).__name__}.")
-        if not math.isfinite(value):
-            raise ValueError(f"[{op}] {name} must be finite but got {value}.")
-
-
 def _check_input(module: nn.Module, x: mx.array, n: int, C: int) -> None:
     op = type(module).__name__
-    _check_array(op, x=x)
+    check_dtype(op, x=x)
     if x.shape[-2:] != (n, C):
         must = f"have shape [..., n={n}, C={C}]"
         raise ValueError(f"[{op}] x must {must} but got {list(x.shape)}.")
@@ -191,7 +175,7 @@ class HyperConnection(nn.Module):
             raise TypeError(f"[{op}] layer_idx must be an int but got {type(layer_idx).__name__}.")
         ops.check_convention(op, convention)
         convention.check_streams(op, n)
-        _check_finite(op, init_scale=init_scale)
+        check_number(op, "init_scale", init_scale)
         if dynamic and not convention.sigmoid:
             got = convention.name
             raise ValueError(f"[{op}] convention must have sigmoid gates if dynamic but got {got}.")
@@ -369,7 +353,7 @@ class HyperHead(nn.Module):
             )
         ops.check_threads(op, threads_per_group)
         ops.check_eps(op, norm_eps, "norm_eps")
-        _check_finite(op, init_scale=init_scale)
+        check_number(op, "init_scale", init_scale)
         self._convention, self.norm_eps = convention, norm_eps
         self.use_metal, self.threads_per_group = use_metal, threads_per_group
         self.differentiable = differentiable
@@ -457,138 +441,3 @@ class MHCLiteBlock(MHCBlock):
         if not self.subtract_input:
             return y
         return (y[0] - u, *y[1:]) if isinstance(y, tuple) else y - u
-
-
-class WidenedBlock(nn.Module):
-    """What `widen` puts before a block's own class: the same module, called on streams.
-
-    Attributes:
-        connections: A `HyperConnection` for each of the block's branches.
-        enters, leaves: The streams to expand to before the block, how to reduce after; or None.
-    """
-
-    def __call__(self, x: mx.array, *args, **kwargs) -> mx.array:
-        if self.enters is not None:
-            x = expand_streams(x, self.enters)
-        branches = _branches(self, *args, **kwargs)
-        for connection, branch in zip(self.connections, branches, strict=True):
-            u, add_residual = connection(x)
-            x = add_residual(branch(u))
-        return x if self.leaves is None else reduce_streams(x, self.leaves)
-
-
-_LLAMA = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-
-
-def _branches(block: nn.Module, *args, **kwargs) -> list[Callable[[mx.array], mx.array]]:
-    """The functions F of a block that computes ``for F in branches: x = x + F(x)``."""
-    if hasattr(block, "residual_branches"):
-        return block.residual_branches(*args, **kwargs)
-    return [
-        lambda u: block.self_attn(block.input_layernorm(u), *args, **kwargs),
-        lambda u: block.mlp(block.post_attention_layernorm(u)),
-    ]
-
-
-@functools.cache
-def _widened(cls: type) -> type:
-    return type(f"Widened{cls.__name__}", (WidenedBlock, cls), {})
-
-
-def _check_block(block: nn.Module, dim: int) -> None:
-    """That a block is the sum of its branches, on two tokens."""
-    dtype = next(
-        (
-            a.dtype
-            for _, a in tree_flatten(block.parameters())
-            if mx.issubdtype(a.dtype, mx.floating)
-        ),
-        mx.float32,
-    )
-    x = mx.random.normal((1, 2, dim), dtype=dtype, key=mx.random.key(0))
-    want, got = block(x), x
-    for branch in _branches(block):
-        got = got + branch(got)
-    error = mx.abs(got - want).max() / mx.abs(want).max()
-    if error.item() > 8 * mx.finfo(dtype).eps:
-        name = type(block).__name__
-        raise ValueError(
-            f"[widen] layers must compute x + F(x) for each branch F but got {name}, which does "
-            f"not (relative error {error.item():.1e}): give it a method residual_branches."
-        )
-
-
-def widen(
-    model: nn.Module,
-    num_streams: int = 4,
-    *,
-    convention: Convention = PAPER,
-    layers: list[nn.Module] | None = None,
-    dim: int | None = None,
-    reduce: str = "mean",
-    **options,
-) -> nn.Module:
-    """Put a hyper-connection around every residual branch of a transformer, in place.
-
-    The first block expands ``[..., C]`` to n equal streams and the last one reduces them, so the
-    model's own code stays as it is; `HyperConnection` starts so that its outputs do too, but for
-    rounding and, with one stream, for its h_pre of 0.9. Blocks keep their parameters, names and
-    attributes (weights, adapters, quantization and caches work as before) and gain
-    ``connections.0``, ``connections.1``, ..., trainable even in a frozen model: to train
-    those alone, call ``model.freeze()`` first.
-
-    A block is a module whose call is ``for F in branches: x = x + F(x)``. It has a method
-    ``residual_branches(*args, **kwargs)``, which gets the arguments of the call after x and returns
-    that list of functions, or is like llama's in mlx-lm: ``self_attn`` after ``input_layernorm``,
-    called with these arguments, then ``mlp`` after ``post_attention_layernorm``, and no other
-    children. One block of each class is run on two tokens, without further arguments, to see that
-    it is so (in the mode the model is in: dropout must be off).
-
-    Args:
-        model: The transformer.
-        num_streams: n.
-        convention: How coefficients are made.
-        layers: The blocks in the order in which they run; None is ``model.layers``.
-        dim: C; None is the size of ``input_layernorm``'s weight.
-        reduce: ``"mean"``, ``"first"`` or, in a model that then normalises, ``"sum"``.
-        options: Of `HyperConnection`: dynamic, sinkhorn_iters, ...
-
-    Returns:
-        The model.
-
-    Raises:
-        TypeError: A block is not a module of one of the two forms.
-        ValueError: A block is widened already, there twice, or not the sum of its branches.
-    """
-    if layers is None and not hasattr(model, "layers"):
-        got = type(model).__name__
-        raise TypeError(f"[widen] model must have layers, or layers be given, but got {got}.")
-    layers = list(model.layers if layers is None else layers)
-    if not layers:
-        raise ValueError("[widen] layers must have at least one block but got none.")
-    if reduce not in ("mean", "sum", "first"):
-        raise ValueError(f"[widen] reduce must be 'mean', 'sum' or 'first' but got {reduce!r}.")
-    for block in layers:
-        name = type(block).__name__
-        if isinstance(block, WidenedBlock) or sum(b is block for b in layers) > 1:
-            raise ValueError(f"[widen] layers must be distinct and not yet widened but got {name}.")
-        if not hasattr(block, "residual_branches") and (
-            not isinstance(block, nn.Module) or set(block.children()) != _LLAMA
-        ):
-            must = f"have a method residual_branches or the children {sorted(_LLAMA)}"
-            raise TypeError(f"[widen] layers must {must} but got {name}.")
-    if dim is None and not hasattr(layers[0], "input_layernorm"):
-        raise ValueError("[widen] dim must be the channels of layers with no input_layernorm.")
-    dim = layers[0].input_layernorm.weight.shape[-1] if dim is None else dim
-    for block in {type(block): block for block in layers}.values():
-        _check_block(block, dim)
-    index, options = itertools.count(), options | {"convention": convention}
-    for block in layers:
-        block.connections = [
-            HyperConnection(dim, num_streams, layer_idx=next(index), **options)
-            for _ in _branches(block)
-        ]
-        block.enters = num_streams if block is layers[0] else None
-        block.leaves = reduce if block is layers[-1] else None
-        block.__class__ = _widened(type(block))
-    return model

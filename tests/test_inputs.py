@@ -322,7 +322,7 @@ BAD = [
     (
         lambda: m.HyperConnection(8, init_scale=float("nan")),
         ValueError,
-        r"\[HyperConnection\] init_scale must be finite but got nan",
+        r"\[HyperConnection\] init_scale must be finite in float32 but got nan",
     ),
     (
         lambda: m.HyperHead(8, init_scale=True),
@@ -473,6 +473,11 @@ BAD = [
     (lambda: m.split_streams(x, True), TypeError, r"\[split_streams\] n must be an int"),
     (lambda: m.merge_streams([1.0]), TypeError, r"\[merge_streams\] x must be an mx.array"),
     (lambda: m.reduce_streams(None), TypeError, r"\[reduce_streams\] x must be an mx.array"),
+    (
+        lambda: m.reduce_streams(mx.array([[1, 2], [2, 3]])),  # the mean would lose its half
+        TypeError,
+        r"\[reduce_streams\] x must be float32, float16 or bfloat16 but got mlx.core.int32",
+    ),
     (lambda: m.widen(None), TypeError, r"\[widen\] model must have layers, .* got NoneType"),
     (lambda: m.merge_streams(mx.zeros(4)), ValueError, r"x must have shape \[\.\.\., n, C\]"),
 ]

@@ -54,10 +54,15 @@ def fail(op: str, argument: str, must: str, got) -> str:
     return f"[{op}] {argument} must {must} but got {got}."
 
 
-def check_dtype(op: str, **arrays: mx.array) -> None:
+def check_type(op: str, **arrays: mx.array) -> None:
     for name, a in arrays.items():
         if not isinstance(a, mx.array):
             raise TypeError(fail(op, name, "be an mx.array", type(a).__name__))
+
+
+def check_dtype(op: str, **arrays: mx.array) -> None:
+    check_type(op, **arrays)
+    for name, a in arrays.items():
         if a.dtype not in FLOATS:
             raise TypeError(fail(op, name, "be float32, float16 or bfloat16", a.dtype))
 
@@ -92,11 +97,17 @@ def check_branch(op: str, x: mx.array, y: mx.array) -> None:
         raise TypeError(fail(op, "y", f"have x's dtype {x.dtype}", y.dtype))
 
 
+def check_number(
+    op: str, name: str, number: float, least: float = -LARGEST, must: str = "be finite in float32"
+) -> None:
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(fail(op, name, "be a number", type(number).__name__))
+    if not least <= number <= LARGEST:
+        raise ValueError(fail(op, name, must, number))
+
+
 def check_eps(op: str, eps: float, name: str = "eps") -> None:
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(fail(op, name, "be a number", type(eps).__name__))
-    if not SMALLEST <= eps <= LARGEST:
-        raise ValueError(fail(op, name, "be finite and above 0 in float32", eps))
+    check_number(op, name, eps, SMALLEST, "be finite and above 0 in float32")
 
 
 def check_convention(op: str, convention: Convention) -> None:
