@@ -122,7 +122,7 @@ def stream_similarity(x: mx.array) -> mx.array:
     x = x / mx.where(largest > 0, largest, 1)  # or squares leave float32
     norms = (x * x).sum(-1, keepdims=True)
     x = x * mx.rsqrt(mx.where(norms > 0, norms, 1))
-    alone = (x * x).sum((-2, -1))
+    alone = (norms > 0).sum((-2, -1))  # their squares
     return ((x.sum(-2) ** 2).sum(-1) - alone).mean() / (n * (n - 1))
 
 

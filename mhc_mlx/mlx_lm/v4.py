@@ -37,8 +37,8 @@ def load_v4(
         raise TypeError(
             f"[load_v4] module must be a dynamic HyperConnection or a HyperHead but got {got}."
         )
-    c, ours = module._convention, DEEPSEEK_V4
-    if (c.start, c.transposed, c.post_scale) != (ours.start, ours.transposed, ours.post_scale):
+    c, v4 = module._convention, DEEPSEEK_V4
+    if (c.start, c.transposed, c.post_scale) != (v4.start, v4.transposed, v4.post_scale):
         raise ValueError(f"[load_v4] module.convention must be DEEPSEEK_V4's but got {c.name}.")
     found = []
     for ours, theirs in (("phi", "fn"), ("bias", "base"), ("alpha", "scale")):
