@@ -3,36 +3,73 @@
 import contextlib
 import functools
 import io
+import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 from collections import Counter
+from contextvars import ContextVar
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 
 _PACKAGE = Path(__file__).parent
 _FOLDERS = (_PACKAGE / "kernels", _PACKAGE.parent / "kernels")  # in a wheel; in a checkout
-_traced: str | None = None  # the backend while `metal_source` traces
+_fixed: ContextVar[str | None] = ContextVar("fixed", default=None)  # the backend inside `at`
+_recorded: ContextVar[list | None] = ContextVar("recorded", default=None)  # while `record` listens
 
 
 def backend() -> str | None:
     """The default device's backend: ``"metal"``, ``"cuda"``, or None where the reference runs."""
-    if _traced:
-        return _traced
-    if mx.default_device() != mx.gpu:
+    if _fixed.get():
+        return _fixed.get()
+    if mx.default_device().type != mx.DeviceType.gpu:  # a second GPU does not equal `mx.gpu`
         return None
     return "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else None
 
 
-@functools.cache
+class Place(NamedTuple):
+    """Where kernels run; a key, which a device is not: equal ones have different hashes."""
+
+    backend: str
+    device: mx.Device
+
+    def __hash__(self) -> int:
+        return hash(self.backend)
+
+
+def place() -> Place | None:
+    """Of what starts now; None where the reference runs."""
+    found = backend()
+    return Place(found, mx.default_device()) if found else None
+
+
+@contextlib.contextmanager
+def at(place: Place):
+    """Runs there what is inside, whatever the default device is: a gradient where its forward ran.
+
+    An operation without a stream is for the default device; a Metal kernel is for the GPU.
+    """
+    token, here = _fixed.set(place.backend), mx.default_device() == place.device
+    try:
+        with contextlib.nullcontext() if here else mx.stream(place.device):
+            yield
+    finally:
+        _fixed.reset(token)
+
+
 def room(backend: str | None) -> int:
     """Bytes of threadgroup memory that a threadgroup with a ring can have: none but on CUDA, there
     without a GPU an H100's."""
-    if backend != "cuda":
-        return 0
-    info = mx.device_info()
+    return _cuda_room(Place(backend, mx.default_device())) if backend == "cuda" else 0
+
+
+@functools.cache
+def _cuda_room(place: Place) -> int:
+    info = mx.device_info(place.device)
     kind = tuple(info.get(f"compute_capability_{k}", v) for k, v in (("major", 9), ("minor", 0)))
     return (163 if kind in ((8, 0), (8, 7)) else 227 if kind[0] in (9, 10) else 99) << 10
 
@@ -127,6 +164,10 @@ def launch(
         verbose: Print the generated source.
     Returns the outputs that are not None, in order.
     """
+    if (found := _recorded.get()) is not None:
+        shapes = {k: None if a is None else (a.shape, a.dtype) for k, a in inputs.items()}
+        found.append(Launch(name, shapes, outputs, groups, threads, template))
+        return [mx.zeros(*spec) for spec in outputs.values() if spec is not None]
     absent = absent_pointers(inputs, outputs)
     inputs = {k: v for k, v in inputs.items() if v is not None}
     outputs = {k: v for k, v in outputs.items() if v is not None}
@@ -143,27 +184,100 @@ def launch(
     )
 
 
+class Launch(NamedTuple):
+    """The arguments of `launch`, with shape and dtype for each array of inputs."""
+
+    name: str
+    inputs: dict[str, tuple[tuple[int, ...], mx.Dtype] | None]
+    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype] | None]
+    groups: int
+    threads: int
+    template: dict[str, int | bool | mx.Dtype]
+
+
+@contextlib.contextmanager
+def record():
+    """Collects the launches of this thread, for Metal; they run nothing and give zeros."""
+    found = []
+    tokens = _recorded.set(found), _fixed.set("metal")
+    try:
+        yield found
+    finally:
+        _recorded.reset(tokens[0])
+        _fixed.reset(tokens[1])
+
+
 def metal_source(f, *arrays: mx.array) -> str:
     """The exact Metal source of the kernels that ``f(*arrays)`` launches; needs no GPU.
 
-    MLX prints it while it records f for export.
+    MLX prints it on the standard output of its process, which all threads share: so another process
+    traces the launches.
     """
-    global _traced
-    sys.stdout.flush()
-    saved = os.dup(1)
-    with contextlib.ExitStack() as stack:
-        stack.callback(os.close, saved)
-        out = stack.enter_context(tempfile.TemporaryFile())
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        os.dup2(out.fileno(), 1)
-        before, _traced = _traced, "metal"
-        try:
-            mx.export_function(os.path.join(folder, "f.mlxfn"), f, *arrays)
-        finally:
-            _traced = before
-            os.dup2(saved, 1)
-        out.seek(0)
-        return out.read().decode()
+    with record() as found:
+        f(*arrays)
+    return _printed(json.dumps(found, default=_dtype_name)) if found else ""
+
+
+def _dtype_name(dtype: mx.Dtype) -> dict[str, str]:
+    return {"dtype": str(dtype).split(".")[-1]}
+
+
+_PRINT = f"""
+import json, sys
+path, launches = json.load(sys.stdin)
+sys.path[:] = path
+from {__name__} import print_sources
+print_sources(launches)
+"""
+
+
+@functools.lru_cache(maxsize=64)
+def _printed(launches: str) -> str:
+    """What MLX prints of launches, in JSON, by another process."""
+    if not sys.executable or getattr(sys, "frozen", False):
+        raise RuntimeError("[verbose] needs a Python interpreter to run, but this one is frozen.")
+    run = subprocess.run(
+        [sys.executable, "-c", _PRINT],
+        input=f"[{json.dumps(sys.path)}, {launches}]",
+        capture_output=True,
+        encoding="utf-8",
+    )
+    if run.returncode:
+        why = run.stderr.strip()[-2000:]
+        raise RuntimeError(
+            f"[verbose] the process that prints it ended with {run.returncode}: {why}"
+        )
+    return run.stdout
+
+
+def print_sources(launches: list) -> None:
+    """Let MLX print the Metal source of launches, read from JSON; it does while it records them for
+    export."""
+
+    def dtype(v):
+        return getattr(mx, v["dtype"]) if isinstance(v, dict) else v
+
+    def specs(arrays: dict) -> dict:
+        return {k: v and (tuple(v[0]), dtype(v[1])) for k, v in arrays.items()}
+
+    found = [Launch(*each) for each in launches]
+    given = [{k: v and mx.zeros(*v) for k, v in specs(each.inputs).items()} for each in found]
+
+    def f(*arrays):
+        rest, results = iter(arrays), []
+        for each, inputs in zip(found, given, strict=True):
+            inputs = {k: None if a is None else next(rest) for k, a in inputs.items()}
+            template = {k: dtype(v) for k, v in each.template.items()}
+            results += launch(
+                *(each.name, inputs, specs(each.outputs), each.groups, each.threads, template),
+                verbose=True,
+            )
+        return results
+
+    _fixed.set("metal")
+    with tempfile.TemporaryDirectory() as folder:
+        arrays = [a for inputs in given for a in inputs.values() if a is not None]
+        mx.export_function(os.path.join(folder, "f.mlxfn"), f, *arrays)
 
 
 # Primitives that launch nothing, or at most a copy that they share.

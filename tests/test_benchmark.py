@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+import tracing
 from conftest import executor
 
 import benchmark
@@ -177,9 +178,9 @@ def test_dispatches_and_sources_of_a_sublayer(op, launched):
         counts.append(timing.dispatches(out := call(*arrays)))
         return out
 
-    kernel.metal_source(traced, *arrays)  # kernels built before are counted too
+    tracing.metal_source(traced, *arrays)  # kernels built before are counted too
     with timing.launches() as seen:
-        kernel.metal_source(traced, *arrays)
+        tracing.metal_source(traced, *arrays)
     assert counts[1]["CustomKernel"] == counts[1].total() == len(seen) == launched
     for row in seen:
         files = (f"{row['kernel']}.metal", "common.h")

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+import tracing
 from cases import COVERING, DYNAMIC, SINGLE
 from conftest import executor
 from test_parity import results
 
-from mhc_mlx import kernel, ops
+from mhc_mlx import ops
 
 
 @pytest.mark.parametrize("case", COVERING + DYNAMIC + SINGLE, ids=str)
@@ -25,7 +26,7 @@ def source(dtype: mx.Dtype) -> str:
     """mhc_fused with gates in the constant address space, x and weight in device."""
     x, gate, mix, weight = mx.zeros((3, 4, 16), dtype), mx.zeros(4), mx.zeros((4, 4)), mx.ones(16)
     forward = functools.partial(ops.mhc_static, verbose=True, differentiable=False)
-    return kernel.metal_source(forward, x, gate, gate, mix, weight)
+    return tracing.metal_source(forward, x, gate, gate, mix, weight)
 
 
 BODY = "const uint tid = thread_position_in_threadgroup.x;"  # its first statement

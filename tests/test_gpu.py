@@ -1,5 +1,6 @@
 """What only a GPU can show: more than 2**31 elements, more than 65535 tokens, peak memory."""
 
+import contextlib
 import importlib.util
 from pathlib import Path
 
@@ -193,6 +194,39 @@ def test_peak_memory_of_a_training_step():
         f"{measured / needed:.3f}; of these {plain / 2**20:.0f} MiB with plain residuals"
     )
     assert measured <= 1.15 * needed
+
+
+def test_a_gradient_runs_where_its_forward_ran():
+    """With the CPU as the default device: kernels in the forward alone asked for the GPU."""
+    arrays = [mx.random.normal((3, 2, 4, 64)), *dynamic_arrays(4, 64)]
+    weights = mx.random.normal(arrays[0].shape)
+    mx.eval(arrays, weights)
+
+    def loss(module, on=None):
+        def f(*arrays):
+            with mx.stream(on) if on else contextlib.nullcontext():
+                out = sublayer(module)(*arrays)
+            return (out * weights).sum()
+
+        return f
+
+    every, device = (0, 1, 2, 3), mx.default_device()
+    want = mx.grad(loss(reference), argnums=every)(*arrays)
+    curved = mx.jvp(mx.grad(loss(reference)), arrays, arrays)[1]
+    mx.eval(want, curved)
+    mx.set_default_device(mx.cpu)
+    try:
+        assert m.backend() is None
+        f = loss(ops, device)
+        got = mx.grad(f, argnums=every)(*arrays)
+        compiled = mx.compile(mx.grad(f, argnums=every))(*arrays)
+        tangents = mx.jvp(mx.grad(f), arrays, arrays)[1]
+        mx.eval(got, compiled, tangents)
+    finally:
+        mx.set_default_device(device)
+    for each, wanted in ((got, want), (compiled, want), (tangents, curved)):
+        for a, b in zip(each, wanted, strict=True):
+            same(a, b, 1e-4)
 
 
 def test_training_with_and_without_kernels():

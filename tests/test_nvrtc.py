@@ -71,10 +71,10 @@ def test_a_ring_fits_its_device(capability, ring, need, monkeypatch):
     info = dict(
         zip(("compute_capability_major", "compute_capability_minor"), capability, strict=True)
     )
-    monkeypatch.setattr(mx, "device_info", lambda: info)
-    kernel.room.cache_clear()
+    monkeypatch.setattr(mx, "device_info", lambda device: info)
+    kernel._cuda_room.cache_clear()
     room = kernel.room("cuda")
-    kernel.room.cache_clear()
+    kernel._cuda_room.cache_clear()
     shape = (4, 4096, mx.bfloat16)
     g = ops.geometry.of_projection(*shape, 24, 4096, None, room)
     size = ops.geometry.of_ring(g, *shape, mx.float32, 24, room)

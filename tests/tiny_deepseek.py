@@ -78,7 +78,7 @@ def tiny(hidden: int = 64, layers: int = 4, kind: str = "float32", seed: int = 0
 
 def runs_here(model: nn.Module, kind: str) -> None:
     """Skips where mlx-lm's own model cannot run: not every GPU backend has every product."""
-    if mx.default_device() == mx.gpu:
+    if mx.default_device().type == mx.DeviceType.gpu:
         try:
             mx.eval(model(tokens(2)))
         except RuntimeError as error:

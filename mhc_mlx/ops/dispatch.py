@@ -10,6 +10,7 @@ Every op takes the positional arguments of its namesake in `reference` and four 
         no gradient.
 """
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -132,7 +133,25 @@ def check_threads(op: str, threads: int | None) -> None:
         raise ValueError(fail(op, name, "be a multiple of 32 from 32 to 1024", threads))
 
 
-_mapping: ContextVar[bool] = ContextVar("mapping", default=False)  # whether `vmap` traces
+class _Mapping(NamedTuple):
+    """Whether `vmap` maps what is called now, so that ops run by the reference: for functions that
+    MLX traces, and for what a rule of an op calls."""
+
+    traced: bool
+    rule: bool
+
+
+_UNMAPPED = _Mapping(traced=False, rule=False)
+_mapping: ContextVar[_Mapping] = ContextVar("mapping", default=_UNMAPPED)
+
+
+@contextlib.contextmanager
+def _mapped(traced: bool, rule: bool):
+    token = _mapping.set(_Mapping(traced, rule))
+    try:
+        yield
+    finally:
+        _mapping.reset(token)
 
 
 class _Fused(NamedTuple):
@@ -151,6 +170,7 @@ def _fuse(
     backward: Callable,
     shared_ndim: tuple,
     results: Callable,
+    place: kernel.Place,
 ) -> _Fused:
     """Tie kernels to the function of arrays that they compute.
 
@@ -162,6 +182,11 @@ def _fuse(
             in its dtype.
         shared_ndim: Per array, with how many axes it is shared by all tokens; None if it never is.
         results: Of the first array, how many results there are.
+        place: Where forward runs, and so all that follows from it.
+
+    MLX 0.32 goes through what a custom_function computes where it maps it or takes its jvp, and has
+    neither of a custom kernel. So `vmap` traces the reference, and kernels get arrays that no jvp
+    goes through: the rules here give the derivative. mx.compile drops stop_gradient.
     """
 
     count = len(shared_ndim)
@@ -190,18 +215,36 @@ def _fuse(
         made = _several(made)[: results(x)]
         return made if len(made) > 1 else made[0]
 
+    def rule(f):
+        """f of the forward's place; the ops in it run by kernels, if no outer `vmap` traces."""
+
+        @functools.wraps(f)
+        def placed(*args):
+            inside = _mapping.get().rule
+            with kernel.at(place), _mapped(inside, inside):
+                return f(*args)
+
+        return placed
+
+    def dense(primals, tangents):
+        """The tangents, zeros for None."""
+        pairs = zip(primals, tangents, strict=True)
+        return [mx.zeros_like(a) if t is None else t for a, t in pairs]
+
     @mx.custom_function
     def op(*primals):
-        return (plain if _mapping.get() else saving)(*primals)
+        return (plain if _mapping.get().traced else saving)(*map(mx.stop_gradient, primals))
 
     @mx.custom_function
     def gradient(*inputs):
-        if _mapping.get():
-            return plain_gradient(*inputs)
-        arrays, cotangents, saved = parts(inputs)
-        if saving is not forward and not saved:  # under vmap, whose trace is the reference's
-            saved = list(_several(saving(*arrays)))[len(cotangents) :]
-        return tuple(backward(arrays, cotangents, saved))
+        with kernel.at(place):
+            inputs = [mx.stop_gradient(a) for a in inputs]
+            if _mapping.get().traced:
+                return plain_gradient(*inputs)
+            arrays, cotangents, saved = parts(inputs)
+            if saving is not forward and not saved:  # under vmap, whose trace is the reference's
+                saved = list(_several(saving(*arrays)))[len(cotangents) :]
+            return tuple(backward(arrays, cotangents, saved))
 
     @op.vjp
     def _(primals, cotangents, outputs):
@@ -211,11 +254,34 @@ def _fuse(
 
     @gradient.vjp
     def _(inputs, cotangents, _):
-        arrays, given, saved = parts(inputs)
-        made = mx.vjp(plain_gradient, arrays + given, list(_several(cotangents)))[1]
-        return (*made, *map(mx.zeros_like, saved))
+        with kernel.at(place):
+            arrays, given, saved = parts(inputs)
+            made = mx.vjp(plain_gradient, arrays + given, list(_several(cotangents)))[1]
+            return (*made, *map(mx.zeros_like, saved))
+
+    @op.jvp
+    def _(primals, tangents):
+        with kernel.at(place):
+            primals = list(_several(primals))
+            made = mx.jvp(plain, primals, dense(primals, _several(tangents)))[1]
+            if _mapping.get().traced or saving is forward:
+                return tuple(made) if len(made) > 1 else made[0]
+            saved = _several(saving(*primals))[len(made) :]  # `gradient` has no derivative by them
+            return (*made, *map(mx.zeros_like, saved))
+
+    @gradient.jvp
+    def _(inputs, tangents):
+        with kernel.at(place):
+            end = count + results(inputs[0])
+            primals, zeros = list(inputs[:end]), [mx.zeros_like(a) for a in inputs[:count]]
+
+            def pulled(*cotangents):  # linear, so its vjp is the jvp: scatter has none in MLX 0.32
+                return tuple(mx.vjp(plain_gradient, primals, list(cotangents))[1])
+
+            return tuple(mx.vjp(pulled, zeros, dense(primals, tangents[:end]))[1])
 
     @op.vmap
+    @rule
     def _(inputs, axes):
         inputs, axes = _several(inputs), _several(axes)
         folded = fold(inputs, axes, of_gradient=False)
@@ -226,6 +292,7 @@ def _fuse(
         return made, (0,) * len(made) if isinstance(made, (tuple, list)) else 0
 
     @gradient.vmap
+    @rule
     def _(inputs, axes):
         folded = fold(inputs, axes, of_gradient=True)
         mapped = mx.vmap(plain_gradient, in_axes=tuple(axes))
@@ -244,17 +311,23 @@ def vmap(f: Callable, in_axes=0, out_axes=0) -> Callable:
     """
 
     def traced(*args):
-        token = _mapping.set(True)
-        try:
+        with _mapped(True, True):
             return f(*args)
-        finally:
-            _mapping.reset(token)
 
-    return mx.vmap(traced, in_axes, out_axes)
+    mapped = mx.vmap(traced, in_axes, out_axes)
+
+    def run(*args):
+        # after f MLX calls the rules, and traces again what is inside mx.checkpoint
+        with _mapped(True, _mapping.get().traced):
+            return mapped(*args)
+
+    return run
 
 
 @functools.cache
-def _fused(name: str, present: tuple[bool, ...], statics: tuple, options: tuple) -> _Fused:
+def _fused(
+    name: str, present: tuple[bool, ...], statics: tuple, options: tuple, place: kernel.Place | None
+) -> _Fused:
     """The kernels of `reference.<name>`, as functions of the arrays that are present."""
     kernels = KERNELS[name]
 
@@ -283,7 +356,8 @@ def _fused(name: str, present: tuple[bool, ...], statics: tuple, options: tuple)
         return kernels.results - (kernels.missing(x.shape[-2], *statics) is not None)
 
     saving = functools.partial(forward, save=True) if kernels.saves else forward
-    return _fuse(plain, forward, saving, backward, tuple(some(kernels.shared_ndim)), results)
+    shared_ndim = tuple(some(kernels.shared_ndim))
+    return _fuse(plain, forward, saving, backward, shared_ndim, results, place)
 
 
 @functools.cache
@@ -319,19 +393,20 @@ def fused_op(check: Callable) -> Callable:
     ):
         arrays, statics = check(*args, **kwargs)
         check_threads(name, threads_per_group)
-        here = use_metal and kernel.backend() is not None and arrays[0].size > 0
-        if here or (use_metal and verbose):
-            present = tuple(a is not None for a in arrays)
-            fused = _fused(name, present, statics, (threads_per_group, verbose))
-            given = [a for a in arrays if a is not None]
-            if here:
-                results = (fused.op if differentiable else fused.forward)(*given)
-                missing = KERNELS[name].missing(arrays[0].shape[-2], *statics)
-                if missing is None:
-                    return results
-                return (*results[:missing], None, *results[missing:])
-            zeros = (mx.zeros(a.shape, a.dtype) for a in given)
-            print(kernel.metal_source(fused.forward, *zeros))
+        place = kernel.place() if use_metal and arrays[0].size > 0 else None
+        present = tuple(a is not None for a in arrays)
+        given = [a for a in arrays if a is not None]
+        options = (threads_per_group, verbose)
+        if place:
+            fused = _fused(name, present, statics, options, place)
+            results = (fused.op if differentiable else fused.forward)(*given)
+            missing = KERNELS[name].missing(arrays[0].shape[-2], *statics)
+            if missing is None:
+                return results
+            return (*results[:missing], None, *results[missing:])
+        if use_metal and verbose:
+            fused = _fused(name, present, statics, options, None)
+            print(kernel.metal_source(fused.forward, *given))
         return getattr(reference, name)(*arrays, *statics)
 
     own, shared = inspect.signature(check), inspect.signature(op, follow_wrapped=False)

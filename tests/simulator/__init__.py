@@ -21,6 +21,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import tracing
 
 from mhc_mlx import kernel
 
@@ -176,7 +177,7 @@ def generated(name, inputs, outputs, groups, threads, template) -> str:
         return _launch(name, given, outputs, groups, threads, template, True)
 
     stand_ins = [mx.zeros(a.shape, a.dtype) for a in arrays.values()]
-    return re.findall(r"```\n(.*?)```", kernel.metal_source(traced, *stand_ins), re.S)[-1]
+    return re.findall(r"```\n(.*?)```", tracing.metal_source(traced, *stand_ins), re.S)[-1]
 
 
 _launch = kernel.launch

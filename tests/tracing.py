@@ -1,0 +1,33 @@
+"""The Metal source of launches, captured in this process: fast, for tests in one thread."""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from unittest import mock
+
+import mlx.core as mx
+
+from mhc_mlx import kernel
+
+
+def metal_source(f: Callable, *arrays: mx.array) -> str:
+    """What MLX prints on this process's standard output while it records f for export.
+
+    f launches with ``verbose=True``. Ops in it run by `kernel.launch`, for Metal.
+    """
+    sys.stdout.flush()
+    saved = os.dup(1)
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, saved)
+        out = stack.enter_context(tempfile.TemporaryFile())
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(mock.patch.object(kernel, "backend", lambda: "metal"))
+        os.dup2(out.fileno(), 1)
+        try:
+            mx.export_function(os.path.join(folder, "f.mlxfn"), f, *arrays)
+        finally:
+            os.dup2(saved, 1)
+        out.seek(0)
+        return out.read().decode()
