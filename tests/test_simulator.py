@@ -1,5 +1,9 @@
 """The simulator itself, on bodies of a few lines: what it computes and what it refuses."""
 
+import hashlib
+import os
+import stat
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -189,6 +193,40 @@ def test_limits_of_a_launch(run):
     for threads in (1056, 48):
         with pytest.raises(simulator.SimulationError, match=f"1 groups of {threads} threads"):
             run(TID + "out[tid] = 0.0f;", threads=threads)
+
+
+def test_others_cannot_plant_libraries(need, tmp_path, monkeypatch):
+    """Libraries are loaded from a folder of this user alone, or not at all."""
+    need("simulator")
+    planted, source = tmp_path / "planted", "int one() { return 1; }"
+    name = hashlib.sha256(source.encode()).hexdigest()[:24]
+
+    def build():
+        monkeypatch.setattr(simulator, "CACHE", planted)
+        return simulator.build(source, ["-std=c++20", "-fPIC", "-c"], source)
+
+    def refused(why):
+        (planted / f"{name}.so").touch()
+        with pytest.raises(RuntimeError, match=rf"planted must be a folder that .* got {why}"):
+            build()
+
+    assert build().exists() and stat.S_IMODE(planted.stat().st_mode) == 0o700
+    for mode in (0o777, 0o775):
+        planted.chmod(mode)
+        refused(f"one with mode {mode:o}")
+    planted.chmod(0o755)  # as it was made before
+    build()
+    with monkeypatch.context() as other:
+        mine = os.getuid()
+        other.setattr(os, "getuid", lambda: mine + 1)
+        refused(f"one of user {mine}")
+    planted.rename(tmp_path / "elsewhere")
+    planted.symlink_to(tmp_path / "elsewhere")
+    refused("a link")
+    planted.unlink()
+    planted.touch()
+    with pytest.raises(RuntimeError, match="got no folder"):
+        build()
 
 
 def test_debugging_command(need, capsys):

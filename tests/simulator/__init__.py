@@ -14,6 +14,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
@@ -118,12 +119,32 @@ class _Buffer(ctypes.Structure):
     _fields_ += [(k, ctypes.c_void_p) for k in ("loads", "stores", "writer", "where")]
 
 
+def check_private(folder: Path) -> None:
+    """Make the folder if need be; refuse one in which others could leave programs for us to load.
+
+    Its name is known to all users, in a folder where all may make it.
+    """
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        got = "a link" if stat.S_ISLNK(found.st_mode) else "no folder"
+    elif found.st_uid != os.getuid():
+        got = f"one of user {found.st_uid}"
+    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        got = f"one with mode {stat.S_IMODE(found.st_mode):o}"
+    else:
+        return
+    must = "be a folder that this user owns and nobody else can write to"
+    raise RuntimeError(f"[simulator] {folder} must {must} but got {got}: remove it.")
+
+
 def build(source: Path | str, flags: list[str], digest: str) -> Path:
     """A shared library of C++ source, made once."""
+    check_private(CACHE)
     library = CACHE / f"{hashlib.sha256(digest.encode()).hexdigest()[:24]}.so"
     if library.exists():
         return library
-    CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         path, compiled, made = (Path(folder, f"program.{end}") for end in ("cpp", "o", "so"))
         path.write_text(source)
