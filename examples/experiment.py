@@ -17,6 +17,7 @@ import argparse
 import datetime
 import gc
 import json
+import math
 import os
 import shlex
 import statistics
@@ -102,10 +103,12 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def gains(run: dict, way: str) -> float:
-    """The largest composite gain of any token at any depth; a residual on one stream has 1."""
+    """The largest composite gain of any token at any depth, infinite where one is not finite; a
+    residual on one stream has 1."""
     if run["report"] is None:
         return 1.0
-    return max(c[f"composite_{way}_gain_max"] for c in run["report"]["connections"])
+    found = [c[f"composite_{way}_gain_max"] for c in run["report"]["connections"]]
+    return math.inf if None in found else max(found)
 
 
 def table(runs: dict[str, list[dict]]) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import replace
 
 import mlx.core as mx
@@ -106,6 +107,9 @@ def _noise(outs: int, width: int) -> mx.array:
     """phi at the start."""
     return mx.random.normal((outs, width)) * (0.02 / math.sqrt(width))
 
+
+# What `stability_report` makes of (connection, x, the streams after it), in its own thread.
+observer: ContextVar[Callable] = ContextVar("observer", default=lambda connection, x, out: out)
 
 _OPTIONS = ("use_metal", "threads_per_group", "differentiable")  # of ops, attributes of modules
 
@@ -244,7 +248,7 @@ class HyperConnection(nn.Module):
                 u = ops.stream_aggregate_norm(x, h_pre, weight, eps, **options)
 
         def add_residual(y: mx.array) -> mx.array:
-            return ops.stream_mix_add(x, y, h_post, h_res, **options)
+            return observer.get()(self, x, ops.stream_mix_add(x, y, h_post, h_res, **options))
 
         return u, add_residual
 
@@ -305,10 +309,12 @@ class MHCLayer(HyperConnection):
         _check_input(self, x, self.num_streams, self.dim)
         if sublayer is None and not self.dynamic and self._convention.start in SINKHORN:
             parameters = (self.H_pre, self.H_post, self.H_res, self.rms_weight)
-            return ops.mhc_layer(x, *parameters, self._convention, self.eps, **self._options)
+            out = ops.mhc_layer(x, *parameters, self._convention, self.eps, **self._options)
+            return observer.get()(self, x, out)
         if sublayer is None and not self.dynamic:
             parameters = (*self.coefficients(x), self.rms_weight)
-            return ops.mhc_static(x, *parameters, self.eps, **self._options)
+            out = ops.mhc_static(x, *parameters, self.eps, **self._options)
+            return observer.get()(self, x, out)
         u, add_residual = self._read(x, self.rms_weight, self.eps)
         return add_residual(u if sublayer is None else sublayer(u))
 

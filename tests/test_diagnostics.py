@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 
 import mlx.core as mx
@@ -11,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from models import TOKENS, Tiny, loss_fn, shaken
+from models import TOKENS, Tiny, loss_fn, running, shaken
 
 import mhc_mlx as m
 from mhc_mlx.diagnostics import StabilityReport, plot, stability_report, stream_similarity
@@ -291,6 +292,75 @@ def test_json_and_back():
     assert StabilityReport.from_dict(json.loads(text)) == report
 
 
+def strict(report):
+    """Written as JSON and read back; strict JSON has no NaN and no infinity."""
+    text = json.dumps(report.to_dict(), allow_nan=False)
+    return StabilityReport.from_dict(json.loads(text))
+
+
+def test_json_of_one_stream():
+    """One stream is similar to none: None, not NaN."""
+    report = stability_report(m.MHCBlock(nn.Linear(8, 8), 8, 1), streams(2, 1, 8))
+    assert report.connections[0].similarity is None and strict(report) == report
+    head, line = str(report).splitlines()
+    assert len(head) == len(line) and "nan" not in line and "None" not in line
+
+
+def test_json_of_numbers_that_are_not_finite():
+    """They are null, and NaN when read back."""
+    diverged = Chain(fixed(FIRST), fixed([[math.inf, 0.0], [0.0, math.nan]]))
+    report = stability_report(diverged, X, mean)
+    read = strict(report)
+    first, second = read.connections
+    assert math.isnan(read.loss) and math.isnan(second.forward_gain_max)
+    assert math.isnan(second.similarity) and all(map(math.isnan, first.gradient_norms))
+    assert math.isnan(second.h_res[0][0]) and second.h_res[0][1] == 0 and second.streams == 2
+    assert first.h_res == FIRST and second.gradient_norms == report.connections[1].gradient_norms
+    assert strict(read).to_dict() == read.to_dict() == report.to_dict()
+    ungraded = stability_report(diverged, X)
+    assert strict(ungraded).loss is None and strict(ungraded).connections[0].gradient_norms is None
+
+
+@pytest.mark.parametrize("where", ["here", "stand-in"])
+def test_other_threads_are_not_disturbed(where):
+    """While a report runs, others use the same model: what they compute is neither recorded nor
+    shifted, their reports are the same, and they find the model's own parameters."""
+    with running(where):
+        model, x = shaken(Chain(*(m.MHCLayer(2, 3, dynamic=k > 0) for k in range(3)))), X
+        want, alone = model(x), stability_report(model, x, mean)
+        weights = tree_flatten(model)
+        mx.eval(want, model, x)
+        calls, seen = [], []
+
+        def elsewhere():
+            out = model(x)
+            mx.eval(out)
+            mine = all(a is b for (_, a), (_, b) in zip(tree_flatten(model), weights, strict=True))
+            return out, mine, stability_report(model, x, mean) if len(calls) == 2 else alone
+
+        def loss(model, x):
+            calls.append(None)
+            with ThreadPoolExecutor(1) as pool:
+                seen.append(pool.submit(elsewhere).result())
+            return mean(model, x)
+
+        assert stability_report(model, x, loss) == alone
+        assert len(seen) == 2  # the second time for gradients
+        for out, mine, report in seen:
+            assert mx.array_equal(out, want) and mine and report == alone
+
+
+def test_a_model_must_run_its_connections_each_time():
+    for first, then, got in ((1, 2, "got more"), (2, 1, "got 1 fewer")):
+        depths = iter((first, then))
+
+        def loss(model, x, depths=depths):
+            return Chain(*model.layers[: next(depths)])(x).mean()
+
+        with pytest.raises(ValueError, match=f"run the same {first} connections .* but {got}"):
+            stability_report(Chain(fixed(FIRST), fixed(SECOND)), X, loss)
+
+
 def mean(model, x):
     return model(x).mean()
 
@@ -300,6 +370,21 @@ class Recomputed(Chain):
         for layer in self.layers:
             x = nn.utils.checkpoint(layer)(x)
         return x
+
+
+class Hidden(Chain):
+    """In mx.checkpoint from the start, whose arguments no connection has made."""
+
+    def __call__(self, x):
+        return mx.checkpoint(super().__call__)(x)
+
+
+class Stopped(Chain):
+    """Whose first streams have no gradient, outside mx.checkpoint."""
+
+    def __call__(self, x):
+        first, *rest = self.layers
+        return mx.checkpoint(rest[-1])(mx.stop_gradient(first(x)))
 
 
 CHAIN, X = Chain(fixed(FIRST)), streams(4, 2, 3)
@@ -316,6 +401,12 @@ MISTAKES = {
         "scalar but got tuple",
     ),
     "checkpoint": ((Recomputed(fixed(FIRST)), X, mean), ValueError, "checkpoint but .* layers.0"),
+    "all in one": ((Hidden(fixed(FIRST)), X, mean), ValueError, "checkpoint but .* layers.0"),
+    "a stop before": (
+        (Stopped(fixed(FIRST), fixed(SECOND)), X, mean),
+        ValueError,
+        "checkpoint but .* layers.1",
+    ),
 }
 
 
@@ -502,5 +593,5 @@ def test_diverged_runs_can_be_drawn(tmp_path, monkeypatch):
     assert len(files) == 4 and all(f.exists() for f in files)
     assert titles == ["diverged (not finite)"] * 2  # gains and streams
     assert ticks and all(float(t).is_integer() for t in ticks), "half a connection"
-    lost = stability_report(m.MHCLayer(2, 3, dynamic=True), X * math.nan, mean)
+    lost = strict(stability_report(m.MHCLayer(2, 3, dynamic=True), X * math.nan, mean))
     assert len(plot({"lost": lost}, tmp_path)) == 4  # not a number anywhere

@@ -149,7 +149,7 @@ def _draw_streams(Figure, runs: dict, colors: dict):
     figure = Figure(figsize=(11 if graded else 6, 4.8), layout="constrained")
     panels = figure.subplots(1, 2 if graded else 1, squeeze=False)[0]
     widths = dict.fromkeys(runs, 1.5)
-    _lines(panels[0], runs, colors, lambda c: c.similarity, widths)
+    _lines(panels[0], runs, colors, lambda c: c.similarity if c.streams > 1 else math.nan, widths)
     panels[0].set_title("similarity between streams (1: copies)")
     panels[0].set_ylabel("mean cosine")
     reports = [report for seeds in runs.values() for report in seeds]

@@ -2,13 +2,16 @@
 
 import contextlib
 import dataclasses
+import io
 import math
+import re
+from collections import defaultdict
 from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..layers import HyperConnection, MHCLayer, starting_logits
+from ..layers import HyperConnection, observer, starting_logits
 from ..reference import gates
 
 
@@ -31,7 +34,7 @@ class ConnectionReport:
         composite_backward_gain, composite_backward_gain_max: Of the composite.
         row_error, column_error: ``max |line's sum - 1|`` of h_res, over lines and tokens.
         similarity: Mean cosine between two different streams after the connection; 1 where they
-            have collapsed into copies, NaN for n = 1.
+            have collapsed into copies, None for n = 1.
         h_pre_moved, h_post_moved: Largest ``|h - start|`` of an element, h the mean over tokens.
         gradient_norms: ``[n]``, the norm of d loss / d streams[i] after the connection, over all
             tokens and channels; None without a loss.
@@ -55,7 +58,7 @@ class ConnectionReport:
     composite_backward_gain_max: float
     row_error: float
     column_error: float
-    similarity: float
+    similarity: float | None
     h_pre_moved: float
     h_post_moved: float
     gradient_norms: list[float] | None = None
@@ -76,6 +79,28 @@ _COLUMNS = {
 }
 
 
+def _finite(v):
+    """The same data with None for each number that is not finite."""
+    if isinstance(v, dict):
+        return {k: _finite(each) for k, each in v.items()}
+    if isinstance(v, list):
+        return [_finite(each) for each in v]
+    return None if isinstance(v, float) and not math.isfinite(v) else v
+
+
+def _numbers(v):
+    """The same numbers with NaN for each None."""
+    return [_numbers(each) for each in v] if isinstance(v, list) else math.nan if v is None else v
+
+
+def _read_connection(gradient_norms=None, similarity=None, **rest) -> ConnectionReport:
+    return ConnectionReport(
+        gradient_norms=None if gradient_norms is None else _numbers(gradient_norms),
+        similarity=None if rest["streams"] == 1 else _numbers(similarity),
+        **{k: _numbers(v) for k, v in rest.items()},
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class StabilityReport:
     """The connections of a model in the order in which they ran; ``str`` is a table.
@@ -89,12 +114,16 @@ class StabilityReport:
     loss: float | None = None
 
     def to_dict(self) -> dict:
-        """Of plain numbers, strings and lists, for JSON."""
-        return dataclasses.asdict(self)
+        """Of plain numbers, strings and lists, for JSON, which has no NaN and no infinity: a number
+        that is not finite is None."""
+        return _finite(dataclasses.asdict(self))
 
     @classmethod
     def from_dict(cls, d: dict) -> "StabilityReport":
-        return cls([ConnectionReport(**c) for c in d["connections"]], d["loss"])
+        """The report of such a dict; where a number was not finite it has NaN."""
+        connections = [_read_connection(**c) for c in d["connections"]]
+        graded = any(c.gradient_norms is not None for c in connections)
+        return cls(connections, _numbers(d["loss"]) if graded else d["loss"])
 
     def __str__(self) -> str:
         width = max(len(c.name) for c in self.connections)
@@ -104,7 +133,7 @@ class StabilityReport:
         for k, c in enumerate(self.connections, 1):
             values = [getattr(c, field) for field in _COLUMNS.values()]
             values += [math.hypot(*c.gradient_norms)] if graded else []
-            cells = " ".join(f"{v:>10.4g}" for v in values)
+            cells = " ".join(f"{'' if v is None else format(v, '.4g'):>10}" for v in values)
             lines.append(f"{k:>4} {c.name:<{max(width, 10)}} {cells}")
         return "\n".join(lines)
 
@@ -166,25 +195,59 @@ def _moved(connection: HyperConnection, h_pre, h_post, before: ConnectionReport 
 
 
 @contextlib.contextmanager
-def _watched(names: dict[int, str], see: Callable):
-    """Replaces what each of these connections returns by ``see(connection, x, out)``."""
-    read, layer = HyperConnection.__call__, MHCLayer.__call__
-
-    def seen(connection, x, out):
-        return see(connection, x, out) if id(connection) in names else out
-
-    def watched_read(self, x):
-        u, add_residual = read(self, x)
-        return u, lambda y: seen(self, x, add_residual(y))
-
-    def watched_layer(self, x, *args, **kwargs):
-        return seen(self, x, layer(self, x, *args, **kwargs))
-
-    HyperConnection.__call__, MHCLayer.__call__ = watched_read, watched_layer
+def _observed(observe: Callable):
+    """Connections that run in this thread return ``observe(connection, x, out)`` instead of out."""
+    token = observer.set(observe)
     try:
         yield
     finally:
-        HyperConnection.__call__, MHCLayer.__call__ = read, layer
+        observer.reset(token)
+
+
+def _recomputed(loss: mx.array, outs: list[mx.array]) -> int | None:
+    """The first of outs whose gradient mx.checkpoint takes for itself, so that none is seen here.
+
+    Of a checkpoint the loss's graph has the arguments as inputs, and behind StopGradient what it
+    computed of them; its gradient computes that again.
+    """
+    text, labels, before, after = io.StringIO(), {}, defaultdict(list), defaultdict(list)
+    names = [f"out{k}" for k in range(len(outs))]
+    mx.export_to_dot(text, loss, loss=loss, **dict(zip(names, outs, strict=True)))
+    for node, label, start, end in re.findall(
+        r'(\d+) \[label ="([^"]*)", shape=rectangle|^"?(\w+)"? -> "?(\w+)"?$', text.getvalue(), re.M
+    ):
+        if node:
+            labels[node] = label
+        else:
+            before[end].append(start)
+            after[start].append(end)
+    behind = {
+        array
+        for node, label in labels.items()
+        if label == "CustomTransforms"
+        for array in before[node][-len(after[node]) :]
+    }
+
+    def reached(start: str, edges: dict) -> set:
+        """The nodes on paths from start along edges, which end at StopGradient."""
+        found, left = {start}, [start]
+        while left:
+            node = left.pop()
+            new = {*edges[node]} - found if labels.get(node) != "StopGradient" else set()
+            found |= new
+            left += new
+        return found
+
+    graded = reached("loss", before)
+    for k, name in enumerate(names):
+        if name not in graded and not behind.isdisjoint(
+            array
+            for node in reached(name, after)
+            if labels.get(node) == "StopGradient"
+            for array in after[node]
+        ):
+            return k
+    return None
 
 
 def _plain(a):
@@ -241,6 +304,8 @@ def stability_report(
 
     def record(connection, x, out):
         nonlocal composite
+        if id(connection) not in names:
+            return out
         if x.size == 0:
             raise ValueError(f"[{op}] batch must have tokens but got streams {list(x.shape)}.")
         h_pre, h_post, h_res = connection.coefficients(x)
@@ -269,7 +334,7 @@ def stability_report(
                 **_gains(composite, "composite_"),
                 "row_error": mx.abs(h_res.sum(-1) - 1).max(),
                 "column_error": mx.abs(h_res.sum(-2) - 1).max(),
-                "similarity": stream_similarity(out),
+                "similarity": None if n == 1 else stream_similarity(out),
                 "h_pre_moved": pre_moved,
                 "h_post_moved": post_moved,
             }
@@ -277,7 +342,7 @@ def stability_report(
         outs.append(out)
         return out
 
-    with _watched(names, record):
+    with _observed(record):
         loss = model(*batch) if loss_fn is None else loss_fn(model, *batch)
     if not found:
         must = "run a HyperConnection or MHCLayer of its own, outside mx.compile"
@@ -292,28 +357,30 @@ def stability_report(
             got = list(loss.shape) if isinstance(loss, mx.array) else type(loss).__name__
             raise ValueError(f"[{op}] loss_fn must return a scalar but got {got}.")
 
-        rest = iter(())
+        hidden = _recomputed(loss, outs)
+        if hidden is not None:
+            must, name = "run without mx.checkpoint", found[hidden]["name"]
+            raise ValueError(f"[{op}] model must {must} but got one around {name}.")
 
-        def shift(connection, x, out):
-            delta = next(rest, None)
-            if delta is None:  # it runs once more for the gradient, and deltas have none there
-                must, name = "run without mx.checkpoint", names[id(connection)]
-                raise ValueError(f"[{op}] model must {must} but got one around {name}.")
-            return out + delta
+        others = f"[{op}] model must run the same {len(outs)} connections each time but got"
 
-        def loss_of(deltas, parameters):
-            nonlocal rest
-            rest = iter(deltas)
-            model.update(parameters)
-            return loss_fn(model, *batch).squeeze()
+        def loss_of(deltas):
+            left = list(deltas)
 
-        # The parameters' gradients are never evaluated; they make mx.checkpoint run again.
-        parameters, zeros = model.trainable_parameters(), [mx.zeros_like(out) for out in outs]
-        try:
-            with _watched(names, shift):
-                gradients, _ = mx.grad(loss_of, argnums=(0, 1))(zeros, parameters)
-        finally:
-            model.update(parameters)
+            def shift(connection, x, out):
+                if id(connection) not in names:
+                    return out
+                if not left:
+                    raise ValueError(f"{others} more.")
+                return out + left.pop(0)
+
+            with _observed(shift):
+                loss = loss_fn(model, *batch).squeeze()
+            if left:
+                raise ValueError(f"{others} {len(left)} fewer.")
+            return loss
+
+        gradients = mx.grad(loss_of)([mx.zeros_like(out) for out in outs])
         for each, g in zip(found, gradients, strict=True):
             g = g.astype(mx.float32).moveaxis(-2, 0).reshape(each["streams"], -1)
             each["gradient_norms"] = mx.sqrt((g * g).sum(-1))
