@@ -8,6 +8,7 @@ import gc
 import itertools
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,6 +30,7 @@ from mhc_mlx.mlx_lm.sites import (  # noqa: E402
     activations,
     find_sites,
     own_coefficients,
+    run_site,
     stock_site,
 )
 
@@ -329,6 +331,22 @@ def test_what_is_handed_on_belongs_to_its_streams(launched):
         layers = swapped.model.layers
         layers[1], layers[2] = layers[2], layers[1]
     within(model(tokens(9)), own(tokens(9)), mx.float32)
+
+
+def test_activations_are_those_of_their_own_thread():
+    """Another thread runs the same sites on other streams while they are collected."""
+    site = find_sites(patched(tiny(layers=1)).model)[0]
+    here, there = (random_inputs(site, mx.float32, 3 + k) for k in range(2))
+    mx.eval(here, there)
+
+    def model(_):
+        out = run_site(site.hc, *here, site.norm)[0]
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(lambda: mx.eval(run_site(site.hc, *there, site.norm))).result()
+        return out
+
+    ((x, y),) = activations(model, [site], mx.zeros((1, 3)))
+    assert mx.array_equal(x, here[0]) and mx.array_equal(y, here[1])
 
 
 # ---- speculative decoding

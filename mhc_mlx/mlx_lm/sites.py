@@ -4,6 +4,7 @@ mlx-lm's own functions, those of a model, and what goes into them while the mode
 import functools
 import re
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -131,13 +132,14 @@ def stock_site(hc: Callable, x: mx.array, y: mx.array, norm: Callable | None) ->
     return out, None if norm is None else norm(stock._collapse(out, h_pre)), h_pre
 
 
-_seen: dict | None = None  # while `activations` listens: x and y by the id of a site's module
+# While `activations` listens in this thread: x and y by the id of a site's module.
+_seen: ContextVar[dict | None] = ContextVar("seen", default=None)
 
 
 def run_site(hc: nn.Module, x: mx.array, y: mx.array, norm: Callable | None) -> Made:
     """The site as its module is, patched or mlx-lm's; heard by `activations`."""
-    if _seen is not None:
-        _seen[id(hc)] = (x, y)
+    if (seen := _seen.get()) is not None:
+        seen[id(hc)] = (x, y)
     if isinstance(hc, SinglePassConnection):
         return hc.site(x, y, norm)
     return stock_site(hc, x, y, norm)
@@ -174,12 +176,12 @@ def find_sites(text: stock.TextModel) -> list[Site]:
 
 def activations(model: nn.Module, sites: list[Site], tokens: mx.array, keep: int = 8) -> list:
     """x and y at each site in a forward pass over tokens ``[batch, length]``, of the last few."""
-    global _seen
-    _seen = seen = {}
+    seen = {}
+    token = _seen.set(seen)
     try:
         logits = model(tokens)
     finally:
-        _seen = None
+        _seen.reset(token)
     found = [tuple(a[:1, -keep:] for a in seen[id(site.hc)]) for site in sites]
     mx.eval(logits, found)
     return found
