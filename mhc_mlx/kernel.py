@@ -238,7 +238,7 @@ def _printed(launches: str) -> str:
         raise RuntimeError("[verbose] needs a Python interpreter to run, but this one is frozen.")
     run = subprocess.run(
         [sys.executable, "-c", _PRINT],
-        input=f"[{json.dumps(sys.path)}, {launches}]",
+        input=f"[{json.dumps([str(folder) for folder in sys.path])}, {launches}]",
         capture_output=True,
         encoding="utf-8",
     )
