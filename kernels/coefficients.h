@@ -20,21 +20,21 @@ template <typename L, typename B> struct Logits {
 };
 template <typename L, typename B> inline Logits<L, B> logits_of(L l, B bias, float alpha) { return {l, bias, alpha}; }
 
-// Lanes that project a token's N x N logits, N <= 8: four lines fit in one lane.
-constexpr int projecting(int n) { return n <= 4 ? 1 : lanes(n); }
+// Lanes that project a token's N x N logits, N <= 8: four lines fit in one lane, which keeps no logits to return to.
+constexpr int projecting(int n, int start, int iters) { return n <= 4 && returning(n, start, iters) == 0 ? 1 : lanes(n); }
 
 // to = sinkhorn_knopp of the logits at z, if live; COLUMNS as in sinkhorn_knopp.metal
-template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, typename S, typename O>
-inline void project_token(S z, O to, bool live, int iters, float eps, int simd_lane) {
-  if constexpr (N <= 4) {
+template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, typename S, typename O>
+inline void project_token(S z, O to, bool live, float eps, int simd_lane) {
+  if constexpr (N == 1 || projecting(N, START, ITERS) == 1) {
     float p[N][N];
     UNROLL for (int q = 0; q < N * N; ++q) p[q / N][q % N] = z[COLUMNS ? q % N * N + q / N : q];
-    sinkhorn_alone<N, START>(p, iters, eps);
+    sinkhorn_alone<N, START>(p, ITERS, eps);
     if (live) {
       UNROLL for (int q = 0; q < N * N; ++q) to[q] = OUT_COLUMNS ? p[q % N][q / N] : p[q / N][q % N];
     }
   } else {
-    project<N, START, COLUMNS, OUT_COLUMNS>(z, to, live, iters, eps, uint(simd_lane));
+    project<N, START, COLUMNS, OUT_COLUMNS, ITERS>(z, to, live, eps, uint(simd_lane));
   }
 }
 

@@ -28,7 +28,7 @@ mhc::load_gates<N, THREADS, GATES, false>(H_pre, pre, params, tid);
 if constexpr (MIX) mhc::load_gates<N, THREADS, GATES, true>(H_post, post, params, tid);
 if constexpr (SINKHORN) {
   if (simdgroup_index_in_threadgroup == 0)
-    mhc::project<N, START, COLUMNS, !OUT_COLUMNS>(H_res, mix, thread_index_in_simdgroup < mhc::lanes(N), ITERS, params[4], thread_index_in_simdgroup);
+    mhc::project<N, START, COLUMNS, !OUT_COLUMNS, ITERS>(H_res, mix, thread_index_in_simdgroup < mhc::lanes(N), params[4], thread_index_in_simdgroup);
 } else if constexpr (MIX) {
   mhc::load_mix<N, THREADS, true>(H_res, mix, tid);
 }

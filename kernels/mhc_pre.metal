@@ -29,7 +29,7 @@ static_assert(PITCH <= 32, "a lane for each output");
 constexpr int SHARE = ((OUTS + WIDE - 1) / WIDE + SPLITS - 1) / SPLITS * WIDE;  // outputs of a threadgroup
 constexpr int R = HEAD ? 0 : OUTS - 2 * N;
 constexpr int CHUNKS = N <= 2 ? 4 : N <= 4 ? 2 : 1;           // packs of u that a lane makes at once
-constexpr int LANES = PROJECT ? mhc::projecting(N) : 1;       // of a token's projection
+constexpr int LANES = PROJECT ? mhc::projecting(N, START, ITERS) : 1;  // of a token's projection
 constexpr int BUSY = PROJECT ? (TILE * LANES + 31) / 32 : 0;  // simdgroups that project
 constexpr int READERS = BUSY < SIMDS ? SIMDS - BUSY : SIMDS;
 constexpr int PIECES = NORM ? 1 : 2;  // of a token, for simdgroups in turn: less to wait for the last
@@ -99,8 +99,8 @@ for (uint first = threadgroup_position_in_grid.x / SPLITS * TILE; first < tokens
       const int m = m0 + lane / LANES;
       const size_t t = first + uint(m);
       const bool live = m < TILE && t < tokens;
-      mhc::project_token<N, START, COLUMNS, OUT_COLUMNS>(
-          mix + (live ? m : 0) * N * N, h_res + (live ? t : 0) * (N * N), live, ITERS, static_cast<float>(params[5]), lane);
+      mhc::project_token<N, START, COLUMNS, OUT_COLUMNS, ITERS>(
+          mix + (live ? m : 0) * N * N, h_res + (live ? t : 0) * (N * N), live, static_cast<float>(params[5]), lane);
     }
   }
 

@@ -46,7 +46,7 @@ for (uint tile = owner; tile < tiles; tile += threadgroups_per_grid.x / SPLITS) 
       if (o < GATED) {
         const float z = static_cast<float>(alpha[o < N ? 0 : 1]) * static_cast<float>(l[t * (OUTS + 1) + o]) + static_cast<float>(bias[o]);
         const float s = mhc::sigmoid(z);
-        g = s * (1.0f - s);
+        g = s * mhc::sigmoid(-z);
         h = s + static_cast<float>(params[0]);
         if (!HEAD && o >= N) g *= static_cast<float>(params[1]) * static_cast<float>(dh_post[t * N + (o - N)]);
         else if (!READ) g *= static_cast<float>(dh_pre[t * N + o]);

@@ -81,11 +81,11 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if constexpr (PROJECT) {
-      const bool live = lane < mhc::projecting(N);
+      const bool live = lane < mhc::projecting(N, START, ITERS);
       if (simd == SIMDS - 1) {
         const float eps = static_cast<float>(params[5]);
-        if constexpr (BACK) mhc::project_token<N, START, COLUMNS, !OUT_COLUMNS>(z, mix + at * N, live, ITERS, eps, lane);
-        else mhc::project_token<N, START, COLUMNS, OUT_COLUMNS>(z, made_res + size_t(t) * (N * N), live, ITERS, eps, lane);
+        if constexpr (BACK) mhc::project_token<N, START, COLUMNS, !OUT_COLUMNS, ITERS>(z, mix + at * N, live, eps, lane);
+        else mhc::project_token<N, START, COLUMNS, OUT_COLUMNS, ITERS>(z, made_res + size_t(t) * (N * N), live, eps, lane);
       }
     }
   } else {

@@ -1,8 +1,8 @@
 // mhc_token_backward: the gradient of mhc_pre but for dx and dphi, of which it makes all that mhc_projection_backward needs.
 //
-//   z = alpha l + bias, s = sigmoid(z);   dz_post = dh_post post_scale s (1 - s)
+//   z = alpha l + bias, s = sigmoid(z);   dz_post = dh_post post_scale s sigmoid(-z)
 //   dz_res is given, or with PROJECT the gradient of sinkhorn_knopp(z_res) for dh_res
-//   dz_pre[j] = dh_pre[j] s (1 - s), where READ makes dh_pre from du: sum du x[j], or with NORM
+//   dz_pre[j] = dh_pre[j] s sigmoid(-z), where READ makes dh_pre from du: sum du x[j], or with NORM
 //   r (sum du weight x[j] - slope sum u x[j]), r = rsqrt(mean(u**2) + eps), slope = r**2 mean(du weight u)
 //   dl = alpha dz;   dp = scale dl, scale = rsqrt(mean(x**2) + norm_eps);   pull = -scale**2 sum(dl l) / (N C)
 //   NORM: du' = r * (du weight - u slope), u = sum_j h_pre[j] x[j];   dweight = sum_t du u r
@@ -69,7 +69,7 @@ for (uint first = self * OWN; first < tokens; first += threadgroups_per_grid.x *
     const auto row = x + t * size_t(K);
     const auto drow = du + t * size_t(C);
     const float unit = static_cast<float>(l[t * (OUTS + 1) + o]), scale = static_cast<float>(l[t * (OUTS + 1) + OUTS]);
-    const float s = mhc::sigmoid(a * unit + b), h = s + static_cast<float>(params[0]);
+    const float z = a * unit + b, s = mhc::sigmoid(z), h = s + static_cast<float>(params[0]);
     mhc::Dots<N> dots = {};
     if constexpr (NORM) {
       UNROLL for (int j = 0; j < N; ++j) dots.pre[j] = simd_shuffle(h, ushort(j));
@@ -145,7 +145,7 @@ for (uint first = self * OWN; first < tokens; first += threadgroups_per_grid.x *
     }
 
     if (i / BATCH == simd) {  // the token's own simdgroup
-      float d = s * (1.0f - s), given = 0.0f;
+      float d = s * mhc::sigmoid(-z), given = 0.0f;
       if (READ && part == 0) given = r * (through - slope * normal);
       UNROLL for (int j = 0; j < N && PROJECT; ++j) {
         const float v = simd_shuffle(g_res[j], ushort(i % BATCH * W + line));

@@ -1,10 +1,12 @@
 // mixing_matrix: h_res without an iteration, exactly doubly stochastic.
 //
 //   PERMUTATIONS  h_res = sum_w softmax(l)[w] P_w, the N! permutations in lexicographic order (N <= 5)
-//   otherwise     the Kronecker product of [[p, 1 - p], [1 - p, p]], p = sigmoid(l[2 b] - l[2 b + 1]), pair 0 outermost
+//   otherwise     the Kronecker product of [[p, q], [q, p]], p = sigmoid(l[2 b] - l[2 b + 1]), q = sigmoid(l[2 b + 1] - l[2 b]),
+//                 pair 0 outermost
+// TRANSPOSED  h_res is the transpose of that
 //
 // in   logits [M, R] any float     out  h_res [M, N, N] float
-// own  a thread makes a row of a matrix     template  N, R, PERMUTATIONS, THREADS     grid  any number of threadgroups
+// own  a thread makes a row of a matrix     template  N, R, PERMUTATIONS, TRANSPOSED, THREADS     grid  any number of threadgroups
 #include "permutations.h"
 const size_t rows = size_t(logits_shape[0]) * N;
 for (size_t id = size_t(threadgroup_position_in_grid.x) * THREADS + thread_position_in_threadgroup.x; id < rows;
@@ -12,11 +14,13 @@ for (size_t id = size_t(threadgroup_position_in_grid.x) * THREADS + thread_posit
   const size_t m = id / N;
   const int i = int(id % N);
   if constexpr (PERMUTATIONS) {
-    float top = -3.0e38f, sum = 0.0f, line[N] = {};
-    for (int w = 0; w < R; ++w) top = metal::max(top, static_cast<float>(logits[m * R + w]));
-    for (int w = 0; w < R; ++w) {
+    const int largest = mhc::largest_of(logits + m * R, R);  // last, since the sum of all others may be small beside it
+    const float top = static_cast<float>(logits[m * R + largest]);
+    float sum = 0.0f, line[N] = {};
+    for (int k = 1; k <= R; ++k) {
+      const int w = k == R ? largest : k <= largest ? k - 1 : k;
       const float e = metal::precise::exp(static_cast<float>(logits[m * R + w]) - top);
-      const int j = mhc::permuted<N>(w, i);
+      const int j = TRANSPOSED ? mhc::permuted_from<N>(w, i) : mhc::permuted<N>(w, i);
       sum += e;
       UNROLL for (int c = 0; c < N; ++c) line[c] += c == j ? e : 0.0f;
     }
@@ -25,8 +29,8 @@ for (size_t id = size_t(threadgroup_position_in_grid.x) * THREADS + thread_posit
     for (int j = 0; j < N; ++j) {
       float product = 1.0f;
       for (int b = 0; b < R / 2; ++b) {
-        const float p = mhc::sigmoid(static_cast<float>(logits[m * R + 2 * b]) - static_cast<float>(logits[m * R + 2 * b + 1]));
-        product *= (((i ^ j) >> (R / 2 - 1 - b)) & 1) == 0 ? p : 1.0f - p;
+        const float z = static_cast<float>(logits[m * R + 2 * b]) - static_cast<float>(logits[m * R + 2 * b + 1]);
+        product *= mhc::sigmoid((((i ^ j) >> (R / 2 - 1 - b)) & 1) == 0 ? z : -z);
       }
       h_res[id * N + j] = product;
     }

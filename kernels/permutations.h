@@ -19,4 +19,24 @@ template <int N> inline int permuted(int w, int i) {
   return j;
 }
 
+// The 1 of row i of permutation matrix w, or of the transpose's column i, in a matrix row by row.
+template <int N, bool TRANSPOSED> inline int entry(int w, int i) {
+  const int j = permuted<N>(w, i);
+  return TRANSPOSED ? j * N + i : i * N + j;
+}
+
+// The first of the largest of R logits.
+template <typename P> inline int largest_of(P logits, int R) {
+  int largest = 0;
+  for (int w = 1; w < R; ++w) largest = static_cast<float>(logits[w]) > static_cast<float>(logits[largest]) ? w : largest;
+  return largest;
+}
+
+// What permutation w sends to j.
+template <int N> inline int permuted_from(int w, int j) {
+  int i = 0;
+  while (permuted<N>(w, i) != j) ++i;
+  return i;
+}
+
 }  // namespace mhc

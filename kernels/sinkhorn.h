@@ -61,6 +61,35 @@ inline void gather(thread float (&all)[N], float value, uint lane, uint simd_lan
 enum { START_EXP = 0, START_SOFTMAX = 1, START_ADDITIVE = 2 };
 constexpr int steps_of(int start) { return start == START_EXP ? 2 : start == START_SOFTMAX ? 1 : 0; }
 
+// In how many half-steps an element grows by `most`: for long by n - 1 in each at most (n - 1 lines that need one line across).
+constexpr int growing_steps(int n, float most) {
+  return n <= 2 ? 1 << 20 : most < float(n - 1) ? 0 : 1 + growing_steps(n, most / float(n - 1));
+}
+// After how many half-steps elements come back from the logits, since what is below float32 then may matter later; 0: never.
+// 2^-126 grows to 2^-19 within all half-steps, or to SMALL = 2^-30 within those between two returns.
+constexpr float SMALL = 9.3132257e-10f;
+constexpr int returning(int n, int start, int iters) {
+  return start == START_ADDITIVE || 2 * iters - 2 <= growing_steps(n, 1.6225928e32f) ? 0 : growing_steps(n, 7.9228163e28f);
+}
+
+// log p = the start's logits - along - across, of lane i's line i and column i; since: products of divisors not yet in there
+struct Divided { float along, across, along_since, across_since; };
+inline void divide(thread Divided& by, int k, float d) {
+  if (k % 2 == 0) by.along_since *= d;
+  else by.across_since *= d;
+}
+
+// A line's sum, eight at a time: small ones are not rounded at each step to what a large one beside them holds.
+template <int N> inline float line_sum(thread const float (&p)[N]) {
+  float sum = 0.0f;
+  UNROLL for (int j = 0; j < N; j += 8) {
+    float part = p[j];
+    UNROLL for (int e = 1; e < 8; ++e) part += j + e < N ? p[j + e < N ? j + e : 0] : 0.0f;
+    sum = j == 0 ? part : sum + part;
+  }
+  return sum;
+}
+
 template <int N, bool COLUMNS, typename P> inline void load_line(thread float (&p)[N], P logits, uint lane) {
   UNROLL for (int j = 0; j < N; ++j) {
     const uint i = lane < uint(N) ? lane : 0u;
@@ -70,25 +99,30 @@ template <int N, bool COLUMNS, typename P> inline void load_line(thread float (&
 
 // p = softmax(p) along the line
 template <int N> inline void softmax_line(thread float (&p)[N]) {
-  float m = p[0], s = 0.0f;
+  float m = p[0];
   UNROLL for (int j = 1; j < N; ++j) m = metal::max(m, p[j]);
-  UNROLL for (int j = 0; j < N; ++j) s += (p[j] = metal::precise::exp(p[j] - m));
+  UNROLL for (int j = 0; j < N; ++j) p[j] = metal::precise::exp(p[j] - m);
+  const float s = line_sum(p);
   UNROLL for (int j = 0; j < N; ++j) p[j] /= s;
 }
 
 template <int N, int START, typename S>
-inline void sinkhorn_start(thread float (&p)[N], float eps, uint lane, uint simd_lane, S scratch) {
+inline void sinkhorn_start(thread float (&p)[N], thread Divided& by, float eps, uint lane, uint simd_lane, S scratch) {
   const bool live = lane < uint(N);
+  by = {0.0f, 0.0f, 1.0f, 1.0f};
   if constexpr (START == START_EXP) {
-    float m = p[0], s = 0.0f, all[N];
+    float m = p[0], all[N];
     UNROLL for (int j = 1; j < N; ++j) m = metal::max(m, p[j]);
-    UNROLL for (int j = 0; j < N; ++j) s += metal::precise::exp(p[j] - m);
-    s = metal::precise::log(s);
+    UNROLL for (int j = 0; j < N; ++j) all[j] = metal::precise::exp(p[j] - m);
+    const float s = metal::precise::log(line_sum(all));
     UNROLL for (int j = 0; j < N; ++j) p[j] = live ? (p[j] - m) - s : -3.0e38f;
-    gather<N>(all, across<N, true>(p, lane, scratch), lane, simd_lane, scratch);
+    const float top = across<N, true>(p, lane, scratch);
+    gather<N>(all, top, lane, simd_lane, scratch);
     UNROLL for (int j = 0; j < N; ++j) p[j] = live ? metal::precise::exp(p[j] - all[j]) : 0.0f;
-    gather<N>(all, RECIPROCAL((across<N, false>(p, lane, scratch))), lane, simd_lane, scratch);
+    const float sum = across<N, false>(p, lane, scratch);
+    gather<N>(all, RECIPROCAL(sum), lane, simd_lane, scratch);
     UNROLL for (int j = 0; j < N; ++j) p[j] *= all[j];
+    by = {m + s, top, 1.0f, sum};
   } else {
     if (START == START_SOFTMAX) softmax_line(p);
     UNROLL for (int j = 0; j < N; ++j)
@@ -101,8 +135,7 @@ template <int N, typename S>
 inline float half_step(thread float (&p)[N], int k, float eps, uint lane, uint simd_lane, S scratch) {
   float d = 0.0f;
   if (k % 2 == 0) {
-    UNROLL for (int j = 0; j < N; ++j) d += p[j];
-    d = lane < uint(N) ? d + eps : 1.0f;
+    d = lane < uint(N) ? line_sum(p) + eps : 1.0f;
     const float r = RECIPROCAL(d);
     UNROLL for (int j = 0; j < N; ++j) p[j] *= r;
   } else {
@@ -114,11 +147,35 @@ inline float half_step(thread float (&p)[N], int k, float eps, uint lane, uint s
   return d;
 }
 
+// small elements of p anew: exp(the start's logits - along - across)
 template <int N, int START, bool COLUMNS, typename P, typename S>
-inline void sinkhorn(thread float (&p)[N], P logits, int iters, float eps, uint lane, uint simd_lane, S scratch) {
+inline void return_small(thread float (&p)[N], P logits, thread Divided& by, float eps, uint lane, uint simd_lane, S scratch) {
+  float a[N], all[N];
+  by = {by.along + metal::precise::log(by.along_since), by.across + metal::precise::log(by.across_since), 1.0f, 1.0f};
+  load_line<N, COLUMNS>(a, logits, lane);
+  if (START == START_SOFTMAX) {
+    softmax_line(a);
+    UNROLL for (int j = 0; j < N; ++j) a[j] = metal::precise::log(a[j] + eps);
+  }
+  gather<N>(all, by.across, lane, simd_lane, scratch);
+  UNROLL for (int j = 0; j < N; ++j) {
+    if (lane < uint(N) && p[j] < SMALL) p[j] = metal::precise::exp((a[j] - by.along) - all[j]);
+  }
+}
+
+template <int N, int START, bool COLUMNS, int ITERS, typename P, typename S>
+inline void sinkhorn(thread float (&p)[N], P logits, float eps, uint lane, uint simd_lane, S scratch) {
+  constexpr int FIRST = steps_of(START), RETURN = returning(N, START, ITERS);
+  Divided by;
   load_line<N, COLUMNS>(p, logits, lane);
-  sinkhorn_start<N, START>(p, eps, lane, simd_lane, scratch);
-  for (int k = steps_of(START); k < 2 * iters; ++k) half_step(p, k, eps, lane, simd_lane, scratch);
+  sinkhorn_start<N, START>(p, by, eps, lane, simd_lane, scratch);
+  for (int k = FIRST; k < 2 * ITERS; ++k) {
+    const float d = half_step(p, k, eps, lane, simd_lane, scratch);
+    if constexpr (RETURN > 0) {
+      divide(by, k, d);
+      if ((k + 1 - FIRST) % RETURN == 0) return_small<N, START, COLUMNS>(p, logits, by, eps, lane, simd_lane, scratch);
+    }
+  }
 }
 
 // p = the projection of the logits p, N * N in one lane; p[i] is line i
@@ -157,11 +214,11 @@ template <int N, int START> inline void sinkhorn_alone(thread float (&p)[N][N], 
 }
 
 // to = the projection of N x N logits, N <= 8, by lanes(N) lanes, if live; COLUMNS as in sinkhorn_knopp.metal
-template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, typename P, typename O>
-inline void project(P logits, O to, bool live, int iters, float eps, uint simd_lane) {
+template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, typename P, typename O>
+inline void project(P logits, O to, bool live, float eps, uint simd_lane) {
   const uint lane = simd_lane % lanes(N);
   float p[N];
-  sinkhorn<N, START, COLUMNS>(p, logits, iters, eps, lane, simd_lane, to);
+  sinkhorn<N, START, COLUMNS, ITERS>(p, logits, eps, lane, simd_lane, to);
   UNROLL for (int j = 0; j < N; ++j) {
     if (live && lane < uint(N)) to[OUT_COLUMNS ? uint(j * N) + lane : lane * uint(N) + uint(j)] = p[j];
   }

@@ -3,35 +3,69 @@
 
 namespace mhc {
 
+// g = p (g - shift), the gradient of log p, and left = what the next step across lacks, shift eps / d. Any shift of a column is
+// right; that of an element near 1 leaves its g no digits that only cancel. Of the result of a step across.
+template <int N, typename S>
+inline void shift_columns(thread float (&g)[N], thread const float (&p)[N], uint lane, uint simd_lane, S scratch, thread float& shift) {
+  float all[N];
+  UNROLL for (int j = 0; j < N; ++j) all[j] = p[j] > 0.5f ? g[j] : 0.0f;
+  shift = across<N, false>(all, lane, scratch);
+  gather<N>(all, shift, lane, simd_lane, scratch);
+  UNROLL for (int j = 0; j < N; ++j) g[j] = p[j] * (g[j] - all[j]);
+}
+
 // g, a line of dh_res, becomes that line of dlogits. Runs the iteration again and keeps only its divisors d (one float per line
-// or column and half-step), then walks back:
-//   p_before = p * d;   dp = (dp - (dp * p).sum()) / d      along or across the lines, as the half-step did.
+// or column and half-step), then walks back along or across the lines, as the half-step did:
+//   q = p dp, the gradient of log p:   q = q - p q.sum();   p = p d
+//   ADDITIVE, whose p may be 0:        dp = (dp - (dp * p).sum()) / d;   p = p d
 // divisors has room for KEPT of the lane's, STRIDE apart. Where those of all half-steps are more, it goes segment by segment, last
 // first, and runs the iteration anew for each. Lanes beyond the matrix have zeros in g.
 template <int N, int START, bool COLUMNS, int ITERS, int KEPT, int STRIDE, typename P, typename D, typename S>
 inline void sinkhorn_gradient(thread float (&g)[N], P logits, D divisors, float bound, uint lane, uint simd_lane, S scratch) {
-  constexpr int FIRST = steps_of(START);
+  constexpr int FIRST = steps_of(START), LAST = 2 * ITERS, RETURN = returning(N, START, ITERS);
+  constexpr bool LOGS = START != START_ADDITIVE;
   const bool live = lane < uint(N);
-  float p[N], all[N], dots[N];
-  for (int end = 2 * ITERS; end > FIRST; end -= KEPT) {
+  float p[N], all[N], left = 0.0f;
+  Divided by;
+  for (int end = LAST; end > FIRST; end -= KEPT) {
     const int begin = end - KEPT > FIRST ? end - KEPT : FIRST;
     load_line<N, COLUMNS>(p, logits, lane);
-    sinkhorn_start<N, START>(p, bound, lane, simd_lane, scratch);
+    sinkhorn_start<N, START>(p, by, bound, lane, simd_lane, scratch);
     for (int k = FIRST; k < end; ++k) {
       const float d = half_step(p, k, bound, lane, simd_lane, scratch);
       if (k >= begin) divisors[(k - begin) * STRIDE] = d;
+      if constexpr (RETURN > 0) {
+        divide(by, k, d);
+        if ((k + 1 - FIRST) % RETURN == 0 || k + 1 == end) return_small<N, START, COLUMNS>(p, logits, by, bound, lane, simd_lane, scratch);
+      }
+    }
+    if (LOGS && end == LAST) {
+      shift_columns<N>(g, p, lane, simd_lane, scratch, left);
+      left *= bound * RECIPROCAL(divisors[(LAST - 1 - begin) * STRIDE]);
     }
     for (int k = end - 1; k >= begin; --k) {
       const float d = divisors[(k - begin) * STRIDE];
       if (k % 2 == 0) {
-        const float r = RECIPROCAL(d);
         float dot = 0.0f;
-        UNROLL for (int j = 0; j < N; ++j) dot += g[j] * p[j];
+        if constexpr (LOGS) {
+          dot = line_sum(g);
+        } else {
+          UNROLL for (int j = 0; j < N; ++j) dot += g[j] * p[j];
+        }
+        const float r = RECIPROCAL(d);
         UNROLL for (int j = 0; j < N; ++j) {
-          g[j] = live ? (g[j] - dot) * r : 0.0f;
+          if constexpr (LOGS) g[j] -= p[j] * dot;
+          else g[j] = live ? (g[j] - dot) * r : 0.0f;
           p[j] *= d;
         }
+      } else if constexpr (LOGS) {
+        gather<N>(all, across<N, false>(g, lane, scratch) - left, lane, simd_lane, scratch);
+        UNROLL for (int j = 0; j < N; ++j) g[j] -= p[j] * all[j];
+        gather<N>(all, d, lane, simd_lane, scratch);
+        UNROLL for (int j = 0; j < N; ++j) p[j] *= all[j];
+        left = 0.0f;
       } else {
+        float dots[N];
         UNROLL for (int j = 0; j < N; ++j) all[j] = g[j] * p[j];
         const float dot = across<N, false>(all, lane, scratch);
         gather<N>(dots, dot, lane, simd_lane, scratch);
@@ -41,27 +75,35 @@ inline void sinkhorn_gradient(thread float (&g)[N], P logits, D divisors, float 
           p[j] *= all[j];
         }
       }
+      if constexpr (RETURN > 0) {
+        divide(by, k, RECIPROCAL(d));
+        if ((k - FIRST) % RETURN == 0) return_small<N, START, COLUMNS>(p, logits, by, bound, lane, simd_lane, scratch);
+      }
     }
   }
 
-  if (START == START_EXP) {
-    // the second log-domain step: dl = g p - p (g p).sum(across);  p is its result
+  if constexpr (START == START_EXP) {
+    // the second log-domain step is one across, too;  p is its result
     load_line<N, COLUMNS>(p, logits, lane);
-    sinkhorn_start<N, START>(p, bound, lane, simd_lane, scratch);
-    UNROLL for (int j = 0; j < N; ++j) g[j] *= p[j];
-    gather<N>(dots, across<N, false>(g, lane, scratch), lane, simd_lane, scratch);
-    UNROLL for (int j = 0; j < N; ++j) g[j] -= p[j] * dots[j];
+    sinkhorn_start<N, START>(p, by, bound, lane, simd_lane, scratch);
+    if (LAST == FIRST) shift_columns<N>(g, p, lane, simd_lane, scratch, left);
+    gather<N>(all, across<N, false>(g, lane, scratch), lane, simd_lane, scratch);
+    UNROLL for (int j = 0; j < N; ++j) g[j] -= p[j] * all[j];
   }
-  if (START != START_ADDITIVE) {
-    // a softmax along the line: dl = s g - s (s g).sum(), where the log-domain step already holds s g
+  if constexpr (LOGS) {
+    // a softmax s along the line: q = q - s q.sum(), q = s / (s + eps) times that of log(s + eps) after START_SOFTMAX; of an s
+    // near 1, with 1 - s = the sum of all others:  q (1 - s) - s (q.sum() of all others)
     load_line<N, COLUMNS>(p, logits, lane);
     softmax_line(p);
-    float dot = 0.0f;
+    float rest = 0.0f, others = 0.0f, top = 0.0f;
     UNROLL for (int j = 0; j < N; ++j) {
-      if (START == START_SOFTMAX) g[j] *= p[j];
-      dot += g[j];
+      if (START == START_SOFTMAX) g[j] *= p[j] / (p[j] + bound);
+      const bool large = p[j] > 0.5f;
+      rest += large ? 0.0f : p[j];
+      others += large ? 0.0f : g[j];
+      top += large ? g[j] : 0.0f;
     }
-    UNROLL for (int j = 0; j < N; ++j) g[j] -= p[j] * dot;
+    UNROLL for (int j = 0; j < N; ++j) g[j] = p[j] > 0.5f ? g[j] * rest - p[j] * others : g[j] - p[j] * (others + top);
   }
 }
 

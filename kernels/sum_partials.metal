@@ -22,8 +22,8 @@ threadgroup_barrier(mem_flags::mem_threadgroup);
 if (tid < COLUMNS && p < columns) {
   UNROLL for (uint k = 1; k < LINES; ++k) s += sums[k * COLUMNS + tid];
   if (GATES && p < 2 * N) {
-    const float h = mhc::sigmoid(p < N ? static_cast<float>(H_pre[p]) : static_cast<float>(H_post[p - N]));
-    s *= (p < N ? 1.0f : static_cast<float>(params[2])) * h * (1.0f - h);
+    const float z = p < N ? static_cast<float>(H_pre[p]) : static_cast<float>(H_post[p - N]);
+    s *= (p < N ? 1.0f : static_cast<float>(params[2])) * mhc::sigmoid(z) * mhc::sigmoid(-z);
   }
   out[p] = s;
 }

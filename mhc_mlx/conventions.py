@@ -6,6 +6,7 @@ from dataclasses import dataclass
 SINKHORN = ("exp", "softmax", "additive")  # starts of an iteration
 STARTS = (*SINKHORN, "unconstrained", "permutations", "kronecker", "identity")
 AXES = ("rows", "columns")
+EPS_LEAST, NUMBER_MOST = 2.0**-100, 2.0**127  # sums beside less lose it; float32 holds no more
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,9 @@ class Convention:
     With the starts of SINKHORN the projection is 2 * iters half-steps ``P / (P.sum(axis) + eps)``,
     alternating between rows and columns. The first may belong to the start: ``exp`` makes two of
     them on the logits themselves (``l -= logsumexp(l)``, without eps: with eps = 0 the same map,
-    finite at any logits), ``softmax`` is a row half-step. The other starts are whole projections,
-    without half-steps.
+    finite at any logits), ``softmax`` is a row half-step, and with eps = 0 the same as ``exp``. The
+    other starts are whole projections, without half-steps. An option that a start or the gates do
+    not use must keep its default.
 
     Args:
         name: How messages call the convention.
@@ -28,9 +30,10 @@ class Convention:
             ``"identity"``: h_res = I, no logits.
         first: Axis of the first half-step, ``"rows"`` or ``"columns"``.
         iters: Sinkhorn-Knopp iterations T, at least 1. The truncated map is the model.
-        eps: Added to each sum, at least 0.
-        transposed: Whether the layer mixes with the transpose of P; ``sinkhorn_knopp`` returns
-            ``h_res`` with row = output in either case.
+        eps: Added to each sum: 0, or at least 2**-100.
+        transposed: Whether the layer mixes with the transpose of P; ``sinkhorn_knopp`` and
+            ``project`` return ``h_res`` with row = output in either case. Not for ``"kronecker"``
+            and ``"identity"``, whose matrices are symmetric.
         sigmoid: Whether h_pre = sigmoid(H_pre) + pre_eps and
             h_post = post_scale * sigmoid(H_post) + post_eps; otherwise both are used as they are.
         pre_eps, post_scale, post_eps: Of the gates, at least 0.
@@ -56,6 +59,12 @@ class Convention:
             raise ValueError(
                 "[Convention] first must be 'rows' with start 'softmax' but got 'columns'."
             )
+        if not isinstance(self.name, str):
+            raise TypeError(f"[Convention] name must be a str but got {type(self.name).__name__}.")
+        for name in ("transposed", "sigmoid"):
+            if not isinstance(getattr(self, name), bool):
+                got = type(getattr(self, name)).__name__
+                raise TypeError(f"[Convention] {name} must be a bool but got {got}.")
         if not isinstance(self.iters, int) or isinstance(self.iters, bool):
             raise TypeError(
                 f"[Convention] iters must be an int but got {type(self.iters).__name__}."
@@ -67,13 +76,43 @@ class Convention:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 got = type(value).__name__
                 raise TypeError(f"[Convention] {name} must be a number but got {got}.")
-            if not 0 <= value < float("inf"):
+            if not 0 <= value <= NUMBER_MOST:
                 raise ValueError(
-                    f"[Convention] {name} must be finite and at least 0 but got {value}."
+                    f"[Convention] {name} must be finite in float32 and at least 0 but got {value}."
+                )
+        if 0 < self.eps < EPS_LEAST:
+            raise ValueError(
+                f"[Convention] eps must be 0 or at least 2**-100 = 8e-31 but got {self.eps}."
+            )
+        self._refuse_unused()
+
+    def _refuse_unused(self) -> None:
+        """ValueError where an option that nothing uses is not at its default."""
+        unused = {}
+        if self.start not in SINKHORN:
+            unused |= dict.fromkeys(("first", "iters", "eps"), f"start {self.start!r}")
+        if self.start in ("kronecker", "identity"):
+            unused["transposed"] = f"start {self.start!r}, which is symmetric"
+        if not self.sigmoid:
+            unused |= dict.fromkeys(("pre_eps", "post_scale", "post_eps"), "sigmoid=False")
+        for name, where in unused.items():
+            default, value = type(self).__dataclass_fields__[name].default, getattr(self, name)
+            if value != default:
+                raise ValueError(
+                    f"[Convention] {name} must be {default!r} with {where} but got {value!r}."
                 )
 
+    @property
+    def in_logs(self) -> bool:
+        """Whether the first two half-steps are made on the logits."""
+        return self.start == "exp" or (self.start == "softmax" and self.eps == 0)
+
     def check_streams(self, op: str, n: int) -> None:
-        """ValueError where the projection does not exist for n streams."""
+        """ValueError where the projection does not exist for n streams, n at least 1."""
+        if isinstance(n, bool) or not isinstance(n, int):
+            raise TypeError(f"[{op}] n must be an int but got {type(n).__name__}.")
+        if n < 1:
+            raise ValueError(f"[{op}] n must be at least 1 but got {n}.")
         if self.start == "permutations" and n > 5:
             raise ValueError(
                 f"[{op}] n must be at most 5 with {self.name}, which weighs n! permutations, but "
@@ -83,8 +122,11 @@ class Convention:
             raise ValueError(f"[{op}] n must be a power of two with {self.name} but got {n}.")
 
     def res_size(self, n: int) -> int:
-        """R, the number of logits of a mixing matrix of n streams."""
-        sizes = {"permutations": math.factorial(n) if n <= 5 else 0, "identity": 0}
+        """R, the number of logits of a mixing matrix of n streams; ValueError as in
+        `check_streams`.
+        """
+        self.check_streams("res_size", n)
+        sizes = {"permutations": math.factorial(min(n, 5)), "identity": 0}
         return (sizes | {"kronecker": 2 * (n.bit_length() - 1)}).get(self.start, n * n)
 
 

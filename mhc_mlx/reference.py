@@ -9,6 +9,7 @@ where a dtype or a type does not.
 """
 
 import itertools
+import math
 
 import mlx.core as mx
 
@@ -17,6 +18,81 @@ from .conventions import DEEPSEEK_V4, PAPER, ROW_FIRST, SINKHORN, Convention
 
 def _float(*arrays: mx.array) -> list[mx.array]:
     return [a.astype(mx.float32) for a in arrays]
+
+
+def _long_sum(v: mx.array, width: int = 128) -> mx.array:
+    """Over the last axis, ``width`` at a time, because on a CPU MLX adds a row element by element."""
+    while v.shape[-1] > width:
+        rest = -v.shape[-1] % width
+        if rest:
+            v = mx.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, rest)])
+        v = v.reshape(*v.shape[:-1], v.shape[-1] // width, width).sum(-1)
+    return v.sum(-1)
+
+
+def _line_sum(p: mx.array, axis: int) -> mx.array:
+    """Of matrices along axis, which stays: eight at a time, so that small ones are not rounded at
+    each step to what the large one beside them holds.
+    """
+    if p.shape[-1] <= 8:
+        return p.sum(axis=axis, keepdims=True)
+    total = _long_sum(p if axis == -1 else p.swapaxes(-1, -2), 8)
+    return total[..., None] if axis == -1 else total[..., None, :]
+
+
+def sigmoid(z: mx.array) -> mx.array:
+    """``1 / (1 + exp(-z))``, whose derivative is ``sigmoid(z) * sigmoid(-z)`` at any z: where it
+    is near 1, ``1 - sigmoid(z)`` has lost its digits.
+    """
+    t = mx.exp(mx.where(z < 0, z, -z))
+    return mx.where(z < 0, t, 1.0) / (1 + t)
+
+
+def _largest(a: mx.array, axis: int) -> mx.array:
+    """Where a is the first of the largest along axis."""
+    at = mx.argmax(mx.stop_gradient(a), axis=axis, keepdims=True)
+    places = mx.arange(a.shape[axis])
+    return at == (places if axis == -1 else places[:, None])
+
+
+def _from_rest(p: mx.array, axis: int, total: mx.array | float = 1.0) -> mx.array:
+    """p, whose sum along axis is total: the largest is that minus all others, for its gradient.
+
+    The gradients of all others then hold differences from that of the largest, and where it is
+    near 1 nothing is left of ``p * (dp - sum(p * dp))`` otherwise.
+    """
+    largest = _largest(p, axis)
+    rest = total - _line_sum(mx.where(largest, 0.0, p), axis)
+    return mx.where(largest, mx.stop_gradient(p - rest) + rest, p)
+
+
+def _to_largest(a: mx.array, axis: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Where a is largest along axis, its distance to that (0 there), and ``sum(exp)`` of all
+    others: what a softmax and its gradient need.
+    """
+    largest = _largest(a, axis)
+    a = mx.where(largest, 0.0, a - mx.where(largest, a, 0.0).sum(axis=axis, keepdims=True))
+    return largest, a, _line_sum(mx.where(largest, 0.0, mx.exp(a)), axis)
+
+
+def _softmax(a: mx.array) -> mx.array:
+    """Along the last axis."""
+    largest, a, others = _to_largest(a, -1)
+    return mx.where(largest, 1.0, mx.exp(a)) / (1 + others)
+
+
+def _log_softmax(a: mx.array, axis: int) -> mx.array:
+    _, a, others = _to_largest(a, axis)
+    return a - mx.log1p(others)
+
+
+def stays_in_range(n: int, half_steps: int) -> bool:
+    """Whether an element below all float32 cannot come to matter in so many half-steps.
+
+    Each of them multiplies by n - 1 at most for long (n - 1 rows that need one column, and one row
+    that has all other columns); 2**-126 becomes 2**-19 here.
+    """
+    return half_steps * math.log2(max(n - 1, 1)) <= 107
 
 
 def sinkhorn_knopp(logits: mx.array, convention: Convention = ROW_FIRST) -> mx.array:
@@ -35,19 +111,31 @@ def sinkhorn_knopp(logits: mx.array, convention: Convention = ROW_FIRST) -> mx.a
         h_res ``[..., n, n]`` float32, row = output: ``out[i] = sum_j h_res[i, j] x[j]``.
     """
     axes = (-1, -2) if convention.first == "rows" else (-2, -1)
+    eps, last = convention.eps, 2 * convention.iters
     (p,) = _float(logits)
     if p.size == 0:
         return p
-    if convention.start == "exp":
-        for axis in axes:
-            p = p - mx.logsumexp(p, axis=axis, keepdims=True)
-        p, done = mx.exp(p), 2
+    if convention.in_logs:
+        p, done = _log_softmax(_log_softmax(p, axes[0]), axes[1]), 2
     elif convention.start == "softmax":
-        p, done = mx.softmax(p, axis=-1, precise=True) + convention.eps, 1
+        p, done = _softmax(p) + eps, 1
     else:
         p, done = mx.eye(p.shape[-1]) + p, 0
-    for k in range(done, 2 * convention.iters):
-        p = p / (p.sum(axis=axes[k % 2], keepdims=True) + convention.eps)
+    left = 0.0  # eps over the sum
+    if convention.start == "additive" or stays_in_range(p.shape[-1], last - 2):
+        p = mx.exp(p) if convention.in_logs else p
+        for k in range(done, last):
+            d = _line_sum(p, axes[k % 2]) + eps
+            p, left = p / d, eps / d
+    else:
+        p, by = p if convention.in_logs else mx.log(p), [0.0, 0.0]  # what lines were divided by
+        for k in range(done, last):
+            a = p - by[0] - by[1]
+            m = mx.stop_gradient(a.max(axis=axes[k % 2], keepdims=True))
+            d = _line_sum(mx.exp(a - m), axes[k % 2]) + eps * mx.exp(-m)
+            by[k % 2], left = by[k % 2] + (m + mx.log(d)), eps * mx.exp(-m) / d
+        p = mx.exp(p - by[0] - by[1])
+    p = p if convention.start == "additive" else _from_rest(p, axes[1], 1 - left)
     return p.swapaxes(-1, -2) if convention.transposed else p
 
 
@@ -70,16 +158,21 @@ def project(logits: mx.array, n: int, convention: Convention = PAPER) -> mx.arra
     if convention.start in SINKHORN:
         return sinkhorn_knopp(logits.reshape(*lead, n, n), convention)
     if convention.start == "unconstrained":
-        return mx.eye(n) + logits.reshape(*lead, n, n)
+        h_res = mx.eye(n) + logits.reshape(*lead, n, n)
+        return h_res.swapaxes(-1, -2) if convention.transposed else h_res
     if logits.shape[-1] == 0:
         return None
+    if logits.size == 0:
+        return mx.zeros((*lead, n, n))
     if convention.start == "permutations":
-        weights, eye = mx.softmax(logits, axis=-1, precise=True), mx.eye(n)
+        weights, eye = _from_rest(_softmax(logits), -1), mx.eye(n)
         orders = enumerate(itertools.permutations(range(n)))
-        return sum(weights[..., k, None, None] * eye[mx.array(order)] for k, order in orders)
+        h_res = sum(weights[..., k, None, None] * eye[mx.array(order)] for k, order in orders)
+        return h_res.swapaxes(-1, -2) if convention.transposed else h_res
     h_res = mx.ones((*lead, 1, 1))
     for k in range(0, logits.shape[-1], 2):
-        p = mx.softmax(logits[..., k : k + 2], axis=-1, precise=True)
+        z = logits[..., k] - logits[..., k + 1]
+        p = mx.stack([sigmoid(z), sigmoid(-z)], axis=-1)
         pair = mx.stack([p, p[..., ::-1]], axis=-2)
         size = 2 * h_res.shape[-1]
         # one new axis at a time: MLX 0.32 maps two at once wrongly
@@ -95,8 +188,8 @@ def gates(H_pre: mx.array, H_post: mx.array, convention: Convention) -> tuple[mx
     H_pre, H_post = _float(H_pre, H_post)
     if not convention.sigmoid:
         return H_pre, H_post
-    h_post = convention.post_scale * mx.sigmoid(H_post) + convention.post_eps
-    return mx.sigmoid(H_pre) + convention.pre_eps, h_post
+    h_post = convention.post_scale * sigmoid(H_post) + convention.post_eps
+    return sigmoid(H_pre) + convention.pre_eps, h_post
 
 
 def stream_aggregate(x: mx.array, h_pre: mx.array) -> mx.array:
@@ -231,16 +324,6 @@ def mhc_layer(
     """
     h_pre, h_post = gates(H_pre, H_post, convention)
     return mhc_static(x, h_pre, h_post, sinkhorn_knopp(H_res, convention), weight, eps)
-
-
-def _long_sum(v: mx.array) -> mx.array:
-    """Over the last axis, 128 at a time, because on a CPU MLX adds a row element by element."""
-    while v.shape[-1] > 128:
-        rest = -v.shape[-1] % 128
-        if rest:
-            v = mx.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, rest)])
-        v = v.reshape(*v.shape[:-1], v.shape[-1] // 128, 128).sum(-1)
-    return v.sum(-1)
 
 
 def _logits(x: mx.array, phi: mx.array, norm_eps: float) -> mx.array:

@@ -1,5 +1,7 @@
 """The equations in float64 NumPy, with gradients by hand; written from the paper."""
 
+import dataclasses
+
 import numpy as np
 
 
@@ -8,45 +10,67 @@ def logsumexp(a, axis):
     return m + np.log(np.exp(a - m).sum(axis=axis, keepdims=True))
 
 
-def sinkhorn_knopp(logits, convention):
-    """h_res, and the function that takes its cotangent to the gradient of the logits."""
+def log_step_backward(q, y, axis, left=0.0):
+    """Of ``b = a - log(sum(exp(a)) + eps)``, from q, the gradient of b, and y = exp(b): ``q - y *
+    sum(q)``, where the largest y is one minus all others and minus left, eps over the sum.
+    """
+    largest = np.zeros(y.shape, dtype=bool)
+    np.put_along_axis(largest, y.argmax(axis=axis, keepdims=True), True, axis)
+    others, total = np.where(largest, 0, q).sum(axis, keepdims=True), q.sum(axis, keepdims=True)
+    rest = np.where(largest, 0, y).sum(axis, keepdims=True) + left
+    return np.where(largest, q * rest - y * others, q - y * total)
+
+
+def sinkhorn_logs(logits, convention):
+    """`sinkhorn_knopp` for the starts exp and softmax, all of it in logs."""
     order = [-1, -2] if convention.first == "rows" else [-2, -1]
-    steps, p = [], logits
-    if convention.start == "exp":
-        for (
-            axis
-        ) in order:  # exp first and normalise after is the same map: (e / s) with e = exp(l - max)
-            p = p - logsumexp(p, axis)
-            steps.append(("log", axis, np.exp(p), None))
-        p, k = np.exp(p), 2
-    elif convention.start == "softmax":
-        e = np.exp(p - p.max(axis=-1, keepdims=True))
-        s = e / e.sum(axis=-1, keepdims=True)
-        steps.append(("softmax", -1, s, None))
-        p, k = s + convention.eps, 1
-    else:
-        p, k = np.eye(p.shape[-1]) + p, 0
-    while k < 2 * convention.iters:
-        axis = order[k % 2]
-        d = p.sum(axis=axis, keepdims=True) + convention.eps
-        p = p / d
-        steps.append(("plain", axis, p, d))
-        k += 1
-    final = p
+    eps, softmax = convention.eps, convention.start == "softmax"
+    log_eps = np.log(eps) if eps else -np.inf
+    steps, a, share = [], logits, 0.0
+    for k in range(2 * convention.iters):
+        axis, total = order[k % 2], logsumexp(a, order[k % 2])
+        if eps and k >= (1 if softmax else 2):
+            total = np.logaddexp(total, log_eps)
+        a = a - total
+        left = np.exp(log_eps - total) if eps and k >= (1 if softmax else 2) else 0.0 * total
+        steps.append((axis, np.exp(a), left))
+        if softmax and k == 0 and eps:
+            share = np.exp(a - np.logaddexp(a, log_eps))  # s / (s + eps)
+            a = np.logaddexp(a, log_eps)
 
     def backward(g):
-        g = np.swapaxes(g, -1, -2) if convention.transposed else g
-        inside_exp = convention.start == "exp"
-        for kind, axis, y, d in reversed(steps):
-            if kind == "plain":
+        q, shift = g, 0.0
+        for k, (axis, y, left) in reversed(list(enumerate(steps))):
+            if k == len(steps) - 1:  # any shift of a line's g is right but for eps
+                at = y.argmax(axis=axis, keepdims=True)
+                shift = np.take_along_axis(g, at, axis)
+                q = log_step_backward(y * (g - shift), y, axis, left) + y * shift * left
+                continue
+            q = log_step_backward(q * share if softmax and k == 0 and eps else q, y, axis, left)
+        return q
+
+    return np.exp(a), backward
+
+
+def sinkhorn_knopp(logits, convention):
+    """h_res, and the function that takes its cotangent to the gradient of the logits."""
+    if convention.start == "additive":
+        order = [-1, -2] if convention.first == "rows" else [-2, -1]
+        steps, final = [], np.eye(logits.shape[-1]) + logits
+        for k in range(2 * convention.iters):
+            d = final.sum(axis=order[k % 2], keepdims=True) + convention.eps
+            final = final / d
+            steps.append((order[k % 2], final, d))
+
+        def back(g):
+            for axis, y, d in reversed(steps):
                 g = (g - (g * y).sum(axis=axis, keepdims=True)) / d
-            elif kind == "softmax":
-                g = y * (g - (g * y).sum(axis=axis, keepdims=True))
-            else:
-                if inside_exp:
-                    g, inside_exp = g * y, False
-                g = g - y * g.sum(axis=axis, keepdims=True)
-        return g
+            return g
+    else:
+        final, back = sinkhorn_logs(logits, convention)
+
+    def backward(g):
+        return back(np.swapaxes(g, -1, -2) if convention.transposed else g)
 
     return (np.swapaxes(final, -1, -2) if convention.transposed else final), backward
 
@@ -65,7 +89,8 @@ def gates(H_pre, H_post, convention):
     pre, post = sigmoid(H_pre), sigmoid(H_post)
 
     def backward(dpre, dpost):
-        return dpre * pre * (1 - pre), dpost * c.post_scale * post * (1 - post)
+        slope_pre, slope_post = pre * sigmoid(-H_pre), post * sigmoid(-H_post)
+        return dpre * slope_pre, dpost * c.post_scale * slope_post
 
     return (pre + c.pre_eps, c.post_scale * post + c.post_eps), backward
 
@@ -150,6 +175,7 @@ def softmax(a):
 
 
 def softmax_backward(p, dp):
+    dp = dp - np.take_along_axis(dp, p.argmax(-1, keepdims=True), -1)  # any shift is right
     return p * (dp - (dp * p).sum(-1, keepdims=True))
 
 
@@ -158,6 +184,9 @@ def project(logits, n, convention):
     lead = logits.shape[:-1]
     if logits.shape[-1] == 0:
         return None, lambda: np.zeros_like(logits)
+    if convention.transposed and convention.start in ("unconstrained", "permutations"):
+        h_res, back = project(logits, n, dataclasses.replace(convention, transposed=False))
+        return np.swapaxes(h_res, -1, -2), lambda g: back(np.swapaxes(g, -1, -2))
     if convention.start == "unconstrained":
         return np.eye(n) + logits.reshape(*lead, n, n), lambda g: 1 * g.reshape(logits.shape)
     if convention.start == "permutations":

@@ -34,6 +34,7 @@ def convention(t: dict, eps: mx.array, gates=(0, 1, 0)) -> SimpleNamespace:
     columns = t.get("COLUMNS", False)
     return SimpleNamespace(
         start=STARTS[t.get("START", 0)],
+        in_logs=t.get("START", 0) == 0,
         first="columns" if columns else "rows",
         iters=t.get("ITERS"),
         transposed=columns != t.get("OUT_COLUMNS", columns),
@@ -114,7 +115,8 @@ def stream_aggregate_backward(t, groups, x, h_pre, du):
 
 
 def mixing_matrix(t, groups, logits):
-    c = SimpleNamespace(start="permutations" if t["PERMUTATIONS"] else "kronecker")
+    start = "permutations" if t["PERMUTATIONS"] else "kronecker"
+    c = SimpleNamespace(start=start, transposed=t["TRANSPOSED"])
     return {"h_res": reference.project(logits, t["N"], c)}
 
 

@@ -75,7 +75,8 @@ def _aggregate_backward(x, h_pre, du, threads_per_group, verbose):
 def _exact_launch(name, inputs, outputs, n, rows, convention, threads_per_group, verbose, D=None):
     threads = threads_per_group or 128
     template = {"N": n, "R": convention.res_size(n), "THREADS": threads}
-    template |= {"PERMUTATIONS": convention.start == "permutations"} | ({"D": D} if D else {})
+    template |= {"PERMUTATIONS": convention.start == "permutations"}
+    template |= {"TRANSPOSED": convention.transposed} | ({"D": D} if D else {})
     groups = min(math.ceil(rows / threads), geometry.MANY_GROUPS)
     return kernel.launch(name, inputs, outputs, groups, threads, template, verbose)[0]
 
@@ -86,7 +87,8 @@ def _project(logits, n, convention, *options):
     if convention.start in SINKHORN:
         return sinkhorn_forward(logits.reshape(tokens, n, n), convention, *options)
     if convention.start == "unconstrained":
-        return mx.eye(n) + logits.reshape(tokens, n, n)
+        h_res = mx.eye(n) + logits.reshape(tokens, n, n)
+        return h_res.swapaxes(1, 2) if convention.transposed else h_res
     if logits is None:
         return None
     made = {"h_res": ((tokens, n, n), mx.float32)}
@@ -104,7 +106,8 @@ def _project_backward(logits, dh_res, n, convention, *options):
         logits = logits.reshape(tokens, n, n)
         return sinkhorn_backward(logits, dh_res, convention, *options)[0].reshape(tokens, size)
     if convention.start == "unconstrained":
-        return dh_res.reshape(tokens, size)
+        dlogits = dh_res.swapaxes(1, 2) if convention.transposed else dh_res
+        return dlogits.reshape(tokens, size)
     inputs, made = {"logits": logits, "dh_res": dh_res}, {"dlogits": ((tokens, size), mx.float32)}
     return _exact_launch(
         "mixing_matrix_backward", inputs, made, n, tokens, convention, *options, mx.float32

@@ -40,7 +40,8 @@ def projection(convention: Convention | None) -> dict[str, int | bool]:
     c = convention or ROW_FIRST
     columns = c.first == "columns"
     orientation = {"COLUMNS": columns, "OUT_COLUMNS": columns != c.transposed}
-    return {"ITERS": c.iters, "START": STARTS.index(c.start), **orientation}
+    start = "exp" if c.in_logs else c.start
+    return {"ITERS": c.iters, "START": STARTS.index(start), **orientation}
 
 
 def _params(eps: float, convention: Convention | None) -> mx.array:
