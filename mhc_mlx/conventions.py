@@ -107,6 +107,17 @@ class Convention:
         """Whether the first two half-steps are made on the logits."""
         return self.start == "exp" or (self.start == "softmax" and self.eps == 0)
 
+    def in_range(self, n: int) -> bool:
+        """Whether float32 holds all that matters of the half-steps' matrices.
+
+        A half-step multiplies an element by n - 1 at most for long (n - 1 rows that need one
+        column, and one row that has all others). So 2**-126 is below 2**-19 in the end.
+        """
+        if self.start == "softmax" and self.eps < 2.0**-40:  # sums of it, squared in a gradient
+            return False
+        grown = (2 * self.iters - 2) * math.log2(max(n - 1, 1))
+        return self.start == "additive" or grown <= 107
+
     def check_streams(self, op: str, n: int) -> None:
         """ValueError where the projection does not exist for n streams, n at least 1."""
         if isinstance(n, bool) or not isinstance(n, int):

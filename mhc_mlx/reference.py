@@ -9,7 +9,6 @@ where a dtype or a type does not.
 """
 
 import itertools
-import math
 
 import mlx.core as mx
 
@@ -21,7 +20,7 @@ def _float(*arrays: mx.array) -> list[mx.array]:
 
 
 def _long_sum(v: mx.array, width: int = 128) -> mx.array:
-    """Over the last axis, ``width`` at a time, because on a CPU MLX adds a row element by element."""
+    """Over the last axis, width at a time, because on a CPU MLX adds a row element by element."""
     while v.shape[-1] > width:
         rest = -v.shape[-1] % width
         if rest:
@@ -86,15 +85,6 @@ def _log_softmax(a: mx.array, axis: int) -> mx.array:
     return a - mx.log1p(others)
 
 
-def stays_in_range(n: int, half_steps: int) -> bool:
-    """Whether an element below all float32 cannot come to matter in so many half-steps.
-
-    Each of them multiplies by n - 1 at most for long (n - 1 rows that need one column, and one row
-    that has all other columns); 2**-126 becomes 2**-19 here.
-    """
-    return half_steps * math.log2(max(n - 1, 1)) <= 107
-
-
 def sinkhorn_knopp(logits: mx.array, convention: Convention = ROW_FIRST) -> mx.array:
     """Project logits to a nearly doubly stochastic matrix by truncated Sinkhorn-Knopp iteration.
 
@@ -122,7 +112,7 @@ def sinkhorn_knopp(logits: mx.array, convention: Convention = ROW_FIRST) -> mx.a
     else:
         p, done = mx.eye(p.shape[-1]) + p, 0
     left = 0.0  # eps over the sum
-    if convention.start == "additive" or stays_in_range(p.shape[-1], last - 2):
+    if convention.in_range(p.shape[-1]):
         p = mx.exp(p) if convention.in_logs else p
         for k in range(done, last):
             d = _line_sum(p, axes[k % 2]) + eps

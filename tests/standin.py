@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import mlx.core as mx
 
 from mhc_mlx import reference
-from mhc_mlx.conventions import STARTS
+from mhc_mlx.conventions import STARTS, Convention
 
 COEFFICIENTS = ("h_pre", "h_post", "h_res", "weight")  # in the order of the columns of `partial`
 
 SAME = {"x", "y", "dout", "du", "dx_out", "partial"}  # of dtype T
+START_OF = {STARTS.index(k): {"start": k, "eps": 1.0} for k in ("softmax", "additive")}
 FLOAT32 = {"params", "eps", "l", "dz_res", "dp", "runs", "side", "dh_pre", "dh_post"}
 
 
@@ -35,6 +36,9 @@ def convention(t: dict, eps: mx.array, gates=(0, 1, 0)) -> SimpleNamespace:
     return SimpleNamespace(
         start=STARTS[t.get("START", 0)],
         in_logs=t.get("START", 0) == 0,
+        in_range=Convention(
+            "", iters=t.get("ITERS", 20), **START_OF.get(t.get("START", 0), {})
+        ).in_range,
         first="columns" if columns else "rows",
         iters=t.get("ITERS"),
         transposed=columns != t.get("OUT_COLUMNS", columns),
