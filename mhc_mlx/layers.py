@@ -11,7 +11,6 @@ import mlx.nn as nn
 from . import ops
 from .conventions import MHC_LITE, PAPER, ROW_FIRST, SINKHORN, Convention
 from .ops.dispatch import check_dtype, check_number, check_type
-from .reference import gates, project
 
 
 def _check_sizes(op: str, **sizes: tuple[int, float]) -> None:
@@ -149,6 +148,7 @@ class HyperConnection(nn.Module):
         dynamic: Coefficients per token, or parameters.
         convention: How coefficients are made.
         sinkhorn_iters: Sinkhorn-Knopp iterations; None keeps the convention's, 20 in the presets.
+            None for a convention without half-steps.
         init_scale: Start of alpha.
         norm_eps: Added to the mean square of a token's n*C elements, above 0.
         use_metal: Run the fused kernels where the default device has them (Metal or CUDA).
@@ -186,9 +186,15 @@ class HyperConnection(nn.Module):
         ops.check_threads(op, threads_per_group)
         ops.check_eps(op, norm_eps, "norm_eps")
         self.dim, self.num_streams, self.dynamic, self.norm_eps = dim, n, dynamic, norm_eps
-        self._convention = (
-            convention if sinkhorn_iters is None else replace(convention, iters=sinkhorn_iters)
-        )
+        if sinkhorn_iters is not None:
+            if convention.start not in SINKHORN:
+                name, got = convention.name, sinkhorn_iters
+                raise ValueError(
+                    f"[{op}] sinkhorn_iters must be None with {name}, which has no half-steps, "
+                    f"but got {got}."
+                )
+            convention = replace(convention, iters=sinkhorn_iters)
+        self._convention = convention
         self.use_metal, self.threads_per_group = use_metal, threads_per_group
         self.differentiable = differentiable
         H_pre, H_post, H_res = starting_logits(n, convention, layer_idx)
@@ -222,7 +228,7 @@ class HyperConnection(nn.Module):
             options = self._options | {"threads_per_group": None}
             return ops.sinkhorn_knopp(self.H_res, self._convention, **options)
         logits = self.H_res.flatten() if "H_res" in self else mx.zeros(0)
-        return project(logits, self.num_streams, self._convention)
+        return ops.project(logits, self.num_streams, self._convention)
 
     def coefficients(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array | None]:
         """h_pre, h_post and h_res for streams x, float32: per token, or static ones."""
@@ -230,7 +236,7 @@ class HyperConnection(nn.Module):
         if self.dynamic:
             arrays = (x, self.phi, self.bias, self.alpha)
             return ops.mhc_coefficients(*arrays, self._convention, self.norm_eps, **self._options)
-        return *gates(self.H_pre, self.H_post, self._convention), self.mixing_matrix()
+        return *ops.gates(self.H_pre, self.H_post, self._convention), self.mixing_matrix()
 
     def _read(
         self, x: mx.array, weight: mx.array | None = None, eps: float = 1e-5

@@ -172,8 +172,15 @@ def project(logits: mx.array, n: int, convention: Convention = PAPER) -> mx.arra
 
 
 def gates(H_pre: mx.array, H_post: mx.array, convention: Convention) -> tuple[mx.array, mx.array]:
-    """h_pre = sigmoid(H_pre) + pre_eps, h_post = post_scale * sigmoid(H_post) + post_eps, float32
+    """h_pre = sigmoid(H_pre) + pre_eps, h_post = post_scale * sigmoid(H_post) + post_eps
     (arXiv 2512.24880, eq. 8).
+
+    Args:
+        H_pre, H_post: ``[...]``, each of any shape.
+        convention: Its gates; without sigmoid both are used as they are.
+
+    Returns:
+        h_pre and h_post in their shapes, float32.
     """
     H_pre, H_post = _float(H_pre, H_post)
     if not convention.sigmoid:

@@ -5,7 +5,16 @@ import functools
 import mlx.core as mx
 
 from .. import reference
-from .dispatch import check_array, check_dtype, check_eps, check_streams, fail
+from ..conventions import PAPER, Convention
+from .dispatch import (
+    MAX_STREAMS,
+    check_array,
+    check_convention,
+    check_dtype,
+    check_eps,
+    check_streams,
+    fail,
+)
 
 
 def _rows(op: str, name: str, a: mx.array) -> tuple[tuple[int, ...], int]:
@@ -38,3 +47,24 @@ def stream_mix(x: mx.array, h_res: mx.array) -> mx.array:
     lead, n, _ = check_streams("stream_mix", x)
     check_array("stream_mix", "h_res", h_res, "nn", (n, n), lead)
     return reference.stream_mix(x, h_res)
+
+
+@functools.wraps(reference.project)
+def project(logits: mx.array, n: int, convention: Convention = PAPER) -> mx.array | None:
+    op = "project"
+    check_convention(op, convention)
+    convention.check_streams(op, n)
+    if n > MAX_STREAMS:
+        raise ValueError(fail(op, "n", f"be at most {MAX_STREAMS}", n))
+    _, size = _rows(op, "logits", logits)
+    R = convention.res_size(n)
+    if size != R:
+        raise ValueError(fail(op, "logits", f"have shape [..., R={R}]", list(logits.shape)))
+    return reference.project(logits, n, convention)
+
+
+@functools.wraps(reference.gates)
+def gates(H_pre: mx.array, H_post: mx.array, convention: Convention) -> tuple[mx.array, mx.array]:
+    check_convention("gates", convention)
+    check_dtype("gates", H_pre=H_pre, H_post=H_post)
+    return reference.gates(H_pre, H_post, convention)
