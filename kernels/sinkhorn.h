@@ -63,11 +63,12 @@ constexpr int steps_of(int start) { return start == START_EXP ? 2 : start == STA
 
 // In how many half-steps an element grows by `most`: for long by n - 1 in each at most (n - 1 lines that need one line across).
 constexpr int growing_steps(int n, float most) {
-  return n <= 2 ? 1 << 20 : most < float(n - 1) ? 0 : 1 + growing_steps(n, most / float(n - 1));
+  int steps = 0;
+  for (float grown = float(n - 1); n > 2 && grown <= most; grown *= float(n - 1)) ++steps;
+  return n > 2 ? steps : 1 << 20;
 }
 // After how many half-steps elements come back from the logits, since what is below float32 then may matter later; 0: never.
-// 2^-126 grows to 2^-19 within all half-steps, or to SMALL = 2^-30 within those between two returns.
-constexpr float SMALL = 9.3132257e-10f;
+// 2^-126 grows to 2^-19 within all half-steps, or to 2^-30 (`return_small`) within those between two returns.
 constexpr int returning(int n, int start, int iters) {
   return start == START_ADDITIVE || 2 * iters - 2 <= growing_steps(n, 1.6225928e32f) ? 0 : growing_steps(n, 7.9228163e28f);
 }
@@ -150,6 +151,7 @@ inline float half_step(thread float (&p)[N], int k, float eps, uint lane, uint s
 // small elements of p anew: exp(the start's logits - along - across)
 template <int N, int START, bool COLUMNS, typename P, typename S>
 inline void return_small(thread float (&p)[N], P logits, thread Divided& by, float eps, uint lane, uint simd_lane, S scratch) {
+  constexpr float SMALL = 9.3132257e-10f;  // 2^-30
   float a[N], all[N];
   by = {by.along + metal::precise::log(by.along_since), by.across + metal::precise::log(by.across_since), 1.0f, 1.0f};
   load_line<N, COLUMNS>(a, logits, lane);

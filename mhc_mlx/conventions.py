@@ -78,7 +78,7 @@ class Convention:
                 raise TypeError(f"[Convention] {name} must be a number but got {got}.")
             if not 0 <= value <= NUMBER_MOST:
                 raise ValueError(
-                    f"[Convention] {name} must be finite in float32 and at least 0 but got {value}."
+                    f"[Convention] {name} must be finite and at least 0 in float32 but got {value}."
                 )
         if 0 < self.eps < EPS_LEAST:
             raise ValueError(

@@ -39,7 +39,7 @@ def _line_sum(p: mx.array, axis: int) -> mx.array:
     return total[..., None] if axis == -1 else total[..., None, :]
 
 
-def sigmoid(z: mx.array) -> mx.array:
+def _sigmoid(z: mx.array) -> mx.array:
     """``1 / (1 + exp(-z))``, whose derivative is ``sigmoid(z) * sigmoid(-z)`` at any z: where it
     is near 1, ``1 - sigmoid(z)`` has lost its digits.
     """
@@ -162,7 +162,7 @@ def project(logits: mx.array, n: int, convention: Convention = PAPER) -> mx.arra
     h_res = mx.ones((*lead, 1, 1))
     for k in range(0, logits.shape[-1], 2):
         z = logits[..., k] - logits[..., k + 1]
-        p = mx.stack([sigmoid(z), sigmoid(-z)], axis=-1)
+        p = mx.stack([_sigmoid(z), _sigmoid(-z)], axis=-1)
         pair = mx.stack([p, p[..., ::-1]], axis=-2)
         size = 2 * h_res.shape[-1]
         # one new axis at a time: MLX 0.32 maps two at once wrongly
@@ -185,8 +185,8 @@ def gates(H_pre: mx.array, H_post: mx.array, convention: Convention) -> tuple[mx
     H_pre, H_post = _float(H_pre, H_post)
     if not convention.sigmoid:
         return H_pre, H_post
-    h_post = convention.post_scale * sigmoid(H_post) + convention.post_eps
-    return sigmoid(H_pre) + convention.pre_eps, h_post
+    h_post = convention.post_scale * _sigmoid(H_post) + convention.post_eps
+    return _sigmoid(H_pre) + convention.pre_eps, h_post
 
 
 def stream_aggregate(x: mx.array, h_pre: mx.array) -> mx.array:

@@ -2,6 +2,7 @@
 
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -98,14 +99,17 @@ def gradients(f, arrays):
     return mx.vjp(f, list(arrays), [mx.array(1.0)])[1]
 
 
+FEW_ITERS = [replace(c, iters=3) for c in (PAPER, DEEPSEEK_V4)]
+
+
 class Model(nn.Module):
     def __init__(self, use_metal, checkpoint, dynamic=False):
         super().__init__()
         mx.random.seed(5)
-        options = {"sinkhorn_iters": 3, "use_metal": use_metal, "dynamic": dynamic}
+        options = {"use_metal": use_metal, "dynamic": dynamic}
         self.layers = [
             MHCLayer(N, C, convention=c, layer_idx=k, **options)
-            for k, c in enumerate((PAPER, DEEPSEEK_V4, MHC_LITE if dynamic else ADDITIVE))
+            for k, c in enumerate((*FEW_ITERS, MHC_LITE if dynamic else replace(ADDITIVE, iters=3)))
         ]
         self.head = HyperHead(C, N, use_metal=use_metal) if dynamic else None
         for layer in [*self.layers, self.head] if dynamic else []:  # so that tokens differ
