@@ -1,5 +1,6 @@
 """Modules: parameters, initial values, calls to ops."""
 
+import inspect
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -13,18 +14,34 @@ from .conventions import MHC_LITE, PAPER, ROW_FIRST, SINKHORN, Convention
 from .ops.dispatch import check_dtype, check_number, check_type
 
 
-def _check_sizes(op: str, **sizes: tuple[int, float]) -> None:
+def check_sizes(op: str, **sizes: tuple[int, float]) -> None:
     for name, (value, most) in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"[{op}] {name} must be an int but got {type(value).__name__}.")
         if not 1 <= value <= most:
-            raise ValueError(f"[{op}] {name} must be from 1 to {most} but got {value}.")
+            must = f"be from 1 to {most}" if most < math.inf else "be at least 1"
+            raise ValueError(f"[{op}] {name} must {must} but got {value}.")
+
+
+def check_bools(op: str, **values: bool) -> None:
+    for name, value in values.items():
+        if type(value) is not bool:
+            raise TypeError(f"[{op}] {name} must be a bool but got {type(value).__name__}.")
+
+
+def check_options(op: str, options: dict, *taken: str) -> None:
+    """That options are keywords of `HyperConnection`, but for those that are taken."""
+    parameters = inspect.signature(HyperConnection.__init__).parameters.values()
+    keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in taken]
+    for name in options:
+        if name not in keywords:
+            raise TypeError(f"[{op}] options must be of {', '.join(keywords)} but got {name}.")
 
 
 def split_streams(h: mx.array, n: int) -> mx.array:
     """``[..., n*C] -> [..., n, C]``."""
     check_type("split_streams", h=h)
-    _check_sizes("split_streams", n=(n, math.inf))
+    check_sizes("split_streams", n=(n, math.inf))
     if h.ndim < 1 or h.shape[-1] % n:
         raise ValueError(f"[split_streams] h must have shape [..., {n}*C] but got {list(h.shape)}.")
     return h.reshape(*h.shape[:-1], n, h.shape[-1] // n)
@@ -41,7 +58,7 @@ def merge_streams(x: mx.array) -> mx.array:
 def expand_streams(h: mx.array, n: int) -> mx.array:
     """Copy ``[..., C]`` into n equal streams ``[..., n, C]``: how a model enters."""
     check_type("expand_streams", h=h)
-    _check_sizes("expand_streams", n=(n, math.inf))
+    check_sizes("expand_streams", n=(n, math.inf))
     if h.ndim < 1:
         raise ValueError(f"[expand_streams] h must have shape [..., C] but got {list(h.shape)}.")
     return mx.repeat(h[..., None, :], n, axis=-2)
@@ -113,6 +130,14 @@ observer: ContextVar[Callable] = ContextVar("observer", default=lambda connectio
 _OPTIONS = ("use_metal", "threads_per_group", "differentiable")  # of ops, attributes of modules
 
 
+def _checked_options(module: nn.Module) -> dict:
+    """The options of ops as the module has them now: they may have been set since."""
+    op, options = type(module).__name__, {k: getattr(module, k) for k in _OPTIONS}
+    check_bools(op, use_metal=options["use_metal"], differentiable=options["differentiable"])
+    ops.check_threads(op, options["threads_per_group"])
+    return options
+
+
 class HyperConnection(nn.Module):
     """Reads the streams for a sublayer and writes its output back, with coefficients per token.
 
@@ -174,12 +199,15 @@ class HyperConnection(nn.Module):
     ):
         super().__init__()
         op, n = type(self).__name__, num_streams
-        _check_sizes(op, dim=(dim, math.inf), num_streams=(n, ops.MAX_STREAMS))
+        check_sizes(op, dim=(dim, math.inf), num_streams=(n, ops.MAX_STREAMS))
         if isinstance(layer_idx, bool) or not isinstance(layer_idx, int):
             raise TypeError(f"[{op}] layer_idx must be an int but got {type(layer_idx).__name__}.")
         ops.check_convention(op, convention)
         convention.check_streams(op, n)
         check_number(op, "init_scale", init_scale)
+        check_bools(op, dynamic=dynamic, use_metal=use_metal, differentiable=differentiable)
+        if sinkhorn_iters is not None:
+            check_sizes(op, sinkhorn_iters=(sinkhorn_iters, math.inf))
         if dynamic and not convention.sigmoid:
             got = convention.name
             raise ValueError(f"[{op}] convention must have sigmoid gates if dynamic but got {got}.")
@@ -215,7 +243,7 @@ class HyperConnection(nn.Module):
 
     @property
     def _options(self) -> dict:
-        return {k: getattr(self, k) for k in _OPTIONS}
+        return _checked_options(self)
 
     def mixing_matrix(self) -> mx.array | None:
         """h_res ``[n, n]`` float32, row = output, of a static connection; None is the identity."""
@@ -301,8 +329,9 @@ class MHCLayer(HyperConnection):
         dynamic: bool = False,
         **options,
     ):
-        _check_sizes("MHCLayer", n=(n, ops.MAX_STREAMS), C=(C, math.inf))
+        check_sizes("MHCLayer", n=(n, ops.MAX_STREAMS), C=(C, math.inf))
         ops.check_eps("MHCLayer", eps)
+        check_options("MHCLayer", options, "sinkhorn_iters", "convention", "dynamic")
         options |= {"sinkhorn_iters": sinkhorn_iters, "convention": convention, "dynamic": dynamic}
         super().__init__(C, n, **options)
         self.eps = eps
@@ -313,6 +342,9 @@ class MHCLayer(HyperConnection):
     ) -> mx.array:
         """``[..., n, C] -> [..., n, C]`` in x's dtype; sublayer is F, the identity by default."""
         _check_input(self, x, self.num_streams, self.dim)
+        if sublayer is not None and not callable(sublayer):
+            got = type(sublayer).__name__
+            raise TypeError(f"[MHCLayer] sublayer must be a module or function but got {got}.")
         if sublayer is None and not self.dynamic and self._convention.start in SINKHORN:
             parameters = (self.H_pre, self.H_post, self.H_res, self.rms_weight)
             out = ops.mhc_layer(x, *parameters, self._convention, self.eps, **self._options)
@@ -357,7 +389,7 @@ class HyperHead(nn.Module):
     ):
         super().__init__()
         op, n = "HyperHead", num_streams
-        _check_sizes(op, dim=(dim, math.inf), num_streams=(n, ops.MAX_STREAMS))
+        check_sizes(op, dim=(dim, math.inf), num_streams=(n, ops.MAX_STREAMS))
         ops.check_convention(op, convention)
         if not convention.sigmoid:
             raise ValueError(
@@ -366,6 +398,7 @@ class HyperHead(nn.Module):
         ops.check_threads(op, threads_per_group)
         ops.check_eps(op, norm_eps, "norm_eps")
         check_number(op, "init_scale", init_scale)
+        check_bools(op, use_metal=use_metal, differentiable=differentiable)
         self._convention, self.norm_eps = convention, norm_eps
         self.use_metal, self.threads_per_group = use_metal, threads_per_group
         self.differentiable = differentiable
@@ -377,7 +410,7 @@ class HyperHead(nn.Module):
         """``[..., n, C] -> [..., C]`` in x's dtype."""
         n, width = self.phi.shape
         _check_input(self, x, n, width // n)
-        options = {k: getattr(self, k) for k in _OPTIONS}
+        options = _checked_options(self)
         parameters = (self.phi, self.bias, self.alpha)
         return ops.mhc_head(x, *parameters, self._convention, self.norm_eps, **options)
 
@@ -413,6 +446,7 @@ class MHCBlock(nn.Module):
             if not given and (name == "layer" or f is not None):
                 op, got = type(self).__name__, type(f).__name__
                 raise TypeError(f"[{op}] {name} must be a module or function but got {got}.")
+        check_options(type(self).__name__, options)
         self.connection = HyperConnection(dim, num_streams, **options)
         self.norm = norm
         self.layer = layer
@@ -450,11 +484,17 @@ class MHCLiteBlock(MHCBlock):
         subtract_input: bool = False,
         **options,
     ):
+        connection_options = {k: v for k, v in options.items() if k != "norm"}
+        check_options(type(self).__name__, connection_options, "convention")
+        check_bools(type(self).__name__, subtract_input=subtract_input)
         super().__init__(layer, dim, num_streams, convention=MHC_LITE, **options)
         self.subtract_input = subtract_input
 
     def _branch(self, u: mx.array, *args, **kwargs):
         y = super()._branch(u, *args, **kwargs)
+        check_bools("MHCLiteBlock", subtract_input=self.subtract_input)
         if not self.subtract_input:
             return y
-        return (y[0] - u, *y[1:]) if isinstance(y, tuple) else y - u
+        first = y[0] if isinstance(y, tuple) else y
+        check_type("MHCLiteBlock", y=first)
+        return (first - u, *y[1:]) if isinstance(y, tuple) else first - u

@@ -1,28 +1,53 @@
 """Hyper-connections around the residual branches of a transformer that exists."""
 
+import copy
 import functools
-import itertools
+import inspect
+import math
 from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from . import ops
 from .conventions import PAPER, Convention
-from .layers import HyperConnection, expand_streams, reduce_streams
+from .layers import (
+    HyperConnection,
+    check_options,
+    check_sizes,
+    expand_streams,
+    reduce_streams,
+)
+from .ops.dispatch import FLOATS, fail
 
 
-class WidenedBlock(nn.Module):
+class _Widened(nn.Module):
+    """What stands before the own class of a module that `widen` changed."""
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _empty, type(self).__bases__, *state
+
+
+@functools.cache
+def _widened(kind: type[_Widened], cls: type) -> type:
+    return type(f"Widened{cls.__name__}", (kind, cls), {})
+
+
+def _empty(kind: type[_Widened], cls: type) -> _Widened:
+    """For pickle, which does not find a class that `_widened` made."""
+    return _widened(kind, cls).__new__(_widened(kind, cls))
+
+
+class WidenedBlock(_Widened):
     """What `widen` puts before a block's own class: the same module, called on streams.
 
     Attributes:
         connections: A `HyperConnection` for each of the block's branches.
         enters, leaves: The streams to expand to before the block, how to reduce after; or None.
+        is_first, is_last: Whether it is an end of the row of blocks.
     """
-
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _empty, (type(self).__bases__[1],), *state
 
     def __call__(self, x: mx.array, *args, **kwargs) -> mx.array:
         if self.enters is not None:
@@ -30,11 +55,49 @@ class WidenedBlock(nn.Module):
         branches = _branches(self, *args, **kwargs)
         for connection, branch in zip(self.connections, branches, strict=True):
             u, add_residual = connection(x)
-            x = add_residual(branch(u))
+            y = branch(u)
+            if y.dtype != x.dtype:  # then the streams get the dtype of x + y, as the block's x did
+                dtype = mx.result_type(x, y)
+                if dtype != x.dtype:
+                    _, add_residual = connection(x.astype(dtype))
+                y = y.astype(dtype)
+            x = add_residual(y)
         return x if self.leaves is None else reduce_streams(x, self.leaves)
 
 
+class WidenedStack(_Widened):
+    """What `widen` puts before the class of the module that keeps the blocks in a list.
+
+    Attributes:
+        widened_ends: Which of ``is_first`` and ``is_last`` its blocks had.
+    """
+
+    def __call__(self, *args, **kwargs):
+        blocks = [b for b in _listed(self) if isinstance(b, WidenedBlock)]
+        for end in self.widened_ends:
+            if not any(getattr(block, end) for block in blocks):
+                got = f"a list without the {end.removeprefix('is_')} of them, {_STREAMS}"
+                raise ValueError(fail("widen", "model", "run all its widened blocks", got))
+        return super().__call__(*args, **kwargs)
+
+
+class WidenedPipeline(WidenedStack):
+    """A `WidenedStack` whose class can split its blocks among processes."""
+
+    def pipeline(self, group: mx.distributed.Group, *args, **kwargs):
+        if group.size() > 1:
+            got = f"a pipeline of {group.size()} processes, {_STREAMS}"
+            raise ValueError(fail("widen", "model", "run in one process once widened", got))
+        return super().pipeline(group, *args, **kwargs)
+
+
+_STREAMS = "between which streams would have to travel"
 _LLAMA = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+_ADDED = ("connections", "enters", "leaves", "is_first", "is_last")
+
+
+def _listed(module: nn.Module) -> list:
+    return [item for value in module.values() if isinstance(value, list) for item in value]
 
 
 def _branches(block: nn.Module, *args, **kwargs) -> list[Callable[[mx.array], mx.array]]:
@@ -47,37 +110,119 @@ def _branches(block: nn.Module, *args, **kwargs) -> list[Callable[[mx.array], mx
     ]
 
 
-@functools.cache
-def _widened(cls: type) -> type:
-    return type(f"Widened{cls.__name__}", (WidenedBlock, cls), {})
+def _names_after_x(f: Callable) -> list[str]:
+    return list(inspect.signature(f).parameters)[1:]
 
 
-def _empty(cls: type) -> WidenedBlock:
-    """For pickle, which does not find a class that `_widened` made."""
-    return _widened(cls).__new__(_widened(cls))
+def _check_form(name: str, block: nn.Module) -> None:
+    """That a block is a module of one of the two forms."""
+    if not isinstance(block, nn.Module) or not callable(block):
+        raise TypeError(fail("widen", "layers", "be modules that can be called", name))
+    if isinstance(block, WidenedBlock):
+        raise ValueError(fail("widen", "layers", "be distinct and not yet widened", name))
+    for added in _ADDED:
+        if hasattr(block, added):
+            must = f"have no attribute {added}, which widen adds,"
+            raise ValueError(fail("widen", "layers", must, name))
+    if hasattr(block, "residual_branches"):
+        if not callable(block.residual_branches):
+            raise TypeError(fail("widen", "layers", "have residual_branches as a method", name))
+        return
+    parts = {k for k, v in block.items() if isinstance(v, (dict, list, mx.array))}
+    if parts != _LLAMA:
+        must = f"have a method residual_branches or the children {sorted(_LLAMA)} alone"
+        raise TypeError(fail("widen", "layers", must, f"{name} with {sorted(parts)}"))
+    block_takes, attention_takes = _names_after_x(block), _names_after_x(block.self_attn)
+    if block_takes != attention_takes[: len(block_takes)]:
+        must = "have a method residual_branches or take what self_attn takes after x"
+        got = f"{name} with {block_takes}, where self_attn takes {attention_takes}"
+        raise TypeError(fail("widen", "layers", must, got))
 
 
-def _check_block(block: nn.Module, dim: int) -> None:
-    """That a block is the sum of its branches, on two tokens."""
-    dtype = next(
-        (
-            a.dtype
-            for _, a in tree_flatten(block.parameters())
-            if mx.issubdtype(a.dtype, mx.floating)
-        ),
-        mx.float32,
-    )
+def _check_arguments(name: str, f: Callable, count: int, args: tuple, kwargs: dict) -> None:
+    """That a function takes the example after ``count`` positional arguments."""
+    try:
+        inspect.signature(f).bind(*(None for _ in range(count)), *args, **kwargs)
+    except TypeError as error:
+        must = f"be the arguments of {name} after x, a tuple or a dict by name,"
+        got = f"{kwargs or args} ({error})"
+        raise TypeError(fail("widen", "example", must, got)) from None
+
+
+def _run(name: str, what: str, f: Callable, *args, **kwargs):
+    """The result of a trial call, evaluated."""
+    try:
+        result = f(*args, **kwargs)
+        if isinstance(result, mx.array):
+            mx.eval(result)
+        return result
+    except Exception as error:
+        raise ValueError(
+            f"[widen] layers must run on two tokens with example but {what} of {name} raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_block(name: str, block: nn.Module, dim: int, args: tuple, kwargs: dict) -> int:
+    """That a block is the sum of its branches, on two tokens; their number."""
+    floats = (a.dtype for _, a in tree_flatten(block.parameters()) if a.dtype in FLOATS)
+    dtype = next(floats, mx.float32)
     x = mx.random.normal((1, 2, dim), dtype=dtype, key=mx.random.key(0))
-    want, got = block(x), x
-    for branch in _branches(block):
-        got = got + branch(got)
-    error = mx.abs(got - want).max() / mx.abs(want).max()
-    if error.item() > 8 * mx.finfo(dtype).eps:
-        name = type(block).__name__
+
+    def example() -> tuple[tuple, dict]:
+        return copy.deepcopy((args, kwargs))  # a cache is filled by each call
+
+    a, k = example()
+    want = _run(name, "the call", block, x, *a, **k)
+    a, k = example()
+    branches, got = _run(name, "residual_branches", _branches, block, *a, **k), x
+    for number, branch in enumerate(branches):
+        y = _run(name, f"branch {number}", branch, got)
+        if not isinstance(y, mx.array) or y.shape != x.shape:
+            must = f"have branches that return an array of the shape of x, {list(x.shape)},"
+            what = list(y.shape) if isinstance(y, mx.array) else type(y).__name__
+            raise TypeError(fail("widen", "layers", must, f"{what} from branch {number} of {name}"))
+        got = got + y
+    if not isinstance(want, mx.array) or want.shape != x.shape or want.dtype not in FLOATS:
+        must = "return x + F(x) for each branch F, an array of floats of the shape of x,"
+        what = [*want.shape, want.dtype] if isinstance(want, mx.array) else type(want).__name__
+        raise TypeError(fail("widen", "layers", must, f"{what} from {name}"))
+    got32, want32 = got.astype(mx.float32), want.astype(mx.float32)
+    error = mx.where(got32 == want32, 0, mx.abs(got32 - want32)).max().item()
+    most = mx.abs(want32).max().item()
+    if got.dtype != want.dtype or not error <= 8 * mx.finfo(dtype).eps * most:  # NaN is an error
         raise ValueError(
             f"[widen] layers must compute x + F(x) for each branch F but got {name}, which does "
-            f"not (relative error {error.item():.1e}): give it a method residual_branches."
+            f"not (largest error {error:.1e} of {most:.1e}): give it a method residual_branches."
         )
+    return len(branches)
+
+
+def _check_blocks(layers: list[nn.Module], dim: int, args: tuple, kwargs: dict) -> list[int]:
+    """The number of branches of each block. In evaluation: dropout is off, nothing is counted."""
+    modes = [(module, module.training) for block in layers for module in block.modules()]
+    try:
+        counts = []
+        for k, block in enumerate(layers):
+            block.eval()
+            counts.append(_check_block(_name(block, k), block, dim, args, kwargs))
+        return counts
+    finally:
+        for module, mode in modes:  # a module comes before those inside
+            module.train(mode)
+
+
+def _name(block: nn.Module, k: int) -> str:
+    return f"{type(block).__name__} at layers[{k}]"
+
+
+def _check_one_process(model: nn.Module | None, layers: list) -> None:
+    """That no stage of a pipeline is widened alone."""
+    modules = [] if model is None else model.modules()
+    size = max((getattr(module, "pipeline_size", 1) for module in modules), default=1)
+    if size > 1 or any(block is None for block in layers):
+        got = f"a stage of a pipeline, {_STREAMS}"
+        raise ValueError(fail("widen", "model", "run in one process", got))
 
 
 def widen(
@@ -88,6 +233,7 @@ def widen(
     layers: list[nn.Module] | None = None,
     dim: int | None = None,
     reduce: str = "mean",
+    example: tuple | dict = (),
     **options,
 ) -> nn.Module:
     """Put a hyper-connection around every residual branch of a transformer, in place.
@@ -97,14 +243,18 @@ def widen(
     rounding, for phi's noise (1e-4 in 12 branches) and, with one stream, for its h_pre of 0.9.
     Blocks keep their parameters, names and attributes (weights, adapters, quantization and caches
     work as before) and gain ``connections.0``, ``connections.1``, ..., trainable even in a frozen
-    model: to train those alone, call ``model.freeze()`` first.
+    model: to train those alone, call ``model.freeze()`` first. Where a branch makes another dtype
+    than the streams', they go on in that of x + F(x), as in the block.
 
     A block is a module whose call is ``for F in branches: x = x + F(x)``. It has a method
     ``residual_branches(*args, **kwargs)``, which gets the arguments of the call after x and returns
     that list of functions, or is like llama's in mlx-lm: ``self_attn`` after ``input_layernorm``,
     called with these arguments, then ``mlp`` after ``post_attention_layernorm``, and no other
-    children. One block of each class is run on two tokens, without further arguments, to see that
-    it is so (in the mode the model is in: dropout must be off).
+    children or arrays. Each block is run on two tokens, in evaluation, to see that it is so. Until
+    that is seen of all, nothing changes.
+
+    All blocks run in one process: a pipeline of mlx-lm hands on ``[..., C]`` and would lose the
+    streams. A model that is one is refused, and a widened one refuses to become one.
 
     Args:
         model: The transformer.
@@ -113,44 +263,74 @@ def widen(
         layers: The blocks in the order in which they run; None is ``model.layers``.
         dim: C; None is the size of ``input_layernorm``'s weight.
         reduce: ``"mean"``, ``"first"`` or, in a model that then normalises, ``"sum"``.
+        example: What a block is called with after x in that run: positional arguments in a tuple,
+            or arguments by name in a dict. Blocks of gpt_oss take ``(None, None)``: mask and cache.
         options: Of `HyperConnection`: dynamic, sinkhorn_iters, ...
 
     Returns:
         The model.
 
     Raises:
-        TypeError: A block is not a module of one of the two forms.
-        ValueError: A block is widened already, there twice, or not the sum of its branches.
+        TypeError: A block is not a module of one of the two forms, or needs another example.
+        ValueError: A block is widened already, there twice, does not run, or is not the sum of its
+            branches; or the model is a stage of a pipeline.
     """
+    if model is not None and not isinstance(model, nn.Module):
+        got = type(model).__name__
+        raise TypeError(fail("widen", "model", "be an mlx.nn.Module", got))
     if layers is None and not hasattr(model, "layers"):
         got = type(model).__name__
         raise TypeError(f"[widen] model must have layers, or layers be given, but got {got}.")
-    layers = list(model.layers if layers is None else layers)
+    layers = model.layers if layers is None else layers
+    if not isinstance(layers, (list, tuple)):
+        raise TypeError(fail("widen", "layers", "be a list of blocks", type(layers).__name__))
     if not layers:
         raise ValueError("[widen] layers must have at least one block but got none.")
-    if reduce not in ("mean", "sum", "first"):
+    check_sizes("widen", num_streams=(num_streams, ops.MAX_STREAMS))
+    ops.check_convention("widen", convention)
+    convention.check_streams("widen", num_streams)
+    check_options("widen", options, "layer_idx", "convention")
+    if not isinstance(reduce, str) or reduce not in ("mean", "sum", "first"):
         raise ValueError(f"[widen] reduce must be 'mean', 'sum' or 'first' but got {reduce!r}.")
-    for block in layers:
-        name = type(block).__name__
-        if isinstance(block, WidenedBlock) or sum(b is block for b in layers) > 1:
-            raise ValueError(f"[widen] layers must be distinct and not yet widened but got {name}.")
-        if not hasattr(block, "residual_branches") and (
-            not isinstance(block, nn.Module) or set(block.children()) != _LLAMA
-        ):
-            must = f"have a method residual_branches or the children {sorted(_LLAMA)}"
-            raise TypeError(f"[widen] layers must {must} but got {name}.")
-    if dim is None and not hasattr(layers[0], "input_layernorm"):
-        raise ValueError("[widen] dim must be the channels of layers with no input_layernorm.")
-    dim = layers[0].input_layernorm.weight.shape[-1] if dim is None else dim
-    for block in {type(block): block for block in layers}.values():
-        _check_block(block, dim)
-    index, options = itertools.count(), options | {"convention": convention}
-    for block in layers:
-        block.connections = [
-            HyperConnection(dim, num_streams, layer_idx=next(index), **options)
-            for _ in _branches(block)
-        ]
+    if not isinstance(example, (tuple, dict)):
+        must = "be a tuple of arguments or a dict of them by name"
+        raise TypeError(fail("widen", "example", must, type(example).__name__))
+    _check_one_process(model, layers)
+    for k, block in enumerate(layers):
+        _check_form(_name(block, k), block)
+        if sum(b is block for b in layers) > 1:
+            name = _name(block, k)
+            raise ValueError(fail("widen", "layers", "be distinct and not yet widened", name))
+    if dim is None:
+        weight = getattr(getattr(layers[0], "input_layernorm", None), "weight", None)
+        if weight is None:
+            must = "be the channels of layers with no weight of an input_layernorm"
+            raise ValueError(fail("widen", "dim", must, "None"))
+        dim = weight.shape[-1]
+    check_sizes("widen", dim=(dim, math.inf))
+    args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
+    for k, block in enumerate(layers):
+        _check_arguments(_name(block, k), block, 1, args, kwargs)
+        if hasattr(block, "residual_branches"):
+            name = f"residual_branches of {_name(block, k)}"
+            _check_arguments(name, block.residual_branches, 0, args, kwargs)
+    counts = _check_blocks(layers, dim, args, kwargs)
+    options, index = options | {"convention": convention}, iter(range(sum(counts)))
+    connections = [
+        [HyperConnection(dim, num_streams, layer_idx=next(index), **options) for _ in range(count)]
+        for count in counts
+    ]
+    ends = {"is_first": layers[0], "is_last": layers[-1]}
+    for block, own in zip(layers, connections, strict=True):
+        block.connections = own
         block.enters = num_streams if block is layers[0] else None
         block.leaves = reduce if block is layers[-1] else None
-        block.__class__ = _widened(type(block))
+        block.is_first, block.is_last = block is layers[0], block is layers[-1]
+        block.__class__ = _widened(WidenedBlock, type(block))
+    for module in [] if model is None else model.modules():
+        listed = _listed(module)
+        kept = tuple(name for name, end in ends.items() if any(b is end for b in listed))
+        if kept and callable(module):
+            kind = WidenedPipeline if hasattr(module, "pipeline") else WidenedStack
+            module.widened_ends, module.__class__ = frozenset(kept), _widened(kind, type(module))
     return model

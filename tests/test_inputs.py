@@ -467,7 +467,7 @@ BAD = [
         r"h must have shape \[\.\.\., 4\*C\]",
     ),
     (lambda: m.reduce_streams(x, "max"), ValueError, "how must be 'mean', 'sum' or 'first'"),
-    (lambda: m.expand_streams(x, 0), ValueError, r"\[expand_streams\] n must be from 1"),
+    (lambda: m.expand_streams(x, 0), ValueError, r"\[expand_streams\] n must be at least 1"),
     (lambda: m.expand_streams(x, 2.0), TypeError, r"\[expand_streams\] n must be an int"),
     (lambda: m.split_streams([1.0], 1), TypeError, r"\[split_streams\] h must be an mx.array"),
     (lambda: m.split_streams(x, True), TypeError, r"\[split_streams\] n must be an int"),

@@ -1,12 +1,18 @@
 """`widen`: connections put into whole models, mlx-lm's llama among them."""
 
 import copy
+import json
 import pickle
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import models
+import processes
 import pytest
 from mlx.utils import tree_flatten
 from models import (
@@ -21,6 +27,7 @@ from models import (
     shaken,
     silent,
 )
+from test_data_parallel import free_port
 
 import mhc_mlx as m
 
@@ -219,6 +226,302 @@ def test_llama_trains(llama, how, launched):
     every_gradient_is_alive_after_ten_steps(gradients, m.PAPER, "model.layers.0.connections.0")
 
 
+# ---- dtypes, modes and arguments of blocks
+
+
+def state(model):
+    """All that `widen` may change."""
+    modules = [(type(module), sorted(module), module.training) for module in model.modules()]
+    attributes = [sorted(vars(module)) for module in model.modules()]
+    return modules, attributes, [(k, a.shape, a.dtype) for k, a in tree_flatten(model.parameters())]
+
+
+def mixtures(llama):
+    """Models whose sublayers make other dtypes than their streams have."""
+    for dtype, where, other in (
+        (mx.bfloat16, (0, "input_layernorm"), mx.float32),
+        (mx.bfloat16, (1, "post_attention_layernorm"), mx.float32),
+        (mx.float16, (1, "input_layernorm"), mx.bfloat16),
+        (mx.bfloat16, (2, "mlp"), mx.float32),
+        (mx.float32, (1, "self_attn"), mx.float16),
+    ):
+        model = llama()
+        model.set_dtype(dtype)
+        model.layers[where[0]][where[1]].set_dtype(other)
+        yield model
+    model = llama()
+    model.set_dtype(mx.bfloat16)
+    nn.quantize(model, group_size=32, bits=8)
+    model.layers[1].input_layernorm.set_dtype(mx.float32)
+    yield model
+
+
+def test_streams_get_the_dtype_that_the_block_made(llama, launched):
+    for model in mixtures(llama):
+        want, coarsest = model(PROMPT), mx.finfo(mx.bfloat16).eps
+        got = exact(m.widen(model, N))(PROMPT)
+        close(got, want, 4 * coarsest)
+        # With other coefficients: the same in float32, where nothing is promoted.
+        got = shaken(model.freeze().unfreeze(keys=["phi", "bias", "alpha"]), 0.2)(PROMPT)
+        assert got.dtype == want.dtype
+        for module in model.modules():
+            if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+                floats = {k: a.astype(mx.float32) for k, a in module.items() if k == "weight"}
+                module.update(floats)
+            elif module.scales.dtype != mx.float32:
+                module.update({k: module[k].astype(mx.float32) for k in ("scales", "biases")})
+        wide = model(PROMPT)
+        assert wide.dtype == mx.float32
+        close(got.astype(mx.float32), wide, 16 * coarsest)
+
+
+def test_every_block_is_looked_at():
+    """One that differs from the first of its class, in what it computes, what it keeps or its
+    weights; nothing has changed then, and the mode of each module is as it was."""
+
+    class Odd(Block):
+        odd = False
+
+        def __call__(self, h, scale=None):
+            return super().__call__(h, scale) + (h if self.odd else 0)
+
+    def odd(block):
+        block.odd = True
+
+    def not_a_number(block):
+        block.mix.weight = block.mix.weight * float("nan")
+
+    def kept(block):
+        block.leaves = "mine"
+
+    def two_results(block):
+        block.mlp = lambda h: (h, "cache")
+
+    for change, message in (
+        (odd, r"must compute x \+ F\(x\) .* Odd at layers\[1\], which does not"),
+        (not_a_number, r"Odd at layers\[1\], which does not \(largest error nan"),
+        (kept, "must have no attribute leaves, which widen adds, but got Odd"),
+        (two_results, r"layers must run .* call of Odd at layers\[1\] raised"),
+    ):
+        model = Plain()
+        model.layers = [Odd() for _ in range(3)]
+        change(model.layers[1])
+        model.layers[2].eval()
+        before = state(model)
+        with pytest.raises(ValueError, match=message):
+            m.widen(model, N, dim=C)
+        assert state(model) == before, message
+
+
+def test_llamas_blocks_are_looked_at(llama):
+    """Arrays of their own, arguments that self_attn does not take alike, tuples."""
+    from mlx_lm.models.llama import TransformerBlock
+
+    class Renamed(TransformerBlock):
+        def __call__(self, x, attention_mask=None, cache=None):
+            return super().__call__(x, attention_mask, cache)
+
+    class Returns(TransformerBlock):
+        def __call__(self, x, mask=None, cache=None):
+            return super().__call__(x, mask, cache), None
+
+    def renamed(block):
+        block.__class__ = Renamed
+
+    def returns(block):
+        block.__class__ = Returns
+
+    def scaled(block):
+        block.layer_scalar = mx.ones(1)
+
+    for change, message in (
+        (renamed, r"take what self_attn takes after x but got .*\['attention_mask', 'cache'\]"),
+        (returns, "an array of floats of the shape of x, but got tuple from Returns at layers"),
+        (scaled, "the children .* alone but got .* with .*'layer_scalar'"),
+    ):
+        model = llama()
+        change(model.layers[2])
+        before = state(model)
+        with pytest.raises(TypeError, match=message):
+            m.widen(model, N)
+        assert state(model) == before, message
+
+
+def test_dropout_may_be_on(llama, launched):
+    """Blocks are compared in evaluation; each module's mode stays, and the random state."""
+
+    class Dropped(Block):
+        def __init__(self):
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+
+        def residual_branches(self, scale=None):
+            return [lambda h, f=f: self.dropout(f(h)) for f in super().residual_branches()]
+
+    model, h = Plain(), mx.random.normal((2, 3, C))
+    model.layers = [Dropped() for _ in range(3)]
+    model.layers[1].eval()
+    modes, want = [module.training for module in model.modules()], model.eval()(h)
+    model.train()
+    model.layers[1].eval()
+    m.widen(model, N, dim=C, dynamic=False)
+    olds = [module for module in model.modules() if not isinstance(module, m.HyperConnection)]
+    assert [module.training for module in olds] == modes
+    assert mx.abs(model(h) - want).max() > 0.1
+    close(model.eval()(h), want)
+
+
+def test_blocks_that_need_arguments(launched):
+    """mlx-lm's gpt_oss and stablelm, and a block of its own: without an example a named error."""
+    pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: widen on its models not tested")
+    from mlx_lm.models import gpt_oss, stablelm
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 50}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    others = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 4}
+    others |= {"layer_types": ["sliding_attention", "full_attention"], "rope_scaling": None}
+    oss = gpt_oss.Model(gpt_oss.ModelArgs("gpt_oss", **sizes | others))
+    others = {"rope_theta": 1e4, "use_qkv_bias": False, "partial_rotary_factor": 0.5}
+    others |= {"layer_norm_eps": 1e-5, "use_parallel_residual": False}
+    lm = stablelm.Model(stablelm.ModelArgs("stablelm", **sizes | others))
+    for model, named in ((oss, {"mask": None}), (lm, {"mask": None, "cache": None})):
+        want, before = shaken(model, 0.1)(PROMPT), state(model)
+        with pytest.raises(
+            TypeError, match=r"\[widen\] example must be the arguments of .* 'mask'"
+        ):
+            m.widen(model, N)
+        for wrong in ((None, None, None), {"msk": None}):
+            with pytest.raises(TypeError, match=r"\[widen\] example must be the arguments of"):
+                m.widen(model, N, example=wrong)
+        assert state(model) == before
+        exact(m.widen(model, N, example=named if model is oss else (None, None)))
+        close(model(PROMPT), want)
+
+    class Masked(Plain):
+        def __init__(self):
+            super().__init__()
+            self.layers = [Needs() for _ in range(2)]
+
+    class Needs(Block):
+        def residual_branches(self, mask):
+            return [lambda h: mask.pop() * self.mix(h), lambda h: 0.5 * h]
+
+        def __call__(self, h, mask):
+            for branch in self.residual_branches(mask):
+                h = h + branch(h)
+            return h
+
+    model, h = Masked(), mx.random.normal((2, 3, C))
+    with pytest.raises(
+        TypeError, match="example must be the arguments of Needs at layers.0. after"
+    ):
+        m.widen(model, N, dim=C)
+    want = model(h, [0.5, 2.0])
+    m.widen(model, N, dim=C, example=([1.0],), dynamic=False)  # each call gets a copy of the list
+    close(model(h, [0.5, 2.0]), want)
+
+
+# ---- pipelines
+
+
+class Group:
+    """A group of two processes, of which this is one: it must not be used for more."""
+
+    def __init__(self, rank):
+        self.rank, self.size = lambda: rank, lambda: 2
+
+
+def staged():
+    """A tiny model of mlx-lm that can be a pipeline."""
+    pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pipelines are not tested")
+    from mlx_lm.models.qwen2 import Model, ModelArgs
+
+    mx.random.seed(7)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 50, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return shaken(Model(ModelArgs("qwen2", rms_norm_eps=1e-5, **sizes, **heads)), 0.3)
+
+
+def refusals(group) -> list[str]:
+    """What is said to a pipeline that is widened, and to a widened model that becomes one, by its
+    method or in other ways."""
+    from mlx_lm.models.pipeline import PipelineMixin
+
+    def pipelined(model):
+        model.model.pipeline(group)
+        m.widen(model, N)
+
+    def later(model):
+        m.widen(model, N).model.pipeline(group)
+
+    def otherwise(model):
+        PipelineMixin.pipeline(m.widen(model, N).model, group)
+        model(PROMPT)
+
+    def cut(model):
+        del m.widen(model, N).model.layers[slice(2, 4) if group.rank() else slice(2)]
+        model(PROMPT)
+
+    said = []
+    for f in (pipelined, later, otherwise, cut):
+        with pytest.raises(ValueError) as error:
+            f(staged())
+        said.append(str(error.value))
+    return said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_pipelines_are_refused(rank):
+    before, now, otherwise, cut = refusals(Group(rank))
+    assert "[widen] model must run in one process but got a stage of a pipeline" in before
+    assert "run in one process once widened but got a pipeline of 2 processes" in now
+    for said in (otherwise, cut):
+        assert f"a list without the {'last' if rank else 'first'} of them" in said, said
+    model = staged()
+    want = model(PROMPT)
+    model = exact(m.widen(model, N))
+    model.model.pipeline(mx.distributed.init())  # of one process
+    close(model(PROMPT), want)
+    assert not hasattr(m.widen(Plain(), N, dim=C), "pipeline")
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(ValueError, match="run in one process once widened"):
+            other.model.pipeline(Group(0))
+
+
+def in_two_processes(folder: str) -> None:
+    """Each is refused, and both go on: the model that is not widened runs in stages."""
+    mx.set_default_device(mx.cpu)
+    group = mx.distributed.init(backend="ring")
+    said = refusals(group)
+    model = staged()
+    want = model(PROMPT)
+    model.model.pipeline(group)
+    error = mx.abs(model(PROMPT) - want).max().item()
+    report = {"said": said, "size": group.size(), "error": error, "most": mx.abs(want).max().item()}
+    Path(folder, f"{group.rank()}.json").write_text(json.dumps(report))
+
+
+def test_pipelines_in_two_processes(tmp_path):
+    """Nothing hangs, and no process loses its peer."""
+    pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pipelines are not tested")
+    launch = shutil.which("mlx.launch", path=sysconfig.get_path("scripts"))
+    if launch is None or not mx.distributed.is_available("ring"):
+        pytest.skip("mlx.launch is not among this Python's scripts, or MLX has no ring")
+    options = ["-n", 2, "--backend", "ring", "-p", free_port(), "--python", sys.executable]
+    _, printed = processes.run([launch, *options, __file__, tmp_path], tmp_path / "log.txt")
+    if "[ring] Couldn't bind socket" in printed:
+        pytest.skip("another program took the port: [ring] Couldn't bind socket")
+    files = [tmp_path / f"{rank}.json" for rank in range(2)]
+    assert all(f.exists() for f in files), printed
+    for f in files:
+        report = json.loads(f.read_text())
+        assert len(report["said"]) == 4 and report["size"] == 2
+        assert report["error"] <= 1e-5 * report["most"]
+
+
+# ---- errors
+
+
 BAD = [
     (lambda: m.widen(nn.Module(), layers=[]), ValueError, "layers must have at least one block"),
     (lambda: m.widen(Plain(), reduce="max"), ValueError, "reduce must be 'mean', 'sum' or"),
@@ -233,7 +536,7 @@ BAD = [
     (
         lambda: m.widen(None, layers=[Scaled()], dim=C),
         ValueError,
-        "must compute x .* but got Scaled, which does not",
+        "must compute x .* but got Scaled at layers.0., which does not",
     ),
 ]
 
@@ -242,3 +545,7 @@ BAD = [
 def test_errors(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+if __name__ == "__main__":
+    in_two_processes(*sys.argv[1:])
