@@ -220,7 +220,9 @@ def _check_one_process(model: nn.Module | None, layers: list) -> None:
     """That no stage of a pipeline is widened alone."""
     modules = [] if model is None else model.modules()
     size = max((getattr(module, "pipeline_size", 1) for module in modules), default=1)
-    if size > 1 or any(block is None for block in layers):
+    if any(block is None for block in layers):
+        raise ValueError(fail("widen", "layers", "be in this process, all of them,", "None"))
+    if size > 1:
         got = f"a stage of a pipeline, {_STREAMS}"
         raise ValueError(fail("widen", "model", "run in one process", got))
 

@@ -2,6 +2,8 @@
 as this machine runs them and through the stand-in.
 """
 
+import dataclasses
+
 import mlx.core as mx
 import mlx.nn as nn
 import models
@@ -156,6 +158,182 @@ def test_a_token_does_not_see_the_others(launched):
         assert (a[:, :3] == b[:, :3]).all() and (a[:, 3:] != b[:, 3:]).any()
     seen = mx.grad(lambda x: (layer(x)[0, 2] * mx.random.normal((N, C))).sum())(x)[0]
     assert mx.abs(seen[2]).max() > 0 and mx.abs(seen[mx.array([0, 1, 3, 4, 5])]).max() == 0
+
+
+# ---- constants that nobody uses: each must be seen
+
+ODD = {
+    "exp": m.Convention(
+        *("ODD", "exp", "columns"),
+        **{"iters": 3, "eps": 0.01, "transposed": True},
+        **{"pre_eps": 0.03, "post_scale": 1.7, "post_eps": 0.05},
+    ),
+    "softmax": m.Convention(
+        *("ODD", "softmax", "rows"),
+        **{"iters": 2, "eps": 0.02, "pre_eps": 0.03, "post_scale": 1.7, "post_eps": 0.05},
+    ),
+    "unconstrained": m.Convention(
+        *("ODD", "unconstrained"), **{"pre_eps": 0.03, "post_scale": 1.7, "post_eps": 0.05}
+    ),
+}
+
+
+def odd_mixing(logits, start):
+    """h_res of logits ``[..., n, n]`` by the definition of ODD."""
+    rows, columns = -1, -2
+    if start == "unconstrained":
+        return np.eye(logits.shape[-1]) + logits
+    p = np.exp(logits)
+    if start == "exp":
+        for axis, eps in zip(3 * (columns, rows), (0, 0, 0.01, 0.01, 0.01, 0.01), strict=True):
+            p = p / (p.sum(axis, keepdims=True) + eps)
+        return np.swapaxes(p, -1, -2)
+    p = p / p.sum(rows, keepdims=True) + 0.02
+    for axis in (columns, rows, columns):
+        p = p / (p.sum(axis, keepdims=True) + 0.02)
+    return p
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+def double(a):
+    return np.array(a.astype(mx.float32), np.float64)
+
+
+def odd_coefficients(connection, x, start):
+    """h_pre, h_post, h_res of float64 streams, with norm_eps = 0.04 if they are dynamic."""
+    n = x.shape[-2]
+    if connection.dynamic:
+        v = x.reshape(*x.shape[:-2], -1)
+        v = v / np.sqrt((v * v).mean(-1, keepdims=True) + 0.04)
+        z = v @ double(connection.phi).T
+        z = z * np.repeat(double(connection.alpha), (n, n, n * n)) + double(connection.bias)
+        pre, post, res = z[..., :n], z[..., n : 2 * n], z[..., 2 * n :]
+    else:
+        pre, post, res = map(double, (connection.H_pre, connection.H_post, connection.H_res))
+    h_res = odd_mixing(res.reshape(*pre.shape[:-1], n, n), start)
+    return sigmoid(pre) + 0.03, 1.7 * sigmoid(post) + 0.05, h_res
+
+
+def odd_sublayer(coefficients, x, f):
+    h_pre, h_post, h_res = coefficients
+    y = f((h_pre[..., None] * x).sum(-2))
+    return h_res @ x + h_post[..., None] * y[..., None, :]
+
+
+def odd_norm(u, weight):
+    return u / np.sqrt((u * u).mean(-1, keepdims=True) + 0.02) * double(weight)
+
+
+@pytest.mark.parametrize("start", ODD)
+def test_every_constant_reaches_its_op(start, launched):
+    """Modules with unusual constants equal NumPy's float64, which has them as numbers."""
+    c, x = ODD[start], 0.5 * mx.random.normal((2, 3, N, C))
+    exact_x = double(x)
+    for dynamic in (True, False):
+        options = {"convention": c, "dynamic": dynamic, "norm_eps": 0.04, "init_scale": 0.6}
+        connection = shaken(m.HyperConnection(C, N, **options))
+        layer = shaken(m.MHCLayer(N, C, eps=0.02, **options))
+        block = shaken(m.MHCBlock(mx.tanh, C, N, norm=mx.sin, **options))
+        for module in (connection, layer, block.connection):
+            want = odd_coefficients(module, exact_x, start)
+            for got, h in zip(module.coefficients(x), want, strict=True):
+                close(got, mx.array(h.astype(np.float32)), 1e-5)
+            if not dynamic:
+                close(module.mixing_matrix(), mx.array(want[2].astype(np.float32)), 1e-5)
+        u, add_residual = connection(x)
+        odd = odd_coefficients(connection, exact_x, start)
+        weight = layer.rms_weight
+        for got, (module, f) in (
+            (add_residual(mx.tanh(u)), (connection, np.tanh)),
+            (layer(x), (layer, lambda u, w=weight: odd_norm(u, w))),
+            (layer(x, mx.tanh), (layer, lambda u, w=weight: np.tanh(odd_norm(u, w)))),
+            (block(x), (block.connection, lambda u: np.tanh(np.sin(u)))),
+        ):
+            want = odd_sublayer(odd_coefficients(module, exact_x, start), exact_x, f)
+            close(got, mx.array(want.astype(np.float32)), 2e-5)
+        close(u, mx.array((odd[0][..., None] * exact_x).sum(-2).astype(np.float32)), 1e-5)
+    head = shaken(m.HyperHead(C, N, convention=c, norm_eps=0.04))
+    v = exact_x.reshape(2, 3, -1)
+    v = v / np.sqrt((v * v).mean(-1, keepdims=True) + 0.04)
+    h_pre = sigmoid(v @ double(head.phi).T * double(head.alpha) + double(head.bias)) + 0.03
+    close(head(x), mx.array((h_pre[..., None] * exact_x).sum(-2).astype(np.float32)), 1e-5)
+
+
+def test_every_option_reaches_its_connection():
+    """Through each module and `widen`: starts, iterations, and what is asked of the ops."""
+    options = {"sinkhorn_iters": 7, "init_scale": 0.3, "norm_eps": 0.04, "use_metal": False}
+    options |= {"threads_per_group": 64, "differentiable": False}
+    c = ODD["exp"]
+
+    class Block(nn.Module):
+        def residual_branches(self):
+            return [mx.tanh]
+
+        def __call__(self, h):
+            return h + mx.tanh(h)
+
+    block = Block()
+    m.widen(None, N, layers=[block, Block()], dim=C, convention=c, **options)
+    lite = m.MHCLiteBlock(mx.tanh, C, N, layer_idx=2, **options).connection
+    for connection in (
+        m.HyperConnection(C, N, layer_idx=2, convention=c, **options),
+        m.MHCLayer(N, C, layer_idx=2, convention=c, dynamic=True, **options),
+        m.MHCBlock(mx.tanh, C, N, layer_idx=2, convention=c, **options).connection,
+        *(lite, block.connections[0]),
+    ):
+        of = m.MHC_LITE if connection is lite else c
+        assert connection.convention == dataclasses.replace(of, iters=7)
+        assert connection.alpha.tolist() == 3 * [np.float32(0.3)] and connection.norm_eps == 0.04
+        asked = {"use_metal": False, "threads_per_group": 64, "differentiable": False}
+        assert {k: getattr(connection, k) for k in asked} == asked
+        assert connection.bias[:N].argmax().item() == (
+            2 if connection is not block.connections[0] else 0
+        )
+    head = m.HyperHead(C, N, init_scale=0.3, **{k: options[k] for k in [*asked, "norm_eps"]})
+    assert head.alpha.tolist() == [np.float32(0.3)] and head.norm_eps == 0.04
+    assert {k: getattr(head, k) for k in asked} == asked
+
+
+def test_modules_hand_their_options_to_every_op(monkeypatch):
+    """As they are when called."""
+    asked = {"use_metal": False, "threads_per_group": 96, "differentiable": False}
+    calls = []
+    for name in ("mhc_coefficients", "mhc_pre", "stream_aggregate", "stream_aggregate_norm"):
+        spy(monkeypatch, name, calls)
+    for name in ("stream_mix_add", "mhc_layer", "mhc_static", "mhc_head", "sinkhorn_knopp"):
+        spy(monkeypatch, name, calls)
+    x = mx.random.normal((2, N, C))
+    for dynamic in (True, False):
+        for convention in (m.PAPER, m.IDENTITY):
+            options = {"dynamic": dynamic, "convention": convention}
+            connection = m.HyperConnection(C, N, **options)
+            layer = m.MHCLayer(N, C, **options)
+            for module in (connection, layer, head := m.HyperHead(C, N)):
+                for k, v in asked.items():
+                    setattr(module, k, v)
+            connection(x)[1](x[:, 0])
+            layer(x), layer(x, mx.tanh), layer.coefficients(x), head(x)
+    assert {name for name, _ in calls} == {
+        *("mhc_coefficients", "mhc_pre", "stream_aggregate", "stream_aggregate_norm"),
+        *("stream_mix_add", "mhc_layer", "mhc_static", "mhc_head", "sinkhorn_knopp"),
+    }
+    for name, options in calls:
+        threads = None if name == "sinkhorn_knopp" else 96
+        assert options == asked | {"threads_per_group": threads}, name
+
+
+def spy(monkeypatch, name, calls):
+    """Records the options with which modules call an op."""
+    op = getattr(m.ops, name)
+
+    def counted(*args, **options):
+        calls.append((name, options))
+        return op(*args, **options)
+
+    monkeypatch.setattr(m.ops, name, counted)
 
 
 BAD = [

@@ -1,6 +1,11 @@
 """Bad input: one clear error each, at the call."""
 
+import inspect
+import re
+
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 import pytest
 
 import mhc_mlx as m
@@ -490,9 +495,113 @@ def test_bad_input(case):
         call()
 
 
-def test_ops_take_what_the_reference_takes():
-    import inspect
+# ---- every argument of every module, wrong once
 
+NAN, ARRAY = float("nan"), mx.array(4)
+INT = ("4", 4.0, True, 0, -1, None, np.int64(4), np.float32(4), ARRAY, [4])
+NUMBER = ("1", True, None, NAN, float("inf"), 1e300, 1j, np.float32(1), ARRAY, [1.0])
+BOOL = (1, 0, None, "False", 1.0, np.True_, mx.array(True))
+CONVENTION = ("PAPER", None, m.Convention, {})
+WRONG = {
+    "dim": INT,
+    "num_streams": (*INT, 65),
+    "layer_idx": (1.5, True, None, "0", np.int64(1), ARRAY),
+    "dynamic": BOOL,
+    "convention": (*CONVENTION, m.ADDITIVE),
+    "sinkhorn_iters": [bad for bad in INT if bad is not None],
+    "init_scale": NUMBER,
+    "norm_eps": (*NUMBER, 0.0, -1e-6, 1e-60),
+    "use_metal": BOOL,
+    "threads_per_group": (33, 0, -32, 2048, 64.0, True, "64", np.int64(64), ARRAY),
+    "differentiable": BOOL,
+}
+LAYER = {k: v for k, v in WRONG.items() if k not in ("dim", "num_streams", "convention")}
+LAYER |= {"n": WRONG["num_streams"], "C": INT, "eps": WRONG["norm_eps"], "convention": CONVENTION}
+HEAD = {k: v for k, v in WRONG.items() if k not in ("layer_idx", "dynamic", "sinkhorn_iters")}
+FUNCTION = (3, "tanh", nn.Tanh, ARRAY)
+BLOCK = WRONG | {"layer": (None, *FUNCTION), "norm": FUNCTION}
+LITE = {k: v for k, v in BLOCK.items() if k != "convention"} | {"subtract_input": BOOL}
+
+
+class Residual(nn.Module):
+    def residual_branches(self, scale=1):
+        return [lambda h: scale * mx.tanh(h)]
+
+    def __call__(self, h, scale=1):
+        return h + scale * mx.tanh(h)
+
+
+WIDEN = {k: v for k, v in WRONG.items() if k != "layer_idx"}
+WIDEN |= {"model": (3, "model", mx.tanh), "reduce": ("max", None, 1, ["mean"])}
+WIDEN |= {"layers": (3, "abc", Residual(), [], [None], [mx.tanh], [Residual, 3], (nn.Module(),))}
+WIDEN |= {"example": (None, 3, [1], "ab", (1, 2), {"x": 1, "scales": 2}), "dim": WRONG["dim"]}
+RIGHT = {
+    m.HyperConnection: {"dim": 8},
+    m.MHCLayer: {"n": 4, "C": 8},
+    m.HyperHead: {"dim": 8},
+    m.MHCBlock: {"layer": mx.tanh, "dim": 8},
+    m.MHCLiteBlock: {"layer": mx.tanh, "dim": 8},
+    m.widen: {"model": nn.Module(), "dim": 8},
+}
+TABLES = dict(zip(RIGHT, (WRONG, LAYER, HEAD, BLOCK, LITE, WIDEN), strict=True))
+
+
+def refused(op, make, given, argument):
+    """What it says, which must be ours: the op, or the connection in it, and the argument."""
+    with pytest.raises((TypeError, ValueError)) as error:
+        make(**given)
+    said = str(error.value)
+    ours = rf"\[({op}|HyperConnection)\] ({argument}|n) must .* but "
+    assert re.match(ours, said), f"{op}, {argument} = {given.get(argument)!r}: {said}"
+
+
+def test_every_argument_of_every_module():
+    """Wrong once in each way, the others right; and names that nobody has."""
+    for make, table in TABLES.items():
+        op, block = make.__name__, Residual()
+        right = RIGHT[make] | ({"layers": [block]} if make is m.widen else {})
+        named = set(inspect.signature(make).parameters) - {"options"}
+        assert named <= table.keys(), f"{op}: no wrong values of {named - table.keys()}"
+        for argument, values in table.items():
+            for bad in values:
+                if not (make is m.widen and argument == "dim" and bad is None):  # the default
+                    refused(op, make, right | {argument: bad}, argument)
+        for unknown in ("sinkhorn_iter", "verbose", "layer_idx" if make is m.widen else "steps"):
+            with pytest.raises(TypeError, match=rf"options must be of .*|argument .*{unknown}"):
+                make(**right | {unknown: 1})
+        assert not hasattr(block, "connections")
+        make(**right)
+
+
+def test_options_that_are_set_later():
+    """Are checked when the module is called."""
+    for module in (
+        *(m.HyperConnection(8), m.HyperConnection(8, dynamic=False), m.HyperHead(8)),
+        *(m.MHCLayer(4, 8), m.MHCLayer(4, 8, dynamic=True)),
+        m.MHCLayer(4, 8, convention=m.IDENTITY),
+    ):
+        names = ["use_metal", "differentiable", "threads_per_group"]
+        names += ["norm_eps"] * ("phi" in module) + ["eps"] * isinstance(module, m.MHCLayer)
+        for name in names:
+            right = getattr(module, name)
+            for bad in LAYER[name]:
+                setattr(module, name, bad)
+                with pytest.raises((TypeError, ValueError), match=rf"^\[\w+\] {name} must .* but"):
+                    module(x)
+            setattr(module, name, right)
+        mx.eval(module(x)[0])
+    block = m.MHCLiteBlock(mx.tanh, 8)
+    block.subtract_input = 1
+    with pytest.raises(TypeError, match=r"\[MHCLiteBlock\] subtract_input must be a bool"):
+        block(x)
+    block.layer, block.subtract_input = (lambda u: None), True
+    with pytest.raises(TypeError, match=r"\[MHCLiteBlock\] y must be an mx.array but got NoneType"):
+        block(x)
+    with pytest.raises(TypeError, match=r"\[MHCLayer\] sublayer must be a module or function"):
+        m.MHCLayer(4, 8)(x, 3)
+
+
+def test_ops_take_what_the_reference_takes():
     from mhc_mlx import reference
 
     for name, f in vars(reference).items():
