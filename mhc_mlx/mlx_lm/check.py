@@ -5,6 +5,7 @@ import statistics
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..layers import check_bools
 from .exact import random_inputs, site_errors, streams_dtype
 from .layers import SinglePassLayer
 from .patch import patch, unpatch
@@ -17,7 +18,7 @@ from .sites import (
     stock,
     text_model,
 )
-from .times import machine, site_times, time_line
+from .times import check_counts, machine, site_times, time_line
 
 
 def _summary(sites: list[Site], errors: list[float]) -> dict:
@@ -50,10 +51,13 @@ def check(
         by site and their max, median and worst site; times are seconds per site.
 
     Raises:
-        TypeError: The model is another, or tokens are no array of integers.
-        ValueError: Tokens have another shape, or are not in the model's vocabulary.
+        TypeError: The model is another, tokens are no array of integers, or times no integers.
+        ValueError: Tokens have another shape, or are not in the model's vocabulary; or a number in
+            times is not positive.
     """
     text = text_model("check", model)
+    check_bools("check", verbose=verbose)
+    check_counts("check", times=times)
     if tokens is not None:
         _check_tokens(tokens, model.args.vocab_size)
     patched = any(isinstance(layer, SinglePassLayer) for layer in stage_layers(text))

@@ -1,6 +1,7 @@
 """`patch`, `unpatch`, and which sites are kept: classes of modules change, nothing else."""
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator
 
@@ -8,13 +9,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .. import ops
+from ..layers import check_bools, check_sizes
+from ..ops.dispatch import check_number
 from .exact import random_inputs, site_errors, streams_dtype
 from .gradients import TRAINED
 from .layers import Owner, SinglePassLayer
 from .sites import (
     MODELS,
     SinglePassConnection,
-    convention,
     find_sites,
     stage_layers,
     stock,
@@ -70,10 +72,11 @@ def patch(
         The model.
 
     Raises:
-        TypeError: The model is another, or a layer of it.
+        TypeError: The model is another, or a layer of it; or an option is no bool.
         ValueError: Its ``hc_sinkhorn_iters`` or an eps is not positive.
     """
     text = text_model("patch", model)
+    check_bools("patch", trainable=trainable, verify=verify, use_metal=use_metal)
     unpatch(model)
     for layer in stage_layers(text):
         for module, kind in (
@@ -87,7 +90,8 @@ def patch(
                     f"{kind.__name__}."
                 )
     for site in find_sites(text):
-        convention(site.hc.iters, site.hc.hc_eps)
+        check_sizes("patch", hc_sinkhorn_iters=(site.hc.iters, math.inf))
+        check_number("patch", "hc_eps", site.hc.hc_eps, 0.0, "be finite and at least 0")
         ops.check_eps("patch", site.hc.norm_eps, "rms_norm_eps")
     _install(text, trainable, use_metal)
     if verify:

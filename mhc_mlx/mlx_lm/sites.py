@@ -14,6 +14,7 @@ import mlx_lm
 
 from .. import kernel, ops
 from ..conventions import DEEPSEEK_V4, Convention
+from ..layers import check_bools
 
 OLDEST, BEFORE = (0, 32, 2), (0, 33)
 MODELS = "deepseek_v41 of mlx-lm >=0.32.2,<0.33"
@@ -93,8 +94,13 @@ class SinglePassConnection(stock.HyperConnection):
         differentiable: Whether it has a gradient.
     """
 
+    def _check_options(self) -> None:
+        options = {"use_metal": self.use_metal, "differentiable": self.differentiable}
+        check_bools("SinglePassConnection", **options)
+
     def __call__(self, streams: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """mlx-lm's pre, post and comb, whose row is the input."""
+        self._check_options()
         h_pre, h_post, h_res = ops.mhc_coefficients(
             *(streams, self.fn, self.base, self.scale),
             *(convention(self.iters, self.hc_eps), self.norm_eps),
@@ -105,6 +111,7 @@ class SinglePassConnection(stock.HyperConnection):
 
     def site(self, x: mx.array, y: mx.array, norm: Callable | None) -> Made:
         """The streams out, u (None without a norm) and h_pre."""
+        self._check_options()
         weight = _plain_weight(norm, x.dtype) if y.dtype == x.dtype else None
         plain = weight is not None
         compiles = self.use_metal and not self.differentiable and x.size > 0

@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import math
 import statistics
 import time
 import types
@@ -13,6 +14,8 @@ import mlx_lm
 from mlx_lm.generate import generate_step
 
 from .. import kernel
+from ..layers import check_sizes
+from ..ops.dispatch import FLOATS, fail
 from .exact import random_inputs, site_errors
 from .layers import SinglePassLayer
 from .patch import as_stock
@@ -28,6 +31,16 @@ from .sites import (
 )
 
 SITES = 122  # of 61 layers
+
+
+def check_counts(op: str, **counts: tuple[int, ...]) -> None:
+    """Numbers of tokens or of steps."""
+    for name, values in counts.items():
+        if not isinstance(values, (tuple, list)):
+            must = "be a tuple of positive ints"
+            raise TypeError(fail(op, name, must, type(values).__name__))
+        for value in values:
+            check_sizes(op, **{name: (value, math.inf)})
 
 
 def machine() -> dict:
@@ -154,6 +167,12 @@ def bench_sites(
     Returns:
         Numbers by name: seconds, bytes, units in the last place.
     """
+    check_sizes("bench_sites", d=(d, math.inf))
+    check_counts("bench_sites", tokens=tokens)
+    if not tokens:
+        raise ValueError(fail("bench_sites", "tokens", "have at least one number", "none"))
+    if not isinstance(dtype, mx.Dtype) or dtype not in FLOATS:
+        raise TypeError(fail("bench_sites", "dtype", "be float32, float16 or bfloat16", dtype))
     sites = random_sites(d, SITES)
     checked = enumerate(sites[:24])
     errors = [site_errors(site, *random_inputs(site, dtype, 4, k)) for k, site in checked]
@@ -203,10 +222,14 @@ def bench(model: nn.Module, lengths: tuple[int, ...] = (512, 2048), steps: int =
     and decode after the first; the model is left patched with the same sites.
 
     Raises:
-        TypeError: The model is another.
-        ValueError: It is not patched.
+        TypeError: The model is another, or lengths or steps are no integers.
+        ValueError: It is not patched, or a length or steps is not positive.
     """
     text = text_model("bench", model)
+    check_counts("bench", lengths=lengths)
+    if not lengths:
+        raise ValueError(fail("bench", "lengths", "have at least one number", "none"))
+    check_sizes("bench", steps=(steps, math.inf))
     if not any(isinstance(layer, SinglePassLayer) for layer in stage_layers(text)):
         raise ValueError("[bench] model must be patched but got mlx-lm's own.")
     report = {**machine(), "patched": _model_times(model, lengths, steps)}

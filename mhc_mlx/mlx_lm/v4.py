@@ -1,10 +1,12 @@
 """DeepSeek V4's tensor names."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 
 from ..conventions import DEEPSEEK_V4
 from ..layers import HyperConnection, HyperHead
-from ..ops.dispatch import check_dtype
+from ..ops.dispatch import check_dtype, fail
 
 
 def load_v4(
@@ -37,8 +39,12 @@ def load_v4(
         raise TypeError(
             f"[load_v4] module must be a dynamic HyperConnection or a HyperHead but got {got}."
         )
+    if not isinstance(weights, dict):
+        raise TypeError(fail("load_v4", "weights", "be a dict", type(weights).__name__))
+    if not isinstance(prefix, str):
+        raise TypeError(fail("load_v4", "prefix", "be a str", type(prefix).__name__))
     c, v4 = module._convention, DEEPSEEK_V4
-    if (c.start, c.transposed, c.post_scale) != (v4.start, v4.transposed, v4.post_scale):
+    if c != replace(v4, name=c.name, iters=c.iters, eps=c.eps, pre_eps=c.pre_eps):
         raise ValueError(f"[load_v4] module.convention must be DEEPSEEK_V4's but got {c.name}.")
     found = []
     for ours, theirs in (("phi", "fn"), ("bias", "base"), ("alpha", "scale")):
