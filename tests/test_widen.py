@@ -275,6 +275,30 @@ def test_streams_get_the_dtype_that_the_block_made(llama, launched):
         close(got.astype(mx.float32), wide, 16 * coarsest)
 
 
+def test_a_promoted_write_back_is_right(launched):
+    """The coefficients are those of the streams as they came, and nothing is rounded to them."""
+
+    class Wide(nn.Module):
+        def residual_branches(self):
+            return [lambda h: mx.sin(h.astype(mx.float32))]
+
+        def __call__(self, h):
+            return h + mx.sin(h.astype(mx.float32))
+
+    block = Wide()
+    m.widen(None, N, layers=[block], dim=C, reduce="first")
+    (connection,) = block.connections
+    shaken(connection)
+    for dtype in (mx.bfloat16, mx.float16, mx.float32):
+        h = mx.random.normal((2, 3, C)).astype(dtype)
+        x = m.expand_streams(h, N)
+        u, _ = connection(x)
+        _, h_post, h_res = connection.coefficients(x)
+        y = mx.sin(u.astype(mx.float32))
+        want = m.stream_mix_add(x.astype(mx.float32), y, h_post, h_res)[..., 0, :]
+        close(block(h), want, 1e-5)
+
+
 def test_every_block_is_looked_at():
     """One that differs from the first of its class, in what it computes, what it keeps or its
     weights; nothing has changed then, and the mode of each module is as it was."""
