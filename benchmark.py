@@ -14,7 +14,6 @@ add to a layer's kernels. With --from FILE nothing runs: --compare, --plot and -
 
 import argparse
 import datetime
-import itertools
 import math
 import os
 import re
@@ -26,6 +25,7 @@ import tempfile
 
 import mlx.core as mx
 
+from benchmarks import options
 from benchmarks.ops import (
     DIRECTIONS,
     DTYPES,
@@ -41,7 +41,8 @@ from benchmarks.ops import (
     single_pass,
     sublayer,
 )
-from benchmarks.results import SECTIONS, compare, load, merge, plot, predict, save, show
+from benchmarks.parity import BOUNDS, Largest, needed_bytes, worst_error
+from benchmarks.results import SECTIONS, check_result, compare, merge, plot, predict, show
 from benchmarks.timing import (
     directed,
     dispatches,
@@ -49,11 +50,12 @@ from benchmarks.timing import (
     gpu_time,
     input_sets,
     launches,
+    memory,
     race,
     room,
     spread,
 )
-from mhc_mlx import DEEPSEEK_V4, HyperConnection, MHCLayer, kernel, ops, reference
+from mhc_mlx import DEEPSEEK_V4, HyperConnection, MHCLayer, commands, kernel, ops, reference
 
 OTHERS = ("stream_aggregate_norm", "mhc_coefficients", "mhc_dynamic", "mhc_head", "mhc_seam")
 OTHERS += ("single_pass",)
@@ -90,21 +92,7 @@ STACKS = ("sublayer", "single_pass")
 DECODE = [(T, 4, C) for C in (4096, 5120, 7168) for T in (1, 2, 4, 8, 16)]
 LAYERS, PLAIN_LAYERS = 61, 8  # of a stack: of kernels, and of plain ops, slow to compile
 OVERHEAD = [(1, 4, 4096), (16384, 4, 1024)]
-
-
-def worst_error(op: str, arrays: list[mx.array], gradients: bool) -> float:
-    """Largest difference from the reference, relative to the largest value, over all results."""
-    cotangents = random_like(several(function(reference, op)(*arrays))) if gradients else []
-    worst, results = 0.0, []
-    for module in (reference, ops):
-        f = function(module, op)
-        both = mx.vjp(f, arrays, cotangents) if gradients else [several(f(*arrays))]
-        results.append([a for part in both for a in part])
-    for want, got in zip(*results, strict=True):
-        want, got = want.astype(mx.float32), got.astype(mx.float32)
-        error = mx.abs(want - got).max() / mx.maximum(mx.abs(want).max(), 1e-30)
-        worst = max(worst, error.item()) if error.item() == error.item() else math.inf
-    return worst
+REFERENCE_TOKENS = 256  # at most, of a shape, where there are no kernels and it runs on a CPU
 
 
 class Bench:
@@ -143,20 +131,48 @@ class Bench:
         return row | {"threads_per_group": threads}
 
 
-def verify(cases, gradients: bool = True) -> list[dict]:
-    """Parity with the reference on this machine's device, of each (op, shape, dtype)."""
-    rows, bounds = [], {"float32": 3e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
-    for op, (B, n, C), name in cases:
-        # as many tokens as reach the variants for many, if the reference's temporaries fit
-        B = min(B, 4096 if kernel.backend() else 512, max(64, room() // 256 // (n * C)))
-        row = {"op": op, "dtype": name, "shape": [B, n, C]}
-        if row in [{k: r[k] for k in row} for r in rows]:
-            continue
-        row["error"] = worst_error(op, make_inputs(op, (B, n, C), DTYPES[name]), gradients)
-        rows.append(row | {"ok": row["error"] < bounds[name]})
-        if not rows[-1]["ok"]:
-            print(f"parity FAILS: {op} {name} {B, n, C}: {row['error']:.2e}, {bounds[name]:.1e}")
-    return rows
+def reference_row(bench: Bench, op: str, direction: str, shape, name: str) -> dict:
+    """Where there are no kernels: the reference compiled, and plain."""
+    plain, dtype = function(reference, op), DTYPES[name]
+    arrays = len(make_inputs(op, (1, *shape[1:]), dtype))
+
+    def inputs():
+        given = make_inputs(op, shape, dtype)
+        return given + (random_like(several(plain(*given))) if direction != "forward" else [])
+
+    sets = input_sets(inputs)
+    runners = [(directed(plain, direction, arrays, compiled=c), sets) for c in (True, False)]
+    times = race(bench.budget, *runners)
+    compiled, slow = map(statistics.median, times)
+    row = {"op": op, "direction": direction, "dtype": name, "shape": list(shape)}
+    row |= {"us": compiled * 1e6, "spread": (max(times[0]) - min(times[0])) / compiled}
+    row |= {"plain_us": slow * 1e6, "speedup_vs_compiled": None}
+    return row | {"threads_per_group": None}
+
+
+def parity_row(op: str, shape, name: str, gradients: bool, threads: int | None, error: float):
+    """A case's parity; what fails is printed."""
+    row = {"op": op, "direction": "forward+backward" if gradients else "forward"}
+    row |= {"dtype": name, "shape": list(shape), "threads_per_group": threads}
+    bound = BOUNDS[DTYPES[name]]
+    row |= {"error": error, "ok": error < bound}
+    if not row["ok"]:
+        print(f"parity FAILS: {op} {name} {tuple(shape)}: {error:.2e}, {bound:.1e}")
+    return row
+
+
+def verify(section: str, op: str, shape, name: str, directions, threads: int | None) -> list[dict]:
+    """Parity with the reference, on this machine's device, of what a section times of a case: the
+    same function with the same options, of the same arrays' shapes and dtype."""
+    if mx.get_cache_memory() > room():
+        mx.clear_cache()
+    if section == "overhead":
+        cases = [(kind, layer_error(kind, shape, name)) for kind in layers(*shape[1:])]
+        return [parity_row(kind, shape, name, False, None, error) for kind, error in cases]
+    gradients = any(direction != "forward" for direction in directions)
+    used = {"differentiable": False} if section == "decode" else {"threads_per_group": threads}
+    error = worst_error(op, shape, DTYPES[name], gradients, **used)
+    return [parity_row(op, shape, name, gradients, threads, error)]
 
 
 def once(op: str, shape, name: str, directions: list[str], threads: int | None) -> None:
@@ -171,32 +187,39 @@ def once(op: str, shape, name: str, directions: list[str], threads: int | None) 
             mx.eval(run(*given, *cotangents))
 
 
-def sweep(bench: Bench, op: str, shape, name: str) -> list[dict]:
-    """Threads per group x vector width, or threads alone of an op whose projection fixes its
-    loads; marks the best and what the default picks."""
-    rows, plain = [], ops.geometry.of_token
+def sweep(bench: Bench, op: str, shape, name: str, verified: list[dict]) -> list[dict]:
+    """Threads per group x vector width, or threads alone of an op that has another rule for its
+    loads; marks the best and what the default picks. Each is timed if its parity is right."""
+    rows, usual = [], ops.geometry.of_token
     for direction in ("forward", "forward+backward" if OPS[op].saves else "backward"):
         candidates = [(None, threads, None) for threads in (None, 64, 128, 256, 512)]
-        if not OPS[op].saves:
+        if (op, direction) not in THREADS_ALONE and not OPS[op].saves:
             copies = 1 if direction == "forward" else 2
             size, backend = DTYPES[name].size, kernel.backend()
-            chosen = plain(shape[1], shape[2], size, copies, None, backend)
+            chosen = usual(shape[1], shape[2], size, copies, None, backend)
             candidates = list(geometries(*shape[1:], size, copies, backend, chosen))
         for vec, threads, forced in candidates:
-            ops.geometry.of_token = (lambda *_, forced=forced, **__: forced) if forced else plain
+            ops.geometry.of_token = (lambda *_, forced=forced, **__: forced) if forced else usual
             try:
+                verified += verify("rows", op, shape, name, [direction], threads)
+                if not verified[-1]["ok"]:
+                    continue
                 row = bench.row(op, direction, shape, name, threads, baseline=False)
             finally:
-                ops.geometry.of_token = plain
+                ops.geometry.of_token = usual
             picked = (vec, threads) == (chosen.vec, chosen.threads) if vec else threads is None
             rows.append(row | {"vec": vec, "default": picked})
-        best = min((r for r in rows if r["direction"] == direction), key=lambda r: r["us"])
-        for r in rows:
-            if r["direction"] == direction:
-                mark = " <- best" * (r is best) + " <- default" * r["default"]
-                threads = r["threads_per_group"] or "its own"
-                print(f"vec {r['vec']} threads {threads:>7} {show(r)}{mark}", flush=True)
+        timed = [r for r in rows if r["direction"] == direction]
+        for r in timed:
+            best = r is min(timed, key=lambda r: r["us"])
+            mark = " <- best" * best + " <- default" * r["default"]
+            threads = r["threads_per_group"] or "its own"
+            print(f"vec {r['vec']} threads {threads:>7} {show(r)}{mark}", flush=True)
     return rows
+
+
+# Of a sweep: whose loads are not `geometry.of_token`'s.
+THREADS_ALONE = [("sinkhorn_knopp", d) for d in DIRECTIONS] + [("mhc_seam", "backward")]
 
 
 def geometries(n: int, C: int, size: int, copies: int, backend: str, chosen):
@@ -258,19 +281,33 @@ def decode(bench: Bench, op: str, shape, name: str = "bfloat16") -> dict:
     return row | {"layers": LAYERS, "plain_layers": PLAIN_LAYERS, "threads_per_group": None}
 
 
-def overhead(bench: Bench, shape, name: str = "bfloat16") -> list[dict]:
-    """A call of a layer, forward. us: compiled and evaluated alone; eager_us: the same, eager;
-    many_us: compiled, an evaluation of many calls; gpu_us: the GPU alone, as `gpu_time` says;
-    python_us, python_eager_us: building the graph."""
-    rows, (_, n, C) = [], shape
-    x = mx.random.normal(shape).astype(DTYPES[name])
-    connection = HyperConnection(C, n, convention=DEEPSEEK_V4)
+def layers(n: int, C: int) -> dict:
+    """Of --overhead: what is called by name, and the module that has its options."""
+    connection, layer = HyperConnection(C, n, convention=DEEPSEEK_V4), MHCLayer(n, C)
 
     def connected(x):
         u, add_residual = connection(x)
         return add_residual(u)
 
-    for op, layer in {"MHCLayer": MHCLayer(n, C), "HyperConnection": connected}.items():
+    return {"MHCLayer": (layer, layer), "HyperConnection": (connected, connection)}
+
+
+def layer_error(kind: str, shape, name: str) -> float:
+    call, module = layers(*shape[1:])[kind]
+    x, largest = mx.random.normal(shape).astype(DTYPES[name]), Largest()
+    got = mx.compile(call)(x)
+    mx.eval(got)
+    module.use_metal = False
+    largest.add(call(x), got)
+    return largest.relative()
+
+
+def overhead(bench: Bench, shape, name: str = "bfloat16") -> list[dict]:
+    """A call of a layer, forward. us: compiled and evaluated alone; eager_us: the same, eager;
+    many_us: compiled, an evaluation of many calls; gpu_us: the GPU alone, as `gpu_time` says;
+    python_us, python_eager_us: building the graph."""
+    rows, x = [], mx.random.normal(shape).astype(DTYPES[name])
+    for op, (layer, _) in layers(*shape[1:]).items():
         mx.eval(x)
         compiled = mx.compile(layer)
         calls = {"us": compiled, "eager_us": layer}
@@ -291,216 +328,257 @@ def overhead(bench: Bench, shape, name: str = "bfloat16") -> list[dict]:
 # ---- the command
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--op", action="append", choices=sorted(OPS), help="repeatable; all by default")
-    add("--shape", action="append", metavar="B,n,C", help="repeatable")
-    add("--dtype", action="append", choices=sorted(DTYPES), help="repeatable; bfloat16 and float32")
-    add("--direction", action="append", choices=DIRECTIONS, help="repeatable; all by default")
-    add("--preset", choices=sorted(PRESETS))
-    add("--sizes", action="store_true", help="percent of copy from 1 to 65536 tokens")
-    add("--decode", action="store_true", help="a sublayer at 1 to 16 tokens, and its dispatches")
-    add("--overhead", action="store_true", help="MLX's and Python's time per call of a layer")
-    add("--all", action="store_true", help="the table and these three")
-    add("--sweep", action="store_true", help="threads per group x vector width")
-    add("--threads", type=int, help="threads_per_group for every op")
-    add("--verify", action="store_true", help="parity only")
-    add("--once", action="store_true", help="each call twice, nothing timed: for a profiler")
-    add(
-        "--baseline",
-        action=argparse.BooleanOptionalAction,
-        help="time the compiled reference too; by default of the ops in BASELINE",
-    )
-    add("--processes", type=int, default=1, help="medians over this many processes")
-    add("--quick", action="store_true", help="shorter runs")
-    add("--json", metavar="FILE", help="written after each figure")
-    add("--plot", metavar="FILE", help="needs matplotlib")
-    add("--compare", metavar="FILE", help="the change against an earlier --json")
-    add("--predict", action="store_true", help="expected times on Apple GPUs, in Markdown")
-    add("--from", dest="source", metavar="FILE", help="run nothing, read this --json")
-    add("--peak-gbps", type=float, help="adds percent of this peak")
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options, checked, with what to measure as chosen, and files read and opened."""
+    parser = options.parser(__doc__, PRESETS)
     args = parser.parse_args(argv)
-    for shape in args.shape or []:
-        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){2}", shape):
-            parser.error(f"--shape must be three positive numbers B,n,C but is {shape}")
-    if args.processes < 1 or (args.processes > 1 and args.once):
-        most = "1 with --once" if args.once else "at least 1"
-        parser.error(f"--processes must be {most} but is {args.processes}")
-    for option, file in (("--compare", args.compare), ("--from", args.source)):
-        if file and not os.path.isfile(file):
-            parser.error(f"{option} must be a file but is {file}")
-    for option, file in (("--json", args.json), ("--plot", args.plot)):
-        if file and not os.path.isdir(os.path.dirname(file) or "."):
-            parser.error(f"{option} must be in a folder that exists but is {file}")
+    try:
+        options.check_values(args)
+        options.check_combination(args)
+        reads = args.source is not None or args.predict
+        args.chosen = {} if reads else cases(args)
+        options.check_files(args)
+    except ValueError as error:
+        parser.error(str(error))
+    args.processes = args.processes or 1
     return args
 
 
 def cases(args: argparse.Namespace) -> dict[str, list[tuple]]:
-    """By section of the result: (op, shape, dtype) of what to measure."""
-    modes = [m for m in SECTIONS[1:] if args.all or getattr(args, m)]
+    """By section of the result: (op, shape, dtype) of what to measure.
+
+    Raises:
+        ValueError: An op, a shape or a direction that is named gives nothing to measure.
+    """
+    sections, named = options.sections(args), args.op or []
+    chosen = {section: CASES[section](args) for section in sections}
+    for section, those in chosen.items():
+        for op in named:
+            if op not in [case[0] for case in those]:
+                where = f"--preset {args.preset}" if args.preset else f"--{section}"
+                raise ValueError(f"--op {op} does nothing with {where}")
+    timed = not (args.verify or args.once)
+    for op in named if args.direction == ["backward"] and timed else []:
+        if OPS[op].saves:
+            must = "must be forward+backward for an op whose forward saves for its gradients"
+            raise ValueError(f"--direction {must} but is backward for --op {op}")
+    for section in chosen:
+        chosen[section] = fitting(chosen[section], bool(args.shape))
+        if not chosen[section]:
+            raise ValueError(f"nothing is left to measure of {section}: no shape fits")
+    return chosen
+
+
+def fitting(those: list[tuple], refuse: bool) -> list[tuple]:
+    """Those cases that fit in memory, of a CPU with fewer tokens; others are named, or refused."""
+    cut = (lambda B: B) if kernel.backend() else (lambda B: min(B, REFERENCE_TOKENS))
+    those = list(dict.fromkeys((op, (cut(s[0]), *s[1:]), name) for op, s, name in those))
+    needed = {(op, s, name): needed_bytes(op, s, DTYPES[name]) for op, s, name in those}
+    for (op, shape, name), size in needed.items():
+        if size > memory():
+            text = f"{','.join(map(str, shape))} needs {size / 2**30:.1f} GiB for {op} in {name}, "
+            text += f"and this device has {memory() / 2**30:.1f} GiB"
+            if refuse:
+                raise ValueError(f"--shape {text}")
+            print(f"left out: {text}")
+    return [case for case in those if needed[case] <= memory()]
+
+
+def table_cases(args: argparse.Namespace) -> list[tuple]:
     table = PRESETS[args.preset] if args.preset else DEFAULT
     if args.shape:
         shapes = [tuple(int(v) for v in s.split(",")) for s in args.shape]
         square = [s for s in shapes if s[1] == s[2]]
         table = {op: square if op == "sinkhorn_knopp" else shapes for op in args.op or table}
+        if not table.get("sinkhorn_knopp", True):
+            if args.op:
+                got = " ".join(args.shape)
+                raise ValueError(f"--shape must be B,n,n for sinkhorn_knopp but is {got}")
+            print("left out: sinkhorn_knopp, whose shapes are B,n,n")
 
     def dtypes(op):
         if args.dtype or op == "sinkhorn_knopp":
             return args.dtype or ["float32"]
         return ["bfloat16", "float32"] if args.preset or op in FLOAT32_TOO else ["bfloat16"]
 
-    chosen = {}
-    if args.all or not modes:
-        own = [op for op in table if not args.op or op in args.op]
-        chosen["rows"] = [(op, s, name) for op in own for s in table[op] for name in dtypes(op)]
+    chosen = [op for op in table if not args.op or op in args.op]
+    return [(op, s, name) for op in chosen for s in table[op] for name in dtypes(op)]
+
+
+def sizes_cases(args: argparse.Namespace) -> list[tuple]:
+    grid = [(op, n, C) for op in args.op or GROWING for n in GRID for C in GRID[n]]
+    grid = [(op, n, C) for op, n, C in grid if op != "sinkhorn_knopp"]  # its matrices have no C
     names = args.dtype or ["bfloat16"]
-    if "sizes" in modes:
-        grid = [(op, n, C) for op in args.op or GROWING for n in GRID for C in GRID[n]]
-        every = [(op, (T, n, C), name) for op, n, C in grid for T in TOKENS for name in names]
-        chosen["sizes"] = [  # MLX's own random numbers take fewer than 2**31
-            (op, s, name)
-            for op, s, name in every
-            if math.prod(s) < 2**31 and mandatory_bytes(op, "forward", s, DTYPES[name]) < room()
-        ]
-    if "decode" in modes:
-        own = [op for op in STACKS if not args.op or op in args.op]
-        chosen["decode"] = [(op, s, name) for op in own for s in DECODE for name in names]
-    if "overhead" in modes:
-        chosen["overhead"] = [("sublayer", shape, name) for shape in OVERHEAD for name in names]
-    return chosen
+    every = [(op, (T, n, C), name) for op, n, C in grid for T in TOKENS for name in names]
+    return [  # MLX's own random numbers take fewer than 2**31
+        (op, s, name)
+        for op, s, name in every
+        if math.prod(s) < 2**31 and mandatory_bytes(op, "forward", s, DTYPES[name]) < room()
+    ]
 
 
-def measure(args: argparse.Namespace) -> dict:
+def decode_cases(args: argparse.Namespace) -> list[tuple]:
+    stacks = [op for op in STACKS if not args.op or op in args.op]
+    return [(op, s, name) for op in stacks for s in DECODE for name in args.dtype or ["bfloat16"]]
+
+
+def overhead_cases(args: argparse.Namespace) -> list[tuple]:
+    return [("sublayer", shape, name) for shape in OVERHEAD for name in args.dtype or ["bfloat16"]]
+
+
+CASES = {"rows": table_cases, "sizes": sizes_cases, "decode": decode_cases}
+CASES |= {"overhead": overhead_cases}
+
+
+def directions(args: argparse.Namespace, section: str) -> list[str]:
+    """What is timed of each op that can."""
+    few = section != "rows" or not (kernel.backend() or args.verify)
+    return args.direction or (["forward"] if few else list(DIRECTIONS))
+
+
+def measure(args: argparse.Namespace, result: dict) -> None:
+    """Fills result, which is written after each figure."""
     mx.random.seed(0)
-    chosen, bench = cases(args), Bench(0.1 if args.quick else 0.5, args.peak_gbps)
+    chosen, bench = args.chosen, Bench(0.1 if args.quick else 0.5, args.peak_gbps)
     info = mx.device_info() if kernel.backend() else {}
-    result = {"device": info.get("device_name", "CPU"), "mlx": mx.__version__}
-    result |= {"date": datetime.date.today().isoformat()}
-    result |= {"command": shlex.join(["python", *sys.argv]), "copy_gbps": 0.0, "verified": []}
-    result |= {"rows": []} | {section: [] for section in chosen}
     kernels = kernel.backend() or "none here, so compiled against plain reference"
+    result |= {"device": info.get("device_name", "CPU")} | result
     print(f"{result['device']}, MLX {mx.__version__}, kernels: {kernels}")
-    if args.once:
-        for op, shape, name in itertools.chain.from_iterable(chosen.values()):
-            once(op, shape, name, args.direction or ["forward+backward"], args.threads)
-        return result
-    for section, each_case in chosen.items():
-        result["verified"] += verify(each_case, gradients=section == "rows")
-    worst = max((r["error"] for r in result["verified"]), default=0)
-    print(f"parity: {len(result['verified'])} cases, largest relative error {worst:.1e}")
-    failed = [(r["op"], r["dtype"], *r["shape"][1:]) for r in result["verified"] if not r["ok"]]
-    save(result, args.json)
-    if args.verify:
-        return result
     if not kernel.backend():
-        cpu_table(chosen.get("rows", []), bench)
-        return result
+        print(f"on a CPU, of each shape at most {REFERENCE_TOKENS} tokens")
+    result |= {section: [] for section in chosen if kernel.backend()}
+    if args.once:
+        for op, shape, name in chosen["rows"]:
+            once(op, shape, name, args.direction or ["forward+backward"], args.threads)
+        return
+    failed = set()
+    for section in chosen if not args.sweep else []:
+        for case in chosen[section]:
+            rows = verify(section, *case, directions(args, section), args.threads)
+            result["verified"] += rows
+            if not all(row["ok"] for row in rows):
+                failed.add((section, *case))
+            args.output.update(result)
+    if not args.sweep:
+        worst = max(r["error"] for r in result["verified"])
+        print(f"parity: {len(result['verified'])} cases, largest relative error {worst:.1e}")
+    if args.verify:
+        return
 
-    def made(op, shape, name):
-        """The rows of a case."""
-        if section == "decode":
+    def rows_of(section, op, shape, name):
+        if not kernel.backend():
+            for direction in directions(args, section):
+                yield reference_row(bench, op, direction, shape, name)
+        elif section == "decode":
             yield decode(bench, op, shape, name)
         elif section == "overhead":
             yield from overhead(bench, shape, name)
         elif args.sweep:
-            yield from sweep(bench, op, shape, name)
+            yield from sweep(bench, op, shape, name, result["verified"])
         else:
             baseline = args.baseline
             if baseline is None:
                 baseline = section == "rows" and op in BASELINE
-            usual = DIRECTIONS if section == "rows" else ("forward",)
-            for direction in args.direction or usual:
+            for direction in directions(args, section):
                 if direction != "backward" or not OPS[op].saves:
                     yield bench.row(op, direction, shape, name, args.threads, baseline)
 
     done, total = 0, sum(map(len, chosen.values()))
     for section in chosen:
-        for op, shape, name in chosen[section]:
-            if (op, name, *shape[1:]) in failed:
+        kept = result.setdefault(section if kernel.backend() else "reference", [])
+        for case in chosen[section]:
+            if (section, *case) in failed:
                 continue
-            for row in made(op, shape, name):
-                result[section].append(row)
+            for row in rows_of(section, *case):
+                kept.append(row)
                 result["copy_gbps"] = bench.copy_gbps
                 if not args.sweep:
                     print(show(row), flush=True)
-                save(result, args.json)
+                args.output.update(result)
             done += 1
             if sys.stderr.isatty():
                 print(f"\r{done}/{total}", end="\r", file=sys.stderr)
-    return result
+
+
+def empty_result(argv: list[str]) -> dict:
+    result = {"mlx": mx.__version__, "date": datetime.date.today().isoformat()}
+    result |= {"command": shlex.join(["python", "benchmark.py", *argv])}
+    return result | {"copy_gbps": 0.0, "verified": [], "rows": []}
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
-    if args.source or args.predict:
-        result = load(args.source) if args.source else {}
-    elif args.processes > 1:
-        result = repeat(args.processes, args.json)
+    wrong = []
+    if args.source is not None or args.predict:
+        result = args.result or {}
     else:
-        result = measure(args)
+        result = empty_result(argv)
+        try:
+            if args.processes > 1:
+                wrong += repeat(args, argv, result)
+            else:
+                measure(args, result)
+        except BaseException:
+            if result["verified"] and (lost := args.output.finish(result)):
+                print(lost, file=sys.stderr)
+            raise
+        lost = args.output.finish(result)
+        failed = [r for r in result["verified"] if not r["ok"]]
+        wrong += [lost] * bool(lost) + [f"parity fails: {failed}"] * bool(failed)
     if args.predict:
         print(predict(result))
-    if args.compare:
-        print(*compare(load(args.compare), result), sep="\n")
-    if args.plot and any(result.get(s) for s in ("rows", "sizes")):
+    if args.before:
+        print(*compare(args.before, result), sep="\n")
+    if args.plot and options.plotted(result):
         plot(result, args.plot)
-    failed = [r for r in result.get("verified", []) if not r["ok"]]
-    if failed and not args.source:
-        sys.exit(f"parity fails: {failed}")
+    if wrong:
+        sys.exit("\n".join(wrong))
 
 
-def repeat(processes: int, file: str | None) -> dict:
-    """Run this command in several processes and keep the median of each figure; the file is
+def repeat(args: argparse.Namespace, argv: list[str], result: dict) -> list[str]:
+    """Run this command in several processes and fill result with the median of each figure; it is
     written after each. The compiled reference is timed in the first only; ``spread`` is between
-    processes. Where CUDA_VISIBLE_DEVICES names several GPUs, so many run at once, one on each."""
-    mine = "--(processes|json|plot|compare)"
-    pairs = zip(["", *sys.argv], sys.argv, strict=False)
-    own = [a for last, a in pairs if not re.match(mine, a) and not re.fullmatch(mine, last)]
+    processes. Where CUDA_VISIBLE_DEVICES names several GPUs, so many run at once, one on each.
+
+    Returns:
+        What went wrong.
+    """
+    mine, this = "--(processes|json|plot|compare)", dict(result)
+    pairs = zip(["", *argv], argv, strict=False)
+    others = [a for last, a in pairs if not re.match(mine, a) and not re.fullmatch(mine, last)]
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    results, statuses, running = [], [], []
+    results, wrong, running = [], [], []
+    sections = options.sections(args)
+    times_reference = not args.sweep and ("rows" in sections or "sizes" in sections)
+    again = ["--no-baseline"] if times_reference and kernel.backend() else []
     with tempfile.TemporaryDirectory() as folder:
 
         def finish():
             k, process = running.pop(0)
-            statuses.append(process.wait())
-            results.append(load(f"{folder}/{k}.json"))
-            merged = merge(results) | {"command": shlex.join(["python", *sys.argv])}
-            save(merged, file)
-            return merged
+            if status := process.wait():
+                wrong.append(f"process {k} ended with status {status}")
+            try:
+                results.append(commands.read_checked(f"{folder}/{k}.json", "JSON", check_result))
+            except ValueError as error:
+                wrong.append(f"the result of process {k} {error}")
+                return
+            result.update(merge(results) | {k: this[k] for k in ("command", "date", "mlx")})
+            args.output.update(result)
 
-        for k in range(processes):
+        for k in range(args.processes):
             if len(running) == len(devices):
                 finish()
-            command = [sys.executable, *own, "--json", f"{folder}/{k}.json"]
-            command += ["--no-baseline"] * (k > 0)
+            command = [sys.executable, os.path.abspath(__file__), *others]
+            command += ["--json", f"{folder}/{k}.json", *again * (k > 0)]
             device = {"CUDA_VISIBLE_DEVICES": devices[k % len(devices)]} if any(devices) else {}
             running.append((k, subprocess.Popen(command, env=os.environ | device)))
         while running:
-            merged = finish()
-    print(f"medians of {processes} processes")
-    for row in (row for section in SECTIONS for row in merged.get(section, [])):
+            finish()
+    print(f"medians of {len(results)} processes")
+    for row in (row for section in SECTIONS for row in result.get(section, [])):
         print(show(row))
-    if any(statuses):
-        sys.exit(f"statuses of the processes: {statuses}")
-    return merged
-
-
-def cpu_table(chosen, bench: Bench) -> None:
-    for op, (B, n, C) in dict.fromkeys((op, (min(s[0], 256), *s[1:])) for op, s, _ in chosen):
-        arrays = make_inputs(op, (B, n, C), mx.float32)
-        mx.eval(arrays)
-        f = function(reference, op)
-        times = race(bench.budget, (f, [arrays]), (mx.compile(f), [arrays]))
-        plain, fast = map(statistics.median, times)
-        print(
-            f"{op:24} {B, n, C} plain {plain * 1e6:9.1f} us, compiled {fast * 1e6:9.1f} us",
-            flush=True,
-        )
+    return wrong
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """A result, which --json keeps: its rows as text, and what reads it."""
 
-import json
 import statistics
 
 import mlx.core as mx
 
-from benchmarks.ops import LARGE, TARGETS, mandatory_bytes
+from benchmarks.ops import DIRECTIONS, DTYPES, LARGE, TARGETS, mandatory_bytes
 
-SECTIONS = ("rows", "sizes", "decode", "overhead")
+SECTIONS = ("rows", "sizes", "decode", "overhead", "reference")  # the last: without a GPU
 
 
 def show(row: dict) -> str:
@@ -34,15 +33,62 @@ def show(row: dict) -> str:
     return text
 
 
-def save(result: dict, file: str | None) -> None:
-    if file:
-        with open(file, "w") as f:
-            json.dump(result, f, indent=1)
+def _number(value, least: float = 0.0) -> bool:
+    return type(value) in (int, float) and least <= value < 1e300
 
 
-def load(file: str) -> dict:
-    with open(file) as f:
-        return json.load(f)
+def _check_row(section: str, row) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"its {section} has {row!r}, which is no row")
+    shape, threads = row.get("shape"), row.get("threads_per_group", "")
+    right = {
+        "op": isinstance(row.get("op"), str),
+        "direction": row.get("direction") in DIRECTIONS,
+        "dtype": isinstance(row.get("dtype"), str) and row["dtype"] in DTYPES,
+        "shape": isinstance(shape, list)
+        and [type(k) is int and k > 0 for k in shape] == [True] * 3,
+        "us": _number(row.get("us"), 1e-9),
+        "spread": _number(row.get("spread")),
+        "threads_per_group": threads is None or type(threads) is int,
+        "vec": row.get("vec") is None or type(row["vec"]) is int,
+        "speedup_vs_compiled": row.get("speedup_vs_compiled", "") is None
+        or _number(row.get("speedup_vs_compiled"), 1e-9),
+    }
+    if section in ("rows", "sizes"):
+        right |= {k: _number(row.get(k), 1e-9) for k in ("gbps", "percent_of_copy")}
+    for key, fits in right.items():
+        if not fits:
+            got = f"is {row[key]!r}" if key in row else "is missing"
+            raise ValueError(f"{key} {got} in a row of its {section}")
+
+
+def check_result(result) -> None:
+    """Of what --json writes.
+
+    Raises:
+        ValueError: Why it is no such result.
+    """
+    if not isinstance(result, dict):
+        raise ValueError(f"it holds {type(result).__name__}, not an object")
+    for key in ("device", "mlx", "date", "command"):
+        if not isinstance(result.get(key), str):
+            raise ValueError(f"its {key} is {'no string' if key in result else 'missing'}")
+    for key in ("verified", *SECTIONS):
+        if not isinstance(result.get(key, [] if key in SECTIONS[1:] else None), list):
+            raise ValueError(f"its {key} is {'no list' if key in result else 'missing'}")
+    found = set()
+    for section in SECTIONS:
+        for row in result.get(section, []):
+            _check_row(section, row)
+            if label(section, row) in found:
+                raise ValueError(f"it has {label(section, row)} twice")
+            found.add(label(section, row))
+
+
+def check_figures(result) -> None:
+    check_result(result)
+    if not any(result.get(section) for section in SECTIONS):
+        raise ValueError("it has no figures")
 
 
 def label(section: str, row: dict) -> str:
@@ -51,16 +97,32 @@ def label(section: str, row: dict) -> str:
     return " ".join([*given, f"({section})" if section != "rows" else ""]).strip()
 
 
+def _worst(results: list[dict]) -> list[dict]:
+    """Each case's parity in the process where its error was largest, or not finite."""
+    worst: dict[str, dict] = {}
+    for row in (row for result in results for row in result["verified"]):
+        key = label("verified", row)
+        if key not in worst or _error(row) > _error(worst[key]):
+            worst[key] = row
+    return list(worst.values())
+
+
+def _error(row: dict) -> float:
+    return float(row["error"])  # JSON has "inf" for an infinite one
+
+
 def merge(results: list[dict]) -> dict:
-    """The first process's result with the medians of all."""
-    merged = results[0] | {"processes": len(results)}
+    """The first process's result with the medians of all, the best copy and the worst parity."""
+    merged = results[0] | {"processes": len(results), "verified": _worst(results)}
+    merged["copy_gbps"] = max(result["copy_gbps"] for result in results)
+    figures = ("gbps", "percent_of_copy", "percent_of_peak")
     for section in [s for s in SECTIONS if s in results[0]]:
         found: dict[str, list[dict]] = {}
         for row in (row for result in results for row in result[section]):
             found.setdefault(label(section, row), []).append(row)
         merged[section] = []
         for rows in found.values():
-            times = [k for k in rows[0] if k.endswith("us") or k in ("gbps", "percent_of_copy")]
+            times = [k for k in rows[0] if k.endswith("us") or k in figures]
             row = rows[0] | {k: statistics.median(r[k] for r in rows) for k in times}
             if len(rows) > 1:
                 most, least = (f(r["us"] for r in rows) for f in (max, min))

@@ -10,14 +10,15 @@ import mlx.core as mx
 
 from benchmarks.ops import several
 from mhc_mlx import kernel
+from mhc_mlx.commands import memory
 
-CACHE = 256 << 20  # input sets together exceed this many bytes: several times any L2
+CACHE = 256 << 20  # input sets together reach this many bytes: several times any L2
+MOST_SETS = 32  # of small inputs, whose time is MLX's and not the memory's
 
 
 def room() -> int:
     """Bytes that one kind of array may take: a fifth of the memory."""
-    info = mx.device_info() if kernel.backend() else {}
-    return info.get("memory_size", info.get("total_memory", 64 << 30)) // 5
+    return memory() // 5
 
 
 def race(budget: float, *contestants: tuple) -> list[list[float]]:
@@ -46,22 +47,23 @@ def race(budget: float, *contestants: tuple) -> list[list[float]]:
     return times
 
 
-def directed(f, direction: str, arrays: int):
-    """f, its gradients, or both, as one compiled function of the arrays and the cotangents."""
+def directed(f, direction: str, arrays: int, compiled: bool = True):
+    """f, its gradients, or both, as one function, compiled, of the arrays and the cotangents."""
+    wrap = mx.compile if compiled else lambda f: f
     if direction == "forward":
-        return mx.compile(lambda *a: f(*a[:arrays]))
+        return wrap(lambda *a: f(*a[:arrays]))
 
     def both(*a):
         outputs, gradients = mx.vjp(f, list(a[:arrays]), list(a[arrays:]))
         return gradients if direction == "backward" else outputs + gradients
 
-    return mx.compile(both)
+    return wrap(both)
 
 
 def input_sets(make) -> list[list[mx.array]]:
-    """Input sets that together exceed any cache."""
+    """Two input sets or more, until together they reach CACHE or there are MOST_SETS."""
     sets = []
-    while not sets or len(sets) < max(2, min(32, CACHE // sum(a.nbytes for a in sets[0]))):
+    while len(sets) < 2 or len(sets) < min(MOST_SETS, CACHE / sum(a.nbytes for a in sets[0])):
         sets.append(make())
         mx.eval(sets[-1])
     return sets

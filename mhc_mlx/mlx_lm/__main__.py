@@ -1,7 +1,7 @@
 """``python -m mhc_mlx.mlx_lm``: patch a model, check it, time it."""
 
 import argparse
-import json
+import functools
 import shlex
 import sys
 import time
@@ -12,9 +12,10 @@ import mlx.nn as nn
 import mlx_lm
 from mlx.utils import tree_map_with_path
 
+from ..commands import Output, memory, read
 from .check import check
 from .patch import patch
-from .sites import stock
+from .sites import MODELS, stock
 from .times import bench, bench_sites, machine, random_sites
 
 
@@ -54,11 +55,61 @@ def _random_model(d: int, layers: int) -> nn.Module:
     return model.eval()
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """``python -m mhc_mlx.mlx_lm``."""
+COMMAND = "python -m mhc_mlx.mlx_lm"
+
+
+def _check_report(report) -> None:
+    """Of what --json writes."""
+    if not isinstance(report, dict):
+        raise ValueError(f"it holds {type(report).__name__}, not an object")
+    for key in ("command", "device", "mlx", "mlx-lm", "date"):
+        if not isinstance(report.get(key), str):
+            raise ValueError(f"its {key} is {'no string' if key in report else 'missing'}")
+    if not report["command"].startswith(COMMAND):
+        raise ValueError(f"its command is {report['command']}")
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdecimal() and len(part) < 12 and int(part) > 0 for part in parts):
+        must = "be positive numbers with commas between"
+        raise ValueError(f"{option} must {must} but is {text!r}")
+    numbers = [int(part) for part in parts]
+    if len(set(numbers)) < len(numbers) and option != "--random":
+        raise ValueError(f"{option} must be numbers that differ but is {text!r}")
+    return numbers
+
+
+def _check_tokens(tokens: tuple[int, ...], d: int) -> None:
+    """Of 4 streams, mlx-lm makes some 16 arrays like x in float32, and 4 more for each stream."""
+    need, have = 4 * 4 * d * 32 * max(tokens), memory()
+    if need > have:
+        got = f"{max(tokens)} of d = {d} need {need / 2**30:.1f} of its {have / 2**30:.1f} GiB"
+        raise ValueError(f"--tokens must fit in the device's memory but {got}")
+
+
+def _check_folder(model: str) -> None:
+    """A folder holds a model of the right kind, before its weights are read."""
+    path = Path(model)
+    if not model or path.is_file():
+        raise ValueError(f"--model must be a folder or a name but is {model or 'empty'}")
+    if path.is_dir():
+        try:
+            config = read(str(path / "config.json"))
+        except ValueError as error:
+            raise ValueError(f"--model must be a model's folder: its config.json {error}") from None
+        kind = config.get("model_type") if isinstance(config, dict) else None
+        if kind != "deepseek_v41":
+            raise ValueError(f"--model must be a {MODELS} but {model} is {kind}")
+    elif model.startswith(("/", ".", "~")):
+        raise ValueError(f"--model must be a folder that exists but is {model}")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """The options, checked; what they name as sizes, tokens, output."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
-        prog="python -m mhc_mlx.mlx_lm",
+        prog=COMMAND,
         description="Patch a DeepSeek V4.1 of mlx-lm, check it against float64, and time it.",
     )
     what = parser.add_mutually_exclusive_group(required=True)
@@ -69,48 +120,89 @@ def main(argv: list[str] | None = None) -> dict:
     part.add_argument("--check", action="store_true", help="errors and times of each site, alone")
     part.add_argument("--bench", action="store_true", help="prefill and decode, alone")
     parser.add_argument("--no-verify", action="store_true", help="patch(verify=False)")
-    parser.add_argument(
-        "--tokens", default=None, metavar="L[,L...]", help="numbers of tokens to time"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write what is printed, as data")
-    given = parser.parse_args(argv)
-
-    def numbers(option: str, text: str) -> list[int]:
-        parts = text.split(",")
-        if not all(part.isdecimal() and int(part) > 0 for part in parts):
-            parser.error(f"{option} must be positive numbers with commas between but is {text!r}")
-        return [int(part) for part in parts]
-
-    if given.json and not Path(given.json).parent.is_dir():
-        parser.error(f"--json must be in a folder that exists but is {given.json}")
-    tokens = None if given.tokens is None else tuple(numbers("--tokens", given.tokens))
-    if given.sites and (given.check or given.bench or given.no_verify):
-        parser.error("--check, --bench and --no-verify are of a model: they go not with --sites")
-    command = shlex.join(["python", "-m", "mhc_mlx.mlx_lm", *(argv or sys.argv[1:])])
-    report = {"command": command, **machine()}
-    if given.sites:
-        sizes = numbers("--sites", given.sites)
-        report["per sublayer"] = [bench_sites(d, tokens or (1, 8, 512, 2048)) for d in sizes]
-    else:
-        if given.model:
-            model = mlx_lm.load(given.model)[0]
+    parser.add_argument("--tokens", metavar="L[,L...]", help="numbers of tokens to time")
+    parser.add_argument("--json", metavar="FILE", help="new, or an earlier one: what is printed")
+    args = parser.parse_args(argv)
+    args.error = parser.error
+    try:
+        tokens = None if args.tokens is None else _numbers("--tokens", args.tokens)
+        args.lengths, args.sizes = tokens and tuple(tokens), [1]
+        if args.sites is not None:
+            if args.check or args.bench or args.no_verify:
+                must = "are of a model: they go not with --sites"
+                raise ValueError(f"--check, --bench and --no-verify {must}")
+            args.sizes = _numbers("--sites", args.sites)
+        elif args.random is not None:
+            args.sizes = _numbers("--random", args.random)
+            if len(args.sizes) > 2:
+                raise ValueError(f"--random must be D or D,LAYERS but is {args.random}")
+            if args.sizes[0] % 32:
+                raise ValueError(f"--random must have D a multiple of 32 but has {args.sizes[0]}")
         else:
-            d, layers, *more = *numbers("--random", given.random), 3
-            if len(more) > 1:
-                parser.error(f"--random must be D or D,LAYERS but is {given.random}")
-            if d % 32:
-                parser.error(f"--random must have D a multiple of 32 but has {d}")
-            model = _random_model(d, layers)
-        start = time.perf_counter()
-        patch(model, verify=not given.no_verify)
-        print(f"patched in {time.perf_counter() - start:.1f} s", flush=True)
-        if not given.bench:
-            report["check"] = check(model, times=tokens or (1, 512))
-        if not given.check:
-            report["bench"] = bench(model, tokens or (512, 2048))
-    if given.json:
-        with open(given.json, "w") as file:
-            json.dump(report, file, indent=1)
+            _check_folder(args.model)
+        largest = max(args.sizes) if args.sites is not None else args.sizes[0]
+        _check_tokens(args.lengths or (2048,), largest)
+        try:
+            args.output = Output(args.json, f"a report of {COMMAND}", _check_report)
+        except ValueError as error:
+            raise ValueError(f"--json {error}") from None
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def _load(args: argparse.Namespace) -> nn.Module:
+    if args.random is not None:
+        d, layers = (*args.sizes, 3)[:2]
+        return _random_model(d, layers)
+    try:
+        return mlx_lm.load(args.model)[0]
+    except (OSError, ValueError) as error:
+        args.error(f"--model must be what mlx_lm.load takes but is {args.model}: {error}")
+
+
+def _measures(args: argparse.Namespace):
+    """(name in the report, what measures it) of each part."""
+    if args.sites is not None:
+        for d in args.sizes:
+            yield (
+                "per sublayer",
+                functools.partial(bench_sites, d, args.lengths or (1, 8, 512, 2048)),
+            )
+        return
+    model = _load(args)
+    start = time.perf_counter()
+    patch(model, verify=not args.no_verify)
+    print(f"patched in {time.perf_counter() - start:.1f} s", flush=True)
+    if not args.bench:
+        yield "check", functools.partial(check, model, times=args.lengths or (1, 512))
+    if not args.check:
+        yield "bench", functools.partial(bench, model, args.lengths or (512, 2048))
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """``python -m mhc_mlx.mlx_lm``."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parse(argv)
+    report = {"command": f"{COMMAND} {shlex.join(argv)}", **machine()}
+    several = {"per sublayer": []} if args.sites is not None else {}
+    report |= several
+    try:
+        for name, run in _measures(args):
+            if name in several:
+                several[name].append(run())
+            else:
+                report[name] = run()
+            args.output.update(report)
+    except BaseException:
+        if len(report) > 6 and (lost := args.output.finish(report)):
+            print(lost, file=sys.stderr)
+        raise
+    wrong = [lost] if (lost := args.output.finish(report)) else []
+    failed = [str(part["d"]) for part in report.get("per sublayer", []) if not part["ok"]]
+    wrong += [f"parity fails: d = {', '.join(failed)}"] * bool(failed)
+    if wrong:
+        sys.exit("\n".join(wrong))
     return report
 
 

@@ -1,0 +1,204 @@
+"""The options of benchmark.py, and which go together: what would do nothing is refused."""
+
+import argparse
+import importlib.util
+import math
+import os
+import re
+
+from benchmarks.ops import DIRECTIONS, DTYPES, OPS
+from benchmarks.results import check_figures, check_result
+from mhc_mlx import kernel
+from mhc_mlx.commands import Output, read_checked
+from mhc_mlx.ops import MAX_STREAMS, check_threads
+
+RESULT = "a result of benchmark.py"
+PICTURES = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
+MODES = ("sizes", "decode", "overhead")  # beside the table, "rows"
+# Options that change a command, and the others that each of them takes. Without one of these
+# commands figures are timed.
+COMMANDS = {
+    "verify": {"op", "shape", "dtype", "preset", "direction", "threads", "json", "all", *MODES},
+    "once": {"op", "shape", "dtype", "preset", "direction", "threads"},
+    "sweep": {
+        *("op", "shape", "dtype", "preset", "quick", "json", "processes"),
+        *("compare", "plot", "peak_gbps"),
+    },
+    "source": {"compare", "plot", "predict"},
+    "predict": {"source", "compare", "plot"},
+}
+# Options that not every section takes, and the sections that do.
+SECTIONS_OF = {
+    "op": ("rows", "sizes", "decode"),
+    "shape": ("rows",),
+    "preset": ("rows",),
+    "direction": ("rows", "sizes"),
+    "threads": ("rows", "sizes"),
+}
+SECTIONS_OF |= dict.fromkeys(("baseline", "plot", "peak_gbps"), ("rows", "sizes"))
+# Those that one section of several is enough for: with --all they are of the table and the sizes.
+ONE_IS_ENOUGH = ("baseline", "plot", "peak_gbps")
+ON_A_GPU = (*MODES, "all", "sweep", "once", "threads", "baseline", "peak_gbps", "plot")
+
+
+def option(name: str) -> str:
+    return {"source": "--from"}.get(name, f"--{name.replace('_', '-')}")
+
+
+def parser(description: str, presets) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py",
+        allow_abbrev=False,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--op", action="append", choices=sorted(OPS), help="repeatable; all by default")
+    add("--shape", action="append", metavar="B,n,C", help="repeatable; of the table")
+    add("--dtype", action="append", choices=sorted(DTYPES), help="repeatable; bfloat16 and float32")
+    add("--direction", action="append", choices=DIRECTIONS, help="repeatable; all by default")
+    add("--preset", choices=sorted(presets))
+    add("--sizes", action="store_true", help="percent of copy from 1 to 65536 tokens")
+    add("--decode", action="store_true", help="a sublayer at 1 to 16 tokens, and its dispatches")
+    add("--overhead", action="store_true", help="MLX's and Python's time per call of a layer")
+    add("--all", action="store_true", help="the table and these three")
+    add("--sweep", action="store_true", help="threads per group x vector width of each --op")
+    add("--threads", type=int, help="threads_per_group for every op, 32 to 1024 by 32")
+    add("--verify", action="store_true", help="parity only")
+    add("--once", action="store_true", help="each call twice, nothing timed: for a profiler")
+    add(
+        "--baseline",
+        action=argparse.BooleanOptionalAction,
+        help="time the compiled reference too; by default of the ops in BASELINE",
+    )
+    add("--processes", type=int, help="medians over this many processes")
+    add("--quick", action="store_true", help="shorter runs")
+    add("--json", metavar="FILE", help="written after each figure: new, or an earlier result")
+    add("--plot", metavar="FILE", help="a .png, .pdf or .svg; needs matplotlib")
+    add("--compare", metavar="FILE", help="the change against an earlier --json")
+    add("--predict", action="store_true", help="expected times on Apple GPUs, in Markdown")
+    add("--from", dest="source", metavar="FILE", help="run nothing, read this --json")
+    add("--peak-gbps", type=float, help="adds percent of this peak")
+    return parser
+
+
+def sections(args: argparse.Namespace) -> list[str]:
+    modes = [m for m in MODES if args.all or getattr(args, m)]
+    return ["rows", *modes] if args.all or not modes else modes
+
+
+def check_values(args: argparse.Namespace) -> None:
+    for name in ("op", "shape", "dtype", "direction"):
+        values = getattr(args, name) or []
+        for value in values:
+            if values.count(value) > 1:
+                raise ValueError(f"{option(name)} {value} must be given once but is given twice")
+    for shape in args.shape or []:
+        if not re.fullmatch(r"[1-9][0-9]{0,9}(,[1-9][0-9]{0,9}){2}", shape):
+            raise ValueError(f"--shape must be three positive numbers B,n,C but is {shape}")
+        if int(shape.split(",")[1]) > MAX_STREAMS:
+            raise ValueError(f"--shape must have n at most {MAX_STREAMS} but is {shape}")
+        if math.prod(map(int, shape.split(","))) >= 2**31:  # MLX's random numbers end there
+            raise ValueError(f"--shape must have fewer than 2**31 elements but is {shape}")
+    if args.processes is not None and args.processes < 1:
+        raise ValueError(f"--processes must be at least 1 but is {args.processes}")
+    if args.peak_gbps is not None and not 0 < args.peak_gbps < math.inf:
+        raise ValueError(f"--peak-gbps must be positive and finite but is {args.peak_gbps}")
+    try:
+        check_threads("benchmark", args.threads)
+    except ValueError:
+        message = f"--threads must be a multiple of 32 from 32 to 1024 but is {args.threads}"
+        raise ValueError(message) from None
+
+
+def check_combination(args: argparse.Namespace) -> None:
+    # By type, because 0 is given too where None and False are not.
+    given = [k for k, v in vars(args).items() if v is not None and v is not False]
+    if args.baseline is False:
+        given.append("baseline")
+    for command, takes in COMMANDS.items():
+        for name in given:
+            if command in given and name != command and name not in takes:
+                raise ValueError(f"{option(name)} does nothing with {option(command)}")
+    if args.all:
+        for mode in MODES:
+            if mode in given:
+                raise ValueError(f"--{mode} does nothing with --all, which has it")
+    reads = args.source is not None
+    if reads and args.compare is None and args.plot is None and not args.predict:
+        raise ValueError("--from must come with --compare, --plot or --predict")
+    if args.predict and not reads and (args.compare is not None or args.plot is not None):
+        raise ValueError("--predict must come with --from where --compare or --plot do")
+    if args.sweep and not args.op:
+        raise ValueError("--sweep must come with --op: it tries many variants of each")
+    if args.preset and args.shape:
+        raise ValueError("--preset does nothing with --shape")
+    if reads or args.predict:
+        return
+    chosen = sections(args)
+    for name, takers in SECTIONS_OF.items():
+        others = [s for s in chosen if s not in takers]
+        if name in given and others and (name not in ONE_IS_ENOUGH or others == chosen):
+            raise ValueError(f"{option(name)} does nothing with --{others[0]}")
+    if not kernel.backend():
+        for name in given:
+            if name in ON_A_GPU:
+                raise ValueError(
+                    f"{option(name)} needs kernels, by Metal or CUDA, and this machine has none: "
+                    "here run --verify, or the plain reference beside the compiled one"
+                )
+
+
+def check_plot(file: str, inputs: list[str]) -> None:
+    kind = os.path.splitext(file)[1]
+    if kind not in PICTURES:
+        raise ValueError(f"--plot must be a .png, .pdf or .svg but is {file or 'empty'}")
+    if not os.path.isdir(os.path.dirname(file) or "."):
+        raise ValueError(f"--plot must be in a folder that exists but is {file}")
+    if os.path.lexists(file) and not os.path.isfile(file):
+        raise ValueError(f"--plot must be a file but is {file}")
+    if any(os.path.realpath(file) == os.path.realpath(other) for other in inputs):
+        raise ValueError(f"--plot must be a file of its own but is {file}")
+    try:
+        new = not os.path.exists(file)
+        with open(file, "ab") as f:
+            empty = f.tell() == 0
+        if new:
+            os.remove(file)
+        if not empty:
+            with open(file, "rb") as f:
+                if not f.read(8).startswith(PICTURES[kind]):
+                    raise ValueError(f"--plot must be new or a {kind} picture but is {file}")
+    except OSError as error:
+        raise ValueError(
+            f"--plot must be a file that can be written but is {file}: {error}"
+        ) from None
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot must have matplotlib, which is not installed: pip install it")
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Read the results that are read, into before and result; open what is written as output."""
+    args.before = args.result = None
+    for name, field in (("source", "result"), ("compare", "before")):
+        file = getattr(args, name)
+        if file is not None:
+            try:
+                setattr(args, field, read_checked(file, f"{RESULT} with figures", check_figures))
+            except ValueError as error:
+                raise ValueError(f"{option(name)} {error}") from None
+    if args.result and args.plot is not None and not plotted(args.result):
+        raise ValueError(f"--from must have rows or sizes for --plot but is {args.source}")
+    if args.result and args.predict and not args.result["rows"]:
+        raise ValueError(f"--from must have rows for --predict but is {args.source}")
+    if args.plot is not None:
+        files = [args.source, args.compare, args.json]
+        check_plot(args.plot, [file for file in files if file])
+    try:
+        args.output = Output(args.json, RESULT, check_result)
+    except ValueError as error:
+        raise ValueError(f"--json {error}") from None
+
+
+def plotted(result: dict) -> bool:
+    return any(result.get(section) for section in ("rows", "sizes"))
