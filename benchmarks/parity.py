@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from benchmarks.ops import OPS, function, make_inputs, mandatory_bytes, random_like, several
 from benchmarks.timing import directed, memory
-from mhc_mlx import ops, reference
+from mhc_mlx import kernel, ops, reference
 
 BOUNDS = {mx.float32: 3e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
 CHUNK_BYTES = 1 << 30  # of the reference's temporaries at once
@@ -45,12 +45,14 @@ def chunk(op: str, n: int, C: int) -> int:
 
 
 def needed_bytes(op: str, shape: tuple[int, int, int], dtype: mx.Dtype) -> int:
-    """Memory of a check with gradients: x drawn in float32, two results each, of all tokens; phi
-    and its gradients; the reference's chunk."""
+    """Memory of a check with gradients: x drawn in float32, and two results each, of all tokens; up
+    to 20 arrays like phi, whose gradient comes row by row (measured); and the reference's chunk, of
+    all tokens where it is what is checked."""
     B, n, C = shape
     phi = 4 * n * C * (2 * n + n * n) if OPS[op].saves else 0
     both = mandatory_bytes(op, "forward+backward", shape, dtype)
-    return 4 * B * n * C + 2 * both + 6 * phi + min(B, chunk(op, n, C)) * reference_bytes(op, n, C)
+    held = min(B, chunk(op, n, C)) if kernel.backend() else B
+    return 4 * B * n * C + 2 * both + 20 * phi + held * reference_bytes(op, n, C)
 
 
 def per_token(op: str, n: int, C: int, dtype: mx.Dtype) -> list[bool]:

@@ -1,9 +1,9 @@
 """benchmark.py's bytes, modes and counters, its JSON, and what reads it."""
 
+import functools
 import json
 import math
-import subprocess
-import sys
+import types
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +15,14 @@ from conftest import executor
 
 import benchmark
 from benchmarks import ops as timed
+from benchmarks import parity as parities
 from benchmarks import timing
+from benchmarks.parity import worst_error
 from benchmarks.results import SECTIONS, predicted_us
-from mhc_mlx import DEEPSEEK_V4, kernel, ops
+from mhc_mlx import DEEPSEEK_V4, kernel, ops, reference
 
 ROOT = Path(__file__).parent.parent
+Bench = benchmark.Bench
 ROWS = {  # forward, backward at n = 4
     "mhc_static": (8, 12),
     "mhc_layer": (8, 12),
@@ -45,30 +48,52 @@ def figure(**fields) -> dict:
     return row | {"speedup_vs_compiled": None, "threads_per_group": None} | fields
 
 
+RESULT = {"device": "some GPU", "mlx": "0.32.4", "date": "2026-11-22", "command": "python b.py"}
+RESULT |= {"copy_gbps": 1.0, "verified": [], "rows": []}
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """MLX compiles by the C++ compiler on a CPU: seconds."""
+    monkeypatch.setattr(mx, "compile", lambda f: f)
+
+
+def small(monkeypatch, iters: int = 2) -> None:
+    """Runs of a moment."""
+    values = {"GRID": {2: (8,)}, "TOKENS": [1, 4], "DECODE": [(2, 2, 8)], "OVERHEAD": [(1, 2, 8)]}
+    for name, value in (values | {"LAYERS": 3, "PLAIN_LAYERS": 2}).items():
+        monkeypatch.setattr(benchmark, name, value)
+    monkeypatch.setattr(timing, "CACHE", 1)
+    for module in (benchmark, timing):
+        monkeypatch.setattr(module, "room", lambda: 1 << 20)
+    for module in (benchmark, timed):
+        monkeypatch.setattr(module, "DEEPSEEK_V4", replace(DEEPSEEK_V4, iters=iters))
+    usual = benchmark.Bench
+    monkeypatch.setattr(benchmark, "Bench", lambda budget, peak: usual(budget / 50, peak))
+
+
 def test_mandatory_bytes():
     rows, shape = 16384 * 1024 * 2, (16384, 4, 1024)  # one row of C per token in bfloat16
     assert ROWS.keys() == timed.OPS.keys() - {"sinkhorn_knopp"}
     for op, (forward, backward) in ROWS.items():
         got = [timed.mandatory_bytes(op, d, shape, mx.bfloat16) for d in timed.DIRECTIONS]
         assert got == [forward * rows, backward * rows, (forward + backward) * rows]
-    matrices = ("sinkhorn_knopp", "forward+backward", (10, 4, 4), mx.float32)
-    assert timed.mandatory_bytes(*matrices) == 160 * (8 + 12)
+    assert timed.mandatory_bytes("mhc_pre", "backward", (7, 8, 24), mx.float32) == 25 * 7 * 24 * 4
+    for dtype, each in ((mx.float32, (8, 12, 20)), (mx.bfloat16, (6, 8, 14))):
+        matrices = [("sinkhorn_knopp", d, (10, 4, 4), dtype) for d in timed.DIRECTIONS]
+        assert [timed.mandatory_bytes(*m) for m in matrices] == [160 * size for size in each]
 
 
-@pytest.mark.parametrize("op", timed.OPS)
-def test_ops_of_both_modules_agree(op):
-    """Every op takes its inputs, and a cotangent for each result."""
-    arrays = timed.make_inputs(op, (3, 4, 4), mx.float32)
-    with executor("stand-in"):
-        assert benchmark.worst_error(op, arrays, gradients=True) < 3e-5
+def test_modes(monkeypatch):
+    monkeypatch.setattr(kernel, "backend", lambda: "metal")
+    for module in (benchmark, timing):
+        monkeypatch.setattr(module, "memory", lambda: 1 << 36)
 
-
-def test_modes():
     def chosen(*argv):
         return benchmark.cases(benchmark.parse(argv))
 
     assert list(chosen()) == list(chosen("--op", "mhc_pre", "--sweep")) == ["rows"]
-    assert list(chosen("--all")) == list(SECTIONS)
+    assert list(chosen("--all")) == list(SECTIONS[:4])
     assert list(chosen("--decode", "--sizes")) == ["sizes", "decode"]
     table = chosen()["rows"]
     assert {op for op, _, _ in table} == set(timed.OPS)
@@ -86,18 +111,16 @@ def test_modes():
 
 
 def test_verify_writes_json(tmp_path):
-    command = [sys.executable, "benchmark.py", "--verify", "--shape", "3,4,4", "--json"]
-    subprocess.run([*command, str(tmp_path / "a.json")], cwd=ROOT, check=True, capture_output=True)
+    benchmark.main(["--verify", "--shape", "3,4,4", "--json", str(tmp_path / "a.json")])
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["mlx"] == mx.__version__ and result["rows"] == []
     assert all(r["ok"] and r["error"] < 1 for r in result["verified"])
+    assert all(r["direction"] == "forward+backward" for r in result["verified"])
     assert {r["op"] for r in result["verified"]} == set(benchmark.DEFAULT)
 
 
 def test_once_launches_what_it_names_twice(monkeypatch):
-    args = benchmark.parse(
-        ["--once", "--op", "mhc_seam", "--shape", "5,4,64", "--dtype", "float32"]
-    )
+    argv = ["--once", "--op", "mhc_seam", "--shape", "5,4,64", "--dtype", "float32"]
     calls = []
     with executor("stand-in"), monkeypatch.context() as patch:
         launch = kernel.launch
@@ -109,15 +132,14 @@ def test_once_launches_what_it_names_twice(monkeypatch):
         patch.setattr(kernel, "launch", counted)
         patch.setattr(mx, "compile", lambda f: f)
         patch.setattr(benchmark, "race", None)  # nothing is timed
-        assert benchmark.measure(args)["rows"] == []
+        benchmark.main(argv)
     assert Counter(calls) == {"mhc_seam": 2, "mhc_seam_backward": 2, "sum_partials": 2}
 
 
 def test_what_fails_parity_is_not_timed(tmp_path, monkeypatch):
     plain = ops.mhc_head
     monkeypatch.setattr(ops, "mhc_head", lambda *a, **options: 1.1 * plain(*a, **options))
-    for module in (benchmark, timing):
-        monkeypatch.setattr(module, "room", lambda: 1 << 20)
+    small(monkeypatch)
     argv = ["--quick", "--no-baseline", "--shape", "3,4,4", "--direction", "forward"]
     argv += ["--op", "mhc_head", "--op", "stream_aggregate", "--json", str(tmp_path / "a.json")]
     with executor("stand-in"), pytest.raises(SystemExit, match="parity fails.*mhc_head"):
@@ -131,17 +153,7 @@ def test_what_fails_parity_is_not_timed(tmp_path, monkeypatch):
 
 
 def test_every_mode_writes_its_section(tmp_path, monkeypatch):
-    small = {"GRID": {2: (8,)}, "TOKENS": [1, 4], "DECODE": [(2, 2, 8)], "OVERHEAD": [(1, 2, 8)]}
-    small |= {"LAYERS": 3, "PLAIN_LAYERS": 2}
-    for name, value in small.items():
-        monkeypatch.setattr(benchmark, name, value)
-    monkeypatch.setattr(timing, "CACHE", 1)
-    for module in (benchmark, timing):
-        monkeypatch.setattr(module, "room", lambda: 1 << 20)
-    for module in (benchmark, timed):
-        monkeypatch.setattr(module, "DEEPSEEK_V4", replace(DEEPSEEK_V4, iters=2))
-    usual = benchmark.Bench
-    monkeypatch.setattr(benchmark, "Bench", lambda budget, peak: usual(budget / 50, peak))
+    small(monkeypatch)
     file = tmp_path / "a.json"
     with executor("stand-in"):
         benchmark.main(["--quick", "--sizes", "--decode", "--overhead", "--json", str(file)])
@@ -198,10 +210,13 @@ def test_medians_over_processes(devices, tmp_path, monkeypatch):
         def __init__(self, command, env):
             us = next(times)
             row = figure(us=us, gbps=1 / us, percent_of_copy=us, speedup_vs_compiled=2.0)
+            row |= {"percent_of_peak": us}
             slow = figure(op="decode", us=us, plain_us=8 * us, speedup_vs_compiled=8.0)
             assert "--plot" not in command and "x.png" not in command
             assert ("--no-baseline" in command) == bool(given)
-            result = {"rows": [row], "decode": [slow], "verified": []}
+            case = {"op": "mhc_pre", "error": us, "ok": us < 25}
+            result = RESULT | {"rows": [row], "decode": [slow], "verified": [case]}
+            result |= {"copy_gbps": us}
             Path(command[command.index("--json") + 1]).write_text(json.dumps(result))
             given.append(env.get("CUDA_VISIBLE_DEVICES"))
             running.append(self)
@@ -212,23 +227,28 @@ def test_medians_over_processes(devices, tmp_path, monkeypatch):
             return 0
 
     monkeypatch.setattr(benchmark.subprocess, "Popen", Process)
-    argv = ["benchmark.py", "--processes", "3", "--json", "x.json", "--plot", "x.png", "--quick"]
-    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("matplotlib")
+    argv = ["--processes", "3", "--json", "all.json", "--plot", "x.png", "--quick"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if devices:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
-    benchmark.repeat(3, str(tmp_path / "all.json"))
+    with executor("stand-in"), pytest.raises(SystemExit, match="parity fails.*'error': 30.0"):
+        benchmark.main(argv)
+    assert (tmp_path / "x.png").exists()
     assert given == (["4", "5", "4"] if devices else [None] * 3)
     result = json.loads((tmp_path / "all.json").read_text())
     (row,), (slow,) = result["rows"], result["decode"]
+    assert result["copy_gbps"] == 30.0 and result["verified"][0]["error"] == 30.0
+    assert (row["percent_of_copy"], row["percent_of_peak"], row["gbps"]) == (20.0, 20.0, 1 / 20)
     assert (row["us"], row["spread"], row["speedup_vs_compiled"]) == (20.0, 1.0, 3.0)
     assert (slow["us"], slow["plain_us"], slow["speedup_vs_compiled"]) == (20.0, 160.0, 8.0)
 
 
 def test_compare(tmp_path, capsys):
     kept, gone, new = (figure(op=op) for op in ("mhc_pre", "mhc_head", "mhc_static"))
-    before = {"rows": [kept, gone], "sizes": [figure(op="mhc_pre")]}
-    after = {"rows": [kept | {"us": 8.0}, new], "sizes": [figure(op="mhc_pre", us=15.0)]}
+    before = RESULT | {"rows": [kept, gone], "sizes": [figure(op="mhc_pre")]}
+    after = RESULT | {"rows": [kept | {"us": 8.0}, new], "sizes": [figure(op="mhc_pre", us=15.0)]}
     for name, result in (("a", before), ("b", after)):
         (tmp_path / name).write_text(json.dumps(result))
     benchmark.main(["--from", str(tmp_path / "b"), "--compare", str(tmp_path / "a")])
@@ -245,7 +265,7 @@ def test_predictions(tmp_path, capsys):
     assert predicted_us(4_000_000, 400, None) == pytest.approx(10 / 0.75)
     assert predicted_us(4_000_000, 400, 50.0) == pytest.approx(10 / (0.8 * 0.5))
     row = figure(op="mhc_pre", shape=[65536, 4, 1024], us=300.0, percent_of_copy=80.0)
-    (tmp_path / "a").write_text(json.dumps({"device": "some GPU", "rows": [row]}))
+    (tmp_path / "a").write_text(json.dumps(RESULT | {"rows": [row]}))
     benchmark.main(["--predict", "--from", str(tmp_path / "a")])
     text = capsys.readouterr().out
     assert "no Apple GPU has run this" in text
@@ -268,7 +288,7 @@ def test_plot(section, tmp_path):
         for T in (1, 4)
         for n, C in ((2, 8), (4, 8), (4, 16))
     ]
-    result = {"device": "some GPU", "rows": [], section: rows}
+    result = RESULT | {section: rows}
     (tmp_path / "a.json").write_text(json.dumps(result))
     argv = ["--from", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
     benchmark.main(argv)
@@ -300,25 +320,303 @@ def test_kept_figures_have_the_schema():
             assert row["us"] == pytest.approx(row["us"]) and row["us"] > 0
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ("--process 2", "unrecognized arguments: --process 2"),  # its children would take it too
-        ("--processes 0", "--processes must be at least 1 but is 0"),
-        ("--once --processes 2", "--processes must be 1 with --once but is 2"),
-        ("--compare nowhere.json", "--compare must be a file but is nowhere.json"),
-        ("--from nowhere.json", "--from must be a file but is nowhere.json"),
-        ("--json nowhere/a.json", "--json must be in a folder that exists but is nowhere/a.json"),
-    ],
-)
-def test_options_are_checked_before_anything_runs(options, message, capsys):
-    with pytest.raises(SystemExit):
-        benchmark.main(["--quick", "--op", "mhc_head", "--shape", "1,2,3", *options.split()])
-    assert message in capsys.readouterr().err
+# ---- parity
 
 
-@pytest.mark.parametrize("shape", ["1,2", "0,4,8", "1,2,3,4", "a,b,c"])
-def test_shapes_are_three_positive_numbers(shape, capsys):
+def parity(op="stream_mix_add", shape=(5, 4, 8), dtype=mx.float32, **options) -> float:
+    return worst_error(op, shape, dtype, **options)
+
+
+def test_ops_of_both_modules_agree(monkeypatch, uncompiled):
+    """Every op takes its inputs, and a cotangent for each result; in chunks, and at once."""
+    with executor("stand-in"):
+        for op in timed.OPS:
+            monkeypatch.setattr(parities, "CHUNK_BYTES", 1 << 40)
+            assert parity(op, (7, 4, 4)) < 3e-5
+            monkeypatch.setattr(parities, "CHUNK_BYTES", 3 * parities.reference_bytes(op, 4, 4))
+            assert parities.chunk(op, 4, 4) == 3
+            assert parity(op, (7, 4, 4)) < 3e-5
+
+
+def test_parity_sees_every_result(monkeypatch, uncompiled):
+    """A wrong element of any output or gradient, at the first or last token, a NaN, another dtype
+    or shape; also where the reference has the same NaN."""
+    right = parities.directed
+    monkeypatch.setattr(parities, "CHUNK_BYTES", 2 * parities.reference_bytes("mhc_pre", 2, 4))
+    count = 4 + 4  # outputs of mhc_pre, and gradients
+
+    def broken(index, change, both=False):
+        def directed(f, direction, arrays, compiled=True):
+            def run(*a):
+                results = list(right(f, direction, arrays, compiled)(*a))
+                if compiled or both:
+                    results[index] = change(results[index])
+                return results
+
+            return run
+
+        monkeypatch.setattr(parities, "directed", directed)
+        return parity("mhc_pre", (5, 2, 4))
+
+    last = lambda a: a + mx.eye(a.shape[0], 1)[::-1].reshape(-1, *[1] * (a.ndim - 1))  # noqa: E731
+    for index in range(count):
+        assert broken(index, last) > 1e-2, index
+        assert broken(index, lambda a: a * float("nan")) == math.inf
+        assert broken(index, lambda a: a.at[-1].add(float("inf"))) == math.inf
+        assert broken(index, lambda a: a * float("nan"), both=True) == math.inf
+        assert broken(index, lambda a: a.astype(mx.bfloat16)) == math.inf
+        assert broken(index, lambda a: a[None]) == math.inf
+    assert broken(0, lambda a: a) < 3e-5
+
+
+def test_parity_without_gradients_has_none(uncompiled):
+    gradient_off = lambda *a: ops.stream_mix_add(*a) + 0 * mx.stop_gradient(a[0])  # noqa: E731
+    wrong = lambda *a: ops.stream_mix_add(mx.stop_gradient(a[0]), *a[1:])  # noqa: E731
+    assert parity(timed=gradient_off) < 3e-5
+    assert parity(timed=wrong, gradients=False) < 3e-5 < 0.1 < parity(timed=wrong)
+
+
+def peak(op, shape) -> int:
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    parity(op, shape)
+    return mx.get_peak_memory() - before
+
+
+def test_memory_of_parity(monkeypatch, uncompiled):
+    """What a check says that it needs is enough, and chunks bound it where kernels are."""
+    for op in timed.OPS:
+        shape = (12, 8, 8 if op == "sinkhorn_knopp" else 64)
+        assert peak(op, shape) < parities.needed_bytes(op, shape, mx.float32), op
+    right = parities.directed
+
+    def directed(f, direction, arrays, compiled=True):  # kernels, that hold nothing but results
+        if not compiled:
+            return right(f, direction, arrays, compiled)
+        return lambda *a: [mx.zeros_like(x) for x in (*timed.several(f(*a[:arrays])), *a[:arrays])]
+
+    monkeypatch.setattr(parities, "directed", directed)
+    monkeypatch.setattr(kernel, "backend", lambda: "metal")
+    for op, tokens in (("mhc_coefficients", 24), ("stream_mix_add", 200)):
+        plain = functools.partial(timed.function, reference)
+        monkeypatch.setattr(parities, "function", lambda _, op, plain=plain: plain(op))
+        monkeypatch.setattr(parities, "CHUNK_BYTES", 4 * parities.reference_bytes(op, 8, 64))
+        needed = parities.needed_bytes(op, (tokens, 8, 64), mx.float32)
+        assert peak(op, (tokens, 8, 64)) < needed
+    assert needed < 100 * parities.reference_bytes(op, 8, 64)
+    # (4096, 12, 1024), once 34 GB
+    monkeypatch.setattr(parities, "CHUNK_BYTES", 1 << 30)
+    most = max(parities.needed_bytes(op, (4096, 12, 1024), mx.bfloat16) for op in timed.OPS)
+    assert most < 4 << 30
+
+
+@pytest.mark.parametrize("argv", ["", "--verify"])
+def test_parity_is_of_what_is_timed(argv, monkeypatch, uncompiled):
+    """Its threads, dtype, all its tokens, and its directions."""
+    small(monkeypatch)
+    launched, timed_rows = [], []
+    monkeypatch.setattr(benchmark, "race", None)
+    with executor("stand-in"), monkeypatch.context() as patch:
+        launch = kernel.launch
+
+        def seen(name, inputs, outputs, groups, threads, *rest):
+            x = inputs["x"]
+            launched.append((name, x.dtype, x.size, threads))
+            return launch(name, inputs, outputs, groups, threads, *rest)
+
+        def row(self, *case, **options):
+            timed_rows.append(case)
+            return figure()
+
+        patch.setattr(kernel, "launch", seen)
+        patch.setattr(Bench, "row", row)
+        command = "--op stream_aggregate --shape 700,2,64 --dtype float16 --threads 96"
+        command += " --direction forward"
+        benchmark.main([*command.split(), *argv.split()])
+    assert launched == [("stream_aggregate", mx.float16, 700 * 2 * 64, 96)]
+    case = ("stream_aggregate", "forward", (700, 2, 64), "float16", 96, False)
+    assert timed_rows == ([] if argv else [case])
+
+
+def test_a_sweep_verifies_each_variant(monkeypatch, capsys):
+    small(monkeypatch)
+    checked, timings = [], iter(range(100, 0, -1))
+
+    def error(op, shape, dtype, gradients, threads_per_group):
+        forced = ops.geometry.of_token(2, 512, 4, 1, None, "metal")
+        checked.append((gradients, forced.vec, forced.threads, threads_per_group))
+        return 1.0 if threads_per_group == 64 else 0.0
+
+    def row(self, op, direction, shape, name, threads, baseline):
+        assert threads != 64 and not baseline
+        fields = {"us": float(next(timings)), "threads_per_group": threads}
+        return figure(op=op, direction=direction, **fields)
+
+    monkeypatch.setattr(benchmark, "worst_error", error)
+    monkeypatch.setattr(Bench, "row", row)
+    command = "--sweep --op stream_mix_add --shape 3,2,512 --dtype float32"
+    with executor("stand-in"), pytest.raises(SystemExit, match="parity fails"):
+        benchmark.main(command.split())
+    assert len(checked) > 10 and {gradients for gradients, *_ in checked} == {True, False}
+    assert all(threads == forced for _, _, forced, threads in checked)
+    out = capsys.readouterr().out
+    assert out.count("<- best") == 2 and out.count("<- default") >= 1
+
+
+# ---- what is timed
+
+
+class Clock:
+    """A perf_counter whose time passes only in calls of what is timed."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(timing, "room", lambda: 1 << 30)
+
+    def op(self, seconds):
+        """An op whose next call takes the next of these seconds, the last of them from then on."""
+        calls, left = [], list(seconds)
+
+        def run(*arrays):
+            calls.append(arrays)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+            return mx.zeros(1)
+
+        return run, calls
+
+
+def test_race(monkeypatch):
+    """Five rounds in turn, after warm-up; every input set, in rotation."""
+    clock = Clock(monkeypatch)
+    sets = [[k] for k in range(3)]
+    slow, calls = clock.op([100.0, *[7.0] * 3, *[1.0] * 7, *[2.0] * 4, *[3.0] * 4])
+    fast, others = clock.op([0.5])
+    # warm-up: a call, the sets, the sets timed; then six rounds of 4 calls of which 5 are kept
+    times, more = timing.race(20.0, (slow, sets), (fast, sets[:1]))
+    assert times == [2.0, 3.0, 3.0, 3.0, 3.0] or times[0] in (1.0, 2.0)
+    assert len(times) == len(more) == 5 and set(more) == {0.5}
+    assert max(times) == 3.0
+    count = (len(calls) - 7) // 6
+    assert [a for (a,) in calls[7 : 7 + count]] == [k % 3 for k in range(count)]
+    assert count >= 3 and {a for (a,) in calls[7 + 5 * count :]} == {0, 1, 2}
+    assert len(others) > 12
+
+
+def test_each_and_spread(monkeypatch):
+    clock = Clock(monkeypatch)
+    call, calls = clock.op([50.0, 50.0, 1.0, *range(1, 6)])
+    assert timing.each(5.0, call) == [1, 2, 3, 4, 5]
+    assert len(calls) == 2 + 1 + 5  # to warm up, to count, and timed
+    assert timing.spread([4.0, 2.0, 3.0, 9.0, 1.0]) == pytest.approx((6.5 - 1) / 3)
+
+
+def test_input_sets(monkeypatch):
+    made = []
+
+    def make(size=1000):
+        made.append(mx.ones(size))
+        return [made[-1]]
+
+    for cache, count in ((1, 2), (9000, 3), (12000, 3), (12001, 4), (1 << 30, timing.MOST_SETS)):
+        monkeypatch.setattr(timing, "CACHE", cache)
+        made.clear()
+        sets = timing.input_sets(make)
+        assert len(sets) == count and [s[0] is a for s, a in zip(sets, made, strict=True)]
+        assert len({id(s[0]) for s in sets}) == count
+    assert timing.CACHE >= 1 << 28 or cache == 1 << 30
+
+
+def rows_of_fake(monkeypatch, times, direction="forward", **options):
+    """A row, and what was raced, where the op, a copy and the reference take these times."""
+    raced = []
+
+    def race(budget, *contestants):
+        raced.extend(contestants)
+        return [list(t) for t in times]
+
+    monkeypatch.setattr(benchmark, "race", race)
+    monkeypatch.setattr(benchmark, "input_sets", lambda make: [make(), make()])
+    bench = Bench(1.0, options.pop("peak", None))
+    row = bench.row("stream_mix_add", direction, (6, 4, 8), "bfloat16", 64, **options)
+    return bench, row, raced
+
+
+def test_a_row(monkeypatch):
+    op, copy, plain = (
+        1e-6 * mx.array([[5, 1, 3, 2, 9], [4, 1, 1.5, 1, 6], [12, 1, 6, 5, 30]])
+    ).tolist()
+    bench, row, raced = rows_of_fake(monkeypatch, [op, copy, plain], peak=2.0)
+    size = 9 * 6 * 8 * 2  # rows of C, in bytes
+    want = {"us": 3.0, "spread": 8 / 3, "gbps": size / 3e3, "percent_of_copy": 50.0}
+    want |= {"percent_of_peak": 100 * size / 3e3 / 2, "speedup_vs_compiled": 2.0}
+    assert {k: row[k] for k in want} == pytest.approx(want)
+    assert (row["op"], row["direction"], row["dtype"]) == ("stream_mix_add", "forward", "bfloat16")
+    assert row["shape"] == [6, 4, 8] and row["threads_per_group"] == 64
+    ours, theirs, reference = raced
+    (a,) = theirs[1][0]
+    assert theirs[0] is mx.abs and a.dtype == mx.float32 and 2 * a.nbytes == size
+    assert bench.copy_gbps == pytest.approx(2 * a.nbytes / 1.5e3)  # read, and written
+    assert ours[1] is reference[1] and len(ours[1]) == 2
+    assert [(a.shape, a.dtype) for a in ours[1][0]][:2] == [
+        ((6, 4, 8), mx.bfloat16),
+        ((6, 8), mx.bfloat16),
+    ]
+
+
+def test_what_races(monkeypatch):
+    """The op with its kernels and threads against the reference without any, in each direction."""
+    for direction, results in (("forward", 1), ("backward", 4), ("forward+backward", 5)):
+        with executor("stand-in"), monkeypatch.context() as patch:
+            launches, launch = [], kernel.launch
+
+            def seen(*a, launches=launches, launch=launch):
+                launches.append((a[0], a[4]))
+                return launch(*a)
+
+            patch.setattr(kernel, "launch", seen)
+            times = [[1.0]] * (2 if direction == "backward" else 3)
+            _, row, raced = rows_of_fake(patch, times, direction)
+            counts = []
+            for f, sets in (raced[0], *raced[2:]):
+                launches.clear()
+                made = f(*sets[0])
+                mx.eval(made)
+                assert len(timed.several(made)) == results
+                counts.append({name for name, _ in launches})
+                assert {threads for name, threads in launches if "sum" not in name} <= {64}
+        assert counts[0] and counts[1:] == [set()] * (len(raced) - 2)
+        assert row["direction"] == direction
+        assert (row["speedup_vs_compiled"] is None) == (direction == "backward")
+
+
+def test_decode_and_its_stacks(monkeypatch):
+    """Times are of a sublayer: of one stack by kernels, of a shorter one without."""
+    small(monkeypatch)
+    stacks = []
+
+    def each(budget, f):
+        stacks.append(timing.dispatches(f()))
+        return [[3e-6, 6e-6, 30e-6], [2e-6, 8e-6, 10e-6]][len(stacks) - 1]
+
+    monkeypatch.setattr(benchmark, "each", each)
+    monkeypatch.setattr(benchmark, "gpu_time", lambda f, calls: 5e-6)
+    with executor("stand-in"):
+        row = benchmark.decode(Bench(1.0, None), "sublayer", (2, 2, 8))
+    assert row["us"] == pytest.approx(2.0) and row["plain_us"] == pytest.approx(4.0)
+    assert row["speedup_vs_compiled"] == pytest.approx(2.0)
+    assert row["gpu_us"] == pytest.approx(2.5)
+    assert stacks[0]["CustomKernel"] == stacks[1]["CustomKernel"] == 0  # the stand-in has none
+    assert stacks[1].total() > stacks[0].total() / 3
+
+
+# ---- options
+
+
+@pytest.mark.parametrize("shape", ["1,2", "0,4,8", "1,2,3,4", "a,b,c", "1,65,8", "65536,64,4096"])
+def test_shapes(shape, capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["--quick", "--op", "mhc_pre", "--shape", shape])
-    assert f"--shape must be three positive numbers B,n,C but is {shape}" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--shape must" in error and f"but is {shape}" in error
