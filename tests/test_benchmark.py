@@ -345,11 +345,11 @@ def test_parity_sees_every_result(monkeypatch, uncompiled):
     monkeypatch.setattr(parities, "CHUNK_BYTES", 2 * parities.reference_bytes("mhc_pre", 2, 4))
     count = 4 + 4  # outputs of mhc_pre, and gradients
 
-    def broken(index, change, both=False):
+    def broken(index, change, ours=True, theirs=False):
         def directed(f, direction, arrays, compiled=True):
             def run(*a):
                 results = list(right(f, direction, arrays, compiled)(*a))
-                if compiled or both:
+                if ours if compiled else theirs:
                     results[index] = change(results[index])
                 return results
 
@@ -363,10 +363,14 @@ def test_parity_sees_every_result(monkeypatch, uncompiled):
         assert broken(index, last) > 1e-2, index
         assert broken(index, lambda a: a * float("nan")) == math.inf
         assert broken(index, lambda a: a.at[-1].add(float("inf"))) == math.inf
-        assert broken(index, lambda a: a * float("nan"), both=True) == math.inf
+        for ours in (True, False):  # the reference's too
+            assert broken(index, lambda a: a * float("nan"), ours, theirs=True) == math.inf
         assert broken(index, lambda a: a.astype(mx.bfloat16)) == math.inf
         assert broken(index, lambda a: a[None]) == math.inf
     assert broken(0, lambda a: a) < 3e-5
+    for error, ok in ((2e-5, True), (4e-5, False), (math.inf, False), (math.nan, False)):
+        row = benchmark.parity_row("mhc_pre", (5, 2, 4), "float32", True, 64, error)
+        assert row["ok"] == ok and row["shape"] == [5, 2, 4] and row["threads_per_group"] == 64
 
 
 def test_parity_without_gradients_has_none(uncompiled):
@@ -464,6 +468,33 @@ def test_a_sweep_verifies_each_variant(monkeypatch, capsys):
     assert out.count("<- best") == 2 and out.count("<- default") >= 1
 
 
+def test_parity_of_layers_and_stacks(monkeypatch, uncompiled):
+    """Of --overhead its layers, of --decode the ops that have no gradient, as they are timed."""
+    small(monkeypatch)
+    with executor("stand-in") as launched:
+        cases = {}
+        for section in ("overhead", "decode"):
+            launched.clear()
+            rows = benchmark.verify(section, "sublayer", (2, 2, 8), "bfloat16", ["forward"], None)
+            assert all(row["ok"] and row["direction"] == "forward" for row in rows)
+            assert launched and not [v for v in launched if "backward" in v[1]]
+            cases[section] = [row["op"] for row in rows]
+        assert cases == {"overhead": ["MHCLayer", "HyperConnection"], "decode": ["sublayer"]}
+        given, usual = [], benchmark.worst_error
+        record = lambda *a, **options: given.append(options) or usual(*a, **options)  # noqa: E731
+        monkeypatch.setattr(benchmark, "worst_error", record)
+        benchmark.verify("decode", "single_pass", (2, 2, 8), "float32", ["forward"], None)
+        assert given == [{"differentiable": False}]
+        plain = ops.stream_mix_add
+        wrong = lambda *a, use_metal=True, **o: plain(*a, **o) * (1 + use_metal)  # noqa: E731
+        monkeypatch.setattr(ops, "stream_mix_add", wrong)
+        rows = benchmark.verify("overhead", "sublayer", (2, 2, 8), "bfloat16", ["forward"], None)
+        assert {row["op"]: row["ok"] for row in rows} == {
+            "MHCLayer": True,
+            "HyperConnection": False,
+        }
+
+
 # ---- what is timed
 
 
@@ -489,19 +520,27 @@ class Clock:
 
 def test_race(monkeypatch):
     """Five rounds in turn, after warm-up; every input set, in rotation."""
-    clock = Clock(monkeypatch)
-    sets = [[k] for k in range(3)]
-    slow, calls = clock.op([100.0, *[7.0] * 3, *[1.0] * 7, *[2.0] * 4, *[3.0] * 4])
+    clock, sets = Clock(monkeypatch), [[k] for k in range(3)]
+    warm, round_of = 1 + 3 + 3, 5  # a call, the sets, the sets timed; then rounds of 5 calls
+    seconds = [100.0] * 4 + [0.75] * 3
+    for k in (50.0, 4.0, 1.0, 3.0, 2.0, 7.0):  # the first is for the allocator
+        seconds += [k - 1] * 4 + [k + 4]
+    slow, calls = clock.op(seconds)
     fast, others = clock.op([0.5])
-    # warm-up: a call, the sets, the sets timed; then six rounds of 4 calls of which 5 are kept
-    times, more = timing.race(20.0, (slow, sets), (fast, sets[:1]))
-    assert times == [2.0, 3.0, 3.0, 3.0, 3.0] or times[0] in (1.0, 2.0)
-    assert len(times) == len(more) == 5 and set(more) == {0.5}
-    assert max(times) == 3.0
-    count = (len(calls) - 7) // 6
-    assert [a for (a,) in calls[7 : 7 + count]] == [k % 3 for k in range(count)]
-    assert count >= 3 and {a for (a,) in calls[7 + 5 * count :]} == {0, 1, 2}
-    assert len(others) > 12
+    order = []
+    times, more = timing.race(
+        20.0,
+        ((lambda *a: order.append("slow") or slow(*a)), sets),
+        ((lambda *a: order.append("fast") or fast(*a)), sets[:1]),
+    )
+    assert times == pytest.approx([4.0, 1.0, 3.0, 2.0, 7.0]) and more == [0.5] * 5
+    assert len(calls) == warm + 6 * round_of and len(others) == 3 + 6 * 8
+    assert [a for (a,) in calls[warm:]] == [0, 1, 2, 0, 1] * 6
+    turns = [one for one, last in zip(order, [None, *order], strict=False) if one != last]
+    assert turns == ["slow", "fast"] * 7  # the warm-up, and six rounds
+    clock.now, few = 0.0, clock.op([1e3])  # too slow for its sets: each of them runs all the same
+    timing.race(1.0, (few[0], sets))
+    assert [a for (a,) in few[1]][-3:] == [0, 1, 2]
 
 
 def test_each_and_spread(monkeypatch):
