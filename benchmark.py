@@ -363,17 +363,18 @@ def cases(args: argparse.Namespace) -> dict[str, list[tuple]]:
             must = "must be forward+backward for an op whose forward saves for its gradients"
             raise ValueError(f"--direction {must} but is backward for --op {op}")
     for section in chosen:
-        chosen[section] = fitting(chosen[section], bool(args.shape))
+        gradients = any(direction != "forward" for direction in directions(args, section))
+        chosen[section] = fitting(chosen[section], bool(args.shape), gradients)
         if not chosen[section]:
             raise ValueError(f"nothing is left to measure of {section}: no shape fits")
     return chosen
 
 
-def fitting(those: list[tuple], refuse: bool) -> list[tuple]:
+def fitting(those: list[tuple], refuse: bool, gradients: bool) -> list[tuple]:
     """Those cases that fit in memory, of a CPU with fewer tokens; others are named, or refused."""
     cut = (lambda B: B) if kernel.backend() else (lambda B: min(B, REFERENCE_TOKENS))
     those = list(dict.fromkeys((op, (cut(s[0]), *s[1:]), name) for op, s, name in those))
-    needed = {(op, s, name): needed_bytes(op, s, DTYPES[name]) for op, s, name in those}
+    needed = {(op, s, name): needed_bytes(op, s, DTYPES[name], gradients) for op, s, name in those}
     for (op, shape, name), size in needed.items():
         if size > memory():
             text = f"{','.join(map(str, shape))} needs {size / 2**30:.1f} GiB for {op} in {name}, "

@@ -44,13 +44,15 @@ def chunk(op: str, n: int, C: int) -> int:
     return max(1, min(CHUNK_BYTES, memory() // 8) // reference_bytes(op, n, C))
 
 
-def needed_bytes(op: str, shape: tuple[int, int, int], dtype: mx.Dtype) -> int:
-    """Memory of a check with gradients: x drawn in float32, and two results each, of all tokens; up
+def needed_bytes(
+    op: str, shape: tuple[int, int, int], dtype: mx.Dtype, gradients: bool = True
+) -> int:
+    """Memory of a check: x drawn in float32, and two results each, of all tokens; up
     to 20 arrays like phi, whose gradient comes row by row (measured); and the reference's chunk, of
     all tokens where it is what is checked."""
     B, n, C = shape
     phi = 4 * n * C * (2 * n + n * n) if OPS[op].saves else 0
-    both = mandatory_bytes(op, "forward+backward", shape, dtype)
+    both = mandatory_bytes(op, "forward+backward" if gradients else "forward", shape, dtype)
     held = min(B, chunk(op, n, C)) if kernel.backend() else B
     return 4 * B * n * C + 2 * both + 20 * phi + held * reference_bytes(op, n, C)
 

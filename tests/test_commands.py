@@ -301,6 +301,7 @@ def test_options_that_do_nothing_are_refused(tmp_path, capsys, gpu, monkeypatch)
 def test_options_that_go_together(gpu, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(benchmark, "memory", lambda: 1 << 36)
+    monkeypatch.setattr(benchmark, "room", lambda: 16 << 30)
     for command in (
         *("", "--all --processes 3 --json a.json", "--quick --no-baseline", "--verify --decode"),
         *("--preset seeds --op mhc_dynamic --quick --no-baseline --direction forward",),
@@ -311,6 +312,9 @@ def test_options_that_go_together(gpu, monkeypatch, tmp_path):
     ):
         args = benchmark.parse(command.split())
         assert all(args.chosen.values()), command
+    monkeypatch.setattr(benchmark, "memory", lambda: 80 << 30)
+    sizes = benchmark.parse(["--sizes"]).chosen["sizes"]
+    assert ("sublayer", (65536, 4, 7168), "bfloat16") in sizes
     assert not list(tmp_path.iterdir())
 
 
