@@ -174,7 +174,7 @@ def sample(model: ByteLM, prompt: bytes, length: int, context: int) -> str:
 
 def read_corpus(file: str | None, limit: int = 16 << 20) -> bytes:
     """A file, or the standard library's own sources."""
-    if file:
+    if file is not None:
         try:
             data = Path(file).read_bytes()
         except OSError as error:

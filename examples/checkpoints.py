@@ -1,24 +1,19 @@
 """What a run of the trainer leaves behind: checkpoints, written whole or not at all, and a log."""
 
+import contextlib
 import csv
+import fcntl
 import hashlib
+import io
+import itertools
 import json
 import os
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
-
-
-def make_folder(option: str, folder: Path) -> None:
-    """SystemExit where files cannot be written to it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        why = "" if os.access(folder, os.W_OK) else "it is not writable"
-    except OSError as error:
-        why = error.strerror
-    if why:
-        raise SystemExit(f"{option} needs a folder to write to but was given {folder}: {why}")
+from files import check_new, is_stream, open_to_append, write_all
 
 
 def _digest(path: Path) -> str:
@@ -29,24 +24,64 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def is_checkpoint(path: Path) -> bool:
+    """By its name; those with other names are not ours."""
+    return re.fullmatch(r"step-\d+-[0-9a-f]{16}\.safetensors", path.name) is not None
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Of a folder, the newest first; files with other names are not ours."""
-    found = folder.glob("step-*.safetensors")
-    return sorted(
-        (p for p in found if re.fullmatch(r"step-\d+-[0-9a-f]{16}", p.stem)), reverse=True
-    )
+    """Of a folder, the newest first."""
+    found = [p for p in folder.glob("step-*.safetensors") if is_checkpoint(p)]
+    return sorted(found, key=lambda p: (step_of(p), p.name), reverse=True)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other trainers out of a folder of checkpoints.
+
+    The system takes the lock back when this process ends, however it ends; the file stays. Where
+    the filesystem has no locks, a warning says so, and nothing keeps a second trainer out.
+    """
+    path = folder / "lock"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise SystemExit(f"--checkpoint: cannot lock {path}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SystemExit(
+                f"--checkpoint must be a folder of one trainer but another writes to {folder}: "
+                f"it holds {path}"
+            ) from error
+        except OSError as error:
+            print(
+                f"warning: {path} cannot be locked ({error.strerror}): "
+                f"see that no other trainer writes to {folder}"
+            )
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def save_checkpoint(folder: Path, step: int, arrays: dict, about: dict) -> Path:
     """Write arrays, and what they are about, to ``step-STEP-DIGEST.safetensors``; keep two.
 
     The digest of the file is in its name, so that one rename puts both there: a file under its name
-    is whole, or has been damaged since, and then its digest says so.
+    is whole, or has been damaged since, and then its digest says so. Files that are about another
+    run are neither counted nor removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / "unfinished"
     try:
-        with open(temporary, "wb") as f:
+        if os.path.lexists(temporary):  # a killed run's
+            temporary.unlink()
+        with open(temporary, "xb") as f:  # x: not through a link
             mx.save_safetensors(f, arrays, {"about": json.dumps(about)})
             f.flush()
             os.fsync(f.fileno())
@@ -56,30 +91,87 @@ def save_checkpoint(folder: Path, step: int, arrays: dict, about: dict) -> Path:
         os.fsync(entry)  # the new name too
         os.close(entry)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if not temporary.is_dir():
+            temporary.unlink(missing_ok=True)
         left = list_checkpoints(folder)
         kept = f"the last one is {left[0]}" if left else "there is none before it"
         raise SystemExit(f"cannot write a checkpoint to {folder}: {error}; {kept}") from error
-    for old in [p for p in list_checkpoints(folder) if p != path][1:]:
+    about = json.loads(json.dumps(about))
+    others = [p for p in list_checkpoints(folder) if p != path and _about(p) == about]
+    for old in others[1:]:
         old.unlink()
     return path
 
 
-def load_checkpoint(folder: Path) -> tuple[Path, dict, dict] | None:
-    """The newest whole checkpoint: path, arrays, what they are about. None where there is none.
+def _read(path: Path) -> tuple[dict, dict]:
+    """The arrays, read when they are used, and what they are about; ValueError says why not."""
+    if not path.is_file():
+        raise ValueError("it is no file")
+    try:
+        arrays, metadata = mx.load(str(path), return_metadata=True)
+        about = json.loads(metadata["about"])
+    except KeyError as error:
+        raise ValueError("it does not say what it is about") from error
+    except (RuntimeError, ValueError, RecursionError) as error:
+        raise ValueError(f"it cannot be read: {error}") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"it must say by name what it is about but has {about!r}")
+    return arrays, about
 
-    Damaged ones that are newer are renamed, so that they do not count among the two kept.
+
+def _about(path: Path) -> dict | None:
+    try:
+        return _read(path)[1]
+    except ValueError:
+        return None
+
+
+def difference(arrays: dict[str, mx.array], expected: dict[str, mx.array]) -> str | None:
+    """How arrays differ from those expected in names, shapes or dtypes; None where they do not."""
+    for what, names in (
+        ("lacks", expected.keys() - arrays.keys()),
+        ("has an unknown", arrays.keys() - expected.keys()),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            return f"{what} {min(names)}{more}"
+    for name, want in expected.items():
+        got = arrays[name]
+        if (got.shape, got.dtype) != (want.shape, want.dtype):
+            found = f"{list(got.shape)} {got.dtype}, not {list(want.shape)} {want.dtype}"
+            return f"has {name} as {found}"
+    return None
+
+
+def load_checkpoint(
+    folder: Path, fault: Callable[[Path, dict, dict], str | None] = lambda *_: None
+) -> tuple[Path, dict, dict] | None:
+    """The newest usable checkpoint: path, arrays, what they are about. None where there is none.
+
+    ``fault`` says of one that is whole what else keeps it from use, if anything does. Unusable
+    files that are newer are renamed, so that they do not count among the two kept. SystemExit
+    where none is usable; then nothing is changed.
     """
-    found = list_checkpoints(folder)
+    found, reasons = list_checkpoints(folder), []
     for k, path in enumerate(found):
-        if _digest(path) == path.stem.rpartition("-")[2]:
-            arrays, metadata = mx.load(str(path), return_metadata=True)
-            for damaged in found[:k]:
-                damaged.rename(damaged.with_suffix(".damaged"))
-            return path, arrays, json.loads(metadata["about"])
-        print(f"warning: {path} is damaged (its SHA-256 is not the one in its name): skipped")
+        try:
+            if path.is_file() and _digest(path) != path.stem.rpartition("-")[2]:
+                raise ValueError("its SHA-256 is not the one in its name")
+            arrays, about = _read(path)
+            why = fault(path, arrays, about)
+            if why is None:
+                mx.eval(arrays)
+                for unusable in filter(Path.is_file, found[:k]):
+                    unusable.rename(unusable.with_suffix(".damaged"))
+                return path, arrays, about
+        except (OSError, ValueError) as error:
+            why = f"is damaged ({error})"
+        reasons.append(f"{path} {why}")
+        print(f"warning: {reasons[-1]}: skipped")
     if found:
-        raise SystemExit(f"no checkpoint in {folder} is whole: remove them to start anew")
+        raise SystemExit(
+            f"no checkpoint in {folder} is whole: remove them to start anew; {reasons[0]}"
+        )
     return None
 
 
@@ -88,23 +180,63 @@ class Log:
 
     FIELDS = ("step", "bits_per_byte", "similarity", "gradient_norm", "tokens_per_second")
     FIELDS += ("peak_mib", "validation")
+    NUMBER = staticmethod(re.compile(r"[1-9][0-9]{0,17}").fullmatch)
+    PART = staticmethod(re.compile(r"([0-9][-+.,0-9a-z]*\r?)?").fullmatch)  # of a line
 
-    def __init__(self, path: Path, after: int):
-        """Keeps the lines up to step ``after``, from which a run goes on."""
-        kept = []
-        if after and path.exists():
-            with open(path, newline="") as f:
-                kept = [r for r in csv.reader(f) if r and r[0].isdigit() and int(r[0]) <= after]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".unfinished")
-        with open(temporary, "w", newline="") as f:
-            csv.writer(f).writerows([self.FIELDS, *kept])
-        os.replace(temporary, path)
-        self._file = open(path, "a", newline="")  # noqa: SIM115
+    def __init__(self, path: Path, after: int, resumed: bool = False):
+        """Goes on after step ``after``; the file may be there only where the run is resumed.
+
+        Then lines of later steps, which are done again, are cut off. A log without a checkpoint
+        (``after`` is 0) is renamed: nobody knows of which run it is.
+        """
+        self.path = path
+        if not (resumed or after):
+            check_new("--log", path, ", or go with --resume,")
+        try:
+            if not is_stream(path):
+                path = Path(os.path.realpath(path))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if path.exists():
+                    self._cut(path, after)
+            self._file = open_to_append(path)
+        except OSError as error:
+            raise SystemExit(f"cannot write the log {path}: {error.strerror}") from error
+        if is_stream(path) or path.stat().st_size == 0:
+            self.write(*self.FIELDS)
+
+    def _cut(self, path: Path, after: int) -> None:
+        """Cut off the lines after step ``after``, and half a line that a kill has left."""
+        *lines, rest = path.read_bytes().split(b"\n")
+        header, *rows = [line.decode("latin-1").strip().split(",") for line in lines] or [None]
+        steps = [int(r[0]) for r in rows if len(r) == len(self.FIELDS) and self.NUMBER(r[0])]
+        first, last = (steps[0], steps[-1]) if steps else (after + 1, after)
+        why, names = None, ",".join(self.FIELDS)
+        if header is None and not names.startswith(rest.decode("latin-1").strip()):
+            why = f"does not begin with {names}"
+        elif header and (tuple(header) != self.FIELDS or not self.PART(rest.decode("latin-1"))):
+            why = f"does not hold {names} alone"
+        elif len(steps) < len(rows) or steps != list(range(first, first + len(steps))):
+            why = "has not one line for each step"
+        elif not first - 1 <= after <= last:
+            why = f"has steps {first} to {last} and the run goes on after {after}"
+        if why:
+            raise SystemExit(f"--log must be this run's log but {path} {why}: name another file")
+        if steps and not after:
+            free = (path.with_name(f"{path.name}.{k}") for k in itertools.count(1))
+            aside = next(p for p in free if not os.path.lexists(p))
+            path.rename(aside)
+            print(f"warning: there is no checkpoint for the log {path}: renamed {aside}")
+            return
+        with open(path, "r+b") as f:
+            f.truncate(sum(len(line) + 1 for line in lines[: 1 + after - first + 1]))
 
     def write(self, *row) -> None:
-        csv.writer(self._file).writerow(row)
-        self._file.flush()
+        text = io.StringIO(newline="")
+        csv.writer(text).writerow(row)
+        try:
+            write_all(self._file, text.getvalue().encode())
+        except OSError as error:
+            raise SystemExit(f"cannot write the log {self.path}: {error.strerror}") from error
 
     def close(self) -> None:
-        self._file.close()
+        os.close(self._file)

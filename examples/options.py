@@ -1,16 +1,68 @@
-"""The options of train_lm.py."""
+"""The options of train_lm.py, and checks that all programs share."""
 
 import argparse
 import importlib.util
 import math
+import os
 
+import mlx.core as mx
 from byte_lm import CONVENTIONS, DTYPES
 
+MOST_STEPS = 10**8 - 1  # the digits of a checkpoint's name
 
-def parse(command: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
-    """Of the command line, or of a list, checked; SystemExit names what is wrong."""
+
+def options_named(
+    parser: argparse.ArgumentParser, command: list[str] | None, args: argparse.Namespace
+) -> set[str]:
+    """The options that a command line names, with their usual values too, which args has been
+    parsed from."""
+    absent = object()
+    unset = argparse.Namespace(**dict.fromkeys(vars(args), absent))
+    found = parser.parse_known_args(command, unset)[0]
+    return {name for name, value in vars(found).items() if value is not absent}
+
+
+def option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def refuse_empty(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
+    """An empty path, as of a variable that is not set, is no path and no missing option."""
+    for name in names:
+        if getattr(args, name) == "":
+            parser.error(f"{option(name)} must be a path but is empty")
+
+
+def device_memory() -> int:
+    """Bytes of the default device, or of this machine."""
+    info = mx.device_info()
+    own = info.get("total_memory", info.get("memory_size"))
+    return own or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def least_bytes(args: argparse.Namespace) -> int:
+    """What a step takes in any case: weights, gradients and both moments; the streams before each
+    block, and logits."""
+    width = args.mlp or 4 * args.dim
+    weights = args.depth * (4 * args.dim**2 + 2 * args.dim * width) + 2 * 256 * args.dim
+    streams = 1 if args.connection == "plain" else args.streams
+    size = DTYPES[args.dtype].size
+    each = args.depth * streams * args.dim * size + 256 * size
+    return 16 * weights + args.batch * args.context * each
+
+
+def check_memory(parser: argparse.ArgumentParser, args: argparse.Namespace, names: str) -> None:
+    least, most = least_bytes(args), device_memory()
+    if least > most:
+        gib = min(least, 2**200) / 2**30
+        parser.error(f"{names} need at least {gib:.3g} GiB but the device has {most / 2**30:.3g}")
+
+
+def trainer_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--data", metavar="FILE", help="text to train on")
@@ -26,7 +78,7 @@ def parse(command: list[str] | None = None, description: str | None = None) -> a
     add("--batch", type=int, default=8, help="sequences that each process takes at once")
     add("--accumulate", type=int, default=1, help="so many of them, in turn, make a step")
     add("--lr", type=float, default=3e-3)
-    add("--gates-rate", type=float, default=10, help="of gates and mixing logits: times --lr")
+    add("--gates-rate", type=float, default=10, help="of all in connections but phi: times --lr")
     add("--warmup", type=int, default=300, help="steps")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--dtype", choices=DTYPES, default="float32")
@@ -34,31 +86,40 @@ def parse(command: list[str] | None = None, description: str | None = None) -> a
     add("--seed", type=int, default=0)
     add("--no-metal", action="store_true", help="the reference instead of the kernels")
     add("--validate-every", type=int, default=250, metavar="STEPS")
-    add("--validation-batch", type=int, default=32, help="sequences of the last 32nd of the text")
+    add("--validation-batch", type=int, help="sequences of the last 32nd of the text: 32")
     add("--sample", type=int, default=200, metavar="BYTES", help="to write at the end")
-    add("--log", metavar="FILE", help="a CSV line per step; other processes: FILE.rank1.csv ...")
+    add("--log", metavar="FILE", help="new: a CSV line per step; other processes: FILE.rank1.csv")
     add("--plot", metavar="DIR", help="pictures at the end, and on SIGUSR1")
     add("--checkpoint", metavar="DIR", help="the last two checkpoints")
     add("--save-every", type=int, default=500, metavar="STEPS")
     add("--resume", action="store_true", help="from the newest whole checkpoint, if there is one")
+    return parser
+
+
+def parse(command: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    """Of the command line, or of a list, checked; SystemExit names what is wrong."""
+    parser = trainer_parser(description)
     args = parser.parse_args(command)
+    named = options_named(parser, command, args)
+    refuse_empty(parser, args, "data", "log", "plot", "checkpoint")
     positive = ("steps", "streams", "dim", "depth", "heads", "context", "batch", "accumulate")
-    for name in (*positive, "clip", "validate_every", "validation_batch", "save_every"):
+    for name in (*positive, "clip", "validate_every", "save_every"):
         if not getattr(args, name) > 0:  # nan neither
-            parser.error(
-                f"--{name.replace('_', '-')} must be positive but is {getattr(args, name)}"
-            )
+            parser.error(f"{option(name)} must be positive but is {getattr(args, name)}")
+    for name in ("mlp", "validation_batch"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            parser.error(f"{option(name)} must be positive but is {getattr(args, name)}")
     for name in ("lr", "gates_rate"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(
-                f"--{name.replace('_', '-')} must be finite and at least 0 but is "
-                f"{getattr(args, name)}"
+                f"{option(name)} must be finite and at least 0 but is {getattr(args, name)}"
             )
     for name in ("seconds", "warmup", "sample"):
         if not getattr(args, name) >= 0:
             parser.error(f"--{name} must be at least 0 but is {getattr(args, name)}")
-    if args.mlp is not None and args.mlp <= 0:
-        parser.error(f"--mlp must be positive but is {args.mlp}")
+    for name in ("steps", "warmup"):
+        if getattr(args, name) > MOST_STEPS:
+            parser.error(f"--{name} must be at most {MOST_STEPS} but is {getattr(args, name)}")
     if not 0 <= args.seed < 2**64:
         parser.error(f"--seed must be from 0 to 2**64 - 1 but is {args.seed}")
     if args.streams > 64:
@@ -70,8 +131,12 @@ def parse(command: list[str] | None = None, description: str | None = None) -> a
             parser.error(str(error).replace("[--streams] n", "--streams"))
     if args.dim % (2 * args.heads):
         parser.error(f"--dim must be a multiple of 2 x --heads but is {args.dim}, {args.heads}")
-    if args.resume and not args.checkpoint:
-        parser.error("--resume needs --checkpoint")
+    check_memory(parser, args, "--dim, --depth, --mlp, --streams, --batch and --context")
+    for name in ("resume", "save_every"):
+        if name in named and not args.checkpoint:
+            parser.error(f"{option(name)} needs --checkpoint")
+    if args.no_metal and args.connection == "plain":
+        parser.error("--no-metal needs a --connection with kernels but it is plain")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install 'mhc-metal[plot]'")
     return args

@@ -27,17 +27,29 @@ instead of 28 GiB.
 import argparse
 import hashlib
 import math
+import os
 import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
 from byte_lm import Windows, loss_fn, make_model, read_corpus, sample
-from checkpoints import Log, list_checkpoints, load_checkpoint, make_folder, save_checkpoint
+from checkpoints import (
+    Log,
+    difference,
+    is_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    lock_folder,
+    save_checkpoint,
+    step_of,
+)
+from files import check_new, is_stream, make_folder
 from mlx.utils import tree_flatten, tree_unflatten
 from options import parse
 from tqdm import tqdm
@@ -48,6 +60,7 @@ from mhc_mlx.diagnostics import StabilityReport, plot, stability_report
 
 # What must be the same for a checkpoint to fit, and for its position in the data to mean the same.
 FIXED = ("connection", "streams", "dim", "depth", "heads", "mlp", "context", "seed")
+PICTURES = ("gains.png", "streams.png", "h_res.png", "gates.png", "loss.png")
 
 
 class Step(NamedTuple):
@@ -68,10 +81,12 @@ class Step(NamedTuple):
 class Run:
     """A model in training, its text, and how far it is; of several processes, one's part."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, at_end: ExitStack):
+        """What must be given back at the end, the lock of the checkpoints, goes to ``at_end``."""
         self.args, self.group = args, mx.distributed.init()
         self.rank, self.processes = self.group.rank(), self.group.size()
         self.folder = Path(args.checkpoint) if args.checkpoint else None
+        self.taken = args.batch * args.accumulate * self.processes  # sequences that a step takes
         self.log_path = self._log_path()
         self.at_start = None  # a StabilityReport, for those that come later
         text = read_corpus(args.data)
@@ -79,9 +94,10 @@ class Run:
         held = max(size // 32, 2 * args.context + 1)  # the tail, for validation
         if size < 2 * held:
             raise SystemExit(f"--context {args.context} is too long for a text of {size} bytes")
-        self._check_files()
+        self._check_files(at_end)
         self.data = mx.array(memoryview(text[:-held]))
         self.windows = Windows(self.data.size, args.context, args.seed)
+        self._check_sequences("--batch x --accumulate x processes", self.windows, self.taken)
         self.step = self.position = self.saved = 0
         # A residual has one stream, whatever --streams says.
         fixed = [k for k in FIXED if k != "streams" or args.connection != "plain"]
@@ -100,36 +116,70 @@ class Run:
 
         tail = mx.array(memoryview(text[-held:]))
         tests = Windows(tail.size, args.context, 0)
-        starts = tests.starts(0, min(tests.count, args.validation_batch))
+        self._check_sequences("--validation-batch", tests, args.validation_batch or 1)
+        starts = tests.starts(0, args.validation_batch or min(tests.count, 32))
         self.held_out = tail[starts[:, None] + mx.arange(args.context + 1)].astype(mx.int32)
 
     def _log_path(self) -> Path | None:
         args = self.args
         path = Path(args.log) if args.log else Path(args.plot, "log.csv") if args.plot else None
         if path and self.rank:
+            if is_stream(path):  # the first process's alone
+                return None
             path = path.with_suffix(f".rank{self.rank}{path.suffix}")
         return path
 
-    def _check_files(self) -> None:
-        """SystemExit where what the options ask for cannot be written."""
+    def _check_files(self, at_end: ExitStack) -> None:
+        """SystemExit where what the options ask for cannot be written, or would be written over
+        what this run has not written itself."""
         args = self.args
+        otherwise = ", or go with --resume,"
         if self.folder and self.rank == 0:
             make_folder("--checkpoint", self.folder)
-            if not args.resume and list_checkpoints(self.folder):
+            at_end.enter_context(lock_folder(self.folder))
+            found = [p.name for p in list_checkpoints(self.folder)]
+            if os.path.lexists(self.folder / "unfinished"):
+                found.append("unfinished")
+            if found and not args.resume:
                 raise SystemExit(
                     "--checkpoint must be a folder without checkpoints, or go with --resume, "
-                    f"but {self.folder} has some"
+                    f"but {self.folder} has {found[0]}"
                 )
         if args.log:
             make_folder("--log", Path(args.log).parent)
             if Path(args.log).is_dir():
                 raise SystemExit(f"--log must be a file but {args.log} is a folder")
+            if args.plot and is_stream(Path(args.log)):
+                raise SystemExit(f"--plot needs a --log that can be read again, not {args.log}")
         if args.plot:
             make_folder("--plot", Path(args.plot))
+        pictures = [Path(args.plot, name) for name in PICTURES] if args.plot else []
+        for path in (self.log_path, *pictures, self.folder and self.folder / "unfinished"):
+            if path and args.data and path.exists() and path.samefile(args.data):
+                raise SystemExit(f"--data must not be written to but {path} is the same file")
+        if self.log_path and not args.resume:
+            check_new("--log" if args.log else "--plot", self.log_path, otherwise)
+        for path in pictures:
+            if path.is_dir() or not args.resume:
+                check_new("--plot", path, otherwise)
+        if self.log_path:
+            self._check_log(os.path.realpath(self.log_path), map(os.path.realpath, pictures))
+
+    def _check_log(self, log: str, pictures: Iterable[str]) -> None:
+        name = Path(log)
+        in_folder = self.folder and name.parent == Path(os.path.realpath(self.folder))
+        kept = is_checkpoint(name) or name.name in ("lock", "unfinished")
+        if log in pictures or in_folder and kept:
+            raise SystemExit(f"--log must be a file of its own but {self.log_path} is another's")
+
+    def _check_sequences(self, what: str, windows: Windows, count: int) -> None:
+        if count > windows.count:
+            most = f"the {windows.count} sequences of --context {windows.context} that the text has"
+            raise SystemExit(f"{what} must be at most {most} for it but is {count}")
 
     def say(self, *words) -> None:
         if self.rank == 0:
-            print(*words)
+            print(*words, flush=True)  # before what --log /dev/stdout has next
 
     def everything(self) -> dict[str, mx.array]:
         """All that a run is, as arrays by name."""
@@ -158,15 +208,27 @@ class Run:
         mx.eval(shared)
         return shared
 
+    def _fault(self, path: Path, arrays: dict[str, mx.array], made: dict) -> str | None:
+        """What keeps a whole checkpoint from being this run's; SystemExit if it is another's."""
+        for k, ours in self.about.items():
+            if k not in made:
+                return f"does not say its {k}"
+            if made[k] != ours:
+                theirs, ours = (str(v)[:12] if k == "data" else v for v in (made[k], ours))
+                raise SystemExit(f"{path} was made with {k} {theirs}, not {ours}")
+        if found := difference(arrays, self.everything()):
+            return found
+        if arrays["at.step"].item() != step_of(path) or arrays["at.position"].item() < 0:
+            return "is of another step than its name says"
+        return None
+
     def begin(self) -> None:
         """From the newest whole checkpoint where --resume says so; all processes from the same."""
-        loaded = load_checkpoint(self.folder) if self.args.resume and self.rank == 0 else None
+        loaded = None
+        if self.args.resume and self.rank == 0:
+            loaded = load_checkpoint(self.folder, self._fault)
         if loaded:
-            path, arrays, made = loaded
-            for k, ours in self.about.items():
-                if made.get(k) != ours:
-                    theirs, ours = (v[:12] if k == "data" else v for v in (made.get(k), ours))
-                    raise SystemExit(f"{path} was made with {k} {theirs}, not {ours}")
+            path, arrays, _ = loaded
         else:
             arrays = self.everything()
         if self.processes > 1:
@@ -179,7 +241,7 @@ class Run:
     def steps(self) -> Iterator[Step]:
         """Train. A step is read once the next has begun, or at once if it is validated or saved."""
         args = self.args
-        share = args.batch * args.accumulate
+        share = self.taken // self.processes
         take = make_step(self.model, self.optimizer, self.data, args.context, args.clip, self.group)
         pending = []  # steps that run, and what they return
         stop = False
@@ -196,7 +258,7 @@ class Run:
             late = mx.array(float(time.perf_counter() - start > args.seconds))
             values = take(starts.reshape(args.accumulate, args.batch), late)
             mx.async_eval(values, self.model.state, self.optimizer.state)
-            self.step, self.position = self.step + 1, self.position + share * self.processes
+            self.step, self.position = self.step + 1, self.position + self.taken
             pending.append((self.step, values))
             due = self.step == args.steps or self.step % args.validate_every == 0
             due |= self.folder is not None and self.step % args.save_every == 0
@@ -224,7 +286,11 @@ class Run:
     def draw(self, report: StabilityReport | None) -> None:
         name = self.args.connection
         reports = {name: report} if report else {}
-        print("pictures:", *plot(reports, self.args.plot, logs={name: self.log_path}))
+        try:
+            drawn = plot(reports, self.args.plot, logs={name: self.log_path})
+        except OSError as error:
+            raise SystemExit(f"cannot draw into --plot {self.args.plot}: {error}") from error
+        self.say("pictures:", *drawn)
 
 
 def follow(run: Run, log: Log | None) -> tuple[list[Step], float | None]:
@@ -232,7 +298,7 @@ def follow(run: Run, log: Log | None) -> tuple[list[Step], float | None]:
     signal. Returns the steps, of which only the last may not be finite, and the last validation.
     """
     args, done, validation = run.args, [], None
-    tokens = args.batch * args.accumulate * run.processes * args.context
+    tokens = run.taken * args.context
     asked = []  # for pictures
     if args.plot and run.rank == 0:
         signal.signal(signal.SIGUSR1, lambda *_: asked.append(True))
@@ -265,8 +331,6 @@ def follow(run: Run, log: Log | None) -> tuple[list[Step], float | None]:
         if not step.finite:
             break
     bar.close()
-    if log:
-        log.close()
     return done, validation
 
 
@@ -308,16 +372,23 @@ def train(args: argparse.Namespace, diagnosed: bool = False) -> dict:
     """Train as the command line says. Returns the figures that it prints and, if diagnosed or
     drawn, the StabilityReport.
     """
-    run = Run(args)
+    with ExitStack() as at_end:
+        return _train(Run(args, at_end), diagnosed, at_end)
+
+
+def _train(run: Run, diagnosed: bool, at_end: ExitStack) -> dict:
+    args = run.args
     drawn = args.plot is not None and run.rank == 0
     diagnosed = drawn or diagnosed and run.rank == 0
     if diagnosed:
         run.at_start = run.diagnose()
     run.begin()
-    log = Log(run.log_path, run.step) if run.log_path else None
     if run.step >= args.steps:
         run.say(f"nothing to do: {run.step} of {args.steps} steps are done")
         raise SystemExit(0)
+    log = None
+    if run.log_path:
+        log = at_end.enter_context(closing(Log(run.log_path, run.step, args.resume)))
     mx.reset_peak_memory()
     start = time.perf_counter()
     done, validation = follow(run, log)

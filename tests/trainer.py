@@ -17,7 +17,7 @@ from options import parse  # noqa: E402
 STEPS, EVERY = 12, 4
 OPTIONS = ["--connection", "static", "--dim", 8, "--depth", 1, "--heads", 2, "--context", 16]
 OPTIONS += ["--batch", 8, "--steps", STEPS, "--seconds", 1e9, "--warmup", 4, "--lr", 0.01]
-OPTIONS += ["--validate-every", EVERY, "--save-every", EVERY, "--validation-batch", 4]
+OPTIONS += ["--validate-every", EVERY, "--validation-batch", 4]
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +48,7 @@ def command(corpus, folder=None, *more):
     options = [*OPTIONS, "--data", corpus, "--sample", 0]
     if folder:
         options += ["--log", folder / "log.csv", "--checkpoint", folder / "checkpoints"]
+        options += ["--save-every", EVERY]
     return [str(a) for a in (*options, *more)]
 
 
