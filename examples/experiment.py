@@ -5,8 +5,9 @@
 trains byte_lm.py's transformer with each connection and seed on the default corpus, in one
 process. The MLPs of connections with fewer parameters of their own are wider, so that all models
 have as many parameters. Every run leaves a CSV log and a JSON file with its figures and stability
-report; then summary.json, a table and the pictures are made of all that lie in the folder. So
-machines or GPUs can share the work, and --summary alone puts it together:
+report, both new; then summary.json, a table and the pictures are made of all that lie in the
+folder. Means are over the runs that did not diverge. So machines or GPUs can share the work, and
+--summary alone puts it together:
 
     CUDA_VISIBLE_DEVICES=0 python examples/experiment.py --out experiment --connections mhc &
     CUDA_VISIBLE_DEVICES=1 python examples/experiment.py --out experiment --connections hc &
@@ -26,14 +27,22 @@ from pathlib import Path
 
 import mlx.core as mx
 from byte_lm import CONVENTIONS, make_model
+from files import check_new, make_folder, replace, write_new
 from mlx.utils import tree_flatten
-from options import parse
-from train_lm import train
+from options import option, options_named, parse, refuse_empty, trainer_parser
+from train_lm import PICTURES, train
 
 from mhc_mlx import backend
 from mhc_mlx.diagnostics import StabilityReport, plot
 
 CONNECTIONS = ("plain", "hc", "mhc", "mhc-lite", "identity")
+# What every run is given here, and options that would make runs write to the same files.
+SET_HERE = ("connection", "seed", "mlp", "log", "sample", "seconds", "plot", "checkpoint", "resume")
+# What a table needs of a run's record.
+RECORD = {"connection": str, "seed": int, "parameters": int, "steps": int, "finite": bool}
+RECORD |= {"bits_per_byte": float, "validation": float, "similarity": float, "peak_mib": float}
+RECORD |= {"ms_per_step": float, "report": dict, "log": str, "device": str, "mlx": str, "date": str}
+OPTIONAL = ("validation", "similarity", "report")
 
 
 def possible(connection: str, streams: int) -> bool:
@@ -54,6 +63,7 @@ def size(args: argparse.Namespace) -> int:
 def equal_widths(command: list[str], connections: tuple | list) -> dict[str, int]:
     """The MLP width, a multiple of 8, with which each connection's model is as large as the largest
     of them with the usual one, as nearly as such widths allow."""
+    command = [word for word in command if word != "--no-metal"]  # plain refuses it
     sizes = {c: size(parse([*command, "--connection", c])) for c in connections}
     args = parse(command)
     widths = {}
@@ -78,18 +88,25 @@ def about() -> dict:
     }
 
 
+def command_of(connection: str, seed: int, command: list[str], width: int, out: Path) -> list[str]:
+    """The options of one run."""
+    if connection == "plain":  # it has no kernels to leave out
+        command = [word for word in command if word != "--no-metal"]
+    own = ["--connection", connection, "--seed", str(seed), "--mlp", str(width)]
+    log = str(out / f"{connection}-seed{seed}.csv")
+    return [*command, *own, "--log", log, "--sample", "0", "--seconds", "1e9"]
+
+
 def run(connection: str, seed: int, command: list[str], width: int, out: Path) -> None:
     """Train one and write out/CONNECTION-seedSEED.csv and .json."""
     stem = out / f"{connection}-seed{seed}"
-    own = ["--connection", connection, "--seed", str(seed), "--mlp", str(width)]
-    own += ["--log", f"{stem}.csv", "--sample", "0", "--seconds", "1e9"]
     print(f"{connection}, seed {seed}")
-    result = train(parse([*command, *own]), diagnosed=True)
+    result = train(parse(command_of(connection, seed, command, width, out)), diagnosed=True)
     report, _ = result.pop("report"), result.pop("losses")  # the log has these
     record = {"connection": connection, "seed": seed, "mlp": width, **result, **about()}
     record["report"] = report and report.to_dict()
     record["log"] = f"{stem.name}.csv"
-    stem.with_suffix(".json").write_text(json.dumps(record))
+    write_new(stem.with_suffix(".json"), json.dumps(record))
     gc.collect()  # so that the next run's peak of memory is its own
     mx.clear_cache()
 
@@ -118,33 +135,64 @@ def table(runs: dict[str, list[dict]]) -> str:
         "backward gain | ms per step | x plain | peak MiB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    base = runs.get("plain")
+    base = [r["ms_per_step"] for r in runs.get("plain", []) if r["finite"]]
     for name, seeds in runs.items():
-        whole = [r for r in seeds if r["finite"]]
+        finite = [r for r in seeds if r["finite"]]
         cells = [f"`{name}`", f"{seeds[0]['parameters']:,}"]
         for key, digits in (("bits_per_byte", 3), ("validation", 3), ("similarity", 3)):
-            values = [r[key] for r in whole if r[key] is not None]
+            values = [r[key] for r in finite if r[key] is not None]
             cells.append(spread(values, digits) if values else "")
         for way in ("forward", "backward"):
-            found = [gains(r, way) for r in seeds]
-            text = f"{statistics.median(found):.3g}"
-            cells.append(text if len(found) == 1 else f"{text} (at most {max(found):.3g})")
-        ms = statistics.median(r["ms_per_step"] for r in seeds)
-        cells.append(f"{ms:.1f}")
-        plain = base and statistics.median(r["ms_per_step"] for r in base)
-        cells.append(f"{ms / plain:.2f}" if plain else "")
+            found = [gains(r, way) for r in finite]
+            text = f"{statistics.median(found):.3g}" if found else ""
+            cells.append(text if len(found) < 2 else f"{text} (at most {max(found):.3g})")
+        ms = [r["ms_per_step"] for r in finite]
+        cells.append(f"{statistics.median(ms):.1f}" if ms else "")
+        ratio = statistics.median(ms) / statistics.median(base) if ms and base else None
+        cells.append(f"{ratio:.2f}" if ratio else "")
         cells.append(f"{max(r['peak_mib'] for r in seeds):.0f}")
-        if len(whole) < len(seeds):
-            cells[0] += f" ({len(seeds) - len(whole)} of {len(seeds)} diverged)"
+        if len(finite) < len(seeds):
+            cells[0] += f" ({len(seeds) - len(finite)} of {len(seeds)} diverged)"
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def read_run(path: Path) -> dict:
+    """A run's record; SystemExit where the file is none, or its log is missing."""
+    try:
+        record = json.loads(path.read_text())
+        for key, kind in RECORD.items():
+            if not isinstance(record[key], kind) and not (key in OPTIONAL and record[key] is None):
+                raise TypeError(f"{key} must be of {kind} but is {record[key]!r}")
+        if path.name != f"{record['connection']}-seed{record['seed']}.json":
+            raise ValueError(f"it has {record['connection']} and seed {record['seed']}")
+        if record["report"]:
+            StabilityReport.from_dict(record["report"])
+            gains(record, "forward")
+        open(path.parent / record["log"]).close()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise SystemExit(f"{path} must be a run's record but is not: {error!r}") from error
+    return record
+
+
+def check_summary(out: Path) -> None:
+    """SystemExit where the summary would replace what another program wrote."""
+    summary = out / "summary.json"
+    try:
+        ours = isinstance(json.loads(summary.read_text())["runs"], list)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        ours = False
+    if not ours:
+        for path in (summary, *(out / name for name in PICTURES)):
+            check_new("--out: the summary's", path, ", or beside an earlier summary.json,")
+
+
 def summarise(out: Path) -> dict[str, list[dict]]:
     """Of all runs in a folder: summary.json, the pictures, and the table on the terminal."""
-    found = [json.loads(p.read_text()) for p in sorted(out.glob("*-seed*.json"))]
+    check_summary(out)
+    found = [read_run(p) for p in sorted(out.glob("*-seed*.json"))]
     if not found:
-        raise SystemExit(f"{out} has no runs")
+        raise SystemExit(f"--out must be a folder with runs but {out} has none")
     order = [*CONNECTIONS, *sorted({r["connection"] for r in found} - set(CONNECTIONS))]
     runs = {c: [r for r in found if r["connection"] == c] for c in order}
     runs = {c: sorted(seeds, key=lambda r: r["seed"]) for c, seeds in runs.items() if seeds}
@@ -154,12 +202,15 @@ def summarise(out: Path) -> dict[str, list[dict]]:
         if all(r["report"] for r in seeds)
     }
     logs = {c: [out / r["log"] for r in seeds] for c, seeds in runs.items()}
-    pictures = plot(reports, out, logs=logs)
     short = [{k: v for k, v in r.items() if k != "report"} for s in runs.values() for r in s]
     for r in short:
         whole = next(w for w in runs[r["connection"]] if w["seed"] == r["seed"])
         r |= {f"{way}_gain": gains(whole, way) for way in ("forward", "backward")}
-    (out / "summary.json").write_text(json.dumps({"runs": short}, indent=1) + "\n")
+    replace(out / "summary.json", json.dumps({"runs": short}, indent=1) + "\n")
+    try:
+        pictures = plot(reports, out, logs=logs)
+    except (OSError, ValueError, LookupError) as error:
+        raise SystemExit(f"cannot draw the logs and reports in --out {out}: {error!r}") from error
     steps = {r["steps"] for r in short if r["finite"]}
     devices = {(r["device"], r["mlx"], r["date"]) for r in short}
     print(f"steps {sorted(steps)}; " + "; ".join(f"{d}, MLX {v}, {t}" for d, v, t in devices))
@@ -170,29 +221,51 @@ def summarise(out: Path) -> dict[str, list[dict]]:
 
 def main(command: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Other options are train_lm.py's.",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--connections", nargs="+", default=CONNECTIONS)
+    every = [*CONVENTIONS, "plain"]
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--connections", nargs="+", choices=every, default=CONNECTIONS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--summary", action="store_true", help="of the runs there, no new ones")
     args, options = parser.parse_known_args(command)
-    args.out.mkdir(parents=True, exist_ok=True)
+    refuse_empty(parser, args, "out")
+    named = options_named(parser, command, args) - {"out", "summary"}
+    if args.summary and (named or options):
+        words = [option(name) for name in sorted(named)] + options
+        parser.error(f"--summary runs nothing: it must go without {' '.join(words)}")
+    for name in ("connections", "seeds"):
+        if len(set(getattr(args, name))) < len(getattr(args, name)):
+            parser.error(f"--{name} must differ from each other but are {getattr(args, name)}")
+    trainer = trainer_parser()
+    for name in sorted(options_named(trainer, options, trainer.parse_args(options))):
+        if name in SET_HERE:
+            parser.error(f"{option(name)} is this program's to set: leave it out")
+    out = Path(args.out)
+    if args.summary:
+        summarise(out)
+        return
     # 48 sublayers, as wide as three seeds of five connections allow in minutes on a GPU.
     base = ["--depth", "24", "--dim", "128", "--context", "256", "--batch", "16"]
     base += ["--lr", "2e-3", "--warmup", "100", "--steps", "300", "--validate-every", "100"]
     base += ["--gates-rate", "1"]  # the trainer's 10 suits projected logits; without, they explode
-    if not args.summary:
-        # Of all that there can be, so that machines which train a few of them have the same widths.
-        streams = parse([*base, *options]).streams
-        usual = [c for c in CONNECTIONS if possible(c, streams)]
-        widths = equal_widths([*base, *options], [*usual, *args.connections])
-        for seed in args.seeds:
-            for connection in args.connections:
-                run(connection, seed, [*base, *options], widths[connection], args.out)
-    summarise(args.out)
+    base += options
+    # Of all that there can be, so that machines which train a few of them have the same widths.
+    usual = [c for c in CONNECTIONS if possible(c, parse(base).streams)]
+    widths = equal_widths(base, [*usual, *args.connections])
+    runs = [(c, seed) for seed in args.seeds for c in args.connections]
+    make_folder("--out", out)
+    check_summary(out)
+    for connection, seed in runs:
+        parse(command_of(connection, seed, base, widths[connection], out))
+        for ending in ("csv", "json"):
+            check_new("--out: a run's", out / f"{connection}-seed{seed}.{ending}")
+    for connection, seed in runs:
+        run(connection, seed, base, widths[connection], out)
+    summarise(out)
 
 
 if __name__ == "__main__":

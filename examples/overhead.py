@@ -8,8 +8,9 @@ The floor of what connections add is their traffic over the bandwidth of a copy 
 dynamic sublayer of 4 streams moves at least 41 rows of C elements per token, 14 forward and 27
 backward. Peak memory of the reference is foretold from one and two layers; where the device has
 not as much, it is left out. --curves trains small models of both kinds for some steps and
-compares their losses. --from FILE prints the table of an earlier --json, with --copy-gb-s by the
-bandwidth that another program measured. Without a GPU both are the reference, and it says so.
+compares their losses. --json FILE writes a new file. --from FILE prints the table of an earlier
+one, with --copy-gb-s by the bandwidth that another program measured. Without a GPU both are the
+reference, and it says so.
 
 MLX lets ten parts of a graph wait for the GPU. With MLX_MAX_MB_PER_BUFFER=2000 in the environment
 they are longer, so that a slow host keeps a fast NVIDIA GPU busy; they take more memory.
@@ -26,8 +27,18 @@ from pathlib import Path
 import mlx.core as mx
 from byte_lm import make_model
 from experiment import about
+from files import check_new, write_new
 from mlx.utils import tree_flatten
-from options import parse
+from options import (
+    MOST_STEPS,
+    check_memory,
+    device_memory,
+    option,
+    options_named,
+    parse,
+    refuse_empty,
+    trainer_parser,
+)
 from train_lm import train
 from training_step import make_optimizer, make_step
 
@@ -105,14 +116,18 @@ def heads_of(dim: int) -> int:
     return max(dim // 64, 1)
 
 
+def model_options(dim: int, args: argparse.Namespace) -> list[str]:
+    """The trainer's options for all kinds at one dim, but for the depth."""
+    sizes = ["--dim", str(dim), "--heads", str(heads_of(dim)), "--dtype", args.dtype]
+    return [*sizes, "--context", str(args.context), "--batch", str(args.tokens // args.context)]
+
+
 def overhead(dim: int, args: argparse.Namespace, bandwidth: float) -> dict:
     """All kinds at one dim, and what they add."""
-    base = ["--dim", str(dim), "--heads", str(heads_of(dim)), "--dtype", args.dtype]
-    base += ["--context", str(args.context), "--batch", str(args.tokens // args.context)]
+    base = model_options(dim, args)
     size = {"bfloat16": 2, "float32": 4}[args.dtype]
     floor = ROWS * 2 * args.depth * dim * args.tokens * size / bandwidth * 1e3
-    info = mx.device_info()
-    most = info.get("total_memory", info.get("memory_size"))
+    most = device_memory() if backend() else None
     result = {"dim": dim, "floor_ms": floor}
     for kind in [k for k in KINDS if k in args.kinds]:  # plain first: others add to it
         command = [*base, *KINDS[kind]]
@@ -180,6 +195,83 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def check_record(record: dict) -> None:
+    """ValueError, LookupError or TypeError where a record is none that --json wrote."""
+
+    def numbers(*values) -> None:
+        for v in values:
+            if isinstance(v, bool) or not isinstance(v, (int, float)):
+                raise TypeError(f"{v!r} must be a number")
+
+    numbers(record["copy_gb_s"])
+    if not 0 < record["copy_gb_s"] < math.inf:
+        raise ValueError(f"copy_gb_s must be finite and above 0 but is {record['copy_gb_s']}")
+    for name, kind in (("device", str), ("mlx", str), ("date", str), ("results", list)):
+        if not isinstance(record[name], kind):
+            raise TypeError(f"{name} must be of {kind} but is {record[name]!r}")
+    for result in record["results"]:
+        numbers(result["dim"], result["floor_ms"])
+        for made in (result[kind] for kind in KINDS if kind in result):
+            if "ms" not in made:
+                numbers(made["needs_gib"])
+                continue
+            numbers(made["ms"], made["peak_gib"], *made["losses"])
+            if "added_ms" in made:
+                numbers(made["added_ms"], made["share"], made["x_floor"])
+
+
+def print_record(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """The table of --from."""
+    try:
+        record = json.loads(Path(args.source).read_text())
+        check_record(record)
+        factor = record["copy_gb_s"] / (args.copy_gb_s or record["copy_gb_s"])
+        lines = [f"{record['device']}, MLX {record['mlx']}, {record['date']}"]
+        lines.append(table([by_floor(r, factor) for r in record["results"]]))
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+        parser.error(f"--from must be a file that --json wrote but is {args.source}: {error!r}")
+    print(*lines, sep="\n")
+
+
+def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, named: set) -> None:
+    """Of a run that measures."""
+    for name in ("depth", "tokens", "context", "steps", "copy_mib"):
+        if getattr(args, name) < 1:
+            parser.error(f"{option(name)} must be at least 1 but is {getattr(args, name)}")
+    if min(args.dims, default=1) < 1:
+        parser.error(f"--dims must be at least 1 but has {min(args.dims)}")
+    for dim in args.dims:
+        step = 2 * heads_of(dim)  # rotary positions turn pairs of a head's channels
+        if dim % step:
+            must = f"multiples of 2 x heads (dim // 64, at least 1), here of {step},"
+            parser.error(f"--dims must be {must} but has {dim}")
+    for name in ("dims", "kinds"):
+        if len(set(getattr(args, name))) < len(getattr(args, name)):
+            parser.error(
+                f"{option(name)} must differ from each other but are {getattr(args, name)}"
+            )
+    if not 0 <= args.curves <= MOST_STEPS:
+        parser.error(f"--curves must be from 0 to {MOST_STEPS} but is {args.curves}")
+    if not args.dims:
+        if not args.curves:
+            parser.error("--dims must have one at least, or go with --curves")
+        if useless := named & {"kinds", "depth", "tokens", "context", "dtype", "steps"}:
+            words = ", ".join(map(option, sorted(useless)))
+            parser.error(f"--dims must have one at least to go with {words}")
+    if args.context > DATA - 2:
+        parser.error(f"--context must be at most {DATA - 2} but is {args.context}")
+    if args.tokens % args.context:
+        parser.error(f"--tokens must be a multiple of --context but is {args.tokens}")
+    for dim in args.dims:
+        for kind in args.kinds:
+            command = with_depth(model_options(dim, args), args.depth)
+            model = trainer_parser().parse_args([*command, *KINDS[kind]])
+            check_memory(parser, model, "--tokens, --dims and --depth")
+    most = min(device_memory() // (17 * 2**20), 2**12 - 1)  # 16 copies; elements are below 2**31
+    if args.copy_mib > most:
+        parser.error(f"--copy-mib must be at most {most} here but is {args.copy_mib}")
+
+
 def main(command: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
@@ -199,41 +291,23 @@ def main(command: list[str] | None = None) -> None:
     parser.add_argument("--from", dest="source", metavar="FILE", help="run nothing, read this")
     parser.add_argument("--copy-gb-s", type=float, metavar="GB/S", help="of a copy, with --from")
     args = parser.parse_args(command)
-    for name in ("depth", "tokens", "context", "steps", "copy_mib"):
-        if getattr(args, name) < 1:
-            parser.error(
-                f"--{name.replace('_', '-')} must be at least 1 but is {getattr(args, name)}"
-            )
-    if min(args.dims, default=1) < 1:
-        parser.error(f"--dims must be at least 1 but has {min(args.dims)}")
-    for dim in args.dims:
-        step = 2 * heads_of(dim)  # rotary positions turn pairs of a head's channels
-        if dim % step:
-            must = f"multiples of 2 x heads (dim // 64, at least 1), here of {step},"
-            parser.error(f"--dims must be {must} but has {dim}")
-    if args.curves < 0:
-        parser.error(f"--curves must be at least 0 but is {args.curves}")
-    if args.context > DATA - 2:
-        parser.error(f"--context must be at most {DATA - 2} but is {args.context}")
-    if args.copy_gb_s is not None:
-        if not 0 < args.copy_gb_s < math.inf:
+    named = options_named(parser, command, args)
+    refuse_empty(parser, args, "json", "source")
+    if args.source is not None:
+        if useless := named - {"source", "copy_gb_s"}:
+            words = ", ".join(map(option, sorted(useless)))
+            parser.error(f"--from runs nothing: it must go without {words}")
+        if args.copy_gb_s is not None and not 0 < args.copy_gb_s < math.inf:
             parser.error(f"--copy-gb-s must be finite and above 0 but is {args.copy_gb_s}")
-        if not args.source:
-            parser.error("--copy-gb-s goes with --from")
-    if args.source:
-        try:
-            record = json.loads(Path(args.source).read_text())
-            factor = record["copy_gb_s"] / (args.copy_gb_s or record["copy_gb_s"])
-            lines = [f"{record['device']}, MLX {record['mlx']}, {record['date']}"]
-            lines.append(table([by_floor(r, factor) for r in record["results"]]))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            parser.error(f"--from must be a file that --json wrote but is {args.source}: {error!r}")
-        print(*lines, sep="\n")
+        print_record(parser, args)
         return
-    if args.json and (Path(args.json).is_dir() or not Path(args.json).parent.is_dir()):
-        parser.error(f"--json must be a file in a folder that exists but is {args.json}")
-    if args.tokens % args.context:
-        parser.error(f"--tokens must be a multiple of --context but is {args.tokens}")
+    if args.copy_gb_s is not None:
+        parser.error(f"--copy-gb-s goes with --from but is {args.copy_gb_s} without")
+    check_options(parser, args, named)
+    if args.json:
+        if Path(args.json).is_dir() or not Path(args.json).parent.is_dir():
+            parser.error(f"--json must be a file in a folder that exists but is {args.json}")
+        check_new("--json", Path(args.json))
     if backend() is None:
         print("no GPU: fused and reference are both the reference on the CPU")
     bandwidth = copy_bandwidth(args.copy_mib)
@@ -250,8 +324,7 @@ def main(command: list[str] | None = None) -> None:
             f"{record['curves']['largest_difference']:.1e} bits per byte"
         )
     if args.json:
-        with open(args.json, "w") as f:
-            json.dump(record, f, indent=1)
+        write_new(Path(args.json), json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ def test_widths_without_a_connection_that_cannot_be(monkeypatch, tmp_path):
 
 def test_experiment(corpus, tmp_path, capsys, uncompiled):
     """Two connections in two calls, as machines would share them."""
-    options = [a for a in command(corpus) if a != "static" and a != "--connection"]
+    options = command(corpus)
+    for name in ("--connection", "--seconds", "--sample"):  # which are the program's to set
+        del options[options.index(name) : options.index(name) + 2]
     for connection in ("plain", "identity"):
         own = ["--connections", connection, "--seeds", "0", "--steps", "3"]
         experiment.main(["--out", str(tmp_path), *options, *own])
