@@ -132,9 +132,10 @@ def parse(command: list[str] | None = None, description: str | None = None) -> a
     if args.dim % (2 * args.heads):
         parser.error(f"--dim must be a multiple of 2 x --heads but is {args.dim}, {args.heads}")
     check_memory(parser, args, "--dim, --depth, --mlp, --streams, --batch and --context")
-    for name in ("resume", "save_every"):
-        if name in named and not args.checkpoint:
-            parser.error(f"{option(name)} needs --checkpoint")
+    if args.resume and not args.checkpoint:
+        parser.error("--resume needs --checkpoint")
+    if "save_every" in named and not args.checkpoint:
+        parser.error(f"--save-every needs --checkpoint but is {args.save_every} without")
     if args.no_metal and args.connection == "plain":
         parser.error("--no-metal needs a --connection with kernels but it is plain")
     if args.plot and importlib.util.find_spec("matplotlib") is None:

@@ -98,6 +98,12 @@ class Run:
         self.data = mx.array(memoryview(text[:-held]))
         self.windows = Windows(self.data.size, args.context, args.seed)
         self._check_sequences("--batch x --accumulate x processes", self.windows, self.taken)
+        tail = mx.array(memoryview(text[-held:]))
+        tests = Windows(tail.size, args.context, 0)
+        self._check_sequences("--validation-batch", tests, args.validation_batch or 1)
+        starts = tests.starts(0, args.validation_batch or min(tests.count, 32))
+        self.held_out = tail[starts[:, None] + mx.arange(args.context + 1)].astype(mx.int32)
+
         self.step = self.position = self.saved = 0
         # A residual has one stream, whatever --streams says.
         fixed = [k for k in FIXED if k != "streams" or args.connection != "plain"]
@@ -113,12 +119,6 @@ class Run:
         self.size = sum(v.size for _, v in parameters)
         kernels = backend() if backend() and not args.no_metal else "none"
         self.say(f"{self.size:,} parameters, {self.data.size:,} bytes of text, kernels: {kernels}")
-
-        tail = mx.array(memoryview(text[-held:]))
-        tests = Windows(tail.size, args.context, 0)
-        self._check_sequences("--validation-batch", tests, args.validation_batch or 1)
-        starts = tests.starts(0, args.validation_batch or min(tests.count, 32))
-        self.held_out = tail[starts[:, None] + mx.arange(args.context + 1)].astype(mx.int32)
 
     def _log_path(self) -> Path | None:
         args = self.args

@@ -13,19 +13,24 @@ import signal
 import sys
 import sysconfig
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 import processes
 import pytest
 import trainer
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from test_data_parallel import free_port
 from trainer import EVERY, EXAMPLES, STEPS, command, rows, train
 
 # isort: split
 import train_lm
-from byte_lm import CONVENTIONS, Windows
+import training_step
+from byte_lm import CONVENTIONS, ByteLM, Windows, loss_fn
 from checkpoints import Log, list_checkpoints, load_checkpoint, save_checkpoint
 from options import parse
 from training_step import make_optimizer
@@ -272,7 +277,7 @@ def close(got, want):
     print(f"largest relative error {error:.1e}")
 
 
-def test_accumulation_is_a_larger_batch(corpus, whole, tmp_path):
+def test_accumulation_is_a_larger_batch(corpus, whole, tmp_path, uncompiled):
     train(corpus, tmp_path, "--batch", 2, "--accumulate", 4)
     close(rows(tmp_path / "log.csv"), rows(whole / "log.csv"))
 
@@ -383,12 +388,16 @@ def test_pictures_on_a_signal_and_at_the_end(corpus, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("connection", [*CONVENTIONS, "plain"])
-def test_every_connection_trains_in_bfloat16_as_in_float32(connection, corpus, uncompiled):
+def test_every_connection_trains_in_bfloat16_as_in_float32(
+    connection, corpus, tmp_path, uncompiled
+):
     """To the rounding of bfloat16, with weights and moments in float32."""
     own = ["--connection", connection, "--steps", 8, "--warmup", 2]
-    single, half = (
-        train(corpus, None, *own, "--dtype", dtype) for dtype in ("float32", "bfloat16")
-    )
+    single = train(corpus, None, *own, "--dtype", "float32")
+    half = train(corpus, tmp_path, *own, "--dtype", "bfloat16")
+    kept = load_checkpoint(tmp_path / "checkpoints")[1]
+    dtypes = {v.dtype for k, v in kept.items() if k.startswith("model.") or k[-2:] in (".m", ".v")}
+    assert dtypes == {mx.float32}
     assert single["losses"][-1] < single["losses"][0] - 0.5
     assert half["losses"] == pytest.approx(single["losses"], abs=0.05)
     assert half["losses"] != single["losses"]
@@ -413,6 +422,134 @@ def test_text_too_short_for_its_context_is_an_error(corpus):
         train(corpus, None, "--context", 8192)
 
 
+def test_every_step_is_adamw_of_the_clipped_mean_at_two_rates(corpus, tmp_path, uncompiled):
+    """The parameters and moments after five steps, by NumPy in float64 from MLX's gradient of the
+    whole batch: rates, warm-up, cosine, decay of all parameters, clipping, accumulation, text."""
+    lr, gates, clip, warmup, steps, share = 0.02, 4.0, 0.3, 2, 5, 6
+    options = ["--connection", "mhc", "--batch", 2, "--accumulate", 3, "--steps", steps]
+    options += ["--lr", lr, "--gates-rate", gates, "--clip", clip, "--warmup", warmup, "--seed", 5]
+    result = train(corpus, tmp_path, *options, "--save-every", steps)
+    got = load_checkpoint(tmp_path / "checkpoints")[1]
+
+    mx.random.seed(5)
+    model = train_lm.make_model(parse(command(corpus, None, *options)))
+    text = np.frombuffer(corpus.read_bytes(), np.uint8)
+    text = text[: -max(len(text) // 32, 33)]
+    windows, backward = Windows(len(text), 16, 5), nn.value_and_grad(model, loss_fn)
+    weights = {k: np.array(v, np.float64) for k, v in tree_flatten(model.parameters())}
+    start = dict(weights)
+    first, second = ({k: np.zeros_like(v) for k, v in weights.items()} for _ in range(2))
+    clipped, losses = 0, []
+    for step in range(steps):
+        model.update(tree_unflatten([(k, mx.array(v, mx.float32)) for k, v in weights.items()]))
+        starts = np.array(windows.starts(share * step, share))
+        batch = mx.array(text[starts[:, None] + np.arange(17)].astype(np.int32))
+        (loss, _), gradients = backward(model, batch)
+        losses.append(loss.item())
+        gradients = {k: np.array(v, np.float64) for k, v in tree_flatten(gradients)}
+        norm = np.sqrt(sum((g**2).sum() for g in gradients.values()))
+        clipped += norm > clip
+        rate = step / warmup
+        if step >= warmup:
+            rate = 0.55 + 0.45 * np.cos(np.pi * (step - warmup) / (steps - warmup))
+        for k, g in gradients.items():
+            g = g * min(1, clip / norm)
+            first[k] = 0.9 * first[k] + 0.1 * g
+            second[k] = 0.999 * second[k] + 0.001 * g**2
+            of = lr * rate * (gates if "connections" in k and not k.endswith("phi") else 1)
+            weights[k] = (1 - of * 0.01) * weights[k] - of * first[k] / (np.sqrt(second[k]) + 1e-6)
+    assert clipped == steps and any("connections" in k for k in weights)
+    assert result["losses"] == pytest.approx(losses, rel=BOUND)
+    for k, want in weights.items():
+        moved = np.abs(want - start[k]).max()
+        error = np.abs(np.array(got[f"model.{k}"]) - want).max()
+        # Adam divides gradients by their size: those near its eps of 1e-6 keep fewer digits.
+        assert moved > 0.01 and error < 1e-3 * moved, f"{k}: {error} of {moved}"
+        which = 0 if "connections" in k and not k.endswith("phi") else 1
+        for name, moments in (("m", first), ("v", second)):
+            moment = np.array(got[f"optimizer.states.{which}.{k}.{name}"])
+            assert np.abs(moment - moments[k]).max() < 1e-4 * np.abs(moments[k]).max(), (k, name)
+
+
+def test_trains_on_the_text_but_its_tail(tmp_path, monkeypatch, uncompiled):
+    """The last 32nd is for validation, and for that alone."""
+    path, seen = tmp_path / "text", {"trained": [], "tested": []}
+    path.write_bytes(b"ab" * 31 * 512 + b"yz" * 512)
+    for module, name in ((training_step, "trained"), (train_lm, "tested")):
+
+        def noted(model, batch, name=name, loss=module.loss_fn):
+            seen[name].append(batch)
+            return loss(model, batch)
+
+        monkeypatch.setattr(module, "loss_fn", noted)
+    options = ["--connection", "plain", "--steps", 8, "--batch", 60, "--validation-batch", 50]
+    train(path, None, *options)  # as many sequences as half of an epoch; nearly all of the tail
+    found = {k: set(mx.concatenate(v).flatten().tolist()) for k, v in seen.items()}
+    assert found == {"trained": set(b"ab"), "tested": set(b"yz")}
+    assert {b.shape for b in seen["trained"]} == {(60, 17)}
+    assert {b.shape for b in seen["tested"]} == {(50, 17)}
+
+
+def test_losses_are_bits_per_byte():
+    model = ByteLM(8, 1, 2, 1, "plain", use_metal=True)
+    model.head.weight = mx.zeros((256, 8))
+    loss, similarity = loss_fn(model, mx.arange(34).reshape(2, 17))
+    assert loss.item() == pytest.approx(8, rel=1e-6) and similarity.item() == 0
+    # The first 16 bytes foretell the last 16: of them the loss is the mean.
+    weight, batch = mx.random.normal((256, 8)), mx.array([list(range(17))])
+    model.head.weight = weight
+    logits = np.array(model(batch[:, :-1])[0], np.float64)[0]
+    chances = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    want = -np.log2(chances[np.arange(16), np.arange(1, 17)]).mean()
+    assert loss_fn(model, batch)[0].item() == pytest.approx(want, rel=1e-5)
+
+
+def test_speed_counts_all_sequences_of_a_step(corpus, tmp_path, monkeypatch, uncompiled):
+    """Those of each part and of each process."""
+    args = parse(command(corpus, None, "--batch", 4, "--accumulate", 3, "--log", tmp_path / "log"))
+    group = SimpleNamespace(rank=lambda: 0, size=lambda: 5)
+    monkeypatch.setattr(mx.distributed, "init", lambda: group)
+    run = train_lm.Run(args, ExitStack())
+    run.steps = lambda: iter([train_lm.Step(1, 0.5, False, 2.0, 0.5, 1.0)])
+    log = Log(tmp_path / "log", 0)
+    train_lm.follow(run, log)
+    log.close()
+    with open(tmp_path / "log", newline="") as f:
+        (row,) = csv.DictReader(f)
+    assert row["tokens_per_second"] == str(4 * 3 * 5 * 16 * 2)
+    assert (row["bits_per_byte"], row["similarity"], row["gradient_norm"]) == ("2.0", "0.5", "1.0")
+
+
+def test_figures_are_of_the_last_100_steps(capsys):
+    """But times are a median of all."""
+    run = SimpleNamespace(model=SimpleNamespace(streams=4), size=7, saved=0, say=print)
+    seconds = [9.0] * 40 + [0.002] * 70 + [0.001] * 40
+    done = [
+        train_lm.Step(k + 1, seconds[k], k == 149, 8.0 - k / 50, k / 150, 1.0) for k in range(150)
+    ]
+    result = train_lm.summarise(run, done, 4.5, 12.0)
+    assert result["bits_per_byte"] == pytest.approx(8 - 99.5 / 50)
+    assert result["similarity"] == pytest.approx(99.5 / 150)
+    assert result["ms_per_step"] == pytest.approx(2) and result["losses"] == [s.bits for s in done]
+    assert result["finite"] and result["steps"] == 150 and result["validation"] == 4.5
+    out = capsys.readouterr().out
+    assert "bits per byte 6.010, similarity between streams 0.663 (mean of the last 100" in out
+    assert "150 steps in 12 s, 2.0 ms per step" in out and "validation 4.500 bits" in out
+
+
+def test_the_seed_decides_weights_and_order(corpus):
+    def begun(*more):
+        run = train_lm.Run(parse(command(corpus, None, *more)), ExitStack())
+        weights = dict(tree_flatten(run.model.parameters()))
+        return run.windows.starts(0, 50).tolist(), weights["head.weight"], run.held_out
+
+    order, weights, held_out = begun("--seed", 7)
+    same, different = begun("--seed", 7), begun("--seed", 8)
+    assert order == same[0] != different[0]
+    assert mx.array_equal(weights, same[1]) and not mx.array_equal(weights, different[1])
+    assert mx.array_equal(held_out, same[2]) and mx.array_equal(held_out, different[2])
+
+
 def test_rate_warms_up_and_falls_as_a_cosine():
     adam = make_optimizer(0.5, steps=100, warmup=10).optimizers[1]
 
@@ -433,6 +570,10 @@ def test_rate_warms_up_and_falls_as_a_cosine():
         *(["--sample", "-1"], ["--streams", "65"]),
         *(["--streams", "6", "--connection", "mhc-lite"],),
         *(["--streams", "6", "--connection", "kronecker"],),
+        *(["--data", ""], ["--log", ""], ["--plot", ""], ["--checkpoint", ""]),
+        *(["--steps", "99999999999"], ["--warmup", "99999999999"], ["--validation-batch", "0"]),
+        *(["--save-every", "500"], ["--no-metal", "--connection", "plain"]),
+        *(["--chec", "somewhere"],),  # an abbreviation is none
     ],
     ids=lambda o: " ".join(o),
 )
@@ -440,7 +581,19 @@ def test_bad_options_are_named(options, capsys):
     with pytest.raises(SystemExit):
         parse(options)
     found = capsys.readouterr().err.rpartition("error:")[2]
-    assert options[0] in found and all(v in found for v in options[1:2])
+    assert options[0] in found and all(v in found for v in options[1:2] if v != "--connection")
+
+
+def test_more_than_the_device_or_the_text_has_is_refused(corpus, capsys, monkeypatch):
+    """Before anything is made of it."""
+    for name in ("--batch", "--context", "--dim", "--depth", "--mlp"):
+        with pytest.raises(SystemExit):
+            parse([name, str(2**60)])
+        assert f"{name}" in (found := capsys.readouterr().err) and "GiB but the device has" in found
+    monkeypatch.setattr(train_lm, "make_model", None)
+    for name, number in (("batch", 5000), ("accumulate", 10**12), ("validation-batch", 100)):
+        with pytest.raises(SystemExit, match=f"--{name} .*must be at most the .* but is"):
+            train(corpus, None, f"--{name}", number)
 
 
 def test_options_at_their_bounds():
