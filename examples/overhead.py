@@ -196,28 +196,35 @@ def table(results: list[dict]) -> str:
 
 
 def check_record(record: dict) -> None:
-    """ValueError, LookupError or TypeError where a record is none that --json wrote."""
+    """ValueError, LookupError, TypeError or OverflowError where --json has not written a record."""
 
-    def numbers(*values) -> None:
-        for v in values:
-            if isinstance(v, bool) or not isinstance(v, (int, float)):
-                raise TypeError(f"{v!r} must be a number")
+    def number(v) -> None:
+        if isinstance(v, bool) or not isinstance(v, (int, float)):
+            raise TypeError(f"{v!r} must be a number")
 
-    numbers(record["copy_gb_s"])
-    if not 0 < record["copy_gb_s"] < math.inf:
-        raise ValueError(f"copy_gb_s must be finite and above 0 but is {record['copy_gb_s']}")
+    def figures(of: dict, *names: str) -> None:
+        for name in names:
+            number(of[name])
+            if not math.isfinite(of[name]):
+                raise ValueError(f"{name} must be finite but is {of[name]}")
+
+    figures(record, "copy_gb_s")
+    if record["copy_gb_s"] <= 0:
+        raise ValueError(f"copy_gb_s must be above 0 but is {record['copy_gb_s']}")
     for name, kind in (("device", str), ("mlx", str), ("date", str), ("results", list)):
         if not isinstance(record[name], kind):
             raise TypeError(f"{name} must be of {kind} but is {record[name]!r}")
     for result in record["results"]:
-        numbers(result["dim"], result["floor_ms"])
+        figures(result, "dim", "floor_ms")
         for made in (result[kind] for kind in KINDS if kind in result):
             if "ms" not in made:
-                numbers(made["needs_gib"])
+                figures(made, "needs_gib")
                 continue
-            numbers(made["ms"], made["peak_gib"], *made["losses"])
+            figures(made, "ms", "peak_gib")
             if "added_ms" in made:
-                numbers(made["added_ms"], made["share"], made["x_floor"])
+                figures(made, "added_ms", "share", "x_floor")
+            for loss in made["losses"]:
+                number(loss)
 
 
 def print_record(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -292,7 +299,9 @@ def main(command: list[str] | None = None) -> None:
     parser.add_argument("--copy-gb-s", type=float, metavar="GB/S", help="of a copy, with --from")
     args = parser.parse_args(command)
     named = options_named(parser, command, args)
-    refuse_empty(parser, args, "json", "source")
+    refuse_empty(parser, args, "json")
+    if args.source == "":
+        parser.error("--from must be a path but is empty")
     if args.source is not None:
         if useless := named - {"source", "copy_gb_s"}:
             words = ", ".join(map(option, sorted(useless)))
