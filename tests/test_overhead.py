@@ -137,7 +137,8 @@ def test_json_is_a_new_file(tmp_path, monkeypatch, capfd):
     assert made["results"][0]["plain"] == MADE and made["copy_gb_s"] == 2
     assert (tmp_path / "dangling").is_symlink()
     capfd.readouterr()
-    overhead.main(["--dims", "8", "--json", "/dev/stdout"])
+    (tmp_path / "output").symlink_to("/dev/stdout")
+    overhead.main(["--dims", "8", "--json", str(tmp_path / "output")])
     out = capfd.readouterr().out
     assert json.loads(out[out.index("{") : out.rindex("}") + 1])["results"] == made["results"]
     (tmp_path / "full").symlink_to("/dev/full")

@@ -50,6 +50,7 @@ def test_no_file_is_written_over(corpus, tmp_path, monkeypatch):
     os.link(data, tmp_path / "hard link")
     (tmp_path / "notes").write_text("kept")
     (tmp_path / "link to notes").symlink_to("notes")
+    (tmp_path / "nowhere").symlink_to("/dev/null")
     (pictures / "gains.png").write_text("kept")
     (folder / "unfinished").symlink_to(data)
     (folder / "lock").touch()
@@ -63,7 +64,7 @@ def test_no_file_is_written_over(corpus, tmp_path, monkeypatch):
         [*again, "--log", folder / "step-00000004-0123456789abcdef.safetensors"],
         ["--plot", pictures],
         ["--plot", tmp_path / "new", "--log", tmp_path / "new" / "loss.png"],
-        ["--plot", tmp_path / "new", "--log", "/dev/null"],  # it is read for the pictures
+        ["--plot", tmp_path / "new", "--log", tmp_path / "nowhere"],  # it is read for the pictures
         own,  # with an unfinished checkpoint
     ]
     (tmp_path / "new").mkdir()
@@ -159,20 +160,21 @@ def test_log_without_a_checkpoint_is_put_aside(tmp_path, lines, capsys):
 
 def test_log_to_what_is_no_file(corpus, tmp_path, capfd, monkeypatch):
     """It is written to as it is, and stays what it is."""
-    fifo, full = tmp_path / "fifo", tmp_path / "full"
+    fifo, full, output = (tmp_path / name for name in ("fifo", "full", "output"))
     os.mkfifo(fifo)
-    full.symlink_to("/dev/full")
+    full.symlink_to("/dev/full")  # links, so that a fault replaces no device of this machine
+    output.symlink_to("/dev/stdout")
     text = []
     reader = threading.Thread(target=lambda: text.append(fifo.read_bytes()), daemon=True)
     reader.start()
-    logs = [Log(p, n, n > 0) for p in (fifo, Path("/dev/stdout")) for n in (0, 4)]
+    logs = [Log(p, n, n > 0) for p in (fifo, output) for n in (0, 4)]
     for log in logs:
         log.write(5, *range(6))
         log.close()
     reader.join(10)
     assert text == [capfd.readouterr().out.encode()]
     assert text[0].count(b"step,bits_per_byte") == text[0].count(b"5,0,1,2,3,4,5\r\n") == 2
-    assert stat.S_ISFIFO(fifo.stat().st_mode)
+    assert stat.S_ISFIFO(fifo.stat().st_mode) and output.is_symlink()
     monkeypatch.setattr(train_lm, "follow", None)  # nothing is trained
     with pytest.raises(SystemExit, match=f"cannot write the log {full}: No space left"):
         train(corpus, None, "--log", full)
