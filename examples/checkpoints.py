@@ -189,11 +189,11 @@ class Log:
         Then lines of later steps, which are done again, are cut off. A log without a checkpoint
         (``after`` is 0) is renamed: nobody knows of which run it is.
         """
-        self.path = path
+        self.path, self.regular = path, not is_stream(path)
         if not (resumed or after):
             check_new("--log", path, ", or go with --resume,")
         try:
-            if not is_stream(path):
+            if self.regular:
                 path = Path(os.path.realpath(path))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if path.exists():
@@ -201,7 +201,7 @@ class Log:
             self._file = open_to_append(path)
         except OSError as error:
             raise SystemExit(f"cannot write the log {path}: {error.strerror}") from error
-        if is_stream(path) or path.stat().st_size == 0:
+        if not self.regular or path.stat().st_size == 0:
             self.write(*self.FIELDS)
 
     def _cut(self, path: Path, after: int) -> None:
@@ -237,6 +237,11 @@ class Log:
             write_all(self._file, text.getvalue().encode())
         except OSError as error:
             raise SystemExit(f"cannot write the log {self.path}: {error.strerror}") from error
+
+    def sync(self) -> None:
+        """Before a checkpoint: a log that lacks steps before it could not go on."""
+        if self.regular:
+            os.fsync(self._file)
 
     def close(self) -> None:
         os.close(self._file)

@@ -32,7 +32,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import NamedTuple
@@ -133,7 +133,6 @@ class Run:
         """SystemExit where what the options ask for cannot be written, or would be written over
         what this run has not written itself."""
         args = self.args
-        otherwise = ", or go with --resume,"
         if self.folder and self.rank == 0:
             make_folder("--checkpoint", self.folder)
             at_end.enter_context(lock_folder(self.folder))
@@ -147,8 +146,6 @@ class Run:
                 )
         if args.log:
             make_folder("--log", Path(args.log).parent)
-            if Path(args.log).is_dir():
-                raise SystemExit(f"--log must be a file but {args.log} is a folder")
             if args.plot and is_stream(Path(args.log)):
                 raise SystemExit(f"--plot needs a --log that can be read again, not {args.log}")
         if args.plot:
@@ -157,20 +154,20 @@ class Run:
         for path in (self.log_path, *pictures, self.folder and self.folder / "unfinished"):
             if path and args.data and path.exists() and path.samefile(args.data):
                 raise SystemExit(f"--data must not be written to but {path} is the same file")
-        if self.log_path and not args.resume:
-            check_new("--log" if args.log else "--plot", self.log_path, otherwise)
-        for path in pictures:
-            if path.is_dir() or not args.resume:
-                check_new("--plot", path, otherwise)
-        if self.log_path:
-            self._check_log(os.path.realpath(self.log_path), map(os.path.realpath, pictures))
-
-    def _check_log(self, log: str, pictures: Iterable[str]) -> None:
-        name = Path(log)
-        in_folder = self.folder and name.parent == Path(os.path.realpath(self.folder))
-        kept = is_checkpoint(name) or name.name in ("lock", "unfinished")
-        if log in pictures or in_folder and kept:
+        named = [("--log" if args.log else "--plot: the log", self.log_path)]
+        for what, path in [*named, *(("--plot: a picture", path) for path in pictures)]:
+            if path and (path.is_dir() or not args.resume):
+                check_new(what, path, ", or go with --resume,")
+        if self.log_path and self._is_anothers(self.log_path, pictures):
             raise SystemExit(f"--log must be a file of its own but {self.log_path} is another's")
+
+    def _is_anothers(self, log: Path, pictures: list[Path]) -> bool:
+        """Whether pictures or checkpoints are written where the log is to be."""
+        log = log.resolve()
+        if log in [path.resolve() for path in pictures]:
+            return True
+        taken = is_checkpoint(log) or log.name in ("lock", "unfinished")
+        return taken and self.folder is not None and log.parent == self.folder.resolve()
 
     def _check_sequences(self, what: str, windows: Windows, count: int) -> None:
         if count > windows.count:
@@ -324,6 +321,8 @@ def follow(run: Run, log: Log | None) -> tuple[list[Step], float | None]:
         )
         bar.update()
         if step.finite and run.folder and (step.last or step.number % args.save_every == 0):
+            if log:
+                log.sync()
             run.save()
         if asked:
             asked.clear()

@@ -308,6 +308,19 @@ def test_a_checkpoint_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
     assert found.st_size > 400
 
 
+def test_the_log_is_synced_before_a_checkpoint(corpus, tmp_path, monkeypatch, uncompiled):
+    """So that after a power failure it has the steps before the one that a run goes on from."""
+    done, sync = [], os.fsync
+
+    def fsync(descriptor):
+        done.append((os.fstat(descriptor).st_ino, len(rows(tmp_path / "log.csv"))))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    train(corpus, tmp_path, "--connection", "plain", "--steps", 1)
+    assert len(done) == 3 and done[0] == ((tmp_path / "log.csv").stat().st_ino, 1)
+
+
 def test_an_unfinished_link_is_not_written_through(tmp_path):
     (tmp_path / "mine").write_text("kept")
     (tmp_path / "checkpoints").mkdir()
@@ -377,6 +390,8 @@ def test_pictures_that_cannot_be_drawn_are_an_error(corpus, tmp_path, monkeypatc
     (tmp_path / "log.csv").unlink()
     for name in PICTURES:
         (tmp_path / name).write_text("kept")
-        with pytest.raises(SystemExit, match=f"--plot must be a new file.*{name} exists"):
+        with pytest.raises(
+            SystemExit, match=f"--plot: a picture must be a new file.*{name} exists"
+        ):
             train(corpus, None, "--plot", tmp_path)
         (tmp_path / name).unlink()
