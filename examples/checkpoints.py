@@ -192,15 +192,13 @@ class Log:
         self.path, self.regular = path, not is_stream(path)
         if not (resumed or after):
             check_new("--log", path, ", or go with --resume,")
-        try:
+        with self._reported():
             if self.regular:
                 path = Path(os.path.realpath(path))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if path.exists():
                     self._cut(path, after)
             self._file = open_to_append(path)
-        except OSError as error:
-            raise SystemExit(f"cannot write the log {path}: {error.strerror}") from error
         if not self.regular or path.stat().st_size == 0:
             self.write(*self.FIELDS)
 
@@ -233,15 +231,21 @@ class Log:
     def write(self, *row) -> None:
         text = io.StringIO(newline="")
         csv.writer(text).writerow(row)
-        try:
+        with self._reported():
             write_all(self._file, text.getvalue().encode())
-        except OSError as error:
-            raise SystemExit(f"cannot write the log {self.path}: {error.strerror}") from error
 
     def sync(self) -> None:
         """Before a checkpoint: a log that lacks steps before it could not go on."""
         if self.regular:
-            os.fsync(self._file)
+            with self._reported():
+                os.fsync(self._file)
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SystemExit(f"cannot write the log {self.path}: {error.strerror}") from error
 
     def close(self) -> None:
         os.close(self._file)
