@@ -332,6 +332,19 @@ def test_an_unfinished_link_is_not_written_through(tmp_path):
         save_checkpoint(tmp_path / "checkpoints", 4, {"a": mx.zeros(1)}, {})
 
 
+def test_a_file_that_comes_between_is_not_written_over(tmp_path, monkeypatch):
+    """After the look whether one is there, and before the file is made."""
+    (tmp_path / "mine").write_text("kept")
+    (tmp_path / "unfinished").symlink_to("mine")
+    monkeypatch.setattr(os.path, "lexists", lambda path: False)
+    with pytest.raises(SystemExit, match="cannot write a checkpoint .*File exists"):
+        save_checkpoint(tmp_path, 3, {"a": mx.zeros(1)}, {})
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    with pytest.raises(SystemExit, match="cannot write the log .*mine: File exists"):
+        Log(tmp_path / "mine", 0)
+    assert (tmp_path / "mine").read_text() == "kept"
+
+
 HOLD = """
 import sys
 sys.path.insert(0, sys.argv[1])
