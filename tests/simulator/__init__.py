@@ -102,6 +102,23 @@ class Record:
 _recording: list | None = None
 
 
+_shifted: set | None = None
+
+
+@contextlib.contextmanager
+def shifting():
+    """Launches run once more for each input: it alone is an element off, then 8 bytes.
+
+    Yields a set to which each launch adds (its body, an input, bytes off).
+    """
+    global _shifted
+    before, _shifted = _shifted, set()
+    try:
+        yield _shifted
+    finally:
+        _shifted = before
+
+
 @contextlib.contextmanager
 def recording():
     """Collects a Record of every launch (of its first schedule)."""
@@ -222,8 +239,9 @@ def cuda_form():
 def cpp(name: str, source: str) -> tuple[str, list[str]]:
     """C++ for generated Metal source, and the names of its buffers in order."""
     names, arguments = [], []
+    (parameters,) = re.findall(r"(?s)\[\[kernel\]\] void \w+\((.*?)\) \{", source)
     for kind, parameter, attribute in re.findall(
-        r"(\w[^,()]*?)[*&]? ?(\w+) \[\[(\w+)(?:\(\d+\))?\]\]", source
+        r"(\w[^,()]*?)[*&]? ?(\w+) \[\[(\w+)(?:\(\d+\))?\]\]", parameters
     ):
         if attribute == "buffer":
             kind = re.sub(r"\b(device|constant)\b", "", kind)
@@ -299,14 +317,21 @@ def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> l
     contiguous = {k: v for k, v in given.items() if v.flags.c_contiguous}  # others MLX copies
     offsets = {k: (v.ctypes.data - fresh()) % 16 for k, v in contiguous.items()}
     odd = {k: (offsets.get(k, 0) + v.itemsize) % 16 for k, v in given.items()}
+    schedules = [(title, k % 3, odd if k == 3 else offsets) for k, title in enumerate(SCHEDULES)]
+    if _shifted is not None:
+        for k, v in given.items():
+            for step in sorted({v.itemsize, 8}):
+                alone = offsets | {k: (offsets.get(k, 0) + step) % 16}
+                schedules.append((f"lock-step, {k} {step} bytes off", 0, alone))
+                _shifted.add((name, k, step))
     results = None
-    for schedule, title in enumerate(SCHEDULES):
-        arrays = place(given | shapes | blank, odd if schedule == 3 else offsets)
+    for title, order, begin in schedules:
+        arrays = place(given | shapes | blank, begin)
         watched = {k: Watched(k in made, arrays[k]) for k in names}
         table = (_Buffer * len(names))(*(w.entry(k) for k, w in watched.items()))
         where = ctypes.c_uint64()
         error = runtime().simulate(
-            *(entry, table, len(names), groups, threads, schedule % 3),
+            *(entry, table, len(names), groups, threads, order),
             *(ctypes.c_size_t(template.get("RING", 0)), ctypes.byref(where)),
         )
         if error:
