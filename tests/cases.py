@@ -23,7 +23,7 @@ GRADIENT = 4e-6  # times sqrt(tokens) times the largest gradient, in float32
 REFERENCE = 3  # times that for the reference: MLX's plain sums over a row are less exact
 HALF_GRADIENT_ULPS = 1  # more, where the gradient itself is float16 or bfloat16
 AT_SCALE = ((0.1, 1e-5), (1.0, 1e-5), (5.0, 1e-5), (30.0, 1e-3))  # of logits; largest gradients
-MAX_VARIANTS = (150, 200, 100)  # of COVERING, of DYNAMIC, of SINGLE
+MAX_VARIANTS = (150, 200, 100, 100)  # of COVERING, of DYNAMIC, of SINGLE, of UNUSUAL
 
 
 @dataclass(frozen=True)
@@ -322,6 +322,58 @@ def single() -> list[Case]:
 
 
 SINGLE = single()
+
+
+def unusual() -> list[Case]:
+    """Each constant at a value that no preset and no default has, and that shows in the results: if
+    one is left out, taken for another or taken from a preset, the results are far off."""
+    f32, f16, bf16 = DTYPES
+    gates = {"eps": 0.02, "pre_eps": 0.03, "post_scale": 1.7, "post_eps": 0.05}
+
+    def convention(start="exp", first="rows", transposed=False, **more):
+        name = "_".join(["ODD", start, first] + ["transposed"] * transposed).upper()
+        return Convention(name, start, first, 3, transposed=transposed, **gates | more)
+
+    rows, columns = convention(transposed=True), convention(first="columns")
+    columns_transposed = convention(first="columns", transposed=True)
+    softmax, turned = convention("softmax"), convention("softmax", transposed=True)
+    small = {"post_scale": 0.3}  # below 1, as no preset has it
+    few, two, norms = (5,), (2,), {"eps": 0.5, "norm_eps": 0.25}
+    rows_of_cases = [
+        ("sinkhorn_knopp", few, 3, 3, f32, rows, {}),
+        ("sinkhorn_knopp", few, 4, 4, f32, columns_transposed, {}),
+        ("sinkhorn_knopp", few, 4, 4, f32, softmax, {}),
+        ("sinkhorn_knopp", few, 12, 12, f32, convention("additive", "columns"), {}),
+        ("mhc_static", few, 4, 64, f32, None, {"eps": 0.5}),
+        ("mhc_static", few, 12, 64, f32, None, {"eps": 0.5}),
+        ("stream_aggregate_norm", few, 4, 64, f32, None, {"eps": 0.5}),
+        ("stream_aggregate_norm", few, 12, 64, f32, None, {"eps": 0.5}),
+        ("mhc_layer", few, 4, 64, f32, rows, {"eps": 0.5}),
+        ("mhc_layer", two, 4, 64, f16, turned, {"eps": 0.5}),
+        ("mhc_layer", few, 12, 64, f32, convention("softmax", **small), {"eps": 0.5}),
+        ("mhc_coefficients", few, 4, 64, f32, columns_transposed, norms),
+        ("mhc_coefficients", few, 4, 64, bf16, convention(**small), norms),
+        ("mhc_coefficients", two, 4, 64, f32, softmax, norms),
+        ("mhc_pre", few, 4, 64, f32, rows, norms),
+        ("mhc_pre", few, 4, 64, bf16, turned, norms),
+        ("mhc_pre", two, 4, 64, bf16, columns, norms),
+        ("mhc_pre", two, 12, 64, f32, convention(transposed=True, **small), norms),
+        ("mhc_pre", few, 4, 64, f32, replace(KRONECKER, **gates), norms),
+        ("mhc_head", few, 4, 64, f32, columns, norms),
+        ("mhc_head", few, 4, 64, bf16, columns, norms),
+        ("mhc_head", two, 4, 64, bf16, columns, norms),
+        ("mhc_seam", few, 4, 64, f32, None, {"eps": 0.5, "per_token": (True, True)}),
+        ("mhc_seam", two, 12, 64, f32, None, {"eps": 0.5, "per_token": (True, True)}),
+        ("mhc_single_pass", few, 4, 64, bf16, rows, norms),
+        ("mhc_single_pass", two, 4, 64, f32, convention(first="columns", **small), norms),
+    ]
+    cases = []
+    for *shape, kind, special in rows_of_cases:
+        cases.append(Case(*shape, convention=kind, **special))
+    return cases
+
+
+UNUSUAL = unusual()
 
 
 def ringed() -> list[Case]:

@@ -4,13 +4,13 @@ import functools
 
 import mlx.core as mx
 import pytest
-from cases import DYNAMIC, PROJECTED, RINGED, SINGLE, Case
+from cases import DYNAMIC, PROJECTED, RINGED, SINGLE, UNUSUAL, Case
 from conftest import executor, set_geometry
 from test_parity import check, results
 
 from mhc_mlx import DEEPSEEK_V4, ops
 
-CASES = [c for c in DYNAMIC + SINGLE if c.op in (*PROJECTED, "mhc_single_pass")] + RINGED
+CASES = [c for c in DYNAMIC + SINGLE + UNUSUAL if c.op in (*PROJECTED, "mhc_single_pass")] + RINGED
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -26,12 +26,16 @@ from cases import (
     SIGMAS,
     SINGLE,
     ULP,
+    UNUSUAL,
     Case,
 )
 from conftest import executor
 
 from mhc_mlx import PAPER, ops, reference
+from mhc_mlx.ops.dispatch import KERNELS
 
+LISTS = (COVERING, DYNAMIC, SINGLE, UNUSUAL)
+CASES = [case for cases in LISTS for case in cases]
 compiled: set = set()  # (rung, list of cases, variant)
 
 
@@ -192,7 +196,22 @@ def test_dynamic_covers():
     assert {(c.offset, c.norm) for c in DYNAMIC} >= {(0, True), (1, True), (1, False)}
 
 
-@pytest.mark.parametrize("case", COVERING + DYNAMIC + SINGLE, ids=str)
+def test_unusual_covers():
+    """Every op that has a constant, each of its constants unlike every preset's and default's."""
+    assert {c.op for c in UNUSUAL} == {*KERNELS} - {"stream_aggregate", "stream_mix_add"}
+    odd = {c.convention for c in UNUSUAL if c.convention}
+    for name in ("eps", "pre_eps", "post_scale", "post_eps"):
+        usual = {getattr(c, name) for c in (CONVENTIONS | EXACT).values()}
+        assert min(abs(getattr(c, name) - v) for c in odd for v in usual) >= 0.01, name
+    made = [c for c in UNUSUAL if c.op in (*PROJECTED, "mhc_single_pass")]
+    assert {c.norm_eps for c in made} == {0.25}
+    assert {c.eps for c in UNUSUAL if c.op != "sinkhorn_knopp"} == {0.5}
+    forms = {(c.start, c.first, c.transposed) for c in odd}
+    assert forms >= {("exp", f, t) for f in ("rows", "columns") for t in (False, True)}
+    assert forms >= {("softmax", "rows", t) for t in (False, True)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_reference(case):
     given = [a for a in case.arrays() if a is not None]
     check(case, results(getattr(reference, case.op), case, given), REFERENCE)
@@ -222,14 +241,14 @@ def test_dynamic_gradients_at_scale(name, n, scale, bound, rung, need):
 
 
 @pytest.mark.parametrize("rung", ["stand-in", "simulator", "gpu"])
-@pytest.mark.parametrize("case", COVERING + DYNAMIC + SINGLE, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels(case, rung, need):
     need(rung)
     given = [a for a in case.arrays() if a is not None]
     with executor(rung) as launched:
         slack = REFERENCE if rung == "stand-in" else 1  # its sums are MLX's
         check(case, results(getattr(ops, case.op), case, given), slack)
-    which = (case in DYNAMIC) + 2 * (case in SINGLE)
+    which = next(k for k, cases in enumerate(LISTS) if case in cases)
     compiled.update((rung, which, v) for v in launched)
     count = sum(v[:2] == (rung, which) for v in compiled)
     assert count <= MAX_VARIANTS[which], f"{count} compiled variants"
