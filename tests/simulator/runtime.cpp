@@ -74,6 +74,7 @@ std::vector<Buffer*> buffers;
 Fiber* current;
 jmp_buf scheduler;
 uint threads, group, groups, epoch, first_epoch;
+uint skipped;             // threadgroups before the first that runs
 void (*kernel)();
 std::string error;
 void* error_at;
@@ -269,6 +270,7 @@ uint sim_thread() { return current->tid; }
 uint sim_group() { return group; }
 uint sim_groups() { return groups; }
 uint sim_threads() { return threads; }
+void sim_skip(uint count) { skipped = count; }
 void* sim_buffer(int k) { return buffers[k]->data; }
 
 // Of an instruction in its library.
@@ -362,7 +364,7 @@ void sim_matrix(float* d, const float* a, const float* b, const float* c, const 
   }
 }
 
-// Runs the grid. Returns an error or null; *where becomes the instruction's offset in its library, 0 if there is none.
+// Runs the grid, or its last threadgroups, which may leave outputs unwritten. Returns an error or null; *where becomes the instruction's offset in its library, 0 if there is none.
 const char* simulate(void (*entry)(), Buffer* list, int count, uint group_count, uint thread_count, int schedule,
                      size_t dynamic_bytes, uint64_t* where) {
   kernel = entry;
@@ -380,7 +382,7 @@ const char* simulate(void (*entry)(), Buffer* list, int count, uint group_count,
   dynamic.data += -reinterpret_cast<uintptr_t>(dynamic.data) % 64;
   fibers.resize(threads);
   stacks.resize(threads * STACK);
-  for (group = 0; group < groups && error.empty(); ++group) {
+  for (group = skipped; group < groups && error.empty(); ++group) {
     first_epoch = ++epoch;
     for (uint i = 0; i < threads; ++i) {
       Fiber& f = fibers[i];
@@ -399,7 +401,7 @@ const char* simulate(void (*entry)(), Buffer* list, int count, uint group_count,
     run_group(schedule);
   }
   current = nullptr;
-  for (int k = 0; k < count && error.empty(); ++k) {
+  for (int k = 0; k < count && !skipped && error.empty(); ++k) {
     for (size_t e = 0; list[k].output && e < list[k].bytes / list[k].element && error.empty(); ++e)
       if (!list[k].stores[e]) fail(nullptr, "nobody writes %s[%zu]", list[k].name, e);
   }
