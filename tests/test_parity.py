@@ -8,8 +8,10 @@ import mlx.core as mx
 import numpy as np
 import oracle
 import pytest
+from bounded import Bounded, bounded, evaluate, rounding
 from cases import (
     AT_SCALE,
+    BOUNDS,
     CONVENTIONS,
     COVERING,
     DRAWS,
@@ -172,8 +174,91 @@ def errors(case, got, slack=1) -> list[Error]:
     return found
 
 
+def roundings(case) -> dict:
+    """The oracle's functions with the roundings between kernels, and the products of fewer bits,
+    that ONBOARDING.md declares, of what has bounds."""
+    plain, made, round_to = vars(oracle).copy(), {}, rounding(rounded(case))
+    outs = 2 * case.n + (case.convention.res_size(case.n) if case.convention else 0)
+    outs = case.n if case.op == "mhc_head" else outs
+    multiplied = ops.geometry.multiplied(outs, DTYPES[case.dtype])
+
+    def token_logits(x, phi, norm_eps):
+        """mhc_projection_backward, on CUDA: dx's products are of two parts of bfloat16."""
+        logits, back = plain["token_logits"](x, phi, norm_eps)
+        v, size = bounded(x).v.reshape(*x.shape[:-2], -1), x.shape[-1] * x.shape[-2]
+        r = 1 / np.sqrt((v * v).mean(-1, keepdims=True) + norm_eps)
+
+        def backward(g):
+            dx, dphi = back(g)
+            products = np.abs(r * g.v) @ np.abs(bounded(phi).v)
+            assert products.shape[-1] == size
+            return Bounded(dx.v, dx.e + 2.0**-15 * products.reshape(x.shape)), dphi
+
+        return logits, backward
+
+    def stream_aggregate(x, h_pre):
+        """mhc_token_backward writes du' of a norm in x's dtype."""
+        u, back = plain["stream_aggregate"](x, h_pre)
+        return u, lambda du: (back(round_to(du))[0], back(du)[1])
+
+    def mhc_seam(*arrays):
+        """The gradient of mhc_single_pass: the seam's dx is in x's dtype."""
+        made, back = plain["mhc_seam"](*arrays)
+
+        def backward(g):
+            dx, *rest = back(g)
+            return round_to(dx), *rest
+
+        return made, backward
+
+    if case.op in (*PROJECTED, "mhc_single_pass") and multiplied:
+        made["token_logits"] = token_logits
+        if case.op == "mhc_pre" and case.norm:
+            made["stream_aggregate"] = stream_aggregate
+    return made | ({"mhc_seam": mhc_seam} if case.op == "mhc_single_pass" else {})
+
+
+def bounds(case, got, slack):
+    """Of each output, and of kernels each gradient, of 16 bits: its name, got, want, and how far
+    each element may be off: half a unit in its last place and BOUNDS times what float32 may make of
+    its terms. A rounding in between that nobody declared is another half unit of what it rounds."""
+    arrays = case.arrays()
+    outputs = several(case_output(case, [a for a in arrays if a is not None]))
+    f, options = getattr(oracle, case.op), {}
+    wide = [None if a is None else Bounded(doubles(a)) for a in arrays]
+    kernels = slack == 1
+    if case.op in SEAMS:
+        options = {"out": doubles(got[0]), "rounded": rounding(rounded(case))}
+    with evaluate(32 if kernels else 1, **(roundings(case) if kernels else {})):
+        out, backward = f(*wide, *case.statics, **options)
+        wants = list(several(out))
+        if kernels:
+            cotangent = doubles(case.cotangent(outputs if len(outputs) > 1 else outputs[0]))
+            g = tuple(map(bounded, cotangent)) if len(outputs) > 1 else bounded(cotangent)
+            wants += several(backward(g))
+    for k, (a, want) in enumerate(zip(got, wants, strict=False)):
+        if a.dtype.size == 2 and a.size:
+            digits, least = (7, -133) if a.dtype == mx.bfloat16 else (10, -24)
+            largest = np.frexp(np.abs(want.v) + want.e)[1] - 1
+            half = 2.0 ** (np.maximum(largest - digits, least) - 1)
+            k -= len(outputs)
+            name = f"gradient of array {k}" if k >= 0 else f"output {k + len(outputs)}"
+            yield name, doubles(a), want.v, half, want.e
+
+
+def check_bounds(case, got, slack=1):
+    """Every element of 16 bits is within its own bound."""
+    for name, value, want, half, off in bounds(case, got, slack):
+        excess = (np.abs(value - want) - half) / np.maximum(off, 1e-30)
+        worst = np.unravel_index(np.argmax(excess), excess.shape)
+        message = f"{name}{list(map(int, worst))}: got {value[worst]}, want {want[worst]}"
+        message += f", {excess[worst]:.1f} times what float32 may add to half a unit"
+        assert excess.max() <= BOUNDS, f"{message}, {(excess > BOUNDS).mean():.1%} of the elements"
+
+
 def check(case, got, slack=1):
-    """The largest error and where, against the oracle and its bound."""
+    """The largest error and where, against the oracle and its bound, and every element of 16 bits
+    against its own."""
     for name, value, want, ulps, bound in errors(case, got, slack):
         if value.size == 0:
             continue
@@ -181,6 +266,8 @@ def check(case, got, slack=1):
         message = f"{name}{list(map(int, worst))}: got {value[worst]}, want {want[worst]}"
         assert np.isfinite(value).all(), f"{name} is not finite"
         assert ulps.max() <= bound, f"{message}, {ulps.max() / bound:.2f} of the bound"
+    if case.tokens:
+        check_bounds(case, got, slack)
 
 
 def test_dynamic_covers():
