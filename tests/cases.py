@@ -1,5 +1,6 @@
 """Inputs per op, shapes with their reasons, tolerances: the only test file with numbers."""
 
+import itertools
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -27,6 +28,27 @@ AT_SCALE = ((0.1, 1e-5), (1.0, 1e-5), (5.0, 1e-5), (30.0, 1e-3))  # of logits; l
 MAX_VARIANTS = (150, 200, 100, 100)  # of COVERING, of DYNAMIC, of SINGLE, of UNUSUAL
 
 
+LAYOUTS = ("plain", "transposed", "strided", "broadcast")
+
+
+def laid_out(a: mx.array, layout: str, offset: int = 0) -> mx.array:
+    """The same values, but where broadcast repeats the first of an axis, in another order of memory
+    or from an offset in elements."""
+    if layout == "transposed" and a.ndim > 1:
+        a = mx.contiguous(a.T).T
+    elif layout == "strided" and a.ndim > 0:
+        a = mx.stack([a, mx.full(a.shape, 7.0, a.dtype)], -1)
+        mx.eval(a)
+        a = a.flatten(-2)[..., ::2]
+    elif layout == "broadcast" and a.ndim > 1 and a.size:
+        a = mx.broadcast_to(a[:1], a.shape)
+    elif offset:
+        whole = mx.concatenate([mx.zeros(offset, a.dtype), a.flatten()])
+        mx.eval(whole)
+        a = whole[offset:].reshape(a.shape)
+    return a
+
+
 @dataclass(frozen=True)
 class Case:
     """One call: op, tokens (leading axes), n, C, dtype of the streams, and what is special."""
@@ -47,6 +69,7 @@ class Case:
     norm: bool = True  # mhc_pre, mhc_seam, mhc_single_pass have a weight
     rounded: bool = False  # round_aggregate
     norm_eps: float = 1e-6
+    layouts: tuple[tuple[str, int], ...] = ()  # per array, in turn: see laid_out
 
     def __str__(self) -> str:
         marks = [self.convention.name] if self.convention else []
@@ -62,6 +85,8 @@ class Case:
         marks += [f"phi-{self.phi}"] * (self.phi != "float32") + ["plain"] * (not self.norm)
         marks += ["rounded"] * self.rounded
         marks += [f"scale{self.scale:g}"] * (self.scale != 2.0)
+        marks += ["".join(f"{name[0]}{offset}" for name, offset in self.layouts)]
+        marks = [mark for mark in marks if mark]
         lead = "x".join(map(str, self.lead)) or "one"
         return "-".join([self.op, lead, f"n{self.n}", f"C{self.C}", self.dtype, *marks])
 
@@ -93,6 +118,12 @@ class Case:
         return [mixing] * self.identity + [weight] * (weight is not None and not self.norm)
 
     def arrays(self, seed: int = 0) -> list[mx.array | None]:
+        """The inputs, laid out in memory as the case says."""
+        arrays, layouts = self.plain_arrays(seed), self.layouts or (("plain", 0),)
+        turns = zip(arrays, itertools.cycle(layouts), strict=False)
+        return [None if a is None else laid_out(a, *layout) for a, layout in turns]
+
+    def plain_arrays(self, seed: int = 0) -> list[mx.array | None]:
         """Non-symmetric random inputs; each slice starts ``offset`` elements into its buffer."""
         rng = np.random.default_rng([seed, self.n, self.C, len(self.op)])
 

@@ -1,21 +1,20 @@
-"""Random calls, by the simulator, against the oracle with the bounds of test_parity.
+"""Random calls, by the reference and the simulator, against the oracle with test_parity's bounds.
 
 The calls are the same in every run; `pytest --examples N` makes N new ones of each op.
 """
 
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 from cases import (
-    CONVENTIONS,
     DRAWS,
     DTYPES,
-    EXACT,
     GRADIENT,
+    LAYOUTS,
     OUTPUT_ULPS,
     PROJECTED,
+    REFERENCE,
     SEAMS,
     ULP,
     Case,
@@ -25,8 +24,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_parity import case_output, check, doubles, exact, results
 
-from mhc_mlx import PAPER, Convention, ops
-from mhc_mlx.conventions import SINKHORN
+from mhc_mlx import PAPER, Convention, ops, reference
+from mhc_mlx.conventions import AXES, SINKHORN, STARTS
 
 OPS = ("stream_mix_add", "stream_aggregate_norm", "mhc_static", "mhc_layer", "sinkhorn_knopp")
 OPS += ("stream_aggregate", *PROJECTED, *SEAMS)
@@ -34,43 +33,65 @@ MADE = (*PROJECTED, "mhc_single_pass")  # of logits
 EXAMPLES = 12  # of each op; each compiles two to five kernels, in a fifth of a second each
 SENSITIVITY = 0.15  # of the bound: a kernel rounds several times on the way
 PHI = 100_000  # elements at most, unless C is 1
+FORMS = ("simulator", "simulator, CUDA")
 flags = st.booleans()
+LAID_OUT = st.tuples(st.sampled_from(LAYOUTS), st.integers(0, 9))  # of an array
 
 
-def streams(op: str, convention: Convention | None) -> st.SearchStrategy[int]:
-    """Every n that the convention has a projection for.
+MOST_STREAMS = {"permutations": 5, "identity": 64}
+
+
+def streams(op: str, start: str | None) -> st.SearchStrategy[int]:
+    """Every n that the projection exists for.
 
     At most 16 where a token makes n * n logits: the gradient of alpha adds up what all of them give
     it, on a CPU in one chain.
     """
-    start = convention and convention.start
-    if start == "permutations":
-        return st.integers(1, 5)
     if start == "kronecker":
         return st.integers(0, 6).map(lambda bits: 2**bits)
-    many = op not in MADE or start == "identity"
-    return st.integers(1, 8) | st.integers(1, 64 if many else 16)
+    most = MOST_STREAMS.get(start, 16 if op in MADE else 64)
+    return st.integers(1, min(8, most)) | st.integers(1, most)
+
+
+def some(least: float, most: float) -> st.SearchStrategy[float]:
+    return st.floats(least, most, allow_subnormal=False)
 
 
 @st.composite
-def calls(draw, op: str) -> tuple[Case, int | None]:
-    """A case, and threads_per_group. A failure shrinks to the first or least of each choice."""
-    convention, most = None, 300
+def conventions(draw, op: str, start: str, n: int) -> Convention:
+    """Every field; where the start is a whole projection those of the gates alone."""
+    half_steps = {}
+    if start in SINKHORN:
+        half_steps["first"] = "rows" if start == "softmax" else draw(st.sampled_from(AXES))
+        half_steps["iters"] = draw(st.sampled_from([1, 2, 20]) | st.integers(1, 100))
+        half_steps["transposed"] = draw(flags)
+        # n == 1: else the gradient is a power of eps, less than float32 resolves
+        half_steps["eps"] = draw(st.just(0.0) | some(1e-8, 0.2)) if n > 1 else 0.0
+    gates = {name: draw(st.just(0.0) | some(1e-6, 0.5)) for name in ("pre_eps", "post_eps")}
+    gates["post_scale"] = draw(st.sampled_from([2.0, 1.0]) | some(0.1, 4.0))
+    sigmoid = op in MADE or draw(flags)
+    return Convention("DRAWN", start, sigmoid=sigmoid, **half_steps, **gates)
+
+
+@st.composite
+def calls(draw, op: str) -> tuple[Case, int | None, str]:
+    """A case, threads_per_group and the form of the kernels. A failure shrinks to the first or
+    least of each choice."""
+    start, convention, most = None, None, 300
     if op in MADE:
-        convention = draw(st.sampled_from([c for c in (CONVENTIONS | EXACT).values() if c.sigmoid]))
+        start = draw(st.sampled_from(STARTS))
     elif op in ("mhc_layer", "sinkhorn_knopp"):
-        convention = draw(st.sampled_from(list(CONVENTIONS.values())))
-    n = draw(streams(op, convention))
-    if convention and convention.start in SINKHORN:
-        convention = replace(convention, iters=draw(st.sampled_from([1, 2, 3, 20])))
-        if n == 1:  # else the gradient is a power of eps, less than float32 resolves
-            convention = replace(convention, eps=0.0)
+        start = draw(st.sampled_from(SINKHORN))
+    n = draw(streams(op, start))
+    if start:
+        convention = draw(conventions(op, start, n))
     if op in MADE:
         outs = n if op == "mhc_head" else 2 * n + convention.res_size(n)
         most = min(most, max(1, PHI // (outs * n)))
     C = n if op == "sinkhorn_knopp" else draw(st.integers(1, most))
     per_token = {"stream_mix_add": (flags, flags), "stream_aggregate": (flags, st.just(False))}
     per_token["mhc_seam"] = (flags, flags)
+    shown = some(0.01, 1.0)  # of eps
     case = Case(
         op,
         tuple(draw(st.lists(st.integers(1, 4), max_size=2))),
@@ -78,16 +99,22 @@ def calls(draw, op: str) -> tuple[Case, int | None]:
         C,
         draw(st.sampled_from(list(DTYPES))),
         convention,
-        eps=n / 2 if 1 in (n, C) else 1e-5,  # as u**2: what is left of the gradient of h_pre
+        # as u**2, where C or n is 1: what is left of the gradient of h_pre
+        eps=n / 2 if 1 in (n, C) else draw(st.just(1e-5) | shown),
         per_token=draw(st.tuples(*per_token[op])) if op in per_token else (False, False),
         identity=op in ("stream_mix_add", "mhc_static", "mhc_seam") and draw(flags),
-        offset=draw(st.integers(0, 9)),
         weights=draw(st.sampled_from(list(DTYPES))),
+        # I + l of sums that are no quotient of what cancels
+        scale=0.1 if op in MADE and start == "additive" else 2.0,
         phi=draw(st.sampled_from(list(DTYPES))) if op in MADE else "float32",
         norm=op not in ("mhc_pre", *SEAMS) or draw(flags),
-        norm_eps=0.5 if n * C == 1 else 1e-6,  # else logits keep only the sign of x
+        rounded=op in SEAMS and draw(flags),
+        # else logits keep only the sign of x
+        norm_eps=0.5 if n * C == 1 else draw(st.just(1e-6) | shown),
+        layouts=tuple(draw(st.lists(LAID_OUT, min_size=1, max_size=7))),
     )
-    return case, draw(st.none() | st.integers(1, 32).map(lambda simdgroups: 32 * simdgroups))
+    form = draw(st.sampled_from(FORMS)) if op in (*PROJECTED, "mhc_single_pass") else FORMS[0]
+    return case, draw(st.none() | st.integers(1, 32).map(lambda simdgroups: 32 * simdgroups)), form
 
 
 def sensitivity(case: Case) -> float:
@@ -111,9 +138,10 @@ def sensitivity(case: Case) -> float:
     return most
 
 
-def compare(case: Case, threads: int | None) -> None:
+def compare(case: Case, threads: int | None, form: str = FORMS[0]) -> None:
     arrays = [a for a in case.arrays() if a is not None]
-    with executor("simulator"):
+    check(case, results(getattr(reference, case.op), case, arrays), REFERENCE)
+    with executor(form):
         fused = partial(getattr(ops, case.op), threads_per_group=threads)
         check(case, results(fused, case, arrays))
 
