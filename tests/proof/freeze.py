@@ -1,0 +1,418 @@
+"""Records what the kernels are and do, and says what differs between two recordings; needs no GPU.
+
+    python tests/proof/freeze.py record OUT.json
+    python tests/proof/freeze.py compare OLD.json NEW.json --allow 'bits .*mhc_lite'
+
+Run at the root of the checkout that is recorded, whose tests/ and mhc_mlx are used; another
+checkout is recorded with its root as the working directory and as PYTHONPATH, by this same file.
+
+Of every case in the lists of tests/cases.py, forward and backward, per launch:
+
+    launch    body, threadgroups, threads, template, as Metal and as CUDA have it
+    ptx       of the CUDA form by NVRTC: without comments, lines and names (numbered by appearance)
+    figures   registers, bytes of spills, stack and shared memory
+    bits      of every output, in the simulator's first schedule, and of the op's results
+    traffic   loads and stores of each buffer
+
+and of the package all public signatures. What is recorded in OUT.json is short: texts are digests.
+The PTX and sources lie, compressed, by digest in the folder freeze-texts beside it, which also
+saves compiling a source again: `compare --diff` prints how the PTX of a changed launch differs.
+A case is known by its name. `compare` fails where anything changed or is gone and --allow, a
+regular expression searched in the lines "kind key" that it prints, does not match it; what is new
+is printed alone.
+"""
+
+import argparse
+import ctypes
+import difflib
+import gzip
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import re
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+if __name__ in ("__main__", "__mp_main__"):  # the checkout in which this runs, not this file's
+    sys.path[:0] = [os.path.join(os.getcwd(), "tests"), os.getcwd()]
+
+import mlx.core as mx
+import numpy as np
+
+MODULES = ("mhc_mlx", "mhc_mlx.ops", "mhc_mlx.reference", "mhc_mlx.diagnostics", "mhc_mlx.mlx_lm")
+FORMS = ("simulator", "simulator, CUDA")
+KINDS = ("signature", "launch", "ptx", "figures", "bits", "traffic", "inputs")
+
+
+def digest(*parts: str | bytes) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.encode() if isinstance(part, str) else part)
+    return found.hexdigest()
+
+
+def array_digest(a) -> str:
+    """Of an array's shape, dtype and bits."""
+    if a is None:
+        return "None"
+    bits = np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a)
+    return digest(f"{a.dtype} {a.shape} ", bits.tobytes())
+
+
+def all_cases() -> list:
+    """The cases of every list in tests/cases.py, each once."""
+    import cases
+
+    lists = [v for v in vars(cases).values() if isinstance(v, list)]
+    return list(dict.fromkeys(c for v in lists for c in v if isinstance(c, cases.Case)))
+
+
+def named(cases: list) -> dict:
+    """Cases by name; names that recur are numbered."""
+    found = {}
+    for case in cases:
+        name, k = str(case), 2
+        while name in found:
+            name, k = f"{case} #{k}", k + 1
+        found[name] = case
+    return found
+
+
+# --- PTX ------------------------------------------------------------------------------------------
+
+
+def normalized(ptx: str) -> str:
+    """PTX without comments, lines of source and paths, its symbols numbered by appearance."""
+    ptx = re.sub(r"/\*.*?\*/", "", ptx, flags=re.S)
+    lines = [re.sub(r"\s*//.*", "", line).rstrip() for line in ptx.split("\n")]
+    ptx = "\n".join(k for k in lines if k and not re.match(r"\s*\.(file|loc)\b", k))
+    names: dict[str, str] = {}
+    return re.sub(
+        r"\b_Z\w+|\$L__\w+|\b__local_depot\w+",
+        lambda found: names.setdefault(found.group(), f"symbol{len(names)}"),
+        ptx,
+    )
+
+
+def compiled(job: tuple[str, str, str]) -> dict:
+    """What NVRTC makes of a body's CUDA source, kept in a folder by the digest of the source."""
+    name, source, folder = job
+    import nvrtc
+
+    library, includes = nvrtc.toolkit()
+    version = (ctypes.c_int(), ctypes.c_int())
+    library.nvrtcVersion(*map(ctypes.byref, version))
+    key = digest(f"{name} {version[0].value}.{version[1].value} 1 ", source)
+    kept = Path(folder, f"{key}.json")
+    if kept.exists():
+        return json.loads(kept.read_text())
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    header = (ctypes.c_char_p * 1)(b"mlx/backend/cuda/device/utils.cuh")
+    texts = (ctypes.c_char_p * 1)(nvrtc.UTILS)
+    library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"body.cu", 1, texts, header)
+    library.nvrtcAddNameExpression(program, f"mlx::core::cu::custom_kernel_{name}".encode())
+    flags = ["--device-as-default-execution-space", "--gpu-architecture=sm_90a"]
+    flags += ["--ptxas-options=-v", "--pch", "--pch-messages=false"]
+    flags = [f.encode() for f in flags + [f"--include-path={p}" for p in includes]]
+    failed = library.nvrtcCompileProgram(
+        program, len(flags), (ctypes.c_char_p * len(flags))(*flags)
+    )
+
+    def text(what: str) -> str:
+        getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+        room = ctypes.create_string_buffer(size.value)
+        getattr(library, f"nvrtcGet{what}")(program, room)
+        return room.value.decode()
+
+    log = text("ProgramLog")
+    if failed:
+        found = {"error": log[:2000], "ptx": "", "source": key}
+    else:
+        ptx = normalized(text("PTX"))
+        found = {"ptx": digest(ptx), "source": key}
+        for figure, pattern in (
+            ("registers", r"Used (\d+) registers"),
+            ("spills", r"(\d+) bytes spill stores"),
+            ("shared", r"(\d+) bytes smem"),
+            ("stack", r"(\d+) bytes stack frame"),
+        ):
+            number = re.search(pattern, log)
+            found[figure] = int(number.group(1)) if number else 0
+        keep(folder, found["ptx"], ptx)
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+    keep(folder, key, source)
+    replace(kept, json.dumps(found).encode())
+    return found
+
+
+def replace(path: Path, data: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as f:
+        f.write(data)
+    os.replace(f.name, path)
+
+
+def keep(folder: str | Path, key: str, text: str) -> None:
+    if not (path := Path(folder, f"{key}.gz")).exists():
+        replace(path, gzip.compress(text.encode(), 6, mtime=0))
+
+
+def kept(folder: str | Path, key: str) -> str:
+    path = Path(folder, f"{key}.gz")
+    return gzip.decompress(path.read_bytes()).decode() if path.exists() else ""
+
+
+# --- a case ---------------------------------------------------------------------------------------
+
+
+def launch_words(name, groups, threads, template) -> str:
+    options = ", ".join(f"{k}={v}" for k, v in template.items())
+    return f"{name}, {groups} threadgroups of {threads}: {options}"
+
+
+def sources(case) -> list[tuple[str, str, str]]:
+    """Per launch of a case on CUDA: the body, the launch in words, the source."""
+    import nvrtc
+    from conftest import executor
+    from test_parity import results
+
+    from mhc_mlx import kernel, ops
+
+    found = []
+
+    def launch(name, inputs, outputs, groups, threads, template, verbose=False):
+        source = nvrtc.cuda_source(name, inputs, outputs, threads, template)
+        found.append((name, launch_words(name, groups, threads, template), source))
+        return [mx.zeros(*spec) for spec in outputs.values() if spec is not None]
+
+    with executor("nvrtc"):
+        kernel.launch = launch
+        results(getattr(ops, case.op), case, [a for a in case.arrays() if a is not None])
+    return found
+
+
+def counts(buffer) -> str:
+    """Loads and stores of a buffer: least, most and all."""
+    words = []
+    for kind, each in (("loads", buffer.loads), ("stores", buffer.stores)):
+        if each.size and each.any():
+            words.append(f"{kind} {each.min()} to {each.max()}, {each.sum(dtype=np.uint64)} in all")
+    return "; ".join(words) or "untouched"
+
+
+def simulated(case, form: str) -> dict:
+    """Launches of a case in the simulator, and the bits of its results."""
+    import simulator
+    from conftest import executor
+    from test_parity import results
+
+    from mhc_mlx import kernel, ops
+
+    launches, schedules = [], simulator.SCHEDULES
+
+    def launch(name, inputs, outputs, groups, threads, template, verbose=False):
+        with simulator.recording() as records:
+            out = simulator.launch(name, inputs, outputs, groups, threads, template)
+        made = [k for k, spec in outputs.items() if spec is not None]
+        buffers = records[0].buffers.items()
+        launches.append(
+            {
+                "launch": launch_words(name, groups, threads, template),
+                "bits": {k: array_digest(a) for k, a in zip(made, out, strict=True)},
+                "traffic": {k: counts(b) for k, b in buffers if not k.endswith("_shape")},
+            }
+        )
+        return out
+
+    simulator.SCHEDULES = schedules[:1]
+    try:
+        with executor(form):
+            kernel.launch = launch
+            given = [a for a in case.arrays() if a is not None]
+            out = results(getattr(ops, case.op), case, given)
+    finally:
+        simulator.SCHEDULES = schedules
+    return {"launches": launches, "results": [array_digest(a) for a in out]}
+
+
+def of_case(case) -> dict:
+    """All of a case but its PTX, of which the sources are given; or the error that it raised."""
+    found = {"inputs": digest(*(array_digest(a) for a in case.arrays()))}
+    try:
+        found["cuda"] = sources(case)
+        for form in FORMS:
+            found[form] = simulated(case, form)
+    except Exception as error:  # recorded: a case that fails must not hide the others
+        found["error"] = f"{type(error).__name__}: {error}"[:2000]
+    return found
+
+
+# --- signatures -----------------------------------------------------------------------------------
+
+
+def signature(f) -> str:
+    try:
+        text = str(inspect.signature(f))
+    except (TypeError, ValueError):
+        text = "no signature"
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
+def signatures() -> dict[str, str]:
+    """Every public name of the package's modules, and the public methods of its classes."""
+    found = {}
+    for module in map(importlib.import_module, MODULES):
+        for name, v in sorted(vars(module).items()):
+            mine = getattr(v, "__module__", "mhc_mlx") or ""
+            if name.startswith("_") or inspect.ismodule(v) or not mine.startswith("mhc_mlx"):
+                continue
+            path = f"{module.__name__}.{name}"
+            if not callable(v):
+                found[path] = re.sub(r" at 0x[0-9a-f]+", "", repr(v))
+                continue
+            found[path] = signature(v)
+            bases = v.__mro__ if inspect.isclass(v) else ()
+            for base in (b for b in bases if b.__module__.startswith("mhc_mlx")):
+                for method, m in vars(base).items():
+                    public = not method.startswith("_") or method == "__call__"
+                    if public and isinstance(m, property):
+                        found.setdefault(f"{path}.{method}", "property")
+                    elif public and callable(getattr(v, method)):
+                        found.setdefault(f"{path}.{method}", signature(getattr(v, method)))
+    return found
+
+
+# --- a recording ----------------------------------------------------------------------------------
+
+
+def record(cases: dict, folder: Path, workers: int = 0) -> dict[str, dict[str, str]]:
+    """Texts by kind and key of cases by name; in this process where workers is 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if workers:
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            made = dict(zip(cases, pool.map(of_case, cases.values()), strict=True))
+            jobs = jobs_of(made, folder)
+            ptx = dict(zip(jobs, pool.map(compiled, jobs, chunksize=2), strict=True))
+    else:
+        made = {k: of_case(case) for k, case in cases.items()}
+        ptx = {job: compiled(job) for job in jobs_of(made, folder)}
+    found = {kind: {} for kind in (*KINDS, "error")} | {"signature": signatures(), "source": {}}
+    for case, one in made.items():
+        found["inputs"][case] = one["inputs"]
+        if "error" in one:
+            found["error"][case] = one["error"]
+        names = []
+        for k, (name, words, source) in enumerate(one.get("cuda", [])):
+            key, result = f"{case} / {k} {name}", ptx[name, source, str(folder)]
+            names.append(name)
+            found["launch"][f"{key}, CUDA"] = words
+            found["ptx"][key], found["source"][key] = result["ptx"], result["source"]
+            found["figures"][key] = "; ".join(
+                f"{n} {v}" for n, v in result.items() if n not in ("ptx", "source")
+            )
+        found["launch"][f"{case}, CUDA"] = ", ".join(names)
+        for form in (form for form in FORMS if form in one):
+            names = []
+            for k, launch in enumerate(one[form]["launches"]):
+                name = launch["launch"].partition(",")[0]
+                names.append(name)
+                key = f"{case} / {k} {name}, {form}"
+                found["launch"][key] = launch["launch"]
+                for buffer, text in launch["traffic"].items():
+                    found["traffic"][f"{key} / {buffer}"] = text
+                for output, bits in launch["bits"].items():
+                    found["bits"][f"{key} / {output}"] = bits
+            found["launch"][f"{case}, {form}"] = ", ".join(names)
+            for k, bits in enumerate(one[form]["results"]):
+                found["bits"][f"{case}, {form} / result {k}"] = bits
+    return found
+
+
+def jobs_of(made: dict, folder: Path) -> list[tuple[str, str, str]]:
+    """What NVRTC must compile, each once."""
+    each = [(name, s, str(folder)) for one in made.values() for name, _, s in one.get("cuda", [])]
+    return list(dict.fromkeys(each))
+
+
+def compared(old: dict, new: dict) -> dict[str, dict[str, list[str]]]:
+    """By kind the keys that are equal, changed, new and gone."""
+    found = {}
+    for kind in (*KINDS, "error"):
+        a, b = old.get(kind, {}), new.get(kind, {})
+        both = [k for k in a if k in b]
+        found[kind] = {
+            "equal": [k for k in both if a[k] == b[k]],
+            "changed": [k for k in both if a[k] != b[k]],
+            "new": [k for k in b if k not in a],
+            "gone": [k for k in a if k not in b],
+        }
+    return found
+
+
+def report(old: dict, new: dict, allow: str | None, most: int, diff: tuple | None) -> bool:
+    """Print what differs; whether all of it is allowed."""
+    right = True
+    for kind, lists in compared(old, new).items():
+        line = ", ".join(f"{len(keys)} {word}" for word, keys in lists.items())
+        print(f"{kind}: {line}")
+        for word in ("changed", "gone", "new"):
+            fails = [k for k in lists[word] if not (allow and re.search(allow, f"{kind} {k}"))]
+            if word == "new" and kind != "error":
+                fails = []
+            right = right and not fails
+            if lists[word] and word != "new":
+                print(f"  {word}: {len(lists[word]) - len(fails)} allowed, {len(fails)} not")
+            bodies = Counter(m.group(1) for k in fails if (m := re.search(r"/ \d+ (\w+)", k)))
+            if bodies:
+                print("  by body: " + ", ".join(f"{b} {n}" for b, n in bodies.most_common()))
+            for k in (fails or lists["new"] * (word == "new"))[:most]:
+                a, b = old[kind].get(k, "nothing"), new[kind].get(k, "nothing")
+                short = kind in ("ptx", "bits", "inputs")
+                print(f"  {word} {kind} {k}" + ("" if short else f"\n    {a}\n    {b}"))
+                if diff and kind == "ptx" and word == "changed":
+                    texts = [kept(f, t).split("\n") for f, t in zip(diff, (a, b), strict=True)]
+                    print("\n".join(difflib.unified_diff(*texts, "old", "new", "", "", 2, "")))
+            if len(fails) > most:
+                print(f"  and {len(fails) - most} more {word}: --most")
+    return right
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    recorder = commands.add_parser("record", help="record the checkout in which this runs")
+    recorder.add_argument("out", type=Path)
+    recorder.add_argument("--case", default="", help="part of the names of the cases")
+    recorder.add_argument("--workers", type=int, default=os.cpu_count())
+    comparer = commands.add_parser("compare", help="say what differs")
+    comparer.add_argument("old", type=Path)
+    comparer.add_argument("new", type=Path)
+    comparer.add_argument("--allow", help="regular expression: lines 'kind key' that may differ")
+    comparer.add_argument("--most", type=int, default=20, help="lines printed of each sort")
+    comparer.add_argument("--diff", action="store_true", help="print how the PTX differs")
+    args = parser.parse_args()
+    if args.command == "record":
+        os.nice(10)
+        cases = {k: c for k, c in named(all_cases()).items() if args.case in k}
+        if not cases:
+            parser.error(f"no case has {args.case!r} in its name")
+        made = record(cases, args.out.parent / "freeze-texts", max(1, args.workers))
+        replace(args.out, (json.dumps(made, indent=0) + "\n").encode())
+        print(", ".join(f"{len(v)} {k}" for k, v in made.items()))
+        for k, error in made["error"].items():
+            print(f"{k}: {error}")
+        sys.exit(bool(made["error"]))
+    old, new = (json.loads(path.read_text()) for path in (args.old, args.new))
+    folders = (args.old.parent / "freeze-texts", args.new.parent / "freeze-texts")
+    sys.exit(not report(old, new, args.allow, args.most, folders if args.diff else None))
+
+
+if __name__ == "__main__":
+    main()
