@@ -199,12 +199,16 @@ def negate_condition(code):
 def drop_operand(code):
     """A factor, a term, or one side of a condition."""
     for found in re.finditer(r" ([*+/%-]|&&|\|\|) (?=[\w(!-])", code):
-        end = operand_end(code, found.end())
+        end, sign = operand_end(code, found.end()), found.group(1)
+        while end and sign in "+-" and re.match(r" [*/%] [\w(]", code[end : end + 4]):
+            end = operand_end(code, end + 3)  # all of a term
         before = code[: found.start()]
         if end and re.search(r"[\w)\]]$", before) and not re.search(r"\breturn$|=$", before):
             yield found.start(), end, ""
         start = operand_start(code, found.start())
-        if start is not None and found.group(1) in ("*", "+", "&&", "||"):
+        if start is None or sign not in ("*", "+", "&&", "||"):
+            continue
+        if sign != "+" or not re.match(r"[a-z_]+\b(?!\()", code[start:]):  # often a pointer
             yield start, found.end(), ""
 
 

@@ -1,0 +1,373 @@
+"""Says which mutants the tests catch: draws them, or takes named ones, and runs tests on each.
+
+    python tests/mutation/run.py record --workers 16         once; again when tests have changed
+    python tests/mutation/run.py run --seed 1 --count 300 --workers 16 --report report.json
+    python tests/mutation/run.py run --again report.json     the survivors of a report once more
+    python tests/mutation/run.py show --seed 1 --count 300   what would be drawn, and by which tests
+
+`record` runs the tests once, each file a process, and keeps which lines of Python each test runs,
+which variants of bodies it launches and how long it takes, in .mutation/map.json.gz. `run` plants
+each mutant in a copy of the tree, a copy for each worker, and runs there, in one pytest that stops
+at the first failure, the tests that run the mutant's line (or launch a body that its text is part
+of): cheapest first, first one test of every function, as far as --budget seconds go (of those that
+were recorded, and of compiling the changed body). For a body NVRTC then compiles some variants.
+A mutant that no test can see is a survivor at once. One whose tests take too long is caught only
+if the same tests take a fifth of that time without it. Mutants in survivors.py are not run.
+
+The report is JSON: outcome (caught, survived, timeout, known), the test that caught it, seconds,
+how many tests ran of how many that could; "gpu": only a GPU runs this text. Each survivor is
+printed again at the end. Of tests left out see choice.py: those that quote a body's text, and those
+that need a GPU.
+"""
+
+import argparse
+import dataclasses
+import gzip
+import json
+import os
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from choice import LEFT_OUT, Map, bodies_of  # noqa: E402
+from operators import ROOT, Mutant, mutants  # noqa: E402
+from sampler import sample  # noqa: E402
+from survivors import EQUIVALENT  # noqa: E402
+
+MAP = ROOT / ".mutation" / "map.json.gz"
+COPIED = ("mhc_mlx", "kernels", "tests", "benchmarks", "examples", "benchmark.py")
+COPIED += ("pyproject.toml", "README.md", "ONBOARDING.md", "LICENSE", ".ci", ".gitignore")
+FACTOR = 5  # how much longer than without a mutant tests take before they count as hanging
+STARTING = 8.0  # seconds for pytest to begin, at most
+PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-rfE", "-W", "ignore"]
+
+
+def copy_tree(to: Path) -> Path:
+    """What tests need of the checkout."""
+    ignored = shutil.ignore_patterns("__pycache__", ".mutation")
+    to.mkdir(parents=True)
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, to / name, ignore=ignored)
+        elif source.exists():
+            shutil.copy(source, to / name)
+    return to
+
+
+def environment(tree: Path, **more: str) -> dict[str, str]:
+    paths = [tree, tree / "tests/mutation", tree / "tests/mutation/children"]
+    found = {k: v for k, v in os.environ.items() if not k.startswith("MUTATION_")}
+    found |= {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    return found | more
+
+
+def command(arguments: list, tree: Path, env: dict, seconds: float) -> tuple[int | None, str]:
+    """The exit code, None where it took too long, and what was printed."""
+    with tempfile.TemporaryFile() as out:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            cwd=tree,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            try:  # what the tests started may still run
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.wait()
+        out.seek(0)
+        return code, out.read().decode(errors="replace")
+
+
+# --- record ---------------------------------------------------------------------------------------
+
+
+def record(workers: int, only: str, out: Path) -> None:
+    """Run test files, each in a process, and keep what their tests saw."""
+    files = [p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob("tests/test_*.py"))]
+    files = [f for f in files if not LEFT_OUT.match(f) and re.search(only, f)]
+    files.sort(key=lambda f: -len((ROOT / f).read_text()))
+    first = ("parity", "composition", "cuda_form", "trainer", "properties", "hypothesis")
+    files.sort(key=lambda f: not any(k in f for k in first))  # the longest run first
+    with tempfile.TemporaryDirectory() as folder:
+        tree, seen = copy_tree(Path(folder, "tree")), Path(folder, "seen")
+        seen.mkdir()
+
+        def one(file: str) -> None:
+            (seen / file.replace("/", ".")).mkdir()
+            env = environment(tree, MUTATION_RECORD=str(seen / file.replace("/", ".")))
+            start = time.perf_counter()
+            code, text = command([*PYTEST, "-p", "lines", file], tree, env, 3600)
+            last = [k for k in text.split("\n") if re.search("passed|failed|error", k)][-1:]
+            print(f"{file}: {code}, {time.perf_counter() - start:.0f} s, {last}", flush=True)
+            merge(seen, out, bool(only))
+
+        each(files, workers, one)
+
+
+lock = threading.Lock()
+
+
+def merge(seen: Path, out: Path, keep: bool) -> None:
+    """All that was recorded so far, in one file: its tests take the place of those before."""
+    with lock:
+        old = json.loads(gzip.decompress(out.read_bytes())) if keep and out.exists() else {}
+        tests, collection, contexts, children = {}, {}, {}, []
+        for path in seen.glob("*/*.json"):
+            data = json.loads(path.read_text())
+            if "contexts" in data:
+                contexts |= {k: (v, path.parent.name) for k, v in data["contexts"].items()}
+                for file, lines in data["collection"].items():
+                    collection.setdefault(file, set()).update(lines)
+            else:
+                children.append(data)
+        fixtures = {k: v for k, (v, _) in contexts.items() if k.startswith("fixture ")}
+        for name, (one, _) in contexts.items():
+            if name.startswith("fixture "):
+                continue
+            lines = {f: set(k) for f, k in one["lines"].items()}
+            launched, shared = set(map(tuple, one["launched"])), {}
+            for key in one["fixtures"]:
+                for full in (k for k in fixtures if k.rpartition(" ")[0] == key):
+                    shared[full] = fixtures[full]["seconds"]
+                    launched |= set(map(tuple, fixtures[full]["launched"]))
+                    for f, k in fixtures[full]["lines"].items():
+                        lines.setdefault(f, set()).update(k)
+            tests[name] = {
+                "seconds": one["seconds"],
+                "outcome": one["outcome"],
+                "fixtures": shared,
+                "lines": lines,
+                "launched": sorted(launched),
+            }
+        for child in children:
+            if child["test"] in tests:
+                for file, k in child["lines"].items():
+                    tests[child["test"]]["lines"].setdefault(file, set()).update(k)
+        for one in tests.values():
+            one["lines"] = {f: sorted(k) for f, k in one["lines"].items()}
+        for file, k in old.get("collection", {}).items():
+            collection.setdefault(file, set()).update(k)
+        data = {
+            "tests": old.get("tests", {}) | tests,
+            "collection": {f: sorted(k) for f, k in collection.items()},
+        }
+        out.parent.mkdir(exist_ok=True, parents=True)
+        part = out.with_suffix(".part")
+        part.write_bytes(gzip.compress(json.dumps(data).encode(), 4))
+        os.replace(part, out)
+
+
+def each(items: list, workers: int, f, make=None) -> None:
+    """f(item), or f(item, made) with what ``make`` made for the thread, in threads."""
+    todo = queue.SimpleQueue()
+    for item in items:
+        todo.put(item)
+
+    def work(k: int) -> None:
+        made = [make(k)] if make else []
+        while True:
+            try:
+                item = todo.get_nowait()
+            except queue.Empty:
+                return
+            f(item, *made)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(min(workers, len(items)))]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+
+
+# --- run ------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Result:
+    mutant: str
+    key: tuple
+    outcome: str
+    test: str = ""
+    seconds: float = 0.0
+    ran: int = 0
+    could: int = 0
+    gpu: bool = False  # only a GPU runs this text
+
+
+class Worker:
+    """A copy of the tree in which mutants are planted, one at a time."""
+
+    def __init__(self, folder: Path, known: Map, budget: float):
+        self.tree, self.known, self.budget = copy_tree(folder), known, budget
+        self.clock = int(time.time())
+
+    def write(self, file: str, text: str) -> None:
+        path = self.tree / file
+        path.write_text(text)
+        self.clock += 2  # or Python takes what it compiled before for this text
+        os.utime(path, (self.clock, self.clock))
+
+    def judge(self, m: Mutant) -> Result:
+        start = time.perf_counter()
+        source = (ROOT / m.file).read_text()
+        result = Result(str(m), m.key, "survived")
+        kernel = not m.file.endswith(".py")
+        result.gpu = m.file in ("kernels/ptx.h", "kernels/cuda.h")
+        names, more = self.known.of_mutant(m)
+        tests = self.known.ordered(names, more)
+        chosen, total = [], 0.0
+        for name, seconds in tests:
+            if not chosen or total + seconds <= self.budget:
+                chosen.append(name)
+                total += seconds
+        result.could, result.ran = len(tests), len(chosen)
+        if not tests and not kernel:
+            return result
+        self.write(m.file, m.apply(source))
+        try:
+            if chosen and not (result.gpu and kernel):
+                limit = FACTOR * (total + STARTING)
+                code, text = self.pytest(chosen, limit)
+                if code is None:
+                    result.outcome, result.test = self.hangs(m, source, chosen, limit)
+                elif code:
+                    result.outcome, result.test = "caught", first_failure(text)
+            if kernel and result.outcome == "survived":
+                error = self.compiled(m)
+                if error:
+                    result.outcome, result.test = "caught", f"NVRTC: {error}"
+        finally:
+            self.write(m.file, source)
+        result.seconds = round(time.perf_counter() - start, 2)
+        return result
+
+    def pytest(self, names: list[str], limit: float) -> tuple[int | None, str]:
+        start = time.perf_counter()
+        code, text = self.started(names, limit)
+        if code == 4:  # a test has another name now: all of its function instead
+            functions = list(dict.fromkeys(n.partition("[")[0] for n in names))
+            code, text = self.started(functions, max(limit - (time.perf_counter() - start), 60))
+        return code, text
+
+    def started(self, names: list[str], limit: float) -> tuple[int | None, str]:
+        path = self.tree / "tests.json"
+        path.write_text(
+            json.dumps([*PYTEST[2:], "-x", f"--basetemp={self.tree}/temporary", *names])
+        )
+        text = "import json, sys, pytest; sys.exit(pytest.main(json.load(open('tests.json'))))"
+        return command(["-c", text], self.tree, environment(self.tree), limit)
+
+    def hangs(self, m: Mutant, source: str, names: list[str], limit: float) -> tuple[str, str]:
+        """Whether the tests that took too long are fast without the mutant."""
+        self.write(m.file, source)
+        start = time.perf_counter()
+        self.pytest(names, limit)
+        fast = FACTOR * (time.perf_counter() - start) <= limit
+        return ("timeout" if fast else "survived"), f"more than {limit:.0f} s"
+
+    def compiled(self, m: Mutant) -> str:
+        """NVRTC's objection to some variants of the bodies that the mutant is in."""
+        if m.file.endswith("_metal.h"):
+            return ""
+        program = ["tests/mutation/compiled.py", *sorted(bodies_of(m))]
+        code, text = command(program, self.tree, environment(self.tree), 240)
+        return "" if code == 0 else text.strip().split("\n")[-1][:200] or f"exit code {code}"
+
+
+def first_failure(text: str) -> str:
+    found = re.search(r"(?m)^(?:FAILED|ERROR) (.*?)(?: - (.*))?$", text)
+    if found:
+        return f"{found.group(1)}: {(found.group(2) or '')[:160]}"
+    lines = [line for line in text.split("\n") if line.strip()]
+    return f"pytest: {lines[-1][:200] if lines else 'nothing'}"
+
+
+def run(chosen: list[Mutant], workers: int, budget: float, report: Path | None, known: Map) -> None:
+    results: list[Result] = []
+
+    def one(m: Mutant, worker: Worker) -> None:
+        if m.key in EQUIVALENT:
+            result = Result(str(m), m.key, "known", EQUIVALENT[m.key])
+        else:
+            result = worker.judge(m)
+        with lock:
+            results.append(result)
+            print(f"{result.outcome} {result.seconds:.0f} s, {result.ran} of {result.could}: {m}")
+            print(f"    {result.test}", flush=True)
+            if report:
+                data = json.dumps([dataclasses.asdict(r) for r in results], indent=1)
+                part = report.with_name(report.name + ".part")
+                part.write_text(data)
+                os.replace(part, report)
+
+    with tempfile.TemporaryDirectory() as folder:
+        each(chosen, workers, one, lambda k: Worker(Path(folder, f"{k}"), known, budget))
+    count = Counter(r.outcome for r in results)
+    seconds = sum(r.seconds for r in results) / max(len(results), 1)
+    print(f"\n{dict(count)}, {seconds:.1f} s each")
+    for r in sorted((r for r in results if r.outcome == "survived"), key=lambda r: r.mutant):
+        note = " (only a GPU runs this text)" if r.gpu else ""
+        print(f"survived, {r.ran} of {r.could} tests{note}: {r.mutant}")
+
+
+def again(report: Path) -> list[Mutant]:
+    """The survivors of a report."""
+    data = json.loads(report.read_text())
+    keys = {tuple(r["key"]) for r in data if r["outcome"] == "survived"}
+    files = sorted({k[0] for k in keys})
+    found = {m.key: m for f in files for m in mutants(ROOT / f) if m.key in keys}
+    return list(found.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=("record", "run", "show"))
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--map", type=Path, default=MAP, help="where record keeps what it saw")
+    parser.add_argument("--only", default="", help="part of files' names (record: of test files)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--budget", type=float, default=60, help="seconds of tests for a mutant")
+    parser.add_argument("--report", type=Path, help="JSON of every mutant's outcome")
+    parser.add_argument("--again", type=Path, help="a report whose survivors are run")
+    args = parser.parse_args()
+    if args.command == "record":
+        record(args.workers, args.only, args.map)
+        return
+    if not args.map.exists():
+        parser.error(f"{args.map} must exist: record it first")
+    chosen = again(args.again) if args.again else sample(args.seed, args.count, args.only)
+    known = Map(args.map)
+    if args.command == "show":
+        for m in chosen:
+            tests = known.ordered(*known.of_mutant(m))
+            print(f"{m}\n    {len(tests)} tests: {', '.join(n for n, _ in tests[:4])}")
+        return
+    run(chosen, args.workers, args.budget, args.report, known)
+
+
+if __name__ == "__main__":
+    main()
