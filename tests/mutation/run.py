@@ -40,7 +40,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from choice import LEFT_OUT, Map, bodies_of  # noqa: E402
+from choice import LEFT_OUT, SLOW, Map, bodies_of, digests  # noqa: E402
 from operators import ROOT, Mutant, mutants  # noqa: E402
 from sampler import sample  # noqa: E402
 from survivors import EQUIVALENT  # noqa: E402
@@ -49,6 +49,8 @@ MAP = ROOT / ".mutation" / "map.json.gz"
 COPIED = ("mhc_mlx", "kernels", "tests", "benchmarks", "examples", "benchmark.py")
 COPIED += ("pyproject.toml", "README.md", "ONBOARDING.md", "LICENSE", ".ci", ".gitignore")
 FACTOR = 5  # how much longer than without a mutant tests take before they count as hanging
+BODIES = 300.0  # seconds for bodies.py, at most
+ON_CUDA = ("_cuda.h", "ptx.h", "cuda.h")
 STARTING = 8.0  # seconds for pytest to begin, at most
 PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-rfE", "-W", "ignore"]
 
@@ -117,7 +119,9 @@ def record(workers: int, only: str, out: Path) -> None:
             (seen / file.replace("/", ".")).mkdir()
             env = environment(tree, MUTATION_RECORD=str(seen / file.replace("/", ".")))
             start = time.perf_counter()
-            code, text = command([*PYTEST, "-p", "lines", file], tree, env, 3600)
+            code, text = command(
+                [*PYTEST, "-p", "lines", "--deselect", SLOW, file], tree, env, 3600
+            )
             last = [k for k in text.split("\n") if re.search("passed|failed|error", k)][-1:]
             print(f"{file}: {code}, {time.perf_counter() - start:.0f} s, {last}", flush=True)
             merge(seen, out, bool(only))
@@ -129,9 +133,11 @@ lock = threading.Lock()
 
 
 def merge(seen: Path, out: Path, keep: bool) -> None:
-    """All that was recorded so far, in one file: its tests take the place of those before."""
+    """All that was recorded so far, in one file: its tests take the place of those before, which
+    are kept if they were recorded of the same sources."""
     with lock:
         old = json.loads(gzip.decompress(out.read_bytes())) if keep and out.exists() else {}
+        old = old if old.get("sources") == digests() else {}
         tests, collection, contexts, children = {}, {}, {}, []
         for path in seen.glob("*/*.json"):
             data = json.loads(path.read_text())
@@ -169,6 +175,7 @@ def merge(seen: Path, out: Path, keep: bool) -> None:
         for file, k in old.get("collection", {}).items():
             collection.setdefault(file, set()).update(k)
         data = {
+            "sources": digests(),
             "tests": old.get("tests", {}) | tests,
             "collection": {f: sorted(k) for f, k in collection.items()},
         }
@@ -218,8 +225,11 @@ class Result:
 class Worker:
     """A copy of the tree in which mutants are planted, one at a time."""
 
-    def __init__(self, folder: Path, known: Map, budget: float):
-        self.tree, self.known, self.budget = copy_tree(folder), known, budget
+    def __init__(
+        self, folder: Path, known: Map, budget: float, gpu: bool = False, launches: str = ""
+    ):
+        self.tree, self.known, self.budget, self.gpu = copy_tree(folder), known, budget, gpu
+        self.launches = launches
         self.clock = int(time.time())
 
     def write(self, file: str, text: str) -> None:
@@ -241,22 +251,22 @@ class Worker:
             if not chosen or total + seconds <= self.budget:
                 chosen.append(name)
                 total += seconds
+        if result.gpu:
+            chosen, total = (["tests/test_gpu.py"], 600.0) if self.gpu else ([], 0.0)
         result.could, result.ran = len(tests), len(chosen)
         if not tests and not kernel:
             return result
         self.write(m.file, m.apply(source))
         try:
-            if chosen and not (result.gpu and kernel):
+            if kernel:
+                result.outcome, result.test = self.of_bodies(m)
+            if chosen and result.outcome == "survived":
                 limit = FACTOR * (total + STARTING)
                 code, text = self.pytest(chosen, limit)
                 if code is None:
                     result.outcome, result.test = self.hangs(m, source, chosen, limit)
-                elif code:
+                elif code not in (0, 5):  # 5: it has no tests
                     result.outcome, result.test = "caught", first_failure(text)
-            if kernel and result.outcome == "survived":
-                error = self.compiled(m)
-                if error:
-                    result.outcome, result.test = "caught", f"NVRTC: {error}"
         finally:
             self.write(m.file, source)
         result.seconds = round(time.perf_counter() - start, 2)
@@ -286,13 +296,27 @@ class Worker:
         fast = FACTOR * (time.perf_counter() - start) <= limit
         return ("timeout" if fast else "survived"), f"more than {limit:.0f} s"
 
-    def compiled(self, m: Mutant) -> str:
-        """NVRTC's objection to some variants of the bodies that the mutant is in."""
-        if m.file.endswith("_metal.h"):
-            return ""
-        program = ["tests/mutation/compiled.py", *sorted(bodies_of(m))]
-        code, text = command(program, self.tree, environment(self.tree), 240)
-        return "" if code == 0 else text.strip().split("\n")[-1][:200] or f"exit code {code}"
+    def of_bodies(self, m: Mutant) -> tuple[str, str]:
+        """What the simulator, parity, pinned traffic, the dialect and NVRTC say of the bodies."""
+        forms = "cuda" if m.file.endswith(ON_CUDA) else "metal,cuda"
+        forms = "metal" if m.file.endswith("_metal.h") else forms
+        program = ["tests/mutation/bodies.py", "run", self.launches, forms, *sorted(bodies_of(m))]
+
+        def go() -> tuple[int | None, str]:
+            return command(program, self.tree, environment(self.tree), BODIES)
+
+        code, text = go()
+        if code is None:
+            self.write(m.file, (ROOT / m.file).read_text())
+            start = time.perf_counter()
+            go()
+            seconds = time.perf_counter() - start
+            self.write(m.file, m.apply((ROOT / m.file).read_text()))
+            slow = FACTOR * seconds <= BODIES
+            return (
+                "timeout" if slow else "survived"
+            ), f"more than {BODIES:.0f} s, not {seconds:.0f}"
+        return ("caught" if code else "survived"), (text.strip().split("\n") or [""])[-1][:300]
 
 
 def first_failure(text: str) -> str:
@@ -303,7 +327,8 @@ def first_failure(text: str) -> str:
     return f"pytest: {lines[-1][:200] if lines else 'nothing'}"
 
 
-def run(chosen: list[Mutant], workers: int, budget: float, report: Path | None, known: Map) -> None:
+def run(chosen: list[Mutant], workers: int, report: Path | None, *judges) -> None:
+    """Judge mutants, by a `Worker` of ``judges`` in each thread."""
     results: list[Result] = []
 
     def one(m: Mutant, worker: Worker) -> None:
@@ -322,7 +347,14 @@ def run(chosen: list[Mutant], workers: int, budget: float, report: Path | None, 
                 os.replace(part, report)
 
     with tempfile.TemporaryDirectory() as folder:
-        each(chosen, workers, one, lambda k: Worker(Path(folder, f"{k}"), known, budget))
+        launches = f"{folder}/launches.json"
+        if any(not m.file.endswith(".py") for m in chosen):
+            listing = ["tests/mutation/bodies.py", "list", launches]
+            code, text = command(listing, ROOT, environment(ROOT), 600)
+            if code:
+                raise SystemExit(text)
+        judges = (*judges, launches)
+        each(chosen, workers, one, lambda k: Worker(Path(folder, f"{k}"), *judges))
     count = Counter(r.outcome for r in results)
     seconds = sum(r.seconds for r in results) / max(len(results), 1)
     print(f"\n{dict(count)}, {seconds:.1f} s each")
@@ -351,6 +383,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--budget", type=float, default=60, help="seconds of tests for a mutant")
+    parser.add_argument("--gpu", action="store_true", help="test_gpu.py on what only a GPU runs")
     parser.add_argument("--report", type=Path, help="JSON of every mutant's outcome")
     parser.add_argument("--again", type=Path, help="a report whose survivors are run")
     args = parser.parse_args()
@@ -366,7 +399,7 @@ def main() -> None:
             tests = known.ordered(*known.of_mutant(m))
             print(f"{m}\n    {len(tests)} tests: {', '.join(n for n, _ in tests[:4])}")
         return
-    run(chosen, args.workers, args.budget, args.report, known)
+    run(chosen, args.workers, args.report, known, args.budget, args.gpu)
 
 
 if __name__ == "__main__":

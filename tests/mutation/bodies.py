@@ -1,0 +1,163 @@
+"""Runs bodies as they stand in this tree on a few cases each, and exits 1 where a rung objects.
+
+    python tests/mutation/bodies.py list launches.json        what each case launches
+    python tests/mutation/bodies.py run launches.json metal,cuda mhc_pre mhc_seam
+
+The cases of test_traffic.py, whose loads and stores are pinned, and those of cases.py: as many as
+show every template argument of the bodies, for the least compiling. The rungs are the simulator's
+rules, parity and traffic on Metal's and CUDA's text, then the dialect, then NVRTC.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import cases  # noqa: E402
+import conftest  # noqa: E402
+import mlx.core as mx  # noqa: E402
+from conftest import executor  # noqa: E402
+from test_parity import check, results  # noqa: E402
+from test_traffic import PINNED, words  # noqa: E402
+
+from mhc_mlx import kernel, ops  # noqa: E402
+
+FORMS = {"metal": "simulator", "cuda": "simulator, CUDA"}
+MOST, ALIKE = 9, 2  # cases in all; of the dialect and of NVRTC, variants of a body
+COMPILE = 3.0  # seconds for a variant; running a case takes about one
+PINNED_CASES = {str(case): lines for case, *lines in PINNED}
+
+
+def every_case() -> dict[str, cases.Case]:
+    lists = (cases.COVERING, cases.DYNAMIC, cases.SINGLE, cases.RINGED, [c for c, *_ in PINNED])
+    return {str(c): c for one in lists for c in one if c.tokens}
+
+
+def launches(case: cases.Case, form: str) -> list[tuple]:
+    """The arguments of each launch, computed by nobody."""
+    found = []
+
+    def launch(name, inputs, outputs, groups, threads, template, verbose=False):
+        found.append((name, inputs, outputs, groups, threads, template))
+        return [mx.zeros(*spec) for spec in outputs.values() if spec is not None]
+
+    with executor("nvrtc"):
+        kernel.launch = launch
+        kernel.backend = lambda: form
+        conftest.set_geometry(**conftest.FEW_GROUPS)
+        try:
+            run(case)
+        finally:
+            conftest.set_geometry(**GROUPS)
+    return found
+
+
+GROUPS = {k: getattr(ops.geometry, k) for k in conftest.FEW_GROUPS}
+
+
+def run(case: cases.Case):
+    given = [a for a in case.arrays() if a is not None]
+    return results(getattr(ops, case.op), case, given)
+
+
+def listed() -> dict:
+    """By form and case, each variant that is launched: the body and its template."""
+    return {
+        form: {
+            name: sorted({(c[0], json.dumps(c[5], default=str)) for c in launches(case, form)})
+            for name, case in every_case().items()
+        }
+        for form in FORMS
+    }
+
+
+def chosen(known: dict, forms: list[str], bodies: set[str]) -> list[tuple[str, str]]:
+    """(form, case): first what shows most that is new of the bodies for the compiling it takes."""
+    shows, cost = {}, {}
+    for form in forms:
+        for name, variants in known[form].items():
+            mine = [(body, json.loads(t)) for body, t in variants if body in bodies]
+            if mine:
+                shows[form, name] = {(b, k, str(v)) for b, t in mine for k, v in t.items()}
+                cost[form, name] = 1 + COMPILE * len(mine) + len(variants) / 4
+    found, seen = [], set()
+    while shows and len(found) < MOST:
+        best = max(
+            shows,
+            key=lambda k: len(shows[k] - seen) / cost[k] * (1.5 if k[1] in PINNED_CASES else 1),
+        )
+        seen |= shows.pop(best)
+        found.append(best)
+    return found
+
+
+def objection(form: str, case: cases.Case) -> str:
+    """Of the simulator, parity or pinned traffic; "" where there is none."""
+    import simulator
+
+    try:
+        with executor(FORMS[form]), simulator.recording() as records:
+            got = run(case)
+        mx.eval(got)
+        pinned = PINNED_CASES.get(str(case))
+        if form == "metal" and pinned:
+            moved = [words(r) for r in records]
+            if moved != list(pinned):
+                return f"traffic: {next((a for a in moved if a not in pinned), 'launches')}"
+        check(case, got)
+    except simulator.SimulationError as error:
+        return f"rules: {error}"
+    except AssertionError as error:
+        return f"parity: {error}"
+    return ""
+
+
+def compiled(form: str, case: cases.Case, bodies: set[str], done: dict[str, int]) -> str:
+    """The dialect's objection to Metal's text, or NVRTC's to CUDA's."""
+    for call in launches(case, form):
+        name = call[0]
+        if name not in bodies or done.get(name, 0) >= ALIKE:
+            continue
+        done[name] = done.get(name, 0) + 1
+        if form == "metal" and not conftest.missing("dialect"):
+            import dialect
+            import simulator
+
+            with executor("dialect"):
+                found = dialect.refusals(simulator.generated(*call))
+            if found:
+                return f"dialect: {found[0]}"
+        if form == "cuda" and not conftest.missing("nvrtc"):
+            import nvrtc
+
+            source = nvrtc.cuda_source(*call[:3], *call[4:])
+            error, figures = nvrtc.compile_cuda(name, source)
+            line = re.search(r"error.*", error)
+            if error:
+                return f"nvrtc: {line.group() if line else error[:200]}"
+            if figures["spills"] or figures["shared"] > 32 << 10:
+                return f"nvrtc: {figures}"
+    return ""
+
+
+def main() -> None:
+    command, path, *rest = sys.argv[1:]
+    if command == "list":
+        Path(path).write_text(json.dumps(listed()))
+        return
+    forms, bodies, each = rest[0].split(","), set(rest[1:]), every_case()
+    picked = [k for k in chosen(json.loads(Path(path).read_text()), forms, bodies) if k[1] in each]
+    for form, name in picked:
+        if found := objection(form, each[name]):
+            sys.exit(f"{name}, {form}: {found}".replace("\n", " ")[:400])
+    for form in FORMS if forms == [*FORMS] else forms:
+        done: dict[str, int] = {}
+        for _, name in (k for k in picked if k[0] == form):
+            if found := compiled(form, each[name], bodies, done):
+                sys.exit(f"{name}, {form}: {found}".replace("\n", " ")[:400])
+
+
+if __name__ == "__main__":
+    main()
