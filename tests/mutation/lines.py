@@ -176,6 +176,8 @@ def pytest_runtest_teardown(item, nextitem):
 def pytest_sessionfinish(session):
     contexts = {}
     for name, one in recorder.contexts.items():
+        if name not in recorder.fixtures and not name.startswith("fixture "):
+            continue  # a test of another process, of which this one has the report
         contexts[name] = {
             "lines": by_file(one["lines"]),
             "launched": sorted(one["launched"]),

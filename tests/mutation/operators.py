@@ -467,7 +467,7 @@ class Python(ast.NodeVisitor):
                 self.add("drop_argument", start, self.span(arguments[1])[0], "")
             elif isinstance(one, ast.keyword):
                 self.add("drop_argument", start, end, "")
-        if len(node.args) >= 2:
+        if len(node.args) >= 2 and not re.search(r"\b(eval|max|min|gcd)$", self.text(node.func)):
             a, b = node.args[:2]
             plain = (ast.Name, ast.Attribute, ast.Subscript)
             if isinstance(a, plain) and isinstance(b, plain):
@@ -560,11 +560,17 @@ class Python(ast.NodeVisitor):
     def visit_JoinedStr(self, node) -> None:
         pass  # words for a reader; Python 3.11 has no places in them
 
+    def is_seed(self, call) -> bool:
+        """Any seed is as good as another."""
+        return isinstance(call, ast.Call) and bool(
+            re.search(r"random\.(seed|key|default_rng)$", self.text(call.func))
+        )
+
     def visit_Constant(self, node) -> None:
         value, parent = node.value, self.parents[-2]
         if isinstance(value, bool):
             self.replace("change_constant", node, str(not value))
-        elif isinstance(value, int):
+        elif isinstance(value, int) and not self.is_seed(parent):
             self.replace("change_constant", node, str(value + 1))
         elif isinstance(value, float):
             new = 1.0 if value == 0 else value * 1.5

@@ -5,7 +5,7 @@
     python tests/mutation/run.py run --again report.json     the survivors of a report once more
     python tests/mutation/run.py show --seed 1 --count 300   what would be drawn, and by which tests
 
-`record` runs the tests once, each file a process, and keeps which lines of Python each test runs,
+`record` runs the tests once and keeps which lines of Python each test runs,
 which variants of bodies it launches and how long it takes, in .mutation/map.json.gz. `run` plants
 each mutant in a copy of the tree, a copy for each worker, and runs there, in one pytest that stops
 at the first failure, the tests that run the mutant's line (or launch a body that its text is part
@@ -50,7 +50,7 @@ COPIED = ("mhc_mlx", "kernels", "tests", "benchmarks", "examples", "benchmark.py
 COPIED += ("pyproject.toml", "README.md", "ONBOARDING.md", "LICENSE", ".ci", ".gitignore")
 FACTOR = 5  # how much longer than without a mutant tests take before they count as hanging
 BODIES = 300.0  # seconds for bodies.py, at most
-ON_CUDA = ("_cuda.h", "ptx.h", "cuda.h")
+ONLY_GPU = ("kernels/ptx.h", "kernels/cuda.h")  # the simulator has its own in their place
 STARTING = 8.0  # seconds for pytest to begin, at most
 PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-rfE", "-W", "ignore"]
 
@@ -108,25 +108,25 @@ def record(workers: int, only: str, out: Path) -> None:
     """Run test files, each in a process, and keep what their tests saw."""
     files = [p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob("tests/test_*.py"))]
     files = [f for f in files if not LEFT_OUT.match(f) and re.search(only, f)]
-    files.sort(key=lambda f: -len((ROOT / f).read_text()))
-    first = ("parity", "composition", "cuda_form", "trainer", "properties", "hypothesis")
-    files.sort(key=lambda f: not any(k in f for k in first))  # the longest run first
     with tempfile.TemporaryDirectory() as folder:
         tree, seen = copy_tree(Path(folder, "tree")), Path(folder, "seen")
         seen.mkdir()
 
-        def one(file: str) -> None:
-            (seen / file.replace("/", ".")).mkdir()
-            env = environment(tree, MUTATION_RECORD=str(seen / file.replace("/", ".")))
+        def go(name: str, *chosen: str) -> None:
+            (seen / name).mkdir()
+            env = environment(tree, MUTATION_RECORD=str(seen / name))
             start = time.perf_counter()
-            code, text = command(
-                [*PYTEST, "-p", "lines", "--deselect", SLOW, file], tree, env, 3600
-            )
+            options = ["-p", "lines", "--deselect", SLOW]
+            code, text = command([*PYTEST, *options, *chosen], tree, env, 7200)
             last = [k for k in text.split("\n") if re.search("passed|failed|error", k)][-1:]
-            print(f"{file}: {code}, {time.perf_counter() - start:.0f} s, {last}", flush=True)
+            print(f"{name}: {code}, {time.perf_counter() - start:.0f} s, {last}", flush=True)
             merge(seen, out, bool(only))
 
-        each(files, workers, one)
+        if workers > 1:
+            go("all", "-n", str(workers), "--dist", "worksteal", *files)
+        else:
+            for file in files:
+                go(file.replace("/", "."), file)
 
 
 lock = threading.Lock()
@@ -243,7 +243,7 @@ class Worker:
         source = (ROOT / m.file).read_text()
         result = Result(str(m), m.key, "survived")
         kernel = not m.file.endswith(".py")
-        result.gpu = m.file in ("kernels/ptx.h", "kernels/cuda.h")
+        result.gpu = m.file in ONLY_GPU
         names, more = self.known.of_mutant(m)
         tests = self.known.ordered(names, more)
         chosen, total = [], 0.0
@@ -298,8 +298,13 @@ class Worker:
 
     def of_bodies(self, m: Mutant) -> tuple[str, str]:
         """What the simulator, parity, pinned traffic, the dialect and NVRTC say of the bodies."""
-        forms = "cuda" if m.file.endswith(ON_CUDA) else "metal,cuda"
-        forms = "metal" if m.file.endswith("_metal.h") else forms
+        forms = "metal,cuda"
+        if m.file.endswith("_metal.h"):
+            forms = "metal"
+        elif m.file.endswith("_cuda.h"):
+            forms = "cuda"
+        elif m.file in ONLY_GPU:
+            forms = "nvrtc"
         program = ["tests/mutation/bodies.py", "run", self.launches, forms, *sorted(bodies_of(m))]
 
         def go() -> tuple[int | None, str]:
