@@ -394,7 +394,7 @@ def main() -> None:
     comparer = commands.add_parser("compare", help="say what differs")
     comparer.add_argument("old", type=Path)
     comparer.add_argument("new", type=Path)
-    comparer.add_argument("--case", default="", help="part of the keys that are compared")
+    comparer.add_argument("--case", default="", help="part of the names of the cases")
     comparer.add_argument("--allow", help="regular expression: lines 'kind key' that may differ")
     comparer.add_argument("--most", type=int, default=20, help="lines printed of each sort")
     comparer.add_argument("--diff", action="store_true", help="print how the PTX differs")
@@ -412,7 +412,7 @@ def main() -> None:
         sys.exit(bool(made["error"]))
     old, new = (
         {
-            kind: {k: v for k, v in each.items() if args.case in k}
+            kind: {k: v for k, v in each.items() if args.case in re.split(" / |, ", k)[0]}
             for kind, each in json.loads(path.read_text()).items()
         }
         for path in (args.old, args.new)
