@@ -53,23 +53,26 @@ def streams(op: str, start: str | None) -> st.SearchStrategy[int]:
     return st.integers(1, min(8, most)) | st.integers(1, most)
 
 
-def some(least: float, most: float) -> st.SearchStrategy[float]:
+def between(least: float, most: float) -> st.SearchStrategy[float]:
     return st.floats(least, most, allow_subnormal=False)
 
 
 @st.composite
 def conventions(draw, op: str, start: str, n: int) -> Convention:
-    """Every field; where the start is a whole projection those of the gates alone."""
+    """Every field that the start and the gates use."""
     half_steps = {}
+    if start in ("permutations", "unconstrained"):
+        half_steps["transposed"] = draw(flags)
     if start in SINKHORN:
         half_steps["first"] = "rows" if start == "softmax" else draw(st.sampled_from(AXES))
         half_steps["iters"] = draw(st.sampled_from([1, 2, 20]) | st.integers(1, 100))
         half_steps["transposed"] = draw(flags)
         # n == 1: else the gradient is a power of eps, less than float32 resolves
-        half_steps["eps"] = draw(st.just(0.0) | some(1e-8, 0.2)) if n > 1 else 0.0
-    gates = {name: draw(st.just(0.0) | some(1e-6, 0.5)) for name in ("pre_eps", "post_eps")}
-    gates["post_scale"] = draw(st.sampled_from([2.0, 1.0]) | some(0.1, 4.0))
-    sigmoid = op in MADE or draw(flags)
+        half_steps["eps"] = draw(st.just(0.0) | between(1e-8, 0.2)) if n > 1 else 0.0
+    gates, sigmoid = {}, op in MADE or draw(flags)
+    if sigmoid:
+        gates = {name: draw(st.just(0.0) | between(1e-6, 0.5)) for name in ("pre_eps", "post_eps")}
+        gates["post_scale"] = draw(st.sampled_from([2.0, 1.0]) | between(0.1, 4.0))
     return Convention("DRAWN", start, sigmoid=sigmoid, **half_steps, **gates)
 
 
@@ -91,7 +94,7 @@ def calls(draw, op: str) -> tuple[Case, int | None, str]:
     C = n if op == "sinkhorn_knopp" else draw(st.integers(1, most))
     per_token = {"stream_mix_add": (flags, flags), "stream_aggregate": (flags, st.just(False))}
     per_token["mhc_seam"] = (flags, flags)
-    shown = some(0.01, 1.0)  # of eps
+    shown = between(0.01, 1.0)  # of eps
     case = Case(
         op,
         tuple(draw(st.lists(st.integers(1, 4), max_size=2))),
