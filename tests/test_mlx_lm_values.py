@@ -244,8 +244,8 @@ class Clock:
 
 
 def test_seconds_are_the_median_of_runs_after_two(monkeypatch):
-    clock, taken = Clock(monkeypatch), iter([100, 100, 9, 1, 2, 3, 4])
-    assert times._seconds(lambda: clock.tick(next(taken)) or mx.zeros(1)) == 3
+    clock, taken = Clock(monkeypatch), iter([100, 100, 9, 8, 2, 3, 4])
+    assert times._seconds(lambda: clock.tick(next(taken)) or mx.zeros(1)) == 4
 
 
 def test_tokens_per_second(monkeypatch):
@@ -333,11 +333,12 @@ def test_bench_of_sites_reports_whose_errors_they_are(monkeypatch, capsys):
     monkeypatch.setattr(times, "SITES", 3)
     monkeypatch.setattr(times, "site_errors", lambda site, x, y: seen.append(x) or next(errors))
     monkeypatch.setattr(times, "_seconds", lambda run: 1e-3)
-    monkeypatch.setattr(times, "_peak", lambda run: 1 << 20)
+    monkeypatch.setattr(times, "_peak", lambda run: run(1)[0].shape[1] << 20)
     report = adapter.bench_sites(32, (2, 6), mx.float16)
     assert report["errors"] == {"patched": 4.0, "mlx-lm": 9.0}
     assert (report["d"], report["dtype"], report["sites"]) == (32, "float16", 3)
-    assert report["peak bytes"]["tokens"] == 6 and list(report["graph"]) == ["1", "6"]
+    assert set(report["peak bytes"].values()) == {6, 6 << 20}  # of the most tokens
+    assert list(report["graph"]) == ["1", "6"]
     assert all(x.dtype == mx.float16 for x in seen)
     assert not mx.array_equal(seen[0], seen[1]).item()
     assert "d = 32, float16" in capsys.readouterr().out
