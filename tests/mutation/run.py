@@ -5,19 +5,24 @@
     python tests/mutation/run.py run --again report.json     the survivors of a report once more
     python tests/mutation/run.py show --seed 1 --count 300   what would be drawn, and by which tests
 
-`record` runs the tests once and keeps which lines of Python each test runs,
-which variants of bodies it launches and how long it takes, in .mutation/map.json.gz. `run` plants
-each mutant in a copy of the tree, a copy for each worker, and runs there, in one pytest that stops
-at the first failure, the tests that run the mutant's line (or launch a body that its text is part
-of): cheapest first, first one test of every function, as far as --budget seconds go (of those that
-were recorded, and of compiling the changed body). For a body NVRTC then compiles some variants.
+`record` runs the tests once and keeps which lines of Python each test runs, which variants of
+bodies it launches and how long it takes, in .mutation/map.json.gz. `run` plants each mutant in a
+copy of the tree, a copy for each worker. A kernel text's bodies run on a few cases (bodies.py).
+Then one pytest that stops at the first failure runs the tests that run the mutant's line (or launch
+a body that its text is part of): cheapest first, first one test of every function, as far as
+--budget seconds go (of those that were recorded, and of compiling the changed body).
+
 A mutant that no test can see is a survivor at once. One whose tests take too long is caught only
-if the same tests take a fifth of that time without it. Mutants in survivors.py are not run.
+if the same tests take a fifth of that time without it. Mutants in survivors.py are not run. A run
+that was cut short goes on where its report ends.
 
 The report is JSON: outcome (caught, survived, timeout, known), the test that caught it, seconds,
-how many tests ran of how many that could; "gpu": only a GPU runs this text. Each survivor is
-printed again at the end. Of tests left out see choice.py: those that quote a body's text, and those
-that need a GPU.
+how many tests ran of how many that could; "gpu": only a GPU runs this text, so that elsewhere NVRTC
+alone judged it. The survivors are printed again at the end. Tests that quote a body's text, and
+those that need a GPU, are left out: see choice.py.
+
+It needs the tests' dependencies, no GPU and no network. A mutant takes about 7 seconds of one core,
+a survivor up to a minute or two.
 """
 
 import argparse
@@ -334,7 +339,8 @@ def first_failure(text: str) -> str:
 
 def run(chosen: list[Mutant], workers: int, report: Path | None, *judges) -> None:
     """Judge mutants, by a `Worker` of ``judges`` in each thread."""
-    results: list[Result] = []
+    results = [r for r in earlier(report) if r.key in {m.key for m in chosen}]
+    chosen = [m for m in chosen if m.key not in {r.key for r in results}]
 
     def one(m: Mutant, worker: Worker) -> None:
         if m.key in EQUIVALENT:
@@ -368,10 +374,16 @@ def run(chosen: list[Mutant], workers: int, report: Path | None, *judges) -> Non
         print(f"survived, {r.ran} of {r.could} tests{note}: {r.mutant}")
 
 
+def earlier(report: Path | None) -> list[Result]:
+    """What a run that was cut short has in its report."""
+    if report is None or not report.exists():
+        return []
+    return [Result(**r | {"key": tuple(r["key"])}) for r in json.loads(report.read_text())]
+
+
 def again(report: Path) -> list[Mutant]:
     """The survivors of a report."""
-    data = json.loads(report.read_text())
-    keys = {tuple(r["key"]) for r in data if r["outcome"] == "survived"}
+    keys = {r.key for r in earlier(report) if r.outcome == "survived"}
     files = sorted({k[0] for k in keys})
     found = {m.key: m for f in files for m in mutants(ROOT / f) if m.key in keys}
     return list(found.values())

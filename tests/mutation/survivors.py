@@ -16,4 +16,10 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "change_constant",
         "constexpr int ROWS = LINES < 9 ? LINES : 8; // rows of dx that a simdgroup makes at once",
     ): "of 8 lines both branches are 8",
+    (
+        "kernels/mhc_backward_tiled.metal",
+        "ds[q] = dt[(i0 + q < R ? i0 + q : 0) * PITCH + c];",
+        "change_constant",
+        "ds[q] = dt[(i0 + q < R ? i0 + q : 1) * PITCH + c];",
+    ): "a row past the last is any other, R >= 9: what it adds to g_res is not stored",
 }
