@@ -8,8 +8,9 @@ mutated text. Comments, docstrings, annotations and static assertions have none.
 import ast
 import bisect
 import re
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -30,7 +31,7 @@ class Mutant:
     lines: tuple[int, int]  # of the statement, or of its header
     text: str  # the line as it is, without indentation
     changed: str  # what it becomes
-    nth: int = 0  # of the mutants of this operator in lines of this text, to tell them apart
+    nth: int = 0  # of the mutants of this file that are alike in all four
 
     def apply(self, source: str) -> str:
         return source[: self.start] + self.new + source[self.end :]
@@ -39,9 +40,9 @@ class Mutant:
         return f"{self.file}:{self.line}: {self.operator}: {self.text} -> {self.changed}"
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
+    def key(self) -> tuple[str, str, str, str, int]:
         """What survivors.py knows it by: other lines may come and go."""
-        return self.file, self.text, self.operator, self.changed
+        return self.file, self.text, self.operator, self.changed, self.nth
 
 
 def sources(root: Path = ROOT) -> list[Path]:
@@ -72,7 +73,12 @@ def located(name: str, source: str, spans) -> list[Mutant]:
             (start, end, new),
             Mutant(name, start, end, new, operator, line, lines or (line, line), text, changed),
         )
-    return sorted(found.values(), key=lambda m: (m.start, m.end, m.operator, m.new))
+    alike: Counter = Counter()
+    each = []
+    for m in sorted(found.values(), key=lambda m: (m.start, m.end, m.operator, m.new)):
+        each.append(replace(m, nth=alike[m.key]))
+        alike[m.key] += 1
+    return each
 
 
 def line_starts(source: str) -> list[int]:
