@@ -567,6 +567,30 @@ def test_input_sets(monkeypatch):
     assert timing.CACHE >= 1 << 28 or cache == 1 << 30
 
 
+def test_both_are_compiled(monkeypatch):
+    """The op and the baseline, of which without kernels the first is."""
+    compiled, raced = [], []
+
+    def compile(f):
+        compiled.append(lambda *a: f(*a))
+        return compiled[-1]
+
+    def race(budget, *contestants):
+        raced.extend(f for f, _ in contestants if f is not mx.abs)
+        return [[1.0]] * len(contestants)
+
+    monkeypatch.setattr(mx, "compile", compile)
+    monkeypatch.setattr(benchmark, "race", race)
+    for direction in timed.DIRECTIONS:
+        Bench(1.0, None).row("mhc_static", direction, (2, 2, 2), "float32", None)
+        assert len(raced) == (1 if direction == "backward" else 2)
+        assert all(f in compiled for f in raced)
+        raced.clear()
+        benchmark.reference_row(Bench(1.0, None), "mhc_static", direction, (2, 2, 2), "float32")
+        assert [f in compiled for f in raced] == [True, False]
+        raced.clear()
+
+
 def rows_of_fake(monkeypatch, times, direction="forward", **options):
     """A row, and what was raced, where the op, a copy and the reference take these times."""
     raced = []
