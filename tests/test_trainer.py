@@ -516,7 +516,7 @@ def test_speed_counts_all_sequences_of_a_step(corpus, tmp_path, monkeypatch, unc
     log.close()
     with open(tmp_path / "log", newline="") as f:
         (row,) = csv.DictReader(f)
-    assert row["tokens_per_second"] == str(4 * 3 * 5 * 16 * 2)
+    assert row["step"] == "1" and row["tokens_per_second"] == str(4 * 3 * 5 * 16 * 2)
     assert (row["bits_per_byte"], row["similarity"], row["gradient_norm"]) == ("2.0", "0.5", "1.0")
 
 

@@ -42,35 +42,43 @@ def contents_of(folder):
 def test_no_file_is_written_over(corpus, tmp_path, monkeypatch):
     """Neither the text, under any of its names, nor another's file, nor one of the run's own."""
     monkeypatch.setattr(train_lm, "make_model", None)  # nothing is made before
-    data, folder, pictures = tmp_path / "text", tmp_path / "kept", tmp_path / "pictures"
+    data, folder, linked, pictures = (
+        tmp_path / name for name in ("text", "kept", "linked", "pictures")
+    )
     shutil.copy(corpus, data)
-    for path in (folder, pictures):
+    for path in (folder, linked, pictures):
         path.mkdir()
+        (path / "lock").touch()
     (tmp_path / "link").symlink_to(data)
     os.link(data, tmp_path / "hard link")
     (tmp_path / "notes").write_text("kept")
     (tmp_path / "link to notes").symlink_to("notes")
     (tmp_path / "nowhere").symlink_to("/dev/null")
     (pictures / "gains.png").write_text("kept")
-    (folder / "unfinished").symlink_to(data)
-    (folder / "lock").touch()
-    own = ["--checkpoint", folder]
-    again = [*own, "--resume"]
+    (linked / "unfinished").symlink_to(data)
+    again = ["--checkpoint", folder, "--resume"]
+    new, is_text = ["--plot", tmp_path / "new"], "--data must not be written to"
+    checkpoint = "step-00000004-0123456789abcdef.safetensors"
     refused = [
-        *(["--log", tmp_path / name] for name in ("text", "link", "hard link", "notes")),
-        ["--log", tmp_path / "link to notes"],
-        *([*again, "--log", tmp_path / name] for name in ("text", "link", "hard link")),
-        *([*again, "--log", folder / name] for name in ("lock", "unfinished")),
-        [*again, "--log", folder / "step-00000004-0123456789abcdef.safetensors"],
-        ["--plot", pictures],
-        ["--plot", tmp_path / "new", "--log", tmp_path / "new" / "loss.png"],
-        ["--plot", tmp_path / "new", "--log", tmp_path / "nowhere"],  # it is read for the pictures
-        own,  # with an unfinished checkpoint
+        *(([*o, "--log", data], is_text) for o in ([], again)),
+        *(([*o, "--log", tmp_path / "link"], is_text) for o in ([], again)),
+        *(([*o, "--log", tmp_path / "hard link"], is_text) for o in ([], again)),
+        (["--checkpoint", linked, "--resume"], is_text),
+        (["--checkpoint", linked], "--checkpoint must be a folder without .* has unfinished"),
+        (["--log", tmp_path / "notes"], "--log must be a new file.*notes exists"),
+        (["--log", tmp_path / "link to notes"], "--log must be a new file.* exists"),
+        (["--plot", pictures], "--plot: a picture must be a new file.*gains.png exists"),
+        *(
+            ([*again, "--log", folder / name], "--log must be a file of its own")
+            for name in ("lock", "unfinished", checkpoint)
+        ),
+        ([*new, "--log", tmp_path / "new" / "loss.png"], "--log must be a file of its own"),
+        ([*new, "--log", tmp_path / "nowhere"], "--plot needs a --log that can be read again"),
     ]
     (tmp_path / "new").mkdir()
     before = contents_of(tmp_path)
-    for options in refused:
-        with pytest.raises(SystemExit, match="must|needs"):
+    for options, message in refused:
+        with pytest.raises(SystemExit, match=message):
             train(data, None, *options)
         assert contents_of(tmp_path) == before, options
 
