@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from . import ops
 from .conventions import MHC_LITE, PAPER, ROW_FIRST, SINKHORN, Convention
-from .ops.dispatch import check_dtype, check_number, check_type
+from .ops.dispatch import check_bools, check_dtype, check_number, check_type
 
 
 def check_sizes(op: str, **sizes: tuple[int, float]) -> None:
@@ -21,12 +21,6 @@ def check_sizes(op: str, **sizes: tuple[int, float]) -> None:
         if not 1 <= value <= most:
             must = f"be from 1 to {most}" if most < math.inf else "be at least 1"
             raise ValueError(f"[{op}] {name} must {must} but got {value}.")
-
-
-def check_bools(op: str, **values: bool) -> None:
-    for name, value in values.items():
-        if type(value) is not bool:
-            raise TypeError(f"[{op}] {name} must be a bool but got {type(value).__name__}.")
 
 
 def check_options(op: str, options: dict, *taken: str) -> None:

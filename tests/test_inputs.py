@@ -7,9 +7,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from cases import COVERING, DYNAMIC, SINGLE
 
 import mhc_mlx as m
 from mhc_mlx import ops
+from mhc_mlx.ops.dispatch import KERNELS
 
 x, y, n, C = mx.zeros((2, 4, 8)), mx.zeros((2, 8)), 4, 8
 gate, mix, weight = mx.zeros(4), mx.zeros((4, 4)), mx.ones(8)
@@ -610,3 +612,17 @@ def test_ops_take_what_the_reference_takes():
             assert positional[: len(inspect.signature(f).parameters)] == list(
                 inspect.signature(f).parameters
             )
+
+
+def test_options_of_every_op():
+    """Keywords that all ops share, wrong once in each way."""
+    calls = {case.op: case for case in (*COVERING, *DYNAMIC, *SINGLE)}
+    assert calls.keys() == KERNELS.keys()
+    for op, case in calls.items():
+        arrays = case.arrays()
+        wrong = dict.fromkeys(("use_metal", "verbose", "differentiable"), BOOL)
+        wrong["threads_per_group"] = WRONG["threads_per_group"]
+        for name, values in wrong.items():
+            for bad in values:
+                with pytest.raises((TypeError, ValueError), match=rf"^\[{op}\] {name} must .*but"):
+                    getattr(m, op)(*arrays, *case.statics, **{name: bad})

@@ -9,8 +9,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .. import ops
-from ..layers import check_bools, check_sizes
-from ..ops.dispatch import check_number
+from ..layers import check_sizes
+from ..ops.dispatch import check_bools, check_number
 from .exact import random_inputs, site_errors, streams_dtype
 from .gradients import TRAINED
 from .layers import Owner, SinglePassLayer

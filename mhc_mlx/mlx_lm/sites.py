@@ -14,7 +14,7 @@ import mlx_lm
 
 from .. import kernel, ops
 from ..conventions import DEEPSEEK_V4, Convention
-from ..layers import check_bools
+from ..ops.dispatch import check_bools
 
 OLDEST, BEFORE = (0, 32, 2), (0, 33)
 MODELS = "deepseek_v41 of mlx-lm >=0.32.2,<0.33"

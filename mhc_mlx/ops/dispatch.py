@@ -123,6 +123,12 @@ def check_half_steps(op: str, convention: Convention) -> None:
         raise ValueError(fail(op, "convention", must, convention.name))
 
 
+def check_bools(op: str, **values: bool) -> None:
+    for name, value in values.items():
+        if type(value) is not bool:
+            raise TypeError(fail(op, name, "be a bool", type(value).__name__))
+
+
 def check_threads(op: str, threads: int | None) -> None:
     name = "threads_per_group"
     if threads is None:
@@ -392,6 +398,7 @@ def fused_op(check: Callable) -> Callable:
         **kwargs,
     ):
         arrays, statics = check(*args, **kwargs)
+        check_bools(name, use_metal=use_metal, verbose=verbose, differentiable=differentiable)
         check_threads(name, threads_per_group)
         place = kernel.place() if use_metal and arrays[0].size > 0 else None
         present = tuple(a is not None for a in arrays)

@@ -10,10 +10,10 @@ from .dispatch import (
     KERNELS,
     Kernels,
     check_array,
+    check_bools,
     check_branch,
     check_eps,
     check_streams,
-    fail,
     flat,
     fused_op,
     identity,
@@ -195,9 +195,7 @@ def _check_seam(op, x, y, weight, eps, round_aggregate) -> tuple[tuple[int, ...]
     if weight is not None:
         check_array(op, "weight", weight, "C", (C,))
     check_eps(op, eps)
-    if not isinstance(round_aggregate, bool):
-        got = type(round_aggregate).__name__
-        raise TypeError(fail(op, "round_aggregate", "be a bool", got))
+    check_bools(op, round_aggregate=round_aggregate)
     return lead, n, C
 
 
