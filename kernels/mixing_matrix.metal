@@ -14,9 +14,8 @@ for (size_t id = size_t(threadgroup_position_in_grid.x) * THREADS + thread_posit
   const size_t m = id / N;
   const int i = int(id % N);
   if constexpr (PERMUTATIONS) {
-    const int largest = mhc::largest_of(logits + m * R, R);  // last, since the sum of all others may be small beside it
-    const float top = static_cast<float>(logits[m * R + largest]);
-    float sum = 0.0f, line[N] = {};
+    float top, sum = 0.0f, line[N] = {};
+    const int largest = mhc::largest_of(logits + m * R, R, top);  // last, since the sum of all others may be small beside it
     for (int k = 1; k <= R; ++k) {
       const int w = k == R ? largest : k <= largest ? k - 1 : k;
       const float e = metal::precise::exp(static_cast<float>(logits[m * R + w]) - top);

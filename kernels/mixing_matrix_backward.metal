@@ -12,9 +12,8 @@ for (size_t m = size_t(threadgroup_position_in_grid.x) * THREADS + thread_positi
      m += size_t(threadgroups_per_grid.x) * THREADS) {
   const size_t at = m * R, from = m * (N * N);
   if constexpr (PERMUTATIONS) {
-    const int largest = mhc::largest_of(logits + at, R);
-    const float top = static_cast<float>(logits[at + largest]);
-    float sum = 0.0f, dot = 0.0f, shift = 0.0f;
+    float top, sum = 0.0f, dot = 0.0f, shift = 0.0f;
+    const int largest = mhc::largest_of(logits + at, R, top);
     for (int i = 0; i < N; ++i) shift += static_cast<float>(dh_res[from + mhc::entry<N, TRANSPOSED>(largest, i)]);
     for (int w = 0; w < R; ++w) {
       const float e = metal::precise::exp(static_cast<float>(logits[at + w]) - top);

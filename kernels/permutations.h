@@ -25,10 +25,17 @@ template <int N, bool TRANSPOSED> inline int entry(int w, int i) {
   return TRANSPOSED ? j * N + i : i * N + j;
 }
 
-// The first of the largest of R logits.
-template <typename P> inline int largest_of(P logits, int R) {
+// Which of R logits is the largest, the first of equals, and its value.
+template <typename P> inline int largest_of(P logits, int R, thread float& top) {
   int largest = 0;
-  for (int w = 1; w < R; ++w) largest = static_cast<float>(logits[w]) > static_cast<float>(logits[largest]) ? w : largest;
+  top = static_cast<float>(logits[0]);
+  for (int w = 1; w < R; ++w) {
+    const float z = static_cast<float>(logits[w]);
+    if (z > top) {
+      largest = w;
+      top = z;
+    }
+  }
   return largest;
 }
 

@@ -73,8 +73,9 @@ constexpr int returning(int n, int start, int iters) {
   return start == START_ADDITIVE || 2 * iters - 2 <= growing_steps(n, 1.6225928e32f) ? 0 : growing_steps(n, 7.9228163e28f);
 }
 
-// log p = the start's logits - along - across, of lane i's line i and column i; since: products of divisors not yet in there
-struct Divided { float along, across, along_since, across_since; };
+// log p = the start's logits - along - across, of lane i's line i and column i; since: products of divisors not yet in there.
+// A softmax along the line is exp(logit - top) / sum.
+struct Divided { float along, across, along_since, across_since, top, sum; };
 inline void divide(thread Divided& by, int k, float d) {
   if (k % 2 == 0) by.along_since *= d;
   else by.across_since *= d;
@@ -99,18 +100,22 @@ template <int N, bool COLUMNS, typename P> inline void load_line(thread float (&
 }
 
 // p = softmax(p) along the line
+template <int N> inline void softmax_line(thread float (&p)[N], thread float& top, thread float& sum) {
+  top = p[0];
+  UNROLL for (int j = 1; j < N; ++j) top = metal::max(top, p[j]);
+  UNROLL for (int j = 0; j < N; ++j) p[j] = metal::precise::exp(p[j] - top);
+  sum = line_sum(p);
+  UNROLL for (int j = 0; j < N; ++j) p[j] /= sum;
+}
 template <int N> inline void softmax_line(thread float (&p)[N]) {
-  float m = p[0];
-  UNROLL for (int j = 1; j < N; ++j) m = metal::max(m, p[j]);
-  UNROLL for (int j = 0; j < N; ++j) p[j] = metal::precise::exp(p[j] - m);
-  const float s = line_sum(p);
-  UNROLL for (int j = 0; j < N; ++j) p[j] /= s;
+  float top, sum;
+  softmax_line(p, top, sum);
 }
 
 template <int N, int START, typename S>
 inline void sinkhorn_start(thread float (&p)[N], thread Divided& by, float eps, uint lane, uint simd_lane, S scratch) {
   const bool live = lane < uint(N);
-  by = {0.0f, 0.0f, 1.0f, 1.0f};
+  by = {0.0f, 0.0f, 1.0f, 1.0f, 0.0f, 1.0f};
   if constexpr (START == START_EXP) {
     float m = p[0], all[N];
     UNROLL for (int j = 1; j < N; ++j) m = metal::max(m, p[j]);
@@ -123,9 +128,9 @@ inline void sinkhorn_start(thread float (&p)[N], thread Divided& by, float eps, 
     const float sum = across<N, false>(p, lane, scratch);
     gather<N>(all, RECIPROCAL(sum), lane, simd_lane, scratch);
     UNROLL for (int j = 0; j < N; ++j) p[j] *= all[j];
-    by = {m + s, top, 1.0f, sum};
+    by = {m + s, top, 1.0f, sum, 0.0f, 1.0f};
   } else {
-    if (START == START_SOFTMAX) softmax_line(p);
+    if (START == START_SOFTMAX) softmax_line(p, by.top, by.sum);
     UNROLL for (int j = 0; j < N; ++j)
       p[j] = !live ? 0.0f : p[j] + (START == START_SOFTMAX ? eps : uint(j) == lane ? 1.0f : 0.0f);
   }
@@ -148,21 +153,28 @@ inline float half_step(thread float (&p)[N], int k, float eps, uint lane, uint s
   return d;
 }
 
-// small elements of p anew: exp(the start's logits - along - across)
+// Small elements of p anew: exp(the start's logits - along - across). Each is loaded where it is small, or registers would hold all.
 template <int N, int START, bool COLUMNS, typename P, typename S>
 inline void return_small(thread float (&p)[N], P logits, thread Divided& by, float eps, uint lane, uint simd_lane, S scratch) {
   constexpr float SMALL = 9.3132257e-10f;  // 2^-30
-  float a[N], all[N];
-  by = {by.along + metal::precise::log(by.along_since), by.across + metal::precise::log(by.across_since), 1.0f, 1.0f};
-  load_line<N, COLUMNS>(a, logits, lane);
-  if (START == START_SOFTMAX) {
-    softmax_line(a);
-    UNROLL for (int j = 0; j < N; ++j) a[j] = metal::precise::log(a[j] + eps);
+  by.along += metal::precise::log(by.along_since);
+  by.across += metal::precise::log(by.across_since);
+  by.along_since = by.across_since = 1.0f;
+  if constexpr (N > 32) {
+    scratch[lane] = by.across;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-  gather<N>(all, by.across, lane, simd_lane, scratch);
   UNROLL for (int j = 0; j < N; ++j) {
-    if (lane < uint(N) && p[j] < SMALL) p[j] = metal::precise::exp((a[j] - by.along) - all[j]);
+    float other = by.across;
+    if constexpr (N <= 32) other = simd_shuffle(other, static_cast<ushort>((simd_lane & ~uint(lanes(N) - 1)) + uint(j)));
+    if (lane < uint(N) && p[j] < SMALL) {
+      float a = static_cast<float>(logits[COLUMNS ? uint(j * N) + lane : lane * uint(N) + uint(j)]);
+      if (START == START_SOFTMAX) a = metal::precise::log(metal::precise::exp(a - by.top) / by.sum + eps);
+      if constexpr (N > 32) other = scratch[j];
+      p[j] = metal::precise::exp((a - by.along) - other);
+    }
   }
+  if constexpr (N > 32) threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
 template <int N, int START, bool COLUMNS, int ITERS, typename P, typename S>

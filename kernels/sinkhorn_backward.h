@@ -77,7 +77,7 @@ inline void sinkhorn_gradient(thread float (&g)[N], P logits, D divisors, float 
       }
       if constexpr (RETURN > 0) {
         divide(by, k, RECIPROCAL(d));
-        if ((k - FIRST) % RETURN == 0) return_small<N, START, COLUMNS>(p, logits, by, bound, lane, simd_lane, scratch);
+        if ((k - FIRST) % RETURN == 0 && k > begin) return_small<N, START, COLUMNS>(p, logits, by, bound, lane, simd_lane, scratch);
       }
     }
   }

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from cases import Case
 
-from mhc_mlx import DEEPSEEK_V4, PAPER, ROW_FIRST
+from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 EPS = replace(DEEPSEEK_V4, eps=0.01)
@@ -22,6 +22,7 @@ ADD_EACH = Case("stream_mix_add", (5,), 3, 129, per_token=(True, True))
 TILED = Case("mhc_static", (5,), 10, 129)
 TILED_EACH = Case("stream_mix_add", (5,), 10, 129, per_token=(True, True))
 SINKHORN = Case("sinkhorn_knopp", (101,), 4, 4, convention=ROW_FIRST)
+ADDITIVE_4 = Case("sinkhorn_knopp", (101,), 4, 4, convention=ADDITIVE)
 SINKHORN_3 = Case("sinkhorn_knopp", (101,), 3, 3, convention=DEEPSEEK_V4)
 SINKHORN_EPS = Case("sinkhorn_knopp", (101,), 3, 3, convention=EPS)
 SINKHORN_64 = Case("sinkhorn_knopp", (3,), 64, 64, convention=replace(PAPER, iters=2))
@@ -154,9 +155,11 @@ SHARED = [
         "const float other = simd_shuffle_xor(high ? v[j + O] : v[j]",
         parity=WRONG,
     ),
-    sink_common("eps dropped along", SINKHORN_EPS, "? d + eps :", "? d :", parity=WRONG),
     sink_common(
-        "half a step too few", SINKHORN, "k < 2 * iters", "k < 2 * iters - 1", parity=WRONG
+        "eps dropped along", SINKHORN_EPS, "? line_sum(p) + eps :", "? line_sum(p) :", parity=WRONG
+    ),
+    sink_common(
+        "half a step too few", SINKHORN, "k < 2 * ITERS", "k < 2 * ITERS - 1", parity=WRONG
     ),
     sink_common(
         "no barrier across two simdgroups", SINKHORN_64, BARRIER, "", nth=0, rules=UNWRITTEN
@@ -358,16 +361,34 @@ SHARED = [
     # sinkhorn_knopp_backward
     sink_back("matrices past the last", SINKHORN, "m < count && live", "live", rules=TWO),
     sink_back("a divisor for all lanes", SINKHORN, "divisors + tid", "divisors", rules=RACE),
-    walk("a sum dropped along", SINKHORN, "(g[j] - dot) * r", "g[j] * r", parity=WRONG),
-    walk("p not restored", SINKHORN, "p[j] *= all[j];", ";", parity=WRONG),
-    walk("a sum dropped across", SINKHORN, "(g[j] - dots[j])", "g[j]", parity=WRONG),
-    walk("its own divisor for all", SINKHORN, "RECIPROCAL(all[j])", "RECIPROCAL(d)", parity=WRONG),
+    walk("a sum dropped along", SINKHORN, "g[j] -= p[j] * dot;", ";", parity=WRONG),
+    walk("p not restored", SINKHORN, "p[j] *= all[j];", ";", nth=0, parity=WRONG),
+    walk("a sum dropped across", SINKHORN, "g[j] -= p[j] * all[j];", ";", nth=0, parity=WRONG),
+    walk("a shift's share of eps kept", SINKHORN_EPS, "left = 0.0f;\n", ";\n", nth=1, parity=WRONG),
+    walk(
+        "a shift's share of eps lost",
+        SINKHORN_EPS,
+        "lane, scratch) - left",
+        "lane, scratch)",
+        parity=WRONG,
+    ),
+    walk("ADDITIVE: a sum dropped", ADDITIVE_4, "(g[j] - dot) * r", "g[j] * r", parity=WRONG),
+    walk(
+        "its own divisor for all", ADDITIVE_4, "RECIPROCAL(all[j])", "RECIPROCAL(d)", parity=WRONG
+    ),
     walk("softmax applied twice", SINKHORN, "if (START == START_SOFTMAX) g", "g", parity=WRONG),
+    walk(
+        "an element near 1 twice",
+        SINKHORN,
+        "g[j] * rest - p[j] * others",
+        "g[j] * rest",
+        parity=WRONG,
+    ),
     walk("segments not shifted", LONG, "(k - begin) * STRIDE", "k * STRIDE", rules=OUTSIDE),
     # sum_partials
     sums("no barrier", MANY, BARRIER, "", rules=UNWRITTEN),
     sums("rows skipped", MANY, "g += LINES", "g += LINES + 1", parity=WRONG, traffic=MORE),
-    sums("sigmoid's slope dropped", MANY, "h * (1.0f - h)", "h", parity=WRONG),
+    sums("sigmoid's slope dropped", MANY, " * mhc::sigmoid(-z)", "", parity=WRONG),
     sums(
         "a column too many", MANY, "if (tid < COLUMNS &&", "if (tid < COLUMNS + 1 &&", rules=BOUNDS
     ),

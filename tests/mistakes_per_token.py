@@ -44,9 +44,9 @@ PER_TOKEN = [
     exact("weights not divided", LITE, "line[c] / sum", "line[c]", parity=WRONG),
     exact("factors in another order", FACTORS, "R / 2 - 1 - b", "b", parity=WRONG),
     exact("a row too many", FACTORS, "id < rows", "id <= rows", rules=OUTSIDE),
-    exact_back("softmax's sum added", LITE, "ds - dot / sum", "ds + dot / sum", parity=WRONG),
     exact_back(
-        "sigmoid's slope dropped", FACTORS, "dp * own * (1.0f - own)", "dp * own", parity=WRONG
+        "softmax's sum added", LITE, "shift) - dot / sum", "shift) + dot / sum", parity=WRONG
     ),
+    exact_back("sigmoid's slope dropped", FACTORS, " * mhc::sigmoid(-own)", "", parity=WRONG),
     *TOKEN_BACKWARD,
 ]

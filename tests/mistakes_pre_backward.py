@@ -31,7 +31,7 @@ PRE_BACKWARD = [
     pre_back(
         "unaligned phi loaded whole", PRE, "mhc::aligned<VEC>(phi)", "true", rules="misaligned"
     ),
-    pre_back("sigmoid's slope dropped", PRE, "g = s * (1.0f - s)", "g = s", parity=WRONG),
+    pre_back("sigmoid's slope dropped", PRE, "g = s * mhc::sigmoid(-z)", "g = s", parity=WRONG),
     pre_back(
         "pre_eps dropped", PRE_EPS, "h = s + static_cast<float>(params[0])", "h = s", parity=WRONG
     ),

@@ -98,7 +98,7 @@ SEAMS = [
     seam(
         "h_res untransposed", WHOLE, "COLUMNS, !OUT_COLUMNS", "COLUMNS, OUT_COLUMNS", parity=WRONG
     ),
-    seam("an iteration too few", FEW, "live, ITERS,", "live, ITERS - 1,", parity=WRONG),
+    seam("an iteration too few", FEW, "ITERS>(z, mix", "ITERS - 1>(z, mix", parity=WRONG),
     seam("logits of the first token", LITE, "logits[size_t(t) * R +", "logits[", rules=TWO),
     seam(
         "h_res loaded untransposed",

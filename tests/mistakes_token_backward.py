@@ -42,7 +42,7 @@ TOKEN_BACKWARD = [
     ),
     token("another line's entry", MULTIPLIED, "place == j ? v", "line == j ? v", parity=WRONG),
     token("divisors of another lane", MULTIPLIED, "divisors + tid", "divisors", rules=RACE),
-    token("sigmoid's slope dropped", MULTIPLIED, "d = s * (1.0f - s)", "d = s", parity=WRONG),
+    token("sigmoid's slope dropped", MULTIPLIED, "d = s * mhc::sigmoid(-z)", "d = s", parity=WRONG),
     token("alpha dropped", MULTIPLIED, "d *= a * scale", "d *= scale", parity=WRONG),
     token("dalpha without l", MULTIPLIED, "sum_l += d * unit", "sum_l += d", parity=WRONG),
     token("pull without its mean", MULTIPLIED, "/ static_cast<float>(K);", ";", parity=WRONG),

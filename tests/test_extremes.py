@@ -9,7 +9,17 @@ import mlx.core as mx
 import numpy as np
 import oracle
 import pytest
-from cases import CONVENTIONS, EXACT, GRADIENT, OUTPUT_ULPS, REFERENCE, Case
+from cases import (
+    CONVENTIONS,
+    COVERING,
+    DYNAMIC,
+    EXACT,
+    GRADIENT,
+    OUTPUT_ULPS,
+    REFERENCE,
+    SINGLE,
+    Case,
+)
 from conftest import executor
 from test_parity import case_arrays, check, doubles, results, several
 
@@ -177,11 +187,11 @@ def test_saturated_gates_of_kernels(need):
     z = np.array([-17.0, 10, 17, 25], np.float32)
     layer = Case("mhc_layer", (2,), 4, 16, convention=replace(PAPER, iters=2))
     x, _, _, H_res, weight = layer.arrays()
-    cases = [(layer, [x, mx.array(z), mx.array(z[::-1]), H_res, weight], slice(1, 3))]
+    cases = [(layer, [x, mx.array(z), mx.array(z[::-1].copy()), H_res, weight], slice(1, 3))]
     for op, C, dtype in (("mhc_coefficients", 8, "float32"), ("mhc_pre", 129, "bfloat16")):
         case = Case(op, (5,), 4, C, dtype, ROW_FIRST)
         x, phi, _, _, *rest = case.arrays()
-        bias = mx.concatenate([mx.array(z), mx.array(z[::-1]), mx.zeros(16)])
+        bias = mx.concatenate([mx.array(z), mx.array(z[::-1].copy()), mx.zeros(16)])
         cases.append((case, [x, phi, bias, mx.full(3, 0.01), *rest], slice(2, 3)))
     for case, given, gates in cases:
         with executor("simulator"):
@@ -305,6 +315,41 @@ def test_extreme_logits_through_coefficients(need):
             dbias, dwant = doubles(found[len(outs) + 2]), back(cotangent)[2]
             off = np.abs(dbias - dwant)[2 * n :].max()
             assert off <= 1e-3 * np.abs(dwant[2 * n :]).max() + 1e-6, (op, c.name, off)
+
+
+NAN_CASES = [  # bodies that read x; each forward and backward: templates of test_parity.py
+    ("stream_aggregate", (70,), True),
+    ("stream_aggregate_norm", (5,), False),
+    ("stream_mix_add", (2, 3), False),
+    ("mhc_static", (2, 3), False),
+    ("mhc_pre", (5,), False),
+    ("mhc_coefficients", (2, 3), True),
+    ("mhc_seam", (5,), False),
+]
+
+
+def test_nan_reaches_all_that_depends_on_it(need):
+    """Of an element of x, in outputs and gradients where it does in the equations."""
+    need("simulator")
+    for op, lead, half in NAN_CASES:
+        cases = [c for c in COVERING + DYNAMIC + SINGLE if (c.op, c.lead) == (op, lead) and c.n > 1]
+        cases = [c for c in cases if half == (c.dtype == "bfloat16")]
+        case = min(cases, key=lambda c: c.n * c.C)
+        x, *rest = (a for a in case.arrays() if a is not None)
+        at = x.size - 1 - x.size // 3
+        x = mx.where(mx.arange(x.size).reshape(x.shape) == at, float("nan"), x).astype(x.dtype)
+        with executor("simulator"):
+            got = results(getattr(ops, op), case, [x, *rest])
+        wide = case_arrays(case, [doubles(a) for a in (x, *rest)])
+        out, back = getattr(oracle, op)(*wide, *case.statics)
+        like = getattr(reference, op)(*case_arrays(case, [x, *rest]), *case.statics)
+        cotangent = case.cotangent(tuple(several(like)) if isinstance(out, tuple) else like)
+        wants = [*several(out), *several(back(doubles(cotangent)))]
+        for k, (g, w) in enumerate(zip(got, wants, strict=True)):
+            lost = np.isnan(w) & np.isfinite(doubles(g))
+            assert np.isnan(wants[0]).any() and not lost.any(), (
+                f"{case}: {lost.sum()} of result {k}"
+            )
 
 
 def test_zero_tokens_of_every_projection():
