@@ -109,7 +109,7 @@ STARTS = [
 SIMULATED = [(PAPER, 4), (DEEPSEEK_V4, 4), (ROW_FIRST, 16), (MHC_LITE, 5), (KRONECKER, 8)]
 
 
-@pytest.mark.parametrize("rung", ["reference", "simulator"])
+@pytest.mark.parametrize("rung", ["reference", "simulator", "gpu"])
 def test_starts_of_modules(rung, need):
     """Near a permutation s (ds - sum(s ds)) and 1 - p keep their digits."""
     if rung != "reference":
@@ -128,7 +128,7 @@ def test_starts_of_modules(rung, need):
                 assert (np.abs(h - want) <= 4 * n.bit_length() * ULP * want).all(), at
 
 
-@pytest.mark.parametrize("rung", ["reference", "simulator"])
+@pytest.mark.parametrize("rung", ["reference", "simulator", "gpu"])
 def test_ops_at_the_start_of_modules(rung, need):
     """mhc_coefficients and mhc_pre with the parameters that a HyperConnection starts with."""
     if rung != "reference":
@@ -206,7 +206,7 @@ def test_saturated_gates_of_kernels(need):
             assert (np.abs(got / want - 1) <= bound).all(), (case.op, got, want)
 
 
-@pytest.mark.parametrize("rung", ["reference", "stand-in", "simulator"])
+@pytest.mark.parametrize("rung", ["reference", "stand-in", "simulator", "gpu"])
 def test_softmax_without_eps(rung, need):
     """The map of the start exp, finite where a softmax has nothing but zeros in a column."""
     need(rung) if rung != "reference" else None
@@ -246,7 +246,7 @@ LONG += [(PAPER, 8, 20), (PAPER, 8, 100), (replace(DEEPSEEK_V4, eps=1e-25), 6, 6
 LONG += [(ROW_FIRST, 16, 20), (DEEPSEEK_V4, 33, 20), (PAPER, 64, 20)]
 
 
-@pytest.mark.parametrize("rung", ["reference", "simulator"])
+@pytest.mark.parametrize("rung", ["reference", "simulator", "gpu"])
 def test_many_iterations_of_logits_far_apart(rung, need):
     """Elements below all float32 that come to matter, and those that pass through there.
 
@@ -267,7 +267,7 @@ def test_many_iterations_of_logits_far_apart(rung, need):
             assert (off <= bound).all(), f"{at}: gradient, {(off / bound).max():.2f} of the bound"
 
 
-@pytest.mark.parametrize("rung", ["reference", "stand-in", "simulator"])
+@pytest.mark.parametrize("rung", ["reference", "stand-in", "simulator", "gpu"])
 def test_two_rows_that_need_one_column(rung, need):
     need(rung) if rung != "reference" else None
     c = replace(ROW_FIRST, iters=300 if rung == "simulator" else 100)
