@@ -181,9 +181,10 @@ def test_saturated_gates_of_the_reference():
     assert (np.abs(np.array(second) - want) <= 1e-5 * np.abs(want) + 1e-8).all()
 
 
-def test_saturated_gates_of_kernels(need):
+@pytest.mark.parametrize("rung", ["simulator", "gpu"])
+def test_saturated_gates_of_kernels(rung, need):
     """In sum_partials, mhc_pre_backward and mhc_token_backward, gate by gate."""
-    need("simulator")
+    need(rung)
     z = np.array([-17.0, 10, 17, 25], np.float32)
     layer = Case("mhc_layer", (2,), 4, 16, convention=replace(PAPER, iters=2))
     x, _, _, H_res, weight = layer.arrays()
@@ -194,7 +195,7 @@ def test_saturated_gates_of_kernels(need):
         bias = mx.concatenate([mx.array(z), mx.array(z[::-1].copy()), mx.zeros(16)])
         cases.append((case, [x, phi, bias, mx.full(3, 0.01), *rest], slice(2, 3)))
     for case, given, gates in cases:
-        with executor("simulator"):
+        with executor(rung):
             found = results(getattr(ops, case.op), case, given)
         wide = [doubles(a) for a in given]
         out, back = getattr(oracle, case.op)(*case_arrays(case, wide), *case.statics)
@@ -283,9 +284,10 @@ def test_two_rows_that_need_one_column(rung, need):
     )
 
 
-def test_extreme_logits_through_coefficients(need):
+@pytest.mark.parametrize("rung", ["simulator", "gpu"])
+def test_extreme_logits_through_coefficients(rung, need):
     """Of mhc_coefficients, mhc_pre and mixing matrices, where logits are alpha l + bias."""
-    need("simulator")
+    need(rung)
     rng = np.random.default_rng(0)
     for op, tokens, n, C, dtype, c in (
         ("mhc_coefficients", 5, 4, 8, "float32", PAPER),
@@ -305,7 +307,7 @@ def test_extreme_logits_through_coefficients(need):
             bias = mx.array(np.concatenate([rng.normal(size=2 * n), res]).astype(np.float32))
             given = [x, phi, bias, mx.array([1.0, 1.0, 1e-3]), *weight]
             wide = [doubles(a) for a in given]
-            with executor("simulator"):
+            with executor(rung):
                 found = results(getattr(ops, op), case, given)
             outs, back = getattr(oracle, op)(*case_arrays(case, wide), *case.statics)
             assert all(np.isfinite(doubles(a)).all() for a in found), (op, c.name)
@@ -376,16 +378,16 @@ def test_zero_tokens_of_every_projection():
                 assert all(a.sum().item() == 0 for a in grads)
 
 
-def test_transposed_projections(need):
+@pytest.mark.parametrize("rung", ["stand-in", "simulator", "gpu"])
+def test_transposed_projections(rung, need):
     """Of the starts without half-steps that can be transposed, forward and backward, in kernels."""
-    need("simulator")
+    need(rung)
     for c, n in ((TURNED[0], 3), (TURNED[1], 4)):
         case = Case("mhc_coefficients", (5,), n, 8, convention=c)
         given = case.arrays()
         check(case, results(reference.mhc_coefficients, case, given), REFERENCE)
-        for rung in ("stand-in", "simulator"):
-            with executor(rung):
-                check(case, results(ops.mhc_coefficients, case, given), REFERENCE)
+        with executor(rung):
+            check(case, results(ops.mhc_coefficients, case, given), REFERENCE)
         plain = ops.mhc_coefficients(*given, replace(c, transposed=False))[2]
         turned = ops.mhc_coefficients(*given, c)[2]
         assert mx.array_equal(turned, plain.swapaxes(-1, -2)) and not mx.array_equal(turned, plain)
