@@ -110,6 +110,10 @@ class Bounded:
         """For what is subtracted and cancels: any number near would do."""
         return self.v.max(axis=axis, keepdims=keepdims)
 
+    def argmax(self, axis=None, keepdims=False):
+        """Of the value: which element is largest decides a shift alone, and any is right."""
+        return self.v.argmax(axis=axis, keepdims=keepdims)
+
     def prod(self, axis):
         factors = [self[(slice(None),) * axis + (k,)] for k in range(self.shape[axis])]
         made = Bounded(np.ones(self.shape[:axis] + self.shape[axis + 1 :]))
