@@ -466,6 +466,11 @@ def test_a_sweep_verifies_each_variant(monkeypatch, capsys):
     assert all(threads == forced for _, _, forced, threads in checked)
     out = capsys.readouterr().out
     assert out.count("<- best") == 2 and out.count("<- default") >= 1
+    lines = [line for line in out.splitlines() if line.startswith("vec")]
+    for best, worse in zip(lines, lines[1:], strict=False):  # each is faster than the one before
+        last = "backward" in best or "backward" in worse and "forward" in best
+        assert ("<- best" in best) == (last and "forward" in best)
+    assert "<- best" in lines[-1]
 
 
 def test_parity_of_layers_and_stacks(monkeypatch, uncompiled):

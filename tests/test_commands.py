@@ -475,6 +475,8 @@ def test_parts_are_written_as_they_are_measured(tmp_path, command, monkeypatch, 
     def bench_sites(d, tokens):
         if d == 96:
             raise KeyboardInterrupt
+        if d == 64:  # the part before is there: a kill loses nothing
+            assert len(json.loads(file.read_text())["per sublayer"]) == 1
         return {"d": d, "tokens": tokens, "ok": d != 64, "times": []}
 
     monkeypatch.setattr(command, "bench_sites", bench_sites)
@@ -546,11 +548,14 @@ def test_seconds(times, monkeypatch):
 def test_times_of_sites(times, monkeypatch):
     """Each chain runs every site once, by its own function, of as many tokens; a time is per
     site."""
+    from mhc_mlx.mlx_lm import SinglePassConnection
+
     sites, seen, chains = times.random_sites(32, 5), [], []
     for name in ("run_site", "stock_site"):
         usual = getattr(times, name)
 
         def counted(hc, x, y, norm, name=name, usual=usual):
+            assert name == "run_site" or not isinstance(hc, SinglePassConnection)
             seen.append((name, x.shape, x.dtype))
             return usual(hc, x, y, norm)
 
