@@ -36,6 +36,14 @@ METAL_POSITIONS {body}
 }}
 }}
 """
+NAMESPACE = "\nnamespace mlx::core::cu {\n"
+FIGURES = {
+    "registers": r"Used (\d+) registers",
+    "spills": r"(\d+) bytes spill stores",
+    "shared": r"(\d+) bytes smem",
+    "stack": r"(\d+) bytes stack frame",
+}
+TOGETHER = 12  # launches in a program
 PRECOMPILED = 320 << 20  # bytes for NVIDIA's headers, precompiled once in each process
 figures: dict = {}  # per compiled variant: registers, spills, stack and shared bytes, seconds
 TYPES = {mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16"}
@@ -83,14 +91,27 @@ def cuda_source(name, inputs, outputs, threads, template) -> str:
 
 def compile_cuda(name: str, source: str, arch: str = "sm_90a") -> tuple[str, dict[str, float]]:
     """The compiler's errors ("" if none) and registers, spilled bytes, shared bytes, seconds."""
+    error, found = compile_together(name, (source,), arch)
+    return error, found[0] if found else {}
+
+
+def compile_together(name: str, sources: tuple[str, ...], arch: str) -> tuple[str, list[dict]]:
+    """Likewise of launches with one header, in one program: what stands before a kernel is most of
+    the time. Each has the seconds of all, divided by their number."""
     nvrtc, includes = toolkit()
+    kernels, parts = [f"custom_kernel_{name}_{k}" for k in range(len(sources))], []
+    for kernel_name, source in zip(kernels, sources, strict=True):
+        header, namespace, rest = source.rpartition(NAMESPACE)
+        parts.append(namespace + rest.replace(f"custom_kernel_{name}(", f"{kernel_name}(", 1))
+    source = header + "".join(parts)
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     names, texts = (
         (ctypes.c_char_p * 1)(b"mlx/backend/cuda/device/utils.cuh"),
         (ctypes.c_char_p * 1)(UTILS),
     )
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"body.cu", 1, texts, names)
-    nvrtc.nvrtcAddNameExpression(program, f"mlx::core::cu::custom_kernel_{name}".encode())
+    for kernel_name in kernels:
+        nvrtc.nvrtcAddNameExpression(program, f"mlx::core::cu::{kernel_name}".encode())
     flags = [
         "--device-as-default-execution-space",
         f"--gpu-architecture={arch}",
@@ -108,17 +129,18 @@ def compile_cuda(name: str, source: str, arch: str = "sm_90a") -> tuple[str, dic
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     log = log.value.decode()
     if failed:
-        return log or "failed without a message", {}
-    figures = {"seconds": seconds}
-    for key, pattern in (
-        ("registers", r"Used (\d+) registers"),
-        ("spills", r"(\d+) bytes spill stores"),
-        ("shared", r"(\d+) bytes smem"),
-        ("stack", r"(\d+) bytes stack frame"),
-    ):
-        found = re.search(pattern, log)
-        figures[key] = int(found.group(1)) if found else 0
-    return "", figures
+        return log or "failed without a message", []
+    each = re.split(r"Compiling entry function '(\S+)'", log)[1:]
+    logs, made = dict(zip(each[::2], each[1::2], strict=True)), []
+    for kernel_name in kernels:
+        (own,) = (
+            text for symbol, text in logs.items() if re.search(rf"{kernel_name}(?!\d)", symbol)
+        )
+        made.append({"seconds": seconds / len(sources)})
+        for key, pattern in FIGURES.items():
+            found = re.search(pattern, own)
+            made[-1][key] = int(found.group(1)) if found else 0
+    return "", made
 
 
 def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> list[mx.array]:
@@ -148,18 +170,26 @@ def collecting():
 
 
 def compile_all(keys: list[tuple[str, str]]) -> None:
-    """Fills `figures`; a body's first variant also compiles for sm_80. Many go to processes, one a
-    core, since NVRTC compiles one program at a time in each."""
+    """Fills `figures`; a body's first variant also compiles for sm_80. Launches with one header are
+    a program, and many programs go to processes, one a core, since NVRTC compiles one program at a
+    time in each."""
     new = [key for key in dict.fromkeys(keys) if key not in figures]
     seen = {name for name, _ in figures}
-    older = [(k, s, "sm_80") for k, s in {k: s for k, s in reversed(new) if k not in seen}.items()]
-    jobs = [(name, source, "sm_90a") for name, source in new] + older
+    older = {k: s for k, s in reversed(new) if k not in seen}
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, source in new:
+        groups.setdefault((name, source.rpartition(NAMESPACE)[0]), []).append(source)
+    jobs = [
+        (name, tuple(sources[i : i + TOGETHER]), "sm_90a")
+        for (name, _), sources in groups.items()
+        for i in range(0, len(sources), TOGETHER)
+    ] + [(name, (source,), "sm_80") for name, source in older.items()]
     if len(jobs) > 8:
         with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-            made = list(pool.map(compile_cuda, *zip(*jobs, strict=True), chunksize=4))
+            made = list(pool.map(compile_together, *zip(*jobs, strict=True)))
     else:
-        made = [compile_cuda(*job) for job in jobs]
-    for (name, source, arch), (error, found) in zip(jobs, made, strict=True):
+        made = [compile_together(*job) for job in jobs]
+    for (name, sources, arch), (error, found) in zip(jobs, made, strict=True):
         assert not error, f"{name}.metal does not compile for {arch}:\n{error[:2000]}"
         if arch == "sm_90a":
-            figures[name, source] = found
+            figures.update({(name, s): f for s, f in zip(sources, found, strict=True)})

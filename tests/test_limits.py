@@ -112,7 +112,18 @@ def called(op, tokens, n, C, dtype, threads=None, norm=True, per_token=True, con
     mx.vjp(several, arrays, [mx.zeros(a.shape, a.dtype) for a in several(*arrays)])
 
 
-LONG = [(9001, 4), (9001, 8), (9001, 12), (9001, 64), (20000, 4), (20000, 64), (131072, 4)]
+LONG = [
+    (1024, 8),
+    (1024, 48),
+    (1024, 64),
+    (9001, 4),
+    (9001, 8),
+    (9001, 12),
+    (9001, 64),
+    (20000, 4),
+    (20000, 64),
+    (131072, 4),
+]
 WIDEST = (1 << 31) - 1  # elements of phi, whose gradient is one axis until it is added up
 MADE = ("mhc_coefficients", "mhc_pre", "mhc_single_pass")
 OPTIONS = [(mx.float32, None, 3), (mx.bfloat16, None, 3), (mx.bfloat16, None, 2000)]
@@ -122,7 +133,7 @@ OPTIONS += [(mx.float32, 1024, 2), (mx.bfloat16, 32, 40)]
 @pytest.mark.parametrize("backend", ["metal", "cuda"])
 def test_threadgroup_memory_of_long_rows(backend, need):
     """At most 32 KiB in every launch of every op, forward and backward, at ragged and long C, for
-    few and many streams, few and many tokens, any number of threads."""
+    few and many streams, few and many tokens, any number of threads: 1024 too."""
     need("simulator")
     with Launches(backend) as launches:
         for op, (C, n), (dtype, threads, tokens) in itertools.product(KERNELS, LONG, OPTIONS):

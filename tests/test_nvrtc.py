@@ -103,26 +103,6 @@ def test_a_ring_raises_the_limit_of_its_kernel(monkeypatch):
     assert asked == [0, 32 << 10, 48 << 10, 80 << 10]
 
 
-@pytest.mark.parametrize("n", [8, 48, 64])
-def test_threadgroup_memory_at_most_threads(n, need):
-    """At 1024 threads a threadgroup every body still fits Metal's 32 KiB."""
-    need("nvrtc")
-    import nvrtc
-
-    before = set(nvrtc.figures)
-    x, gate, mix = mx.zeros((2, n, 1024)), mx.zeros(n), mx.zeros((n, n))
-    with executor("nvrtc"):
-        mx.eval(
-            mx.vjp(
-                lambda *a: ops.mhc_layer(*a, threads_per_group=1024),
-                [x, gate, gate, mix, mx.ones(1024)],
-                [x],
-            )
-        )
-    for key in set(nvrtc.figures) - before:
-        assert nvrtc.figures[key]["shared"] <= 32 << 10, f"{key[0]}: {nvrtc.figures[key]}"
-
-
 def test_a_mistake_is_caught(need, monkeypatch):
     need("nvrtc")
     import nvrtc

@@ -339,6 +339,25 @@ def test_kernels(case, rung, need):
     assert count <= MAX_VARIANTS[which], f"{count} compiled variants"
 
 
+def test_a_rounding_in_between_is_caught():
+    """y, or the sum over streams, rounded to bfloat16 before the last step of the reference: within
+    8 units of the token's largest element, not within an element's own half unit."""
+    case = Case("mhc_static", (5,), 4, 64, "bfloat16")
+    x, pre, post, res, weight = arrays = case.arrays()
+    y = reference.stream_aggregate_norm(x, pre, weight)
+    mixed = reference.stream_mix(x, res).astype(mx.float32)
+    exact_y = reference.stream_aggregate_norm(x.astype(mx.float32), pre, weight)
+    written = reference.stream_distribute(exact_y, post)
+    right = reference.mhc_static(*arrays)
+    check_bounds(case, [right], REFERENCE)
+    for wrong in (reference.stream_mix_add(x, y, post, res), (mixed + written).astype(x.dtype)):
+        off = np.abs(doubles(wrong) - doubles(right)).max(axis=(1, 2))
+        largest = np.abs(doubles(right)).max(axis=(1, 2))
+        assert (off <= OUTPUT_ULPS * ULP["bfloat16"] * largest).all()
+        with pytest.raises(AssertionError, match="times what float32 may add"):
+            check_bounds(case, [wrong], REFERENCE)
+
+
 @pytest.mark.parametrize("threads", [32, 96, 1024])
 @pytest.mark.parametrize("op", ["stream_aggregate", *PROJECTED])
 def test_threads_per_group_of_dynamic_ops(op, threads, need):
