@@ -26,7 +26,7 @@ from test_traffic import PINNED, words  # noqa: E402
 from mhc_mlx import kernel, ops  # noqa: E402
 
 FORMS = {"metal": "simulator", "cuda": "simulator, CUDA"}
-MOST, ALIKE = 12, 2  # cases in all; of the dialect and of NVRTC, variants of a body
+MOST, ALIKE = 14, 2  # cases in all; of the dialect and of NVRTC, variants of a body
 COMPILE = 3.0  # seconds for a variant; running a case takes about one
 PINNED_CASES = {str(case): lines for case, *lines in PINNED}
 
@@ -74,14 +74,25 @@ def listed() -> dict:
     }
 
 
+def kinds(case: cases.Case) -> list[tuple[str, object]]:
+    """What differs in a case beside templates: how many tokens, of what alignment, what weights."""
+    return [
+        ("tokens", min(case.tokens.bit_length(), 7)),
+        ("offset", bool(case.offset)),
+        ("weights", case.weights),
+        ("ragged", case.C % 8 > 0),
+    ]
+
+
 def chosen(known: dict, forms: list[str], bodies: set[str]) -> list[tuple[str, str]]:
     """(form, case): first what shows most that is new of the bodies for the compiling it takes."""
-    shows, cost = {}, {}
+    shows, cost, each = {}, {}, every_case()
     for form in forms:
         for name, variants in known[form].items():
             mine = [(body, json.loads(t)) for body, t in variants if body in bodies]
-            if mine:
+            if mine and name in each:
                 shows[form, name] = {(b, k, str(v)) for b, t in mine for k, v in t.items()}
+                shows[form, name] |= {(b, *kind) for b, _ in mine for kind in kinds(each[name])}
                 cost[form, name] = 1 + COMPILE * len(mine) + len(variants) / 4
     found, seen = [], set()
     while shows and len(found) < MOST:
@@ -151,7 +162,7 @@ def main() -> None:
     forms, bodies, each = rest[0].split(","), set(rest[1:]), every_case()
     executed = [form for form in forms if form in FORMS]  # of "nvrtc" nothing is
     known = json.loads(Path(path).read_text())
-    picked = [k for k in chosen(known, executed or ["cuda"], bodies) if k[1] in each]
+    picked = chosen(known, executed or ["cuda"], bodies)
     for form, name in picked if executed else ():
         if found := objection(form, each[name]):
             sys.exit(f"{name}, {form}: {found}".replace("\n", " ")[:400])
