@@ -13,13 +13,14 @@ a body that its text is part of): cheapest first, first one test of every functi
 --budget seconds go (of those that were recorded, and of compiling the changed body).
 
 A mutant that no test can see is a survivor at once. One whose tests take too long is caught only
-if the same tests take a fifth of that time without it. Mutants in survivors.py are not run. A run
+if the same tests take a fifth of that time without it. A test that failed runs again without the
+mutant: where it fails too, the outcome is "unsure". Mutants in survivors.py are not run. A run
 that was cut short goes on where its report ends.
 
-The report is JSON: outcome (caught, survived, timeout, known), the test that caught it, seconds,
-how many tests ran of how many that could; "gpu": only a GPU runs this text, so that elsewhere NVRTC
-alone judged it. The survivors are printed again at the end. Tests that quote a body's text, and
-those that need a GPU, are left out: see choice.py.
+The report is JSON: outcome (caught, survived, timeout, unsure, known), the test that caught it,
+seconds, how many tests ran of how many that could; "gpu": only a GPU runs this text, so that
+elsewhere NVRTC alone judged it. The survivors are printed again at the end. Tests that quote a
+body's text, and those that need a GPU, are left out: see choice.py.
 
 It needs the tests' dependencies, no GPU and no network. A mutant takes about 7 seconds of one core,
 a survivor up to a minute or two.
@@ -271,7 +272,8 @@ class Worker:
                 if code is None:
                     result.outcome, result.test = self.hangs(m, source, chosen, limit)
                 elif code not in (0, 5):  # 5: it has no tests
-                    result.outcome, result.test = "caught", first_failure(text)
+                    result.test = first_failure(text, code)
+                    result.outcome = "caught" if self.right(m, source, chosen, text) else "unsure"
         finally:
             self.write(m.file, source)
         result.seconds = round(time.perf_counter() - start, 2)
@@ -292,6 +294,13 @@ class Worker:
         )
         text = "import json, sys, pytest; sys.exit(pytest.main(json.load(open('tests.json'))))"
         return command(["-c", text], self.tree, environment(self.tree), limit)
+
+    def right(self, m: Mutant, source: str, names: list[str], text: str) -> bool:
+        """Whether the test that failed, or all where none is named, passes without the mutant."""
+        self.write(m.file, source)
+        failed = re.findall(r"(?m)^(?:FAILED|ERROR) (.*)$", text)
+        named = [n for n in names if any(f == n or f.startswith(f"{n} - ") for f in failed)]
+        return self.pytest(named or names, 600)[0] in (0, 5)
 
     def hangs(self, m: Mutant, source: str, names: list[str], limit: float) -> tuple[str, str]:
         """Whether the tests that took too long are fast without the mutant."""
@@ -329,12 +338,12 @@ class Worker:
         return ("caught" if code else "survived"), (text.strip().split("\n") or [""])[-1][:300]
 
 
-def first_failure(text: str) -> str:
+def first_failure(text: str, code: int) -> str:
     found = re.search(r"(?m)^(?:FAILED|ERROR) (.*?)(?: - (.*))?$", text)
     if found:
         return f"{found.group(1)}: {(found.group(2) or '')[:160]}"
     lines = [line for line in text.split("\n") if line.strip()]
-    return f"pytest: {lines[-1][:200] if lines else 'nothing'}"
+    return f"pytest ended with {code}: {lines[-1][:200] if lines else 'nothing'}"
 
 
 def run(chosen: list[Mutant], workers: int, report: Path | None, *judges) -> None:
@@ -369,9 +378,11 @@ def run(chosen: list[Mutant], workers: int, report: Path | None, *judges) -> Non
     count = Counter(r.outcome for r in results)
     seconds = sum(r.seconds for r in results) / max(len(results), 1)
     print(f"\n{dict(count)}, {seconds:.1f} s each")
-    for r in sorted((r for r in results if r.outcome == "survived"), key=lambda r: r.mutant):
+    for r in sorted(
+        (r for r in results if r.outcome in ("survived", "unsure")), key=lambda r: r.mutant
+    ):
         note = " (only a GPU runs this text)" if r.gpu else ""
-        print(f"survived, {r.ran} of {r.could} tests{note}: {r.mutant}")
+        print(f"{r.outcome}, {r.ran} of {r.could} tests{note}: {r.mutant}")
 
 
 def earlier(report: Path | None) -> list[Result]:
@@ -383,7 +394,7 @@ def earlier(report: Path | None) -> list[Result]:
 
 def again(report: Path) -> list[Mutant]:
     """The survivors of a report."""
-    keys = {r.key for r in earlier(report) if r.outcome == "survived"}
+    keys = {r.key for r in earlier(report) if r.outcome in ("survived", "unsure")}
     files = sorted({k[0] for k in keys})
     found = {m.key: m for f in files for m in mutants(ROOT / f) if m.key in keys}
     return list(found.values())

@@ -26,4 +26,11 @@ EQUIVALENT: dict[tuple[str, str, str, str, int], str] = {
         "ds[q] = dt[(i0 + q < R ? i0 + q : 1) * PITCH + c];",
         0,
     ): "a row past the last is any other, R >= 9: what it adds to g_res is not stored",
+    (
+        "kernels/products_cuda.h",
+        "template <> constexpr int PHI_PARTS<__nv_bfloat16> = 1;",
+        "change_constant",
+        "template <> constexpr int PHI_PARTS<__nv_bfloat16> = 2;",
+        0,
+    ): "the second part of a bfloat16 is zero: work more, the same sums",
 }
