@@ -56,6 +56,19 @@ inline void gather(thread float (&all)[N], float value, uint lane, uint simd_lan
   }
 }
 
+// shared<N>(value, j, ...): lane j's value where it is used, between share and unshare, so that gather's `all` takes no registers;
+// at: 0, or 64 for a second value. scratch as in across.
+template <int N, typename S> inline void share(float value, uint lane, S scratch, int at = 0) {
+  if (N > 32) scratch[uint(at) + lane] = value;
+}
+template <int N> inline void shared_now() {
+  if constexpr (N > 32) threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+template <int N, typename S> inline float shared(float value, int j, uint simd_lane, S scratch, int at = 0) {
+  if constexpr (N > 32) return scratch[at + j];
+  else return simd_shuffle(value, static_cast<ushort>((simd_lane & ~uint(lanes(N) - 1)) + uint(j)));
+}
+
 // line i of the matrix before the first plain half-step, and how many half-steps that start already was:
 // 2 for exp (l -= logsumexp(l) along, then across: exact at any logits), 1 for softmax + eps, 0 for I + l.
 enum { START_EXP = 0, START_SOFTMAX = 1, START_ADDITIVE = 2 };
@@ -117,10 +130,14 @@ inline void sinkhorn_start(thread float (&p)[N], thread Divided& by, float eps, 
   const bool live = lane < uint(N);
   by = {0.0f, 0.0f, 1.0f, 1.0f, 0.0f, 1.0f};
   if constexpr (START == START_EXP) {
-    float m = p[0], all[N];
+    float m = p[0], s = 0.0f, all[N];
     UNROLL for (int j = 1; j < N; ++j) m = metal::max(m, p[j]);
-    UNROLL for (int j = 0; j < N; ++j) all[j] = metal::precise::exp(p[j] - m);
-    const float s = metal::precise::log(line_sum(all));
+    UNROLL for (int j = 0; j < N; j += 8) {  // line_sum, whose array would take registers
+      float part = metal::precise::exp(p[j] - m);
+      UNROLL for (int e = 1; e < 8; ++e) part += j + e < N ? metal::precise::exp(p[j + e < N ? j + e : 0] - m) : 0.0f;
+      s = j == 0 ? part : s + part;
+    }
+    s = metal::precise::log(s);
     UNROLL for (int j = 0; j < N; ++j) p[j] = live ? (p[j] - m) - s : -3.0e38f;
     const float top = across<N, true>(p, lane, scratch);
     gather<N>(all, top, lane, simd_lane, scratch);
@@ -160,21 +177,17 @@ inline void return_small(thread float (&p)[N], P logits, thread Divided& by, flo
   by.along += metal::precise::log(by.along_since);
   by.across += metal::precise::log(by.across_since);
   by.along_since = by.across_since = 1.0f;
-  if constexpr (N > 32) {
-    scratch[lane] = by.across;
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-  }
+  share<N>(by.across, lane, scratch);
+  shared_now<N>();
   UNROLL for (int j = 0; j < N; ++j) {
-    float other = by.across;
-    if constexpr (N <= 32) other = simd_shuffle(other, static_cast<ushort>((simd_lane & ~uint(lanes(N) - 1)) + uint(j)));
+    const float other = shared<N>(by.across, j, simd_lane, scratch);
     if (lane < uint(N) && p[j] < SMALL) {
       float a = static_cast<float>(logits[COLUMNS ? uint(j * N) + lane : lane * uint(N) + uint(j)]);
       if (START == START_SOFTMAX) a = metal::precise::log(metal::precise::exp(a - by.top) / by.sum + eps);
-      if constexpr (N > 32) other = scratch[j];
       p[j] = metal::precise::exp((a - by.along) - other);
     }
   }
-  if constexpr (N > 32) threadgroup_barrier(mem_flags::mem_threadgroup);
+  shared_now<N>();  // or the next would be early
 }
 
 template <int N, int START, bool COLUMNS, int ITERS, typename P, typename S>

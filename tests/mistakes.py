@@ -362,8 +362,8 @@ SHARED = [
     sink_back("matrices past the last", SINKHORN, "m < count && live", "live", rules=TWO),
     sink_back("a divisor for all lanes", SINKHORN, "divisors + tid", "divisors", rules=RACE),
     walk("a sum dropped along", SINKHORN, "g[j] -= p[j] * dot;", ";", parity=WRONG),
-    walk("p not restored", SINKHORN, "p[j] *= all[j];", ";", nth=0, parity=WRONG),
-    walk("a sum dropped across", SINKHORN, "g[j] -= p[j] * all[j];", ";", nth=0, parity=WRONG),
+    walk("p not restored", SINKHORN, "p[j] *= shared", "shared", parity=WRONG),
+    walk("a sum dropped across", SINKHORN, "g[j] -= p[j] * shared", "shared", parity=WRONG),
     walk("a shift's share of eps kept", SINKHORN_EPS, "left = 0.0f;\n", ";\n", nth=1, parity=WRONG),
     walk(
         "a shift's share of eps lost",

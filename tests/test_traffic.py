@@ -157,7 +157,7 @@ PINNED = [
         Case("mhc_pre", **TILES | {"convention": MHC_LITE}),  # 32 outputs: blocks of 16
         "mhc_pre: x 3, u 1; phi 1, bias 16, weight 16, h_post 1, logits 1, l 1",
         "mixing_matrix: ; logits 8, h_res 1",
-        "mixing_matrix_backward: ; logits 3, dh_res 12, dlogits 1",
+        "mixing_matrix_backward: ; logits 3, dh_res 3136 in all, dlogits 1",
         # weight for dh_pre of each of sixteen tokens, for dx of each of four tiles
         "mhc_pre_backward: x 4, du 2, dx_out 1, dx 1; phi 4, bias 128 in all, weight 20, l 1680 "
         "in all, dz_res 1, dh_post 1, dp 1, partial 2 and 256 loads",
