@@ -196,11 +196,12 @@ inline void sinkhorn(thread float (&p)[N], P logits, float eps, uint lane, uint 
   Divided by;
   load_line<N, COLUMNS>(p, logits, lane);
   sinkhorn_start<N, START>(p, by, eps, lane, simd_lane, scratch);
-  for (int k = FIRST; k < 2 * ITERS; ++k) {
-    const float d = half_step(p, k, eps, lane, simd_lane, scratch);
-    if constexpr (RETURN > 0) {
-      divide(by, k, d);
-      if ((k + 1 - FIRST) % RETURN == 0) return_small<N, START, COLUMNS>(p, logits, by, eps, lane, simd_lane, scratch);
+  if constexpr (RETURN == 0) {
+    for (int k = FIRST; k < 2 * ITERS; ++k) half_step(p, k, eps, lane, simd_lane, scratch);
+  } else {
+    for (int from = FIRST; from < 2 * ITERS; from += RETURN) {
+      if (from > FIRST) return_small<N, START, COLUMNS>(p, logits, by, eps, lane, simd_lane, scratch);
+      for (int k = from; k < from + RETURN && k < 2 * ITERS; ++k) divide(by, k, half_step(p, k, eps, lane, simd_lane, scratch));
     }
   }
 }
