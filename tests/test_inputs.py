@@ -603,6 +603,44 @@ def test_options_that_are_set_later():
         m.MHCLayer(4, 8)(x, 3)
 
 
+# Of every public function and class, but for conventions: a parameter has one default everywhere.
+DEFAULTS = {
+    **{"eps": 1e-5, "norm_eps": 1e-6, "weight": None, "h_res": None, "round_aggregate": False},
+    **{"use_metal": True, "threads_per_group": None, "verbose": False, "differentiable": True},
+    **{"num_streams": 4, "layer_idx": 0, "sinkhorn_iters": None, "init_scale": 0.01, "norm": None},
+    **{"subtract_input": False, "how": "mean", "reduce": "mean", "layers": None, "dim": None},
+    **{"example": (), "in_axes": 0, "out_axes": 0, "logs": None, "column": "bits_per_byte"},
+    **{"gradient_norms": None, "loss": None, "loss_fn": None, "before": None, "name": "eps"},
+}
+USUAL = {"sinkhorn_knopp": m.ROW_FIRST, "mhc_layer": m.ROW_FIRST, "MHCLayer": m.ROW_FIRST}
+USUAL |= {"mhc_single_pass": m.DEEPSEEK_V4}  # others have PAPER
+DYNAMIC_BY_DEFAULT = {"HyperConnection": True, "MHCLayer": False}
+
+
+def test_every_default():
+    """Also of the reference, which tests call with every argument named."""
+    from mhc_mlx import diagnostics, reference
+
+    seen = set()
+    for module in (m, ops, reference, diagnostics):
+        for name, f in vars(module).items():
+            if name.startswith("_") or not (inspect.isfunction(f) or inspect.isclass(f)):
+                continue
+            for p in inspect.signature(f).parameters.values():
+                if f is m.Convention or p.default is p.empty:
+                    continue
+                want = DEFAULTS | {"convention": USUAL.get(name, m.PAPER)}
+                want |= {"dynamic": DYNAMIC_BY_DEFAULT.get(name)}
+                same = type(p.default) is type(want[p.name]) and p.default == want[p.name]
+                assert same, f"{name}, {p.name}: {p.default}"
+                seen.add(p.name)
+    assert seen == {*DEFAULTS, "convention", "dynamic"}
+    names = ("iters", "eps", "transposed", "sigmoid", "pre_eps", "post_scale", "post_eps")
+    plain = m.Convention("PLAIN")  # H_pre = sigmoid, H_post = 2 sigmoid, rows first
+    assert (plain.start, plain.first) == ("exp", "rows")
+    assert [getattr(plain, name) for name in names] == [20, 0.0, False, True, 0.0, 2.0, 0.0]
+
+
 def test_ops_take_what_the_reference_takes():
     from mhc_mlx import reference
 

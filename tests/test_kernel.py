@@ -1,15 +1,20 @@
 """Where kernels run, whatever the default device is, and the source that ``verbose`` prints."""
 
 import contextlib
+import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 import standin
 import tracing
+from cases import Case
 
-from mhc_mlx import DEEPSEEK_V4, MHCLayer, kernel, ops, reference, vmap
+from mhc_mlx import DEEPSEEK_V4, PAPER, MHCLayer, kernel, ops, reference, vmap
+from mhc_mlx.conventions import KRONECKER, MHC_LITE
+from mhc_mlx.ops.dispatch import KERNELS
 
 N, C = 4, 8
 GPU, SECOND = mx.Device(mx.gpu, 0), mx.Device(mx.gpu, 1)
@@ -171,6 +176,50 @@ def test_source_is_what_mlx_generates():
     got = kernel.metal_source(launching, *arrays)
     assert got.count("Generated source code for") == 2
     assert got.strip() == tracing.metal_source(launching, *arrays).strip()
+
+
+PER_TOKEN = ("stream_aggregate", "stream_mix_add", "mhc_seam")
+CONVENTION_OF = dict.fromkeys(("mhc_layer", "sinkhorn_knopp"), DEEPSEEK_V4)
+SPECIAL = [("mhc_pre", 4, KRONECKER), ("mhc_coefficients", 4, MHC_LITE), ("mhc_pre", 12, PAPER)]
+SPECIAL += [("mhc_single_pass", 4, KRONECKER), ("mhc_head", 12, PAPER)]
+
+
+def calls_of_every_launch():
+    """Each op with arrays shared and per token, 16 bits and 32, few streams and many: a case for
+    each place that launches a kernel."""
+    found = []
+    for n, dtype in itertools.product((4, 12), ("float32", "bfloat16")):
+        for op in KERNELS:
+            for each in ((False, False), (True, True)) if op in PER_TOKEN else ((False, False),):
+                c, C = CONVENTION_OF.get(op, PAPER), n if op == "sinkhorn_knopp" else 8
+                found.append(Case(op, (40,), n, C, dtype, c, per_token=each))
+    found += [Case(op, (40,), n, 8, convention=c) for op, n, c in SPECIAL]
+    return found + [Case(op, (2,), 4, 8, convention=PAPER) for op in ("mhc_pre", "mhc_single_pass")]
+
+
+def test_options_reach_every_launch(monkeypatch):
+    """Of every op and its gradient: verbose, and threads but where rows of sums are added."""
+    launched, options = set(), {"threads_per_group": 96, "verbose": True}
+
+    def launch(name, inputs, outputs, groups, threads, template, verbose=False):
+        assert verbose is options["verbose"], f"{name} of {case}: verbose is {verbose}"
+        assert threads == 96 or name == "sum_partials", f"{name} of {case}: {threads} threads"
+        launched.add(name)
+        return [mx.zeros(*spec) for spec in outputs.values() if spec is not None]
+
+    monkeypatch.setattr(kernel, "launch", launch)
+    monkeypatch.setattr(kernel, "backend", lambda: "metal")
+    for options["verbose"] in (True, False):
+        for case in calls_of_every_launch():
+            arrays = [a for a in case.arrays() if a is not None]
+
+            def call(*arrays, case=case):
+                out = getattr(ops, case.op)(*arrays, *case.statics, **options)
+                return [a for a in out if a is not None] if isinstance(out, tuple) else [out]
+
+            mx.vjp(call, arrays, [mx.zeros(a.shape, a.dtype) for a in call(*arrays)])
+            getattr(ops, case.op)(*arrays, *case.statics, **options, differentiable=False)
+    assert launched == {path.stem for path in kernel._FOLDERS[1].glob("*.metal")}
 
 
 def test_verbose_of_any_folder_and_path(tmp_path, monkeypatch, capsys):
