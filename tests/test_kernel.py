@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import mlx.core as mx
 import pytest
