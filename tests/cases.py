@@ -238,6 +238,7 @@ def dynamic() -> list[Case]:
         (few, 1, 31, f16, K, {}),  # no logits: h_res is None
         (few, 2, 1, f32, L, {}),
         (axes, 2, 64, f16, K, {"phi": f16, "offset": 1}),
+        (few, 2, 1026, f16, R, {}),  # u is made twice: where sums lay there is no place for squares
         (few, 3, 31, f32, V4, {"offset": 1}),
         (axes, 3, 129, bf16, L, {"phi": bf16, "norm": False}),
         (axes, 4, 1280, f32, P, {}),
