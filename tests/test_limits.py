@@ -344,3 +344,40 @@ def test_a_product_of_32_bits_is_caught(body, old, new, need, monkeypatch):
         for call in calls:
             far_apart("simulator", call)
     kernel._build.cache_clear()
+
+
+# ---- the same by the texts, also of what no case of FAR launches
+
+CONVERTED = r"\buint\((?:[^()]|\([^()]*\))*\)\)* *\*|\* *uint\("  # a factor of 32 bits
+# Not of a token: spans and chunks, lines of a matrix, rows of phi, places in threadgroup memory.
+FEW = ("uint(chunk) * each", "/ uint(spans) * 8", "* uint(N)", "* uint(c.K) * uint(sizeof(")
+FEW += ("* 16u", "* 512u")
+
+
+def narrow_products(text: str) -> list[str]:
+    """Lines of a kernel text that multiply a token's number, or a row's of sums, in 32 bits."""
+    for words in FEW:
+        text = text.replace(words, " ")
+    found = [line for line in text.split("\n") if re.search(CONVERTED, line)]
+    for declared in re.finditer(r"\buint (t0?|g)\b", text):
+        name, end, depth = declared[1], declared.end(), 0
+        while end < len(text) and depth >= 0:
+            depth += (text[end] == "{") - (text[end] == "}")
+            end += 1
+        scope = re.split(rf"\bsize_t {name}\b", text[declared.end() : end])[0]
+        found += re.findall(rf".*[ (\[]{name} \*.*", scope)
+    return found
+
+
+def test_no_text_multiplies_tokens_in_32_bits():
+    texts = {p.name: kernel.text(p.name) for p in kernel._FOLDERS[1].iterdir()}
+    assert {name: narrow_products(text) for name, text in texts.items()} == dict.fromkeys(texts, [])
+    for body, old, new in NARROW:
+        assert narrow_products(texts[f"{body}.metal"].replace(old, new)), (body, new)
+    count = 0
+    for name, text in texts.items():  # nor would any line whose factors were narrowed pass
+        for line in (line for line in text.split("\n") if "size_t(" in line):
+            narrowed = text.replace(line, line.replace("size_t(", "uint("))
+            assert narrow_products(narrowed), f"{name}: {line}"
+            count += 1
+    assert count > 100
