@@ -18,7 +18,7 @@ from benchmarks import ops as timed
 from benchmarks import parity as parities
 from benchmarks import timing
 from benchmarks.parity import worst_error
-from benchmarks.results import SECTIONS, predicted_us
+from benchmarks.results import SECTIONS, predicted_us, show
 from mhc_mlx import DEEPSEEK_V4, kernel, ops, reference
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +84,17 @@ def test_mandatory_bytes():
         assert [timed.mandatory_bytes(*m) for m in matrices] == [160 * size for size in each]
 
 
+def test_inputs_of_every_op():
+    """Of tokens, n and C that differ; of a stack, gates that write back next to nothing."""
+    for op in timed.OPS:
+        shape = (3, 2, 2 if op == "sinkhorn_knopp" else 8)
+        results = timed.several(timed.function(ops, op)(*timed.make_inputs(op, shape, mx.float16)))
+        assert all(mx.isfinite(a.astype(mx.float32)).all() for a in results if a is not None)
+    phi, bias, alpha = benchmark.quiet_parameters(mx.zeros((3, 2, 8)))
+    assert (phi.shape, bias.shape, alpha.shape) == ((8, 16), (8,), (3,))
+    assert [k for k, b in enumerate(bias.tolist()) if b == -4.0] == [2, 3]  # of h_post
+
+
 def test_modes(monkeypatch):
     monkeypatch.setattr(kernel, "backend", lambda: "metal")
     for module in (benchmark, timing):
@@ -121,8 +132,19 @@ def test_verify_writes_json(tmp_path):
 
 def test_once_launches_what_it_names_twice(monkeypatch):
     argv = ["--once", "--op", "mhc_seam", "--shape", "5,4,64", "--dtype", "float32"]
-    calls = []
+    calls, directed = [], benchmark.directed
+
+    def ready(*options):
+        run = directed(*options)
+
+        def checked(*arrays):  # or the profiler would see how inputs are made, too
+            assert not kernel.primitives(*arrays)
+            return run(*arrays)
+
+        return checked
+
     with executor("stand-in"), monkeypatch.context() as patch:
+        patch.setattr(benchmark, "directed", ready)
         launch = kernel.launch
 
         def counted(name, *rest, **options):
@@ -152,13 +174,16 @@ def test_what_fails_parity_is_not_timed(tmp_path, monkeypatch):
     assert {r["op"] for r in result["rows"]} == {"stream_aggregate"}
 
 
-def test_every_mode_writes_its_section(tmp_path, monkeypatch):
+def test_every_mode_writes_its_section(tmp_path, monkeypatch, capsys):
     small(monkeypatch)
     file = tmp_path / "a.json"
     with executor("stand-in"):
         benchmark.main(["--quick", "--sizes", "--decode", "--overhead", "--json", str(file)])
     result = json.loads(file.read_text())
     assert result["rows"] == [] and all(r["ok"] for r in result["verified"])
+    printed = capsys.readouterr().out  # each as it is measured
+    for section in ("sizes", "decode", "overhead"):
+        assert result[section] and all(show(row) in printed for row in result[section])
     assert [(r["op"], r["shape"]) for r in result["sizes"]] == [
         (op, [T, 2, 8]) for op in benchmark.GROWING for T in (1, 4)
     ]
@@ -274,9 +299,13 @@ def test_predictions(tmp_path, capsys):
     line = f"| `mhc_pre` | (65536, 4, 1024) | forward | 300 | 80 | {' | '.join(us)} |"
     assert line in text.splitlines()
     assert sum(line.startswith("| `") for line in text.splitlines()) == 16
+    header = "| op | (tokens, n, C) | direction | some GPU, measured us | % of copy | M2 Max (400"
+    assert header in text
+    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {10}
     benchmark.main(["--predict"])  # without figures
     text = capsys.readouterr().out
     assert f"(65536, 4, 1024) | forward | {size / (400e3 * 0.75):.0f} |" in text
+    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {8}
 
 
 @pytest.mark.parametrize("section", ["rows", "sizes"])
