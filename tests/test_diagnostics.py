@@ -535,6 +535,31 @@ def test_one_stream_has_no_similarity(tmp_path, figures):
     assert [t.get_text() for t in figures["streams"].axes[0].texts] == ["one stream: none"]
 
 
+def test_a_single_point_is_marked(tmp_path, monkeypatch):
+    """A line of one point would not be seen; of zeros alone, a log axis has none."""
+    from matplotlib.figure import Figure
+
+    def report(depth):  # of a loss without a gradient
+        layers = [m.MHCLayer(4, 8, dynamic=True) for _ in range(depth)]
+        return stability_report(Chain(*layers), streams(6, 4, 8), lambda f, x: 0 * f(x).mean())
+
+    found = {}
+    monkeypatch.setattr(Figure, "savefig", lambda f, path, **_: found.update({path.stem: f}))
+    logs = {name: tmp_path / f"{name}.csv" for name in ("one", "two")}
+    logs["one"].write_text("step,bits_per_byte,validation\n1,2.0,3.0\n")
+    logs["two"].write_text("step,bits_per_byte,validation\n1,2.0,\n2,1.0,\n")
+    plot({"one": report(1), "two": report(2)}, tmp_path, logs=logs)
+    similarity, gradients = found["streams"].axes
+    for axes in [*found["loss"].axes, *found["gains"].axes, similarity]:
+        marks = {line.get_label(): line.get_marker() for line in axes.lines}
+        assert (marks["one"], marks["two"]) == ("o", "None")
+    crosses = [
+        k for k in found["loss"].axes[0].lines if len(k.get_xdata()) and k.get_marker() == "x"
+    ]
+    assert [list(k.get_ydata()) for k in crosses] == [[3.0]]
+    assert similarity.get_yscale() == gradients.get_yscale() == "linear"
+
+
 LABELS = {
     "gains": {"gain of the product of h_res", "connections from the first to this one"},
     "streams": {"mean cosine", "norm over tokens, streams and channels", "after connection"},

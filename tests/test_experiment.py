@@ -55,6 +55,7 @@ def test_experiment(corpus, tmp_path, capsys, uncompiled):
         assert r["steps"] == len(rows(tmp_path / r["log"])) == 3 and r["forward_gain"] == 1
         assert f"| `{name}` | {r['parameters']:,} | {r['bits_per_byte']:.3f} |" in out
         assert r["device"] and r["mlx"] == mx.__version__ and r["date"] and r["command"]
+        assert not {"losses", "report"} & r.keys()  # which the log and the run's own file have
     assert (tmp_path / "gains.png").stat().st_size > 1000
 
 
