@@ -32,6 +32,8 @@ class _Widened(nn.Module):
 
 @functools.cache
 def _widened(kind: type[_Widened], cls: type) -> type:
+    if issubclass(cls, kind):  # a module whose blocks are widened in parts
+        return cls
     return type(f"Widened{cls.__name__}", (kind, cls), {})
 
 
@@ -69,14 +71,15 @@ class WidenedStack(_Widened):
     """What `widen` puts before the class of the module that keeps the blocks in a list.
 
     Attributes:
-        widened_ends: Which of ``is_first`` and ``is_last`` its blocks had.
+        widened_firsts, widened_lasts: How many of its blocks were the first, and the last, of their
+            row: one more for each `widen` of its blocks.
     """
 
     def __call__(self, *args, **kwargs):
         blocks = [b for b in _listed(self) if isinstance(b, WidenedBlock)]
-        for end in self.widened_ends:
-            if not any(getattr(block, end) for block in blocks):
-                got = f"a list without the {end.removeprefix('is_')} of them, {_STREAMS}"
+        for end, count in (("first", self.widened_firsts), ("last", self.widened_lasts)):
+            if sum(getattr(block, f"is_{end}") for block in blocks) < count:
+                got = f"a list without the {end} of them, {_STREAMS}"
                 raise ValueError(fail("widen", "model", "run all its widened blocks", got))
         return super().__call__(*args, **kwargs)
 
@@ -322,7 +325,6 @@ def widen(
         [HyperConnection(dim, num_streams, layer_idx=next(index), **options) for _ in range(count)]
         for count in counts
     ]
-    ends = {"is_first": layers[0], "is_last": layers[-1]}
     for block, own in zip(layers, connections, strict=True):
         block.connections = own
         block.enters = num_streams if block is layers[0] else None
@@ -331,8 +333,10 @@ def widen(
         block.__class__ = _widened(WidenedBlock, type(block))
     for module in [] if model is None else model.modules():
         listed = _listed(module)
-        kept = tuple(name for name, end in ends.items() if any(b is end for b in listed))
-        if kept and callable(module):
+        has_first, has_last = (any(b is end for b in listed) for end in (layers[0], layers[-1]))
+        if (has_first or has_last) and callable(module):
             kind = WidenedPipeline if hasattr(module, "pipeline") else WidenedStack
-            module.widened_ends, module.__class__ = frozenset(kept), _widened(kind, type(module))
+            module.widened_firsts = getattr(module, "widened_firsts", 0) + has_first
+            module.widened_lasts = getattr(module, "widened_lasts", 0) + has_last
+            module.__class__ = _widened(kind, type(module))
     return model

@@ -445,6 +445,21 @@ def test_blocks_that_need_arguments(launched):
     close(model(h, [0.5, 2.0]), want)
 
 
+def test_blocks_are_widened_in_parts():
+    """Each part expands and reduces for itself, and none may lose an end."""
+    model, h = shaken(Plain()), mx.random.normal((2, 3, C))
+    want = model(h)
+    m.widen(model, N, layers=model.layers[:2], dim=C, dynamic=False)
+    exact(m.widen(model, 2, layers=model.layers[2:], dim=C, dynamic=False))
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        close(each(h), want)
+    for lost, end in ((0, "first"), (1, "last"), (2, "first")):
+        cut = copy.deepcopy(model)
+        del cut.layers[lost]
+        with pytest.raises(ValueError, match=f"a list without the {end} of them"):
+            cut(h)
+
+
 # ---- pipelines
 
 
