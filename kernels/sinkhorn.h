@@ -5,6 +5,10 @@ namespace mhc {
 
 constexpr int lanes(int n) { return n <= 1 ? 1 : n <= 2 ? 2 : n <= 4 ? 4 : n <= 8 ? 8 : n <= 16 ? 16 : n <= 32 ? 32 : 64; }
 
+// A difference of logits beyond float32 becomes the least that float32 holds, since a line across may have no other. NaN stays.
+constexpr float lowest() { return -3.4e38f; }
+inline float within_float32(float a) { return a < lowest() ? lowest() : a; }
+
 // Sum (or maximum) over W <= 32 lanes of v[c], left in lane c's v[0]: each exchange halves the columns.
 template <int O, bool MAX, int W> inline void scatter_sum(thread float (&v)[W], uint lane) {
   if constexpr (O > 0) {
@@ -21,7 +25,7 @@ template <int O, bool MAX, int W> inline void scatter_sum(thread float (&v)[W], 
 // The sum (maximum) of column c over all lines of the matrix, in lane c. scratch is used above 32 lines: 128 floats.
 template <int N, bool MAX, typename S> inline float across(thread const float (&p)[N], uint lane, S scratch) {
   constexpr int W = lanes(N) < 32 ? lanes(N) : 32;
-  const float none = MAX ? -3.0e38f : 0.0f;
+  const float none = MAX ? lowest() : 0.0f;
   float v[W];
   UNROLL for (int j = 0; j < W; ++j) v[j] = j < N ? p[j < N ? j : 0] : none;
   scatter_sum<W / 2, MAX>(v, lane);
@@ -138,7 +142,7 @@ inline void sinkhorn_start(thread float (&p)[N], thread Divided& by, float eps, 
       s = j == 0 ? part : s + part;
     }
     s = metal::precise::log(s);
-    UNROLL for (int j = 0; j < N; ++j) p[j] = live ? (p[j] - m) - s : -3.0e38f;
+    UNROLL for (int j = 0; j < N; ++j) p[j] = live ? within_float32((p[j] - m) - s) : lowest();
     const float top = across<N, true>(p, lane, scratch);
     gather<N>(all, top, lane, simd_lane, scratch);
     UNROLL for (int j = 0; j < N; ++j) p[j] = live ? metal::precise::exp(p[j] - all[j]) : 0.0f;
@@ -214,7 +218,7 @@ template <int N, int START> inline void sinkhorn_alone(thread float (&p)[N][N], 
       UNROLL for (int j = 1; j < N; ++j) m = metal::max(m, p[i][j]);
       UNROLL for (int j = 0; j < N; ++j) s += metal::precise::exp(p[i][j] - m);
       s = metal::precise::log(s);
-      UNROLL for (int j = 0; j < N; ++j) p[i][j] = (p[i][j] - m) - s;
+      UNROLL for (int j = 0; j < N; ++j) p[i][j] = within_float32((p[i][j] - m) - s);
     }
     UNROLL for (int j = 0; j < N; ++j) {
       float m = p[0][j], s = 0.0f;

@@ -70,7 +70,9 @@ def _to_largest(a: mx.array, axis: int) -> tuple[mx.array, mx.array, mx.array]:
     others: what a softmax and its gradient need.
     """
     largest = _largest(a, axis)
-    a = mx.where(largest, 0.0, a - mx.where(largest, a, 0.0).sum(axis=axis, keepdims=True))
+    top = mx.where(largest, a, 0.0).sum(axis=axis, keepdims=True)
+    a = a + mx.stop_gradient(mx.maximum(a, top - 3.4e38) - a)  # float32 holds the distance
+    a = mx.where(largest, 0.0, a - top)
     return largest, a, _line_sum(mx.where(largest, 0.0, mx.exp(a)), axis)
 
 

@@ -319,6 +319,31 @@ def test_extreme_logits_through_coefficients(rung, need):
             assert off <= 1e-3 * np.abs(dwant[2 * n :]).max() + 1e-6, (op, c.name, off)
 
 
+@pytest.mark.parametrize("rung", ["reference", "stand-in", "simulator", "gpu"])
+def test_logits_as_large_as_float32_holds(rung, need):
+    """Also where their difference is more, and where a line across has such elements alone: as
+    logits that are so far apart that the rest is 0."""
+    if rung != "reference":
+        need(rung)
+    rng = np.random.default_rng(0)
+    for c, n in ((PAPER, 4), (DEEPSEEK_V4, 4), (ROW_FIRST, 16)):
+        signs = rng.choice([-1.0, 1.0], size=(8, n, n))
+        signs[0], signs[0, :, 0] = -1, 1
+        signs[1], signs[1, 0] = -1, 1
+        largest = mx.array((3e38 * signs).astype(np.float32).reshape(8, -1))
+        g = mx.array(rng.normal(size=(8, n, n)).astype(np.float32))
+        want, back = oracle.project(256 * signs.reshape(8, -1), n, c)
+        dwant = np.array(back(doubles(g))).reshape(8, -1)
+        with running(rung):
+            (h,), (d,) = mx.vjp(projection(rung, n, c), [largest], [g])
+            mx.eval(h, d)
+            if c is PAPER and rung != "reference":  # the matrix in one lane
+                close = np.abs(np.array(through_coefficients(largest[:2], n, c)) - want[:2])
+                assert close.max() <= 1e-6, (c.name, "mhc_coefficients")
+        assert np.abs(np.array(h) - want).max() <= 1e-5, (c.name, n)
+        assert np.abs(np.array(d) - dwant).max() <= 1e-5 * np.abs(dwant).max(), (c.name, n)
+
+
 NAN_CASES = [  # bodies that read x; each forward and backward: templates of test_parity.py
     ("stream_aggregate", (70,), True),
     ("stream_aggregate_norm", (5,), False),
