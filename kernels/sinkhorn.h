@@ -124,10 +124,6 @@ template <int N> inline void softmax_line(thread float (&p)[N], thread float& to
   sum = line_sum(p);
   UNROLL for (int j = 0; j < N; ++j) p[j] /= sum;
 }
-template <int N> inline void softmax_line(thread float (&p)[N]) {
-  float top, sum;
-  softmax_line(p, top, sum);
-}
 
 template <int N, int START, typename S>
 inline void sinkhorn_start(thread float (&p)[N], thread Divided& by, float eps, uint lane, uint simd_lane, S scratch) {
@@ -228,7 +224,8 @@ template <int N, int START> inline void sinkhorn_alone(thread float (&p)[N][N], 
     }
   } else {
     UNROLL for (int i = 0; i < N; ++i) {
-      if (START == START_SOFTMAX) softmax_line(p[i]);
+      float top, sum;
+      if (START == START_SOFTMAX) softmax_line(p[i], top, sum);
       UNROLL for (int j = 0; j < N; ++j) p[i][j] += START == START_SOFTMAX ? eps : i == j ? 1.0f : 0.0f;
     }
   }

@@ -112,7 +112,7 @@ inline void sinkhorn_gradient(thread float (&g)[N], P logits, D divisors, float 
     // a softmax s along the line: q = q - s q.sum(), q = s / (s + eps) times that of log(s + eps) after START_SOFTMAX; of an s
     // near 1, with 1 - s = the sum of all others:  q (1 - s) - s (q.sum() of all others)
     load_line<N, COLUMNS>(p, logits, lane);
-    softmax_line(p);
+    softmax_line(p, by.top, by.sum);
     float rest = 0.0f, others = 0.0f, top = 0.0f;
     UNROLL for (int j = 0; j < N; ++j) {
       if (START == START_SOFTMAX) g[j] *= p[j] / (p[j] + bound);
