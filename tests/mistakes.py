@@ -363,7 +363,7 @@ SHARED = [
     sink_back("a divisor for all lanes", SINKHORN, "divisors + tid", "divisors", rules=RACE),
     walk("a sum dropped along", SINKHORN, "g[j] -= p[j] * dot;", ";", parity=WRONG),
     walk("p not restored", SINKHORN, "p[j] *= shared", "shared", parity=WRONG),
-    walk("a sum dropped across", SINKHORN, "g[j] -= p[j] * shared", "shared", parity=WRONG),
+    walk("a sum dropped across", SINKHORN, "q[j] -= p[j] * shared", "shared", parity=WRONG),
     walk("a shift's share of eps kept", SINKHORN_EPS, "left = 0.0f;\n", ";\n", nth=1, parity=WRONG),
     walk(
         "a shift's share of eps lost",
@@ -376,7 +376,7 @@ SHARED = [
     walk(
         "its own divisor for all", ADDITIVE_4, "RECIPROCAL(all[j])", "RECIPROCAL(d)", parity=WRONG
     ),
-    walk("softmax applied twice", SINKHORN, "if (START == START_SOFTMAX) g", "g", parity=WRONG),
+    walk("eps after a softmax lost", SINKHORN_EPS, "p[j] / (p[j] + bound)", "1.0f", parity=WRONG),
     walk(
         "an element near 1 twice",
         SINKHORN,
