@@ -231,3 +231,22 @@ def test_bad_options_of_overhead_are_named(options, tmp_path, capsys, monkeypatc
         overhead.main(options)
     found = capsys.readouterr().err.rpartition("error:")[2]
     assert found.strip().startswith(options[0]) and options[1] in found
+
+
+def test_defaults_of_the_trainer_and_of_benchmarks():
+    """What a run without options is."""
+    import benchmark
+    from benchmarks import options
+
+    want = {"seconds": 120, "steps": 10000, "connection": "static", "streams": 4, "dim": 64}
+    want |= {"depth": 2, "heads": 4, "context": 64, "batch": 8, "accumulate": 1, "lr": 3e-3}
+    want |= {"gates_rate": 10, "warmup": 300, "clip": 1.0, "dtype": "float32", "seed": 0}
+    want |= {"validate_every": 250, "sample": 200, "save_every": 500}
+    want |= dict.fromkeys(("recompute", "no_metal", "resume"), False)
+    want |= dict.fromkeys(("data", "mlp", "validation_batch", "log", "plot", "checkpoint"))
+    assert vars(experiment.trainer_parser().parse_args([])) == want
+    flags = ("sizes", "decode", "overhead", "all", "sweep", "verify", "once", "quick", "predict")
+    others = ("op", "shape", "dtype", "direction", "preset", "threads", "baseline", "processes")
+    others += ("json", "plot", "compare", "source", "peak_gbps")
+    found = vars(options.parser("", benchmark.PRESETS).parse_args([]))
+    assert found == dict.fromkeys(flags, False) | dict.fromkeys(others)

@@ -3,9 +3,13 @@
 A change of a rule changes its rows here, and only where it was meant to.
 """
 
+import math
+
 import mlx.core as mx
 import pytest
+from test_limits import called
 
+from mhc_mlx import PAPER, ROW_FIRST, kernel
 from mhc_mlx.ops import geometry
 
 F32, BF16 = mx.float32, mx.bfloat16
@@ -342,3 +346,68 @@ def test_literals():
     assert (forward, backward) == ([256, 256], [256, 512])
     tables = (geometry.TOKEN_BYTES, geometry.KEPT_FLOATS, geometry.KEPT_HALF_STEPS)
     assert [(t["metal"], t["cuda"]) for t in tables] == [(64, 128), (32, 64), (8, 40)]
+
+
+# Threadgroups of each body at 262,144 tokens of 64 channels: of 4 streams, of 12. Small ones read
+# little before their first token: 65,536. Those that leave a row of sums: 132 * 512 threads in all.
+MANY = 1 << 18
+LAUNCHES = {
+    "sinkhorn_knopp": (
+        {"sinkhorn_knopp": 8192, "sinkhorn_knopp_backward": 8192},  # 32 matrices each
+        {"sinkhorn_knopp": 32768, "sinkhorn_knopp_backward": 32768},  # of 16 lanes: eight
+    ),
+    "stream_aggregate_norm": (
+        {"mhc_fused": 4096, "mhc_backward": 2112},
+        {"mhc_fused": 4096, "mhc_backward_tiled": 264},
+    ),
+    "stream_mix_add": (
+        {"stream_mix_add": 65536, "mhc_backward": 2112},
+        {"stream_mix_add": 65536, "mhc_backward_tiled": 264},
+    ),
+    "mhc_layer": (
+        {"sinkhorn_knopp": 1, "mhc_fused": 4096, "mhc_backward": 2112}
+        | {"sinkhorn_knopp_backward": 1},
+        {"sinkhorn_knopp": 1, "mhc_fused": 4096, "mhc_backward_tiled": 264}
+        | {"sinkhorn_knopp_backward": 1},
+    ),
+    "stream_aggregate": (
+        {"stream_aggregate": 65536, "stream_aggregate_backward": 2112},
+        {"stream_aggregate": 65536, "stream_aggregate_backward": 2112},
+    ),
+    "mhc_pre": (
+        {"mhc_pre": 16384, "mhc_token_backward": 2112, "mhc_projection_backward": 528},
+        {"mhc_pre": 16384, "sinkhorn_knopp": 32768, "sinkhorn_knopp_backward": 32768}
+        | {"mhc_pre_backward": 2112, "mhc_phi_gradient": 546},  # 3 spans of 7 parts, 26 chunks
+    ),
+    "mhc_seam": (
+        {"mhc_seam": 65536, "mhc_seam_backward": 2112},
+        {"mhc_seam": 65536, "stream_mix_add": 65536, "mhc_backward_tiled": 65536},
+    ),
+}
+
+
+def launches(op: str, tokens: int, n: int, **options) -> list[kernel.Launch]:
+    with kernel.record() as found:
+        options = {"convention": PAPER, "per_token": False} | options
+        called(op, tokens, n, n if op == "sinkhorn_knopp" else 64, BF16, **options)
+    return found
+
+
+def test_threadgroups_of_many_tokens():
+    for op, wanted in LAUNCHES.items():
+        for n, want in zip((4, 12), wanted, strict=True):
+            found = launches(op, MANY, n)
+            got = {one.name: one.groups for one in found if one.name != "sum_partials"}
+            assert got == want, f"{op} of {n} streams"
+            for one in (one for one in found if one.name == "sum_partials"):
+                rows, columns = one.inputs["partial"][0]
+                lines = geometry.of_sum(rows, columns)
+                assert one.groups == math.ceil(columns * lines / 256) and one.threads == 256
+    for op, tokens in (("sinkhorn_knopp", 1 << 22), ("mhc_pre", 1 << 21)):  # no more than 65,536
+        assert max(one.groups for one in launches(op, tokens, 4)[:1]) == 1 << 16
+    for op in ("stream_mix_add", "stream_aggregate"):  # gradients per token: no sums to add
+        *_, last = launches(op, MANY, 4, per_token=True)
+        assert last.name.endswith("backward") and last.groups == 1 << 16
+    for tokens, count in ((1024, 0), (1025, 1)):  # who projects H_res
+        names = [one.name for one in launches("mhc_layer", tokens, 4, convention=ROW_FIRST)]
+        assert names[: names.index("mhc_fused")] == ["sinkhorn_knopp"] * count
