@@ -1,6 +1,7 @@
 """Bad input: one clear error each, at the call."""
 
 import inspect
+import math
 import re
 
 import mlx.core as mx
@@ -573,6 +574,54 @@ def test_every_argument_of_every_module():
                 make(**right | {unknown: 1})
         assert not hasattr(block, "connections")
         make(**right)
+
+
+def refused_at(make, name: str, *values) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=rf"\] {name} must .* but got"):
+            make(**{name: value})
+
+
+def test_bounds_are_as_they_are_told():
+    """The last value on each side of a bound: the one is taken, the other refused."""
+
+    def convention(**fields):
+        return m.Convention("X", **fields)
+
+    most, beyond = 2.0**127, math.nextafter(2.0**127, math.inf)  # with every digit in float32
+    for name in ("eps", "pre_eps", "post_scale", "post_eps"):
+        for value in (0, most):
+            assert getattr(convention(**{name: value}), name) == value
+        refused_at(convention, name, beyond, -(2.0**-126))
+    assert convention(eps=2.0**-100).eps == 2.0**-100 and convention(iters=1).iters == 1
+    refused_at(convention, "eps", math.nextafter(2.0**-100, 0))
+    refused_at(convention, "iters", 0)
+
+    def layer_op(**options):
+        return m.mhc_static(*layer, **options)
+
+    for eps in (2.0**-126, most):
+        layer_op(eps=eps)
+    refused_at(layer_op, "eps", math.nextafter(2.0**-126, 0), beyond)
+    for threads in (32, 1024):
+        layer_op(threads_per_group=threads)
+    refused_at(layer_op, "threads_per_group", 0, 1056, 1040)
+
+    def connection(**options):
+        return m.HyperConnection(8, **options)
+
+    for scale in (-most, most):
+        connection(init_scale=scale)
+    refused_at(connection, "init_scale", -beyond, beyond)
+    assert connection(num_streams=1).num_streams == 1
+    assert connection(num_streams=64).num_streams == 64 == m.ops.MAX_STREAMS
+    refused_at(connection, "num_streams", 0, 65)
+    one = mx.ones((1, 1))  # an axis of streams and one of channels are enough
+    assert m.stream_mix_add(one, one[0], one[0], one).tolist() == [[2.0]]
+    assert m.merge_streams(one).tolist() == m.reduce_streams(one).tolist() == [1.0]
+    assert m.split_streams(one[0], 1).tolist() == m.expand_streams(one[0], 1).tolist() == [[1.0]]
+    many = mx.ones((64, 2))
+    assert m.stream_aggregate(many, mx.ones(64)).tolist() == [64.0, 64.0]
 
 
 def test_options_that_are_set_later():
