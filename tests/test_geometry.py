@@ -10,6 +10,7 @@ import pytest
 from test_limits import called
 
 from mhc_mlx import PAPER, ROW_FIRST, kernel
+from mhc_mlx.conventions import KRONECKER, MHC_LITE
 from mhc_mlx.ops import geometry
 
 F32, BF16 = mx.float32, mx.bfloat16
@@ -411,3 +412,36 @@ def test_threadgroups_of_many_tokens():
     for tokens, count in ((1024, 0), (1025, 1)):  # who projects H_res
         names = [one.name for one in launches("mhc_layer", tokens, 4, convention=ROW_FIRST)]
         assert names[: names.index("mhc_fused")] == ["sinkhorn_knopp"] * count
+
+
+# op, tokens, n, convention: as many threadgroups as there is work for; more would be idle
+FEW = {
+    # runs of 32 k of 8 tokens by four simdgroups: 8 runs are two threadgroups; 9 tokens two tiles
+    ("mhc_pre", 2, 4, PAPER): {"mhc_sweep": 2, "mhc_seam": 2}
+    | {"mhc_token_backward": 1, "mhc_projection_backward": 2},
+    ("mhc_head", 9, 4, PAPER): {"mhc_sweep": 4, "mhc_seam": 9}
+    | {"mhc_token_backward": 2, "mhc_projection_backward": 2},  # a simdgroup two tokens, or a span
+    # tiles of 8; backward with a norm two tokens each
+    ("mhc_pre", 40, 4, PAPER): {"mhc_pre": 5}
+    | {"mhc_token_backward": 20, "mhc_projection_backward": 2},
+    # tiles of 16, each shared by four; 8 matrices; tiles of two; 3 spans of 7 parts
+    ("mhc_pre", 40, 12, PAPER): {"mhc_pre": 12, "sinkhorn_knopp": 5, "sinkhorn_knopp_backward": 5}
+    | {"mhc_pre_backward": 20, "mhc_phi_gradient": 21},
+    # of matrices a thread takes a row, backward all
+    ("mhc_pre", 40, 3, MHC_LITE): {"mhc_pre": 5, "mixing_matrix": 1, "mixing_matrix_backward": 1}
+    | {"mhc_token_backward": 20, "mhc_projection_backward": 2},
+    ("mhc_pre", 40, 8, KRONECKER): {"mhc_pre": 5, "mixing_matrix": 3, "mixing_matrix_backward": 1}
+    | {"mhc_token_backward": 40, "mhc_projection_backward": 4},
+    ("sinkhorn_knopp", 40, 4, PAPER): {"sinkhorn_knopp": 2, "sinkhorn_knopp_backward": 2},
+    ("stream_mix_add", 40, 4, PAPER): {"stream_mix_add": 40, "mhc_backward": 40},
+    ("mhc_static", 40, 12, PAPER): {"mhc_fused": 40, "mhc_backward_tiled": 40},
+    ("mhc_seam", 40, 4, PAPER): {"mhc_seam": 40, "mhc_seam_backward": 40},
+    ("stream_aggregate", 40, 4, PAPER): {"stream_aggregate": 40, "stream_aggregate_backward": 40},
+}
+
+
+def test_threadgroups_of_few_tokens():
+    for (op, tokens, n, convention), want in FEW.items():
+        found = launches(op, tokens, n, convention=convention)
+        got = {one.name: one.groups for one in found if one.name != "sum_partials"}
+        assert got == want, f"{op} of {tokens} tokens, {n} streams"
