@@ -45,6 +45,8 @@ def check_new(option: str, path: Path, otherwise: str = "") -> None:
         raise SystemExit(f"{option} must be a file but {path} is a folder")
     if path.exists() and not is_stream(path):
         raise SystemExit(f"{option} must be a new file{otherwise} but {path} exists")
+    if os.path.islink(os.path.realpath(path)):
+        raise SystemExit(f"{option} must be a file but {path} is a link that leads to itself")
 
 
 def open_to_append(path: Path) -> int:

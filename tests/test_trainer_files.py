@@ -56,6 +56,10 @@ def test_no_file_is_written_over(corpus, tmp_path, monkeypatch):
     (tmp_path / "nowhere").symlink_to("/dev/null")
     (pictures / "gains.png").write_text("kept")
     (linked / "unfinished").symlink_to(data)
+    (tmp_path / "circle").symlink_to("circle")
+    blocked = tmp_path / "blocked"
+    (blocked / "unfinished").mkdir(parents=True)
+    (blocked / "lock").touch()
     again = ["--checkpoint", folder, "--resume"]
     new, is_text = ["--plot", tmp_path / "new"], "--data must not be written to"
     checkpoint = "step-00000004-0123456789abcdef.safetensors"
@@ -74,6 +78,8 @@ def test_no_file_is_written_over(corpus, tmp_path, monkeypatch):
         ),
         ([*new, "--log", tmp_path / "new" / "loss.png"], "--log must be a file of its own"),
         ([*new, "--log", tmp_path / "nowhere"], "--plot needs a --log that can be read again"),
+        (["--log", tmp_path / "circle"], "circle is a link that leads to itself"),
+        (["--checkpoint", blocked, "--resume"], "unfinished, which is a folder"),
     ]
     (tmp_path / "new").mkdir()
     before = contents_of(tmp_path)
