@@ -84,6 +84,9 @@ class Run:
     def __init__(self, args: argparse.Namespace, at_end: ExitStack):
         """What must be given back at the end, the lock of the checkpoints, goes to ``at_end``."""
         self.args, self.group = args, mx.distributed.init()
+        self.asked = []  # for pictures, by a signal, which would end a process without a handler
+        if args.plot:
+            signal.signal(signal.SIGUSR1, lambda *_: self.asked.append(True))
         self.rank, self.processes = self.group.rank(), self.group.size()
         self.folder = Path(args.checkpoint) if args.checkpoint else None
         self.taken = args.batch * args.accumulate * self.processes  # sequences that a step takes
@@ -137,7 +140,10 @@ class Run:
             make_folder("--checkpoint", self.folder)
             at_end.enter_context(lock_folder(self.folder))
             found = [p.name for p in list_checkpoints(self.folder)]
-            if os.path.lexists(self.folder / "unfinished"):
+            unfinished = self.folder / "unfinished"
+            if unfinished.is_dir() and not unfinished.is_symlink():
+                raise SystemExit(f"--checkpoint: checkpoints need {unfinished}, which is a folder")
+            if os.path.lexists(unfinished):
                 found.append("unfinished")
             if found and not args.resume:
                 raise SystemExit(
@@ -163,8 +169,8 @@ class Run:
 
     def _is_anothers(self, log: Path, pictures: list[Path]) -> bool:
         """Whether pictures or checkpoints are written where the log is to be."""
-        log = log.resolve()
-        if log in [path.resolve() for path in pictures]:
+        log = Path(os.path.realpath(log))
+        if log in [Path(os.path.realpath(path)) for path in pictures]:
             return True
         taken = is_checkpoint(log) or log.name in ("lock", "unfinished")
         return taken and self.folder is not None and log.parent == self.folder.resolve()
@@ -296,9 +302,6 @@ def follow(run: Run, log: Log | None) -> tuple[list[Step], float | None]:
     """
     args, done, validation = run.args, [], None
     tokens = run.taken * args.context
-    asked = []  # for pictures
-    if args.plot and run.rank == 0:
-        signal.signal(signal.SIGUSR1, lambda *_: asked.append(True))
     validate = mx.compile(lambda: loss_fn(run.model, run.held_out)[0], inputs=run.model.state)
     bar = tqdm(total=args.steps, initial=run.step, unit="step", mininterval=1, disable=run.rank > 0)
     for step in run.steps():
@@ -324,8 +327,8 @@ def follow(run: Run, log: Log | None) -> tuple[list[Step], float | None]:
             if log:
                 log.sync()
             run.save()
-        if asked:
-            asked.clear()
+        if run.asked and run.rank == 0:
+            run.asked.clear()
             run.draw(run.diagnose())
         if not step.finite:
             break

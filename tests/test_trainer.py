@@ -367,19 +367,24 @@ def test_pictures_on_a_signal_and_at_the_end(corpus, tmp_path, monkeypatch):
 
     def plot(reports, folder, logs):
         drawn.append([len(rows(log)) for log in logs.values()])
-        return draw(reports, folder, logs=logs) if len(drawn) == 2 else []
+        return draw(reports, folder, logs=logs) if len(drawn) == 3 else []
 
     def signalled(log, step, *row):
         write(log, step, *row)
         if step == 5:
             signal.raise_signal(signal.SIGUSR1)
 
-    before = signal.getsignal(signal.SIGUSR1)
+    def read(*args):
+        signal.raise_signal(signal.SIGUSR1)  # without a handler it ends the process
+        return read_corpus(*args)
+
+    before, read_corpus = signal.getsignal(signal.SIGUSR1), train_lm.read_corpus
+    monkeypatch.setattr(train_lm, "read_corpus", read)
     monkeypatch.setattr(train_lm, "plot", plot)
     monkeypatch.setattr(Log, "write", signalled)
     report = train(corpus, None, "--plot", tmp_path)["report"]
     signal.signal(signal.SIGUSR1, before)
-    assert drawn == [[5], [STEPS]]
+    assert drawn == [[1], [5], [STEPS]]
     assert {p.name for p in tmp_path.glob("*.png")} == {
         *("gains.png", "streams.png", "h_res.png", "gates.png", "loss.png")
     }
