@@ -42,7 +42,7 @@ SET_HERE = ("connection", "seed", "mlp", "log", "sample", "seconds", "plot", "ch
 RECORD = {"connection": str, "seed": int, "parameters": int, "steps": int, "finite": bool}
 RECORD |= {"bits_per_byte": float, "validation": float, "similarity": float, "peak_mib": float}
 RECORD |= {"ms_per_step": float, "report": dict, "log": str, "device": str, "mlx": str, "date": str}
-OPTIONAL = ("validation", "similarity", "report")
+OPTIONAL = ("bits_per_byte", "validation", "similarity", "report")
 
 
 def possible(connection: str, streams: int) -> bool:
@@ -97,6 +97,12 @@ def command_of(connection: str, seed: int, command: list[str], width: int, out: 
     return [*command, *own, "--log", log, "--sample", "0", "--seconds", "1e9"]
 
 
+def for_json(figures: dict) -> dict:
+    """The figures, with None for what is not finite: JSON has no NaN and no infinity."""
+    finite = {k: not isinstance(v, float) or math.isfinite(v) for k, v in figures.items()}
+    return {k: v if finite[k] else None for k, v in figures.items()}
+
+
 def run(connection: str, seed: int, command: list[str], width: int, out: Path) -> None:
     """Train one and write out/CONNECTION-seedSEED.csv and .json."""
     stem = out / f"{connection}-seed{seed}"
@@ -106,7 +112,7 @@ def run(connection: str, seed: int, command: list[str], width: int, out: Path) -
     record = {"connection": connection, "seed": seed, "mlp": width, **result, **about()}
     record["report"] = report and report.to_dict()
     record["log"] = f"{stem.name}.csv"
-    write_new(stem.with_suffix(".json"), json.dumps(record))
+    write_new(stem.with_suffix(".json"), json.dumps(for_json(record), allow_nan=False))
     gc.collect()  # so that the next run's peak of memory is its own
     mx.clear_cache()
 
@@ -206,7 +212,8 @@ def summarise(out: Path) -> dict[str, list[dict]]:
     for r in short:
         whole = next(w for w in runs[r["connection"]] if w["seed"] == r["seed"])
         r |= {f"{way}_gain": gains(whole, way) for way in ("forward", "backward")}
-    replace(out / "summary.json", json.dumps({"runs": short}, indent=1) + "\n")
+    summary = {"runs": [for_json(r) for r in short]}
+    replace(out / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     try:
         pictures = plot(reports, out, logs=logs)
     except (OSError, ValueError, LookupError) as error:

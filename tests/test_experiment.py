@@ -93,6 +93,22 @@ def test_means_are_over_runs_that_did_not_diverge(monkeypatch):
     assert cells(text, "mhc") == ["`mhc` (1 of 1 diverged)", "7", *[""] * 7, "8"]
 
 
+def test_files_of_a_diverged_run_are_json(tmp_path, monkeypatch):
+    """NaN and infinity, which JSON has not, are null there."""
+    figures = record("hc", 0, finite=False, bits_per_byte=math.nan, validation=math.inf, losses=[])
+    monkeypatch.setattr(experiment, "train", lambda *_, **__: dict(figures))
+    monkeypatch.setattr(experiment, "gains", lambda *_: math.inf)
+    monkeypatch.setattr(experiment, "plot", lambda *_, **__: [])
+    (tmp_path / "hc-seed0.csv").touch()
+    experiment.run("hc", 0, [], 8, tmp_path)
+    experiment.summarise(tmp_path)
+    for name in ("hc-seed0.json", "summary.json"):
+        found = json.loads((tmp_path / name).read_text(), parse_constant=pytest.fail)
+        found = found.get("runs", [found])[0]
+        assert found["bits_per_byte"] is None and found["validation"] is None
+    assert found["forward_gain"] is None and found["steps"] == 3
+
+
 def test_runs_are_not_written_over(corpus, tmp_path, monkeypatch):
     """Nor what is not of this program; all is looked at before the first run."""
     monkeypatch.setattr(experiment, "train", None)
