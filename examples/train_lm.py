@@ -298,7 +298,7 @@ class Run:
 
 def follow(run: Run, log: Log | None) -> tuple[list[Step], float | None]:
     """Train, with a bar, a line of the log per step, validation, checkpoints, and pictures on a
-    signal. Returns the steps, of which only the last may not be finite, and the last validation.
+    signal. Returns the steps, and the last validation; only at the end may they not be finite.
     """
     args, done, validation = run.args, [], None
     tokens = run.taken * args.context
@@ -309,6 +309,7 @@ def follow(run: Run, log: Log | None) -> tuple[list[Step], float | None]:
         tested = None
         if step.finite and (step.last or step.number % args.validate_every == 0):
             validation = tested = validate().item()
+        finite = step.finite and (tested is None or math.isfinite(tested))
         rate, peak = tokens / step.seconds, mx.get_peak_memory() / 2**20
         several = run.model.streams > 1
         if log:
@@ -323,14 +324,14 @@ def follow(run: Run, log: Log | None) -> tuple[list[Step], float | None]:
             refresh=False,
         )
         bar.update()
-        if step.finite and run.folder and (step.last or step.number % args.save_every == 0):
+        if finite and run.folder and (step.last or step.number % args.save_every == 0):
             if log:
                 log.sync()
             run.save()
         if run.asked and run.rank == 0:
             run.asked.clear()
             run.draw(run.diagnose())
-        if not step.finite:
+        if not finite:
             break
     bar.close()
     return done, validation
@@ -339,16 +340,18 @@ def follow(run: Run, log: Log | None) -> tuple[list[Step], float | None]:
 def summarise(run: Run, done: list[Step], validation: float | None, seconds: float) -> dict:
     """The figures of a run, printed too."""
     end = done[-1]
-    if not end.finite:
+    finite = end.finite and (validation is None or math.isfinite(validation))
+    if not finite:
         kept = f"; the last checkpoint is of step {run.saved}" if run.saved else ""
-        run.say(f"loss {end.bits} and gradient norm {end.norm} in step {end.number}: stopped{kept}")
+        figures = f"loss {end.bits}, gradient norm {end.norm}, validation {validation}"
+        run.say(f"{figures} in step {end.number}: stopped{kept}")
     recent, several = done[-100:], run.model.streams > 1
     bits, similarity = (
         sum(getattr(s, k) for s in recent) / len(recent) for k in ("bits", "similarity")
     )
     result = {
         "steps": end.number,
-        "finite": end.finite,
+        "finite": finite,
         "bits_per_byte": bits,
         "validation": validation,
         "similarity": similarity if several else None,

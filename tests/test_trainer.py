@@ -338,6 +338,14 @@ def test_diverged_run_stops_and_keeps_its_checkpoint(corpus, tmp_path, capsys):
     assert steps_kept(tmp_path / "ahead") == []
 
 
+def test_a_run_has_diverged_where_its_validation_has(corpus, tmp_path, monkeypatch):
+    """The loss of a step is taken before its update."""
+    monkeypatch.setattr(train_lm, "loss_fn", lambda *_: [mx.array(float("nan"))])
+    result = train(corpus, tmp_path, "--connection", "plain", "--save-every", 1)
+    assert not result["finite"] and result["steps"] == EVERY
+    assert steps_kept(tmp_path) == [EVERY - 1, EVERY - 2]
+
+
 def test_steps_read_at_once_took_as_long(whole):
     """Before a validation the host waits for the step that runs and the one before it."""
     with open(whole / "log.csv", newline="") as f:
