@@ -4,6 +4,7 @@ A new file is created where none is. What is no regular file (a FIFO, /dev/null,
 output) is written to as it is.
 """
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -67,10 +68,12 @@ def write_all(descriptor: int, data: bytes) -> None:
 
 
 def write_new(path: Path, text: str) -> None:
-    """Into a file that was not there; SystemExit where it cannot be, and then none is left."""
+    """Into a file that was not there. Where it cannot be, none is left, the text is printed, since
+    it may have taken hours, and SystemExit says why."""
     new = not path.exists()
     try:
-        check_new("the file to write", path)
+        if not new and not is_stream(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         descriptor = open_to_append(path)
         try:
             write_all(descriptor, text.encode())
@@ -83,7 +86,9 @@ def write_new(path: Path, text: str) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise SystemExit(f"cannot write {path}: {error.strerror}") from error
+        print(text, flush=True)
+        why = f"cannot write {path}: {error.strerror}: its text is printed instead"
+        raise SystemExit(why) from error
 
 
 def replace(path: Path, text: str) -> None:

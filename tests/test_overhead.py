@@ -145,6 +145,8 @@ def test_json_is_a_new_file(tmp_path, monkeypatch, capfd):
     with pytest.raises(SystemExit, match="cannot write .*/full: No space left"):
         overhead.main(["--dims", "8", "--json", str(tmp_path / "full")])
     assert (tmp_path / "full").is_symlink()
+    out = capfd.readouterr().out  # what was measured is not lost
+    assert json.loads(out[out.index("{") : out.rindex("}") + 1])["results"] == made["results"]
 
 
 def test_options_that_do_nothing_or_cannot_be(tmp_path, capsys, monkeypatch):
