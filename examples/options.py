@@ -3,10 +3,10 @@
 import argparse
 import importlib.util
 import math
-import os
 
-import mlx.core as mx
 from byte_lm import CONVENTIONS, DTYPES
+
+from mhc_mlx.commands import memory
 
 MOST_STEPS = 10**8 - 1  # the digits of a checkpoint's name
 
@@ -33,13 +33,6 @@ def refuse_empty(parser: argparse.ArgumentParser, args: argparse.Namespace, *nam
             parser.error(f"{option(name)} must be a path but is empty")
 
 
-def device_memory() -> int:
-    """Bytes of the default device, or of this machine."""
-    info = mx.device_info()
-    own = info.get("total_memory", info.get("memory_size"))
-    return own or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def least_bytes(args: argparse.Namespace) -> int:
     """What a step takes in any case: weights, gradients and both moments; the streams before each
     block, and logits."""
@@ -52,7 +45,7 @@ def least_bytes(args: argparse.Namespace) -> int:
 
 
 def check_memory(parser: argparse.ArgumentParser, args: argparse.Namespace, names: str) -> None:
-    least, most = least_bytes(args), device_memory()
+    least, most = least_bytes(args), memory()
     if least > most:
         gib = min(least, 2**200) / 2**30
         parser.error(f"{names} need at least {gib:.3g} GiB but the device has {most / 2**30:.3g}")

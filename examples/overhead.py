@@ -32,7 +32,6 @@ from mlx.utils import tree_flatten
 from options import (
     MOST_STEPS,
     check_memory,
-    device_memory,
     option,
     options_named,
     parse,
@@ -43,6 +42,7 @@ from train_lm import train
 from training_step import make_optimizer, make_step
 
 from mhc_mlx import backend
+from mhc_mlx.commands import memory
 
 ROWS = 41  # n = 4: see the table of bytes in the README
 KINDS = {
@@ -127,7 +127,7 @@ def overhead(dim: int, args: argparse.Namespace, bandwidth: float) -> dict:
     base = model_options(dim, args)
     size = {"bfloat16": 2, "float32": 4}[args.dtype]
     floor = ROWS * 2 * args.depth * dim * args.tokens * size / bandwidth * 1e3
-    most = device_memory() if backend() else None
+    most = memory() if backend() else None
     result = {"dim": dim, "floor_ms": floor}
     for kind in [k for k in KINDS if k in args.kinds]:  # plain first: others add to it
         command = [*base, *KINDS[kind]]
@@ -274,7 +274,7 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, nam
             command = with_depth(model_options(dim, args), args.depth)
             model = trainer_parser().parse_args([*command, *KINDS[kind]])
             check_memory(parser, model, "--tokens, --dims and --depth")
-    most = min(device_memory() // (17 * 2**20), 2**12 - 1)  # 16 copies; elements are below 2**31
+    most = min(memory() // (17 * 2**20), 2**12 - 1)  # 16 copies; elements are below 2**31
     if args.copy_mib > most:
         parser.error(f"--copy-mib must be at most {most} here but is {args.copy_mib}")
 
@@ -333,7 +333,7 @@ def main(command: list[str] | None = None) -> None:
             f"{record['curves']['largest_difference']:.1e} bits per byte"
         )
     if args.json:
-        write_new(Path(args.json), json.dumps(record, indent=1))
+        write_new(Path(args.json), json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
