@@ -408,4 +408,5 @@ def _train(run: Run, diagnosed: bool, at_end: ExitStack) -> dict:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a sample is any bytes
     sys.exit(0 if train(parse(description=__doc__))["finite"] else 1)

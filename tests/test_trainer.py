@@ -338,6 +338,18 @@ def test_diverged_run_stops_and_keeps_its_checkpoint(corpus, tmp_path, capsys):
     assert steps_kept(tmp_path / "ahead") == []
 
 
+def test_a_terminal_that_cannot_show_a_sample(corpus, tmp_path, monkeypatch, uncompiled):
+    """The run goes on to its pictures."""
+    shown = io.TextIOWrapper(io.BytesIO(), "ascii")
+    options = command(corpus, None, "--connection", "plain", "--steps", 1, "--plot", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_lm.py", *options, "--sample", "50"])
+    monkeypatch.setattr(sys, "stdout", shown)
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(EXAMPLES / "train_lm.py"), run_name="__main__")
+    shown.seek(0)
+    assert "\\ufffd" in shown.read() and (tmp_path / "loss.png").exists()
+
+
 def test_a_run_has_diverged_where_its_validation_has(corpus, tmp_path, monkeypatch):
     """The loss of a step is taken before its update."""
     monkeypatch.setattr(train_lm, "loss_fn", lambda *_: [mx.array(float("nan"))])
