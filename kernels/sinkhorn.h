@@ -78,19 +78,19 @@ template <int N, typename S> inline float shared(float value, int j, uint simd_l
 enum { START_EXP = 0, START_SOFTMAX = 1, START_ADDITIVE = 2 };
 constexpr int steps_of(int start) { return start == START_EXP ? 2 : start == START_SOFTMAX ? 1 : 0; }
 
-// In how many half-steps an element grows by `most`: for long by n - 1 in each at most (n - 1 lines that need one line across).
+// The half-steps that multiply an element by at most `most`: over many, each does by at most n - 1 (n - 1 lines need one line across).
 constexpr int growing_steps(int n, float most) {
   int steps = 0;
   for (float grown = float(n - 1); n > 2 && grown <= most; grown *= float(n - 1)) ++steps;
   return n > 2 ? steps : 1 << 20;
 }
-// After how many half-steps elements come back from the logits, since what is below float32 then may matter later; 0: never.
+// The half-steps after which small elements are made again from the logits, since what float32 has lost may matter later; 0: never.
 // 2^-126 grows to 2^-19 within all half-steps, or to 2^-30 (`return_small`) within those between two returns.
 constexpr int returning(int n, int start, int iters) {
   return start == START_ADDITIVE || 2 * iters - 2 <= growing_steps(n, 1.6225928e32f) ? 0 : growing_steps(n, 7.9228163e28f);
 }
 
-// log p = the start's logits - along - across, of lane i's line i and column i; since: products of divisors not yet in there.
+// log p = the start's logits - along - across: of line i and column i in lane i. The products of newer divisors are in `since`.
 // A softmax along the line is exp(logit - top) / sum.
 struct Divided { float along, across, along_since, across_since, top, sum; };
 inline void divide(thread Divided& by, int k, float d) {
@@ -98,7 +98,7 @@ inline void divide(thread Divided& by, int k, float d) {
   else by.across_since *= d;
 }
 
-// A line's sum, eight at a time: small ones are not rounded at each step to what a large one beside them holds.
+// A line's sum, by eights: so small elements are not rounded at each step to the last digit of a large one beside them.
 template <int N> inline float line_sum(thread const float (&p)[N]) {
   float sum = 0.0f;
   UNROLL for (int j = 0; j < N; j += 8) {
@@ -170,7 +170,7 @@ inline float half_step(thread float (&p)[N], int k, float eps, uint lane, uint s
   return d;
 }
 
-// Small elements of p anew: exp(the start's logits - along - across). Each is loaded where it is small, or registers would hold all.
+// Small elements of p become exp(the start's logits - along - across). A logit is loaded where it is needed: registers do not hold all.
 template <int N, int START, bool COLUMNS, typename P, typename S>
 inline void return_small(thread float (&p)[N], P logits, thread Divided& by, float eps, uint lane, uint simd_lane, S scratch) {
   constexpr float SMALL = 9.3132257e-10f;  // 2^-30

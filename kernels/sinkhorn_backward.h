@@ -3,8 +3,8 @@
 
 namespace mhc {
 
-// g = p (g - shift), the gradient of log p, and left = what the next step across lacks, shift eps / d. Any shift of a column is
-// right; that of an element near 1 leaves its g no digits that only cancel. Of the result of a step across.
+// g = p (g - shift), the gradient of log p, where p is the result of a step across. Any shift of a column is right, if that step
+// then subtracts shift eps / d from its sum of g. With the g of an element near 1 as its shift, no digits of it cancel.
 template <int N, typename S>
 inline void shift_columns(thread float (&g)[N], thread const float (&p)[N], uint lane, uint simd_lane, S scratch, thread float& shift) {
   float all[N];
@@ -109,19 +109,19 @@ inline void sinkhorn_gradient(thread float (&g)[N], P logits, D divisors, float 
     step_back_across<N>(g, p, across<N, false>(g, lane, scratch), 1.0f, lane, simd_lane, scratch);
   }
   if constexpr (LOGS) {
-    // a softmax s along the line: q = q - s q.sum(), q = s / (s + eps) times that of log(s + eps) after START_SOFTMAX; of an s
-    // near 1, with 1 - s = the sum of all others:  q (1 - s) - s (q.sum() of all others)
+    // a softmax s along the line: q = q - s q.sum(), where START_SOFTMAX has q = s / (s + eps) times the gradient of log(s + eps)
+    // for s near 1, where 1 - s is the sum of all others:  q = q (1 - s) - s (q.sum() of all others)
     load_line<N, COLUMNS>(p, logits, lane);
     softmax_line(p, by.top, by.sum);
-    float rest = 0.0f, others = 0.0f, top = 0.0f;
+    float small_p = 0.0f, small_g = 0.0f, large_g = 0.0f;
     UNROLL for (int j = 0; j < N; ++j) {
       if (START == START_SOFTMAX) g[j] *= p[j] / (p[j] + bound);
       const bool large = p[j] > 0.5f;
-      rest += large ? 0.0f : p[j];
-      others += large ? 0.0f : g[j];
-      top += large ? g[j] : 0.0f;
+      small_p += large ? 0.0f : p[j];
+      small_g += large ? 0.0f : g[j];
+      large_g += large ? g[j] : 0.0f;
     }
-    UNROLL for (int j = 0; j < N; ++j) g[j] = p[j] > 0.5f ? g[j] * rest - p[j] * others : g[j] - p[j] * (others + top);
+    UNROLL for (int j = 0; j < N; ++j) g[j] = p[j] > 0.5f ? g[j] * small_p - p[j] * small_g : g[j] - p[j] * (small_g + large_g);
   }
 }
 

@@ -108,10 +108,11 @@ class Convention:
         return self.start == "exp" or (self.start == "softmax" and self.eps == 0)
 
     def in_range(self, n: int) -> bool:
-        """Whether float32 holds all that matters of the half-steps' matrices.
+        """Whether float32 holds all elements of the half-steps' matrices that matter in the end.
 
-        A half-step multiplies an element by n - 1 at most for long (n - 1 rows that need one
-        column, and one row that has all others). So 2**-126 is below 2**-19 in the end.
+        Over many half-steps each multiplies an element by at most n - 1 (n - 1 rows need one
+        column, and one row has all others). If they multiply 2**-126, the smallest number, by at
+        most 2**107, what is below it stays below 2**-19.
         """
         if self.start == "softmax" and self.eps < 2.0**-40:  # sums of it, squared in a gradient
             return False

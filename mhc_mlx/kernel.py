@@ -32,7 +32,7 @@ def backend() -> str | None:
 
 
 class Place(NamedTuple):
-    """Where kernels run; a key, which a device is not: equal ones have different hashes."""
+    """Where kernels run. It is a key of caches; a device is none, as equal ones differ in hash."""
 
     backend: str
     device: mx.Device
@@ -42,16 +42,17 @@ class Place(NamedTuple):
 
 
 def place() -> Place | None:
-    """Of what starts now; None where the reference runs."""
+    """Where an op that is called now runs its kernels; None where the reference runs."""
     found = backend()
     return Place(found, mx.default_device()) if found else None
 
 
 @contextlib.contextmanager
 def at(place: Place):
-    """Runs there what is inside, whatever the default device is: a gradient where its forward ran.
+    """What is inside runs at that place, whatever the default device is: so a gradient runs where
+    its forward ran.
 
-    An operation without a stream is for the default device; a Metal kernel is for the GPU.
+    MLX runs an operation without a stream on the default device, but a Metal kernel on the GPU.
     """
     token, here = _fixed.set(place.backend), mx.default_device() == place.device
     try:
@@ -197,7 +198,7 @@ class Launch(NamedTuple):
 
 @contextlib.contextmanager
 def record():
-    """Collects the launches of this thread, for Metal; they run nothing and give zeros."""
+    """Collects the launches of this thread, as for Metal; each returns zeros and runs nothing."""
     found = []
     tokens = _recorded.set(found), _fixed.set("metal")
     try:
@@ -233,7 +234,7 @@ print_sources(launches)
 
 @functools.lru_cache(maxsize=64)
 def _printed(launches: str) -> str:
-    """What MLX prints of launches, in JSON, by another process."""
+    """The Metal source of launches (in JSON), as MLX prints it in another process."""
     if not sys.executable or getattr(sys, "frozen", False):
         raise RuntimeError("[verbose] needs a Python interpreter to run, but this one is frozen.")
     run = subprocess.run(
@@ -251,8 +252,9 @@ def _printed(launches: str) -> str:
 
 
 def print_sources(launches: list) -> None:
-    """Let MLX print the Metal source of launches, read from JSON; it does while it records them for
-    export."""
+    """Make MLX print the Metal source of launches, which come from JSON: it prints each while it
+    records it for export.
+    """
 
     def dtype(v):
         return getattr(mx, v["dtype"]) if isinstance(v, dict) else v

@@ -20,7 +20,7 @@ def _float(*arrays: mx.array) -> list[mx.array]:
 
 
 def _long_sum(v: mx.array, width: int = 128) -> mx.array:
-    """Over the last axis, width at a time, because on a CPU MLX adds a row element by element."""
+    """The sum over the last axis, by parts of that width: on a CPU MLX adds a row one by one."""
     while v.shape[-1] > width:
         rest = -v.shape[-1] % width
         if rest:
@@ -30,8 +30,8 @@ def _long_sum(v: mx.array, width: int = 128) -> mx.array:
 
 
 def _line_sum(p: mx.array, axis: int) -> mx.array:
-    """Of matrices along axis, which stays: eight at a time, so that small ones are not rounded at
-    each step to what the large one beside them holds.
+    """Sums of matrices along axis, which stays, by eights: small elements are not rounded at each
+    step to the last digit of a large one beside them.
     """
     if p.shape[-1] <= 8:
         return p.sum(axis=axis, keepdims=True)
@@ -55,10 +55,11 @@ def _largest(a: mx.array, axis: int) -> mx.array:
 
 
 def _from_rest(p: mx.array, axis: int, total: mx.array | float = 1.0) -> mx.array:
-    """p, whose sum along axis is total: the largest is that minus all others, for its gradient.
+    """p, whose sum along axis is total, with the largest computed as total minus all others: its
+    value is the same, its gradient is not.
 
-    The gradients of all others then hold differences from that of the largest, and where it is
-    near 1 nothing is left of ``p * (dp - sum(p * dp))`` otherwise.
+    The gradients of all others then hold differences from that of the largest. Otherwise
+    ``p * (dp - sum(p * dp))`` loses its digits where the largest is near 1.
     """
     largest = _largest(p, axis)
     rest = total - _line_sum(mx.where(largest, 0.0, p), axis)
@@ -66,18 +67,18 @@ def _from_rest(p: mx.array, axis: int, total: mx.array | float = 1.0) -> mx.arra
 
 
 def _to_largest(a: mx.array, axis: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Where a is largest along axis, its distance to that (0 there), and ``sum(exp)`` of all
-    others: what a softmax and its gradient need.
+    """Where a is largest along axis, its distance to the largest (0 there), and ``sum(exp)`` of the
+    distances of all others: a softmax and its gradient need these.
     """
     largest = _largest(a, axis)
     top = mx.where(largest, a, 0.0).sum(axis=axis, keepdims=True)
-    a = a + mx.stop_gradient(mx.maximum(a, top - 3.4e38) - a)  # float32 holds the distance
+    a = a + mx.stop_gradient(mx.maximum(a, top - 3.4e38) - a)  # float32 then holds the distance
     a = mx.where(largest, 0.0, a - top)
     return largest, a, _line_sum(mx.where(largest, 0.0, mx.exp(a)), axis)
 
 
 def _softmax(a: mx.array) -> mx.array:
-    """Along the last axis."""
+    """The softmax along the last axis."""
     largest, a, others = _to_largest(a, -1)
     return mx.where(largest, 1.0, mx.exp(a)) / (1 + others)
 
@@ -113,21 +114,22 @@ def sinkhorn_knopp(logits: mx.array, convention: Convention = ROW_FIRST) -> mx.a
         p, done = _softmax(p) + eps, 1
     else:
         p, done = mx.eye(p.shape[-1]) + p, 0
-    left = 0.0  # eps over the sum
+    eps_part = 0.0  # eps over the divisor of the last half-step
     if convention.in_range(p.shape[-1]):
         p = mx.exp(p) if convention.in_logs else p
         for k in range(done, last):
             d = _line_sum(p, axes[k % 2]) + eps
-            p, left = p / d, eps / d
+            p, eps_part = p / d, eps / d
     else:
-        p, by = p if convention.in_logs else mx.log(p), [0.0, 0.0]  # what lines were divided by
+        p = p if convention.in_logs else mx.log(p)
+        by = [0.0, 0.0]  # logs of what lines and columns were divided by
         for k in range(done, last):
             a = p - by[0] - by[1]
             m = mx.stop_gradient(a.max(axis=axes[k % 2], keepdims=True))
             d = _line_sum(mx.exp(a - m), axes[k % 2]) + eps * mx.exp(-m)
-            by[k % 2], left = by[k % 2] + (m + mx.log(d)), eps * mx.exp(-m) / d
+            by[k % 2], eps_part = by[k % 2] + (m + mx.log(d)), eps * mx.exp(-m) / d
         p = mx.exp(p - by[0] - by[1])
-    p = p if convention.start == "additive" else _from_rest(p, axes[1], 1 - left)
+    p = p if convention.start == "additive" else _from_rest(p, axes[1], 1 - eps_part)
     return p.swapaxes(-1, -2) if convention.transposed else p
 
 

@@ -23,11 +23,11 @@ from .ops.dispatch import FLOATS, fail
 
 
 class _Widened(nn.Module):
-    """What stands before the own class of a module that `widen` changed."""
+    """`widen` puts a subclass of this before the class of each module that it changes."""
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         _, _, *state = super().__reduce_ex__(protocol)
-        return _empty, type(self).__bases__, *state
+        return _new_widened, type(self).__bases__, *state
 
 
 @functools.cache
@@ -37,8 +37,8 @@ def _widened(kind: type[_Widened], cls: type) -> type:
     return type(f"Widened{cls.__name__}", (kind, cls), {})
 
 
-def _empty(kind: type[_Widened], cls: type) -> _Widened:
-    """For pickle, which does not find a class that `_widened` made."""
+def _new_widened(kind: type[_Widened], cls: type) -> _Widened:
+    """Pickle calls this, because it does not find a class that `_widened` made."""
     return _widened(kind, cls).__new__(_widened(kind, cls))
 
 
@@ -48,7 +48,7 @@ class WidenedBlock(_Widened):
     Attributes:
         connections: A `HyperConnection` for each of the block's branches.
         enters, leaves: The streams to expand to before the block, how to reduce after; or None.
-        is_first, is_last: Whether it is an end of the row of blocks.
+        is_first, is_last: Whether the block is an end of its row of blocks.
     """
 
     def __call__(self, x: mx.array, *args, **kwargs) -> mx.array:
@@ -118,7 +118,7 @@ def _names_after_x(f: Callable) -> list[str]:
 
 
 def _check_form(name: str, block: nn.Module) -> None:
-    """That a block is a module of one of the two forms."""
+    """Raises unless a block is a module of one of the two forms."""
     if not isinstance(block, nn.Module) or not callable(block):
         raise TypeError(fail("widen", "layers", "be modules that can be called", name))
     if isinstance(block, WidenedBlock):
@@ -143,7 +143,7 @@ def _check_form(name: str, block: nn.Module) -> None:
 
 
 def _check_arguments(name: str, f: Callable, count: int, args: tuple, kwargs: dict) -> None:
-    """That a function takes the example after ``count`` positional arguments."""
+    """Raises unless a function takes the example after ``count`` positional arguments."""
     try:
         inspect.signature(f).bind(*(None for _ in range(count)), *args, **kwargs)
     except TypeError as error:
@@ -167,7 +167,7 @@ def _run(name: str, what: str, f: Callable, *args, **kwargs):
 
 
 def _check_block(name: str, block: nn.Module, dim: int, args: tuple, kwargs: dict) -> int:
-    """That a block is the sum of its branches, on two tokens; their number."""
+    """The number of branches; raises unless the block is x + F(x) for each, on two tokens."""
     floats = (a.dtype for _, a in tree_flatten(block.parameters()) if a.dtype in FLOATS)
     dtype = next(floats, mx.float32)
     x = mx.random.normal((1, 2, dim), dtype=dtype, key=mx.random.key(0))
@@ -202,7 +202,9 @@ def _check_block(name: str, block: nn.Module, dim: int, args: tuple, kwargs: dic
 
 
 def _check_blocks(layers: list[nn.Module], dim: int, args: tuple, kwargs: dict) -> list[int]:
-    """The number of branches of each block. In evaluation: dropout is off, nothing is counted."""
+    """The number of branches of each block, which runs in evaluation: dropout is off, and no module
+    counts its calls.
+    """
     modes = [(module, module.training) for block in layers for module in block.modules()]
     try:
         counts = []
@@ -220,7 +222,7 @@ def _name(block: nn.Module, k: int) -> str:
 
 
 def _check_one_process(model: nn.Module | None, layers: list) -> None:
-    """That no stage of a pipeline is widened alone."""
+    """Raises where the model is a stage of a pipeline, which would be widened alone."""
     modules = [] if model is None else model.modules()
     size = max((getattr(module, "pipeline_size", 1) for module in modules), default=1)
     if any(block is None for block in layers):
@@ -325,8 +327,8 @@ def widen(
         [HyperConnection(dim, num_streams, layer_idx=next(index), **options) for _ in range(count)]
         for count in counts
     ]
-    for block, own in zip(layers, connections, strict=True):
-        block.connections = own
+    for block, of_block in zip(layers, connections, strict=True):
+        block.connections = of_block
         block.enters = num_streams if block is layers[0] else None
         block.leaves = reduce if block is layers[-1] else None
         block.is_first, block.is_last = block is layers[0], block is layers[-1]

@@ -380,8 +380,8 @@ SHARED = [
     walk(
         "an element near 1 twice",
         SINKHORN,
-        "g[j] * rest - p[j] * others",
-        "g[j] * rest",
+        "g[j] * small_p - p[j] * small_g",
+        "g[j] * small_p",
         parity=WRONG,
     ),
     walk("segments not shifted", LONG, "(k - begin) * STRIDE", "k * STRIDE", rules=OUTSIDE),

@@ -140,8 +140,11 @@ def check_threads(op: str, threads: int | None) -> None:
 
 
 class _Mapping(NamedTuple):
-    """Whether `vmap` maps what is called now, so that ops run by the reference: for functions that
-    MLX traces, and for what a rule of an op calls."""
+    """Whether ops that are called now run by the reference, because `vmap` maps them.
+
+    traced: In a function that MLX traces.
+    rule: In what an op's own rule for vmap calls: so an outer `vmap` traces it.
+    """
 
     traced: bool
     rule: bool
@@ -188,7 +191,7 @@ def _fuse(
             in its dtype.
         shared_ndim: Per array, with how many axes it is shared by all tokens; None if it never is.
         results: Of the first array, how many results there are.
-        place: Where forward runs, and so all that follows from it.
+        place: Where forward runs, and with it all its derivatives.
 
     MLX 0.32 goes through what a custom_function computes where it maps it or takes its jvp, and has
     neither of a custom kernel. So `vmap` traces the reference, and kernels get arrays that no jvp
@@ -222,7 +225,7 @@ def _fuse(
         return made if len(made) > 1 else made[0]
 
     def rule(f):
-        """f of the forward's place; the ops in it run by kernels, if no outer `vmap` traces."""
+        """f, run at the forward's place; ops in it run by kernels unless an outer `vmap` traces."""
 
         @functools.wraps(f)
         def placed(*args):
@@ -233,7 +236,7 @@ def _fuse(
         return placed
 
     def dense(primals, tangents):
-        """The tangents, zeros for None."""
+        """The tangents, with zeros for None."""
         pairs = zip(primals, tangents, strict=True)
         return [mx.zeros_like(a) if t is None else t for a, t in pairs]
 
