@@ -197,7 +197,11 @@ def test_peak_memory_of_a_training_step():
 
 
 def test_a_gradient_runs_where_its_forward_ran():
-    """With the CPU as the default device: kernels in the forward alone asked for the GPU."""
+    """With the CPU as the default device: the forward alone asks for the GPU.
+
+    On CUDA, MLX 0.32.4 takes an eager gradient across devices of no op, nor of its own ones ("There
+    is no Stream(gpu, 1) in current thread"): there the compiled one alone is compared.
+    """
     arrays = [mx.random.normal((3, 2, 4, 64)), *dynamic_arrays(4, 64)]
     weights = mx.random.normal(arrays[0].shape)
     mx.eval(arrays, weights)
@@ -218,14 +222,15 @@ def test_a_gradient_runs_where_its_forward_ran():
     try:
         assert m.backend() is None
         f = loss(ops, device)
-        got = mx.grad(f, argnums=every)(*arrays)
-        compiled = mx.compile(mx.grad(f, argnums=every))(*arrays)
-        tangents = mx.jvp(mx.grad(f), arrays, arrays)[1]
-        mx.eval(got, compiled, tangents)
+        pairs = [(mx.compile(mx.grad(f, argnums=every))(*arrays), want)]
+        if mx.metal.is_available():
+            pairs.append((mx.grad(f, argnums=every)(*arrays), want))
+            pairs.append((mx.jvp(mx.grad(f), arrays, arrays)[1], curved))
+        mx.eval(pairs)
     finally:
         mx.set_default_device(device)
-    for each, wanted in ((got, want), (compiled, want), (tangents, curved)):
-        for a, b in zip(each, wanted, strict=True):
+    for got, wanted in pairs:
+        for a, b in zip(got, wanted, strict=True):
             same(a, b, 1e-4)
 
 
