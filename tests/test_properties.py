@@ -444,6 +444,8 @@ def test_mhc_pre_passes_x_through(norm):
 def test_streams_that_a_projection_lacks(convention, n, words):
     with pytest.raises(ValueError, match=rf"\[some_op\] n must be {words}"):
         convention.check_streams("some_op", n)
+    with pytest.raises(ValueError, match=rf"\[res_size\] n must be {words}"):
+        convention.res_size(n)
     x, outs = mx.ones((2, n, 8)), 2 * n + 1
     arrays = [x, mx.ones((outs, 8 * n)), mx.ones(outs), mx.ones(3)]
     with pytest.raises(ValueError, match=rf"\[mhc_coefficients\] n must be {words}"):
