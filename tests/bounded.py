@@ -23,10 +23,11 @@ def additions(count: int, lanes: int) -> float:
 
 
 class Bounded:
-    """Values ``v`` and bounds ``e``; ``lanes`` as in `additions`."""
+    """Values ``v`` and bounds ``e``; ``lanes`` as in `additions`; ``ties`` counts what `rounding`
+    left open."""
 
     __array_ufunc__ = None  # so that NumPy leaves operators to this class
-    lanes = 1
+    lanes, ties = 1, 0
 
     def __init__(self, v, e=None):
         self.v = np.asarray(v, np.float64)
@@ -148,6 +149,7 @@ def rounding(round_to):
         if not isinstance(a, Bounded):
             return round_to(a)
         v, low, high = round_to(a.v), round_to(a.v - a.e), round_to(a.v + a.e)
+        Bounded.ties += int((high != low).sum())
         return Bounded(v, np.maximum(high - v, v - low))
 
     return rounded
@@ -274,7 +276,7 @@ def evaluate(lanes: int, **replaced):
     names = {"np": numpy, "sinkhorn_knopp": sinkhorn_knopp(oracle.sinkhorn_knopp)} | replaced
     before = {name: getattr(oracle, name) for name in names}
     vars(oracle).update(names)
-    Bounded.lanes = lanes
+    Bounded.lanes, Bounded.ties = lanes, 0
     try:
         yield
     finally:
