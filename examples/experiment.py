@@ -172,7 +172,7 @@ def read_run(path: Path) -> dict:
                 raise TypeError(f"{key} must be of {kind} but is {record[key]!r}")
         if path.name != f"{record['connection']}-seed{record['seed']}.json":
             raise ValueError(f"it has {record['connection']} and seed {record['seed']}")
-        if record["report"]:
+        if record["report"] is not None:
             StabilityReport.from_dict(record["report"])
             gains(record, "forward")
         open(path.parent / record["log"]).close()

@@ -169,6 +169,8 @@ def test_malformed_runs_are_one_error(tmp_path, capsys):
         *(json.dumps({k: v for k, v in good.items() if k != name}) for name in good),
         *(json.dumps(good | {k: []}) for k in good),
         json.dumps(good | {"report": {"connections": [{}], "loss": 1}}),
+        json.dumps(good | {"report": {"connections": [], "loss": 1}}),  # which has no gains
+        json.dumps(good | {"report": {}}),
         json.dumps(good | {"log": "missing.csv"}),
         json.dumps(good | {"seed": 1}),  # a copy would count twice
     ):
