@@ -68,14 +68,15 @@ class Op(NamedTuple):
 
     inputs: Of x; x and the other arrays.
     forward, backward: The fewest rows of C elements per token that move: (a, b) is a * n + b.
+        None where a token has no such rows.
     statics: What follows the arrays in a call.
     call: A function of a module, the arrays and options, or another op's name.
     saves: Whether its forward saves for its gradients, which then cannot run alone.
     """
 
     inputs: Callable
-    forward: tuple[int, int]
-    backward: tuple[int, int]
+    forward: tuple[int, int] | None = None
+    backward: tuple[int, int] | None = None
     statics: tuple = ()
     call: Callable | str | None = None
     saves: bool = False
@@ -96,7 +97,7 @@ def whole(x: mx.array) -> list[mx.array]:
 
 V4 = (DEEPSEEK_V4,)
 OPS = {
-    "sinkhorn_knopp": Op(lambda logits: [logits], (0, 0), (0, 0)),
+    "sinkhorn_knopp": Op(lambda logits: [logits]),
     "mhc_static": Op(lambda x: [x, *shared(x), weight(x)], (2, 0), (3, 0)),
     "mhc_layer": Op(lambda x: [x, *shared(x)[:2], logits(x), weight(x)], (2, 0), (3, 0)),
     "stream_mix_add": Op(lambda x: [x, branch(x), *shared(x)[1:]], (2, 1), (3, 2)),
