@@ -1,5 +1,6 @@
 """benchmark.py's bytes, modes and counters, its JSON, and what reads it."""
 
+import contextlib
 import functools
 import json
 import math
@@ -121,13 +122,63 @@ def test_modes(monkeypatch):
     assert benchmark.parse([]).baseline is None and not benchmark.parse(["--no-baseline"]).baseline
 
 
-def test_verify_writes_json(tmp_path):
+def test_shapes_of_the_tables():
+    """Of the default one those that the README has figures of, and of the preset the shapes that
+    other projects measure: with others, figures could not be compared with theirs."""
+    lists = {"mhc_static": [(16384, 4, 1024), (8192, 8, 1024), (64, 32, 1280)]}
+    lists |= {"mhc_layer": [(320, 4, 1280)], "sinkhorn_knopp": [(65536, 4, 4)]}
+    lists |= dict.fromkeys(timed.TARGETS, [(65536, 4, 1024), (16384, 4, 4096)])
+    lists["mhc_pre_norm"] = lists["mhc_pre"]
+    usual = [(16384, 4, 1024)]
+    assert {op: lists.get(op, usual) for op in timed.OPS} == benchmark.DEFAULT
+    seeds = [
+        *((320, 4, 1280), (512, 4, 1920), (1280, 4, 2560), (2560, 4, 1280), (128, 8, 1280)),
+        *((256, 8, 1280), (32, 32, 1280), (64, 32, 1280), (128, 32, 1280), (128, 4, 1280)),
+        *((256, 4, 1280), (512, 4, 2560), (1024, 4, 1920), (1024, 4, 2560), (65536, 4, 1024)),
+        *((16384, 4, 1024), (16384, 4, 4096), (8192, 8, 1024), (8192, 12, 1024)),
+    ]
+    matrices = [(1, 4), (1, 8), (1, 16), (65536, 4), (8192, 8), (4096, 16), (1, 64)]
+    want = dict.fromkeys(("mhc_static", "stream_mix_add", "stream_aggregate_norm"), seeds)
+    want |= {"mhc_layer": seeds[:14], "mhc_dynamic": seeds[:17]}
+    want["sinkhorn_knopp"] = [(B, n, n) for B, n in matrices]
+    assert benchmark.PRESETS == {"seeds": want}
+    assert benchmark.GRID == {
+        4: (1024, 1280, 2560, 4096, 5120, 7168),
+        **dict.fromkeys((2, 8, 16), (1024, 4096)),
+    }
+    assert benchmark.DECODE == [(T, 4, C) for C in (4096, 5120, 7168) for T in (1, 2, 4, 8, 16)]
+    assert benchmark.OVERHEAD == [(1, 4, 4096), (16384, 4, 1024)]
+
+
+def test_the_cache_is_given_back_once_it_is_large(monkeypatch):
+    """Before a check and before a row: else arrays of a shape before would leave no memory."""
+    cleared = []
+    monkeypatch.setattr(benchmark, "room", lambda: 100)
+    monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(True))
+    monkeypatch.setattr(benchmark, "worst_error", lambda *_, **__: 0.0)
+    monkeypatch.setattr(benchmark, "input_sets", lambda make: [])
+    monkeypatch.setattr(benchmark, "race", lambda *_: [[1.0], [1.0]])
+    case = ("stream_aggregate", (2, 2, 8), "float32")
+    for held, count in ((0, 0), (100, 0), (101, 1)):
+        monkeypatch.setattr(mx, "get_cache_memory", lambda held=held: held)
+        cleared.clear()
+        benchmark.verify("rows", *case, ["forward"], None)
+        assert len(cleared) == count
+        cleared.clear()
+        Bench(1.0, None).row(case[0], "forward", *case[1:], None, baseline=False)
+        assert len(cleared) == count
+
+
+def test_verify_writes_json(tmp_path, capsys):
     benchmark.main(["--verify", "--shape", "3,4,4", "--json", str(tmp_path / "a.json")])
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["mlx"] == mx.__version__ and result["rows"] == []
     assert all(r["ok"] and r["error"] < 1 for r in result["verified"])
     assert all(r["direction"] == "forward+backward" for r in result["verified"])
     assert {r["op"] for r in result["verified"]} == set(benchmark.DEFAULT)
+    largest = max(r["error"] for r in result["verified"])
+    told = f"parity: {len(result['verified'])} cases, largest relative error {largest:.1e}"
+    assert told in capsys.readouterr().out.splitlines()
 
 
 def test_once_launches_what_it_names_twice(monkeypatch):
@@ -174,9 +225,26 @@ def test_what_fails_parity_is_not_timed(tmp_path, monkeypatch):
     assert {r["op"] for r in result["rows"]} == {"stream_aggregate"}
 
 
+@contextlib.contextmanager
+def launches_of_the_stand_in():
+    """As `timing.launches`, whose spies are on what builds kernels: the stand-in builds none."""
+    seen, launch = [], kernel.launch
+
+    def noted(name, *rest):
+        seen.append({"kernel": name, "source_bytes": 7, "template_arguments": 3})
+        return launch(name, *rest)
+
+    kernel.launch = noted
+    try:
+        yield seen
+    finally:
+        kernel.launch = launch
+
+
 def test_every_mode_writes_its_section(tmp_path, monkeypatch, capsys):
     small(monkeypatch)
     file = tmp_path / "a.json"
+    monkeypatch.setattr(benchmark, "launches", launches_of_the_stand_in)
     with executor("stand-in"):
         benchmark.main(["--quick", "--sizes", "--decode", "--overhead", "--json", str(file)])
     result = json.loads(file.read_text())
@@ -194,6 +262,20 @@ def test_every_mode_writes_its_section(tmp_path, monkeypatch, capsys):
     assert [r["op"] for r in result["overhead"]] == ["MHCLayer", "HyperConnection"]
     for r in result["overhead"]:
         assert r["us"] > 0 and r["eager_us"] > 0 and r["python_us"] > 0 and r["many_us"] > 0
+    names = [[launch["kernel"] for launch in r["launches"]] for r in result["overhead"]]
+    assert names[0] == ["mhc_fused"]  # of one call of each layer
+    assert len(set(names[1])) == len(names[1]) > 1 and names[1][-1] == "stream_mix_add"
+    assert printed.count("stream_mix_add: source 7 bytes, 3 template arguments") == 1
+
+
+def test_a_row_as_text():
+    """Every figure that a section has, under its name."""
+    times = {"eager_us": 1.0, "many_us": 2.0, "gpu_us": 3.0, "plain_us": 4.0}
+    times |= {"python_us": 5.0, "python_eager_us": 6.0}
+    text = show(figure(spread=0.25, percent_of_peak=40.0, speedup_vs_compiled=8.0) | times)
+    want = "10.0 us +- 25% | 1 GB/s | 50 % of copy | 40 % of peak | eager 1.0 | of many 2.0 | "
+    want += "GPU alone 3.0 | plain 4.0 | Python 5.0 | Python eager 6.0 | 8.0 x compiled reference"
+    assert " ".join(text.partition("|")[2].split()) == want
 
 
 def test_counter_of_dispatches():
@@ -268,6 +350,31 @@ def test_medians_over_processes(devices, tmp_path, monkeypatch):
     assert (row["percent_of_copy"], row["percent_of_peak"], row["gbps"]) == (20.0, 20.0, 1 / 20)
     assert (row["us"], row["spread"], row["speedup_vs_compiled"]) == (20.0, 1.0, 3.0)
     assert (slow["us"], slow["plain_us"], slow["speedup_vs_compiled"]) == (20.0, 160.0, 8.0)
+
+
+@pytest.mark.parametrize("sections", ["", "--sizes", "--decode", "--overhead", "--all", "--sweep"])
+def test_processes_are_given_options_that_they_take(sections, tmp_path, monkeypatch):
+    """The reference is timed in the first alone, where it is timed at all: elsewhere an option that
+    leaves it out does nothing, and would be refused."""
+    given = []
+
+    class Process:
+        def __init__(self, command, env):
+            args = benchmark.parse(command[2:])
+            given.append((args.baseline, args.processes))
+            Path(command[command.index("--json") + 1]).write_text(json.dumps(RESULT))
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(benchmark.subprocess, "Popen", Process)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(benchmark, "fitting", lambda those, *_: those)
+    op = ["--op", "stream_mix_add"] if sections == "--sweep" else []
+    with executor("stand-in"):
+        benchmark.main(["--processes", "3", *sections.split(), *op])
+    later = None if sections in ("--decode", "--overhead", "--sweep") else False
+    assert given == [(None, 1), (later, 1), (later, 1)]
 
 
 def test_compare(tmp_path, capsys):
@@ -347,6 +454,13 @@ def test_kept_figures_have_the_schema():
         for row in (row for section in SECTIONS for row in result.get(section, [])):
             assert row["direction"] in timed.DIRECTIONS and row["dtype"] in timed.DTYPES
             assert row["us"] == pytest.approx(row["us"]) and row["us"] > 0
+
+
+def test_help_says_the_docstring_as_it_is():
+    text = benchmark.options.parser(benchmark.__doc__, benchmark.PRESETS).format_help()
+    assert benchmark.__doc__.strip() in text
+    for name in ("json", "plot", "compare", "from"):
+        assert f"  --{name} FILE" in text
 
 
 # ---- parity
@@ -488,9 +602,12 @@ def test_a_sweep_verifies_each_variant(monkeypatch, capsys):
 
     monkeypatch.setattr(benchmark, "worst_error", error)
     monkeypatch.setattr(Bench, "row", row)
+    usual = ops.geometry.of_token
+    monkeypatch.setattr(ops.geometry, "of_token", usual)  # put back whatever the sweep leaves
     command = "--sweep --op stream_mix_add --shape 3,2,512 --dtype float32"
     with executor("stand-in"), pytest.raises(SystemExit, match="parity fails"):
         benchmark.main(command.split())
+    assert ops.geometry.of_token is usual  # or what is called next runs with the last one tried
     assert len(checked) > 10 and {gradients for gradients, *_ in checked} == {True, False}
     assert all(threads == forced for _, _, forced, threads in checked)
     out = capsys.readouterr().out
