@@ -175,3 +175,19 @@ def test_options_that_do_nothing_or_cannot_be(tmp_path, capsys, monkeypatch):
             overhead.main(options.split())
         assert message in capsys.readouterr().err.rpartition("error:")[2], options
     assert [p.name for p in tmp_path.iterdir()] == ["FILE"]
+
+
+def test_context_at_its_bound(capsys, monkeypatch):
+    """A sequence and the byte after it start in the data at 0 alone: the starts are below 1."""
+
+    def measured(mib):
+        raise SystemExit("measured")
+
+    monkeypatch.setattr(overhead, "copy_bandwidth", measured)
+    monkeypatch.setattr(overhead, "DATA", 34)
+    sizes = ["--dims", "8", "--depth", "1"]
+    with pytest.raises(SystemExit, match="measured"):
+        overhead.main([*sizes, "--context", "32", "--tokens", "32"])
+    with pytest.raises(SystemExit):
+        overhead.main([*sizes, "--context", "33", "--tokens", "33"])
+    assert "--context must be at most 32 but is 33" in capsys.readouterr().err

@@ -4,6 +4,7 @@ Everything runs on the CPU. Processes that are killed, or launched, run this fil
 """
 
 import csv
+import importlib
 import io
 import os
 import resource
@@ -366,6 +367,30 @@ def test_steps_read_at_once_took_as_long(whole):
     assert len(set(speeds)) > STEPS // EVERY
 
 
+def test_a_step_lasts_from_the_end_of_the_one_before(corpus, monkeypatch):
+    """The host waits for a step's loss; what it does between steps is no step's time."""
+    seconds = [3, 1, 4, 6, 2, 7, 5, 9, 8, 1, 12, 4]
+    now, left = [0.0], iter(seconds)
+
+    class Loss:
+        def item(self):
+            now[0] += next(left)
+            return 2.0
+
+    zero = mx.array(0.0)
+    monkeypatch.setattr(train_lm, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(train_lm, "make_step", lambda *_: lambda *_: (Loss(), zero, zero, zero))
+    monkeypatch.setattr(mx, "async_eval", lambda *_: None)
+    run = train_lm.Run(parse(command(corpus, None, "--connection", "plain")), ExitStack())
+    found = []
+    for step in run.steps():
+        found.append(step.seconds)
+        now[0] += 1000  # as a validation
+    both = [(seconds[k] + seconds[k + 1]) / 2 for k in range(EVERY - 2, STEPS, EVERY)]
+    want = [[*seconds[k : k + EVERY - 2], *[both.pop(0)] * 2] for k in range(0, STEPS, EVERY)]
+    assert found == sum(want, [])
+
+
 def test_out_of_time(corpus, tmp_path, monkeypatch):
     """The step that has begun meanwhile counts: it is in the log, tested and saved."""
     write, clock = Log.write, time.perf_counter
@@ -573,6 +598,41 @@ def test_the_seed_decides_weights_and_order(corpus):
     assert order == same[0] != different[0]
     assert mx.array_equal(weights, same[1]) and not mx.array_equal(weights, different[1])
     assert mx.array_equal(held_out, same[2]) and mx.array_equal(held_out, different[2])
+    # Always the same windows of a text, so that validations of any two versions can be compared.
+    text = corpus.read_bytes()
+    tail = np.frombuffer(text[-(len(text) // 32) :], np.uint8)
+    starts = np.array(Windows(len(tail), 16, 0).starts(0, 4))
+    assert (np.array(held_out) == tail[starts[:, None] + np.arange(17)]).all()
+
+
+def test_a_sample_goes_on_after_its_last_byte(monkeypatch):
+    """From the logits of the last place, sharpened, by as many bytes as the model may see."""
+    seen, given, draw = [], [], mx.random.categorical
+
+    def model(tokens):
+        (found,) = tokens.tolist()
+        seen.append(bytes(found))
+        after = 100.0 * (mx.arange(256) == tokens[..., None] + 1)
+        return after.astype(mx.bfloat16), None
+
+    monkeypatch.setattr(mx.random, "categorical", lambda a: given.append(a) or draw(a))
+    assert train_lm.sample(model, b"abc", 4, 3) == "abcdefg"
+    assert seen == [b"abc", b"bcd", b"cde", b"def"]
+    for k, logits in enumerate(given):
+        assert (logits.shape, logits.dtype) == ((256,), mx.float32)
+        assert logits[ord("d") + k].item() == pytest.approx(100 / 0.7)
+
+
+def test_the_default_text_is_the_standard_library(tmp_path, monkeypatch):
+    """Of Python alone, in a fixed order, without what was installed; whole files up to a limit."""
+    for name in ("b.py", "a/c.py", "site-packages/d.py", "e.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(path.stem * 6000)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    assert train_lm.read_corpus(None) == b"c" * 6000 + b"b" * 6000
+    with pytest.raises(SystemExit, match="standard library must .* 10,000 bytes but has 6000"):
+        train_lm.read_corpus(None, limit=6000)
 
 
 def test_rate_warms_up_and_falls_as_a_cosine():
@@ -661,12 +721,24 @@ def test_what_is_kept_of_a_folder(tmp_path):
     assert found == [200, 4] and foreign.exists()
 
 
-@pytest.mark.parametrize("name", ["train_lm", "experiment", "overhead"])
+WORDS = {  # what options are given, which their help must say
+    "train_lm": "--data FILE, --log FILE, --plot DIR, --checkpoint DIR, --mlp WIDTH, "
+    "--validate-every STEPS, --save-every STEPS, --sample BYTES",
+    "experiment": "--out DIR",
+    "overhead": "--json FILE, --from FILE, --curves STEPS, --copy-gb-s GB/S",
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
 def test_runs_from_any_folder(name, tmp_path, monkeypatch):
+    """And its help has the examples as they are typed, and says what options are given."""
     monkeypatch.chdir(tmp_path)
     command = [sys.executable, EXAMPLES / f"{name}.py", "--help"]
     code, printed = processes.run(command, tmp_path / "printed.txt")
     assert code == 0 and printed.startswith(f"usage: {name}.py"), printed
+    assert importlib.import_module(name).__doc__.strip() in printed
+    for words in WORDS[name].split(", "):
+        assert f"  {words}" in printed, words
 
 
 @pytest.mark.parametrize("lr, code", [("0.01", 0), ("1e30", 1)])

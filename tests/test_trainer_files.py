@@ -23,6 +23,7 @@ from trainer import EXAMPLES, command, rows, train
 # isort: split
 import train_lm
 from checkpoints import Log, list_checkpoints, load_checkpoint, lock_folder, save_checkpoint
+from files import is_stream, write_new
 from options import parse
 from train_lm import PICTURES, Run
 
@@ -346,6 +347,25 @@ def test_an_unfinished_link_is_not_written_through(tmp_path):
     (tmp_path / "checkpoints" / "unfinished").mkdir()
     with pytest.raises(SystemExit, match="cannot write a checkpoint .* the last one is "):
         save_checkpoint(tmp_path / "checkpoints", 4, {"a": mx.zeros(1)}, {})
+
+
+def test_what_is_written_to_as_it_is(tmp_path, capsys):
+    """A FIFO and a device are, and neither a file, a folder nor what is not there yet; what another
+    program has written to meanwhile is not, and the text is printed."""
+    fifo, kept, new = (tmp_path / name for name in ("fifo", "kept", "new"))
+    os.mkfifo(fifo)
+    kept.write_text("kept")
+    want = {tmp_path: False, kept: False, new: False, fifo: True, Path("/dev/null"): True}
+    for k, (path, is_one) in enumerate(want.items()):
+        link = tmp_path / f"link {k}"
+        link.symlink_to(path)
+        assert [is_stream(path), is_stream(link)] == [is_one] * 2, path
+    with pytest.raises(SystemExit, match=f"cannot write {kept}: File exists: its text is printed"):
+        write_new(kept, "found in hours")
+    assert capsys.readouterr().out == "found in hours\n" and kept.read_text() == "kept"
+    write_new(Path("/dev/null"), "nothing")
+    write_new(new, "new")
+    assert new.read_text() == "new"
 
 
 def test_a_file_that_comes_between_is_not_written_over(tmp_path, monkeypatch):
