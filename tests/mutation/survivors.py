@@ -110,4 +110,11 @@ EQUIVALENT: dict[tuple[str, str, str, str, int], str] = {
         "fits = team == 1 or simds % team == 0 and 32 * simds * held < room",
         0,
     ): "both sides divided by 8 * simds: 4 * held is no odd number times one or two tiles",
+    (
+        "examples/train_lm.py",
+        "refresh=False,",
+        "change_constant",
+        "refresh=True,",
+        0,
+    ): "the bar is drawn more often; it shows the same at its end",
 }
