@@ -1,7 +1,8 @@
 """Mutants that no test can catch, and why. Known by file, the line's text, operator and new line,
 and which of those in the file it is.
 
-An entry says why the mutated program is right: its results, bytes moved and refusals are the same.
+An entry says why the mutated program is right: its results, bytes moved and refusals are the same,
+and a picture says the same.
 """
 
 EQUIVALENT: dict[tuple[str, str, str, str, int], str] = {
@@ -117,4 +118,46 @@ EQUIVALENT: dict[tuple[str, str, str, str, int], str] = {
         "refresh=True,",
         0,
     ): "the bar is drawn more often; it shows the same at its end",
+    (
+        "mhc_mlx/diagnostics/pictures.py",
+        "axes.grid(alpha=0.3)",
+        "change_constant",
+        "axes.grid(alpha=0.44999999999999996)",
+        0,
+    ): "a grid is as good a little darker",
+    (
+        "mhc_mlx/diagnostics/pictures.py",
+        "axes.grid(alpha=0.3)",
+        "change_constant",
+        "axes.grid(alpha=0.44999999999999996)",
+        1,
+    ): "a grid is as good a little darker",
+    (
+        "mhc_mlx/diagnostics/pictures.py",
+        'dotted = {"linestyle": ":", "linewidth": 1}',
+        "change_constant",
+        'dotted = {"linestyle": ":", "linewidth": 2}',
+        0,
+    ): "its dots, not its width, tell the line from others",
+    (
+        "mhc_mlx/mlx_lm/exact.py",
+        "return text.embed_tokens(mx.zeros((1, 1), mx.int32)).dtype",
+        "change_constant",
+        "return text.embed_tokens(mx.zeros((1, 2), mx.int32)).dtype",
+        0,
+    ): "a dtype does not depend on how many tokens there are",
+    (
+        "mhc_mlx/mlx_lm/patch.py",
+        "for module, kind in zip(modules, classes, strict=True):",
+        "change_constant",
+        "for module, kind in zip(modules, classes, strict=False):",
+        0,
+    ): "the classes are listed one per module, so lengths never differ",
+    (
+        "mhc_mlx/ops/static.py",
+        "partial: mx.array, verbose: bool, n: int = 0, shape: tuple[int, ...] = (), **gates",
+        "change_constant",
+        "partial: mx.array, verbose: bool, n: int = 1, shape: tuple[int, ...] = (), **gates",
+        0,
+    ): "n is read with gates alone, and their caller passes it",
 }
