@@ -1,5 +1,6 @@
 """Bad input: one clear error each, at the call."""
 
+import dataclasses
 import inspect
 import math
 import re
@@ -690,6 +691,20 @@ def test_every_default():
     assert [getattr(plain, name) for name in names] == [20, 0.0, False, True, 0.0, 2.0, 0.0]
 
 
+def test_dataclasses_do_not_change():
+    """A convention is a key of caches, a report a record."""
+    from mhc_mlx import diagnostics
+
+    found = {
+        *(k for k in vars(m).values() if inspect.isclass(k) and dataclasses.is_dataclass(k)),
+        *(diagnostics.ConnectionReport, diagnostics.StabilityReport),
+    }
+    assert m.Convention in found
+    for kind in found:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            object.__new__(kind).name = 3
+
+
 def test_ops_take_what_the_reference_takes():
     from mhc_mlx import reference
 
@@ -699,6 +714,18 @@ def test_ops_take_what_the_reference_takes():
             assert positional[: len(inspect.signature(f).parameters)] == list(
                 inspect.signature(f).parameters
             )
+
+
+def test_which_arrays_all_tokens_may_share():
+    """An array whose shape does not grow with the tokens, and how many axes it has."""
+    for case in {case.op: case for case in (*COVERING, *DYNAMIC, *SINGLE)}.values():
+        options = {"per_token": (False, False), "identity": False, "norm": True, "layouts": ()}
+        one, six = (
+            dataclasses.replace(case, lead=lead, **options).arrays() for lead in ((), (2, 3))
+        )
+        pairs = zip(one, six, strict=True)
+        want = tuple(a.ndim if a.shape == b.shape else None for a, b in pairs)
+        assert KERNELS[case.op].shared_ndim == want, case.op
 
 
 def test_options_of_every_op():
