@@ -56,6 +56,12 @@ def test_output_replaces_a_file_and_nothing_else(tmp_path):
     Output(str(file), "a report", anything)
     (tmp_path / "empty.json").touch()
     Output(str(tmp_path / "empty.json"), "a report", anything)
+    late = Output(str(tmp_path / "late.json"), "a report", anything)
+    (tmp_path / "late.json").mkdir()  # while something is measured
+    late.update({"k": 1})
+    assert "late.json cannot be written: " in late.finish({"k": 1})
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["a.json", "empty.json", "late.json", "link.json"], "a half-written file is left"
 
 
 def test_output_refuses(tmp_path):
@@ -445,6 +451,10 @@ def test_options_of_the_models_command(tmp_path, capsys, command, monkeypatch):
         "--model list": "but list is None",
         "--model llama": "but llama is llama",
         "--sites 64 --no-verify": "they go not with --sites",
+        "--tokens 8": "one of the arguments --model --random --sites is required",
+        "--model good --random 64": "--random: not allowed with argument --model",
+        "--random 64 --sites 64": "--sites: not allowed with argument --random",
+        "--random 64 --check --bench": "--bench: not allowed with argument --check",
         "--sites 64 --json=": "--json must be a file but is empty",
         "--sites 64 --json .": "--json must be a file but is the folder .",
         "--sites 64 --json nowhere/a": "--json must be in a folder that exists but is nowhere/a",
@@ -492,6 +502,10 @@ def test_parts_are_written_as_they_are_measured(tmp_path, command, monkeypatch, 
     with pytest.raises(KeyboardInterrupt):
         command.main(["--sites", "32,96", "--json", str(file)])
     assert [part["d"] for part in json.loads(file.read_text())["per sublayer"]] == [32]
+    kept = file.read_text()
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["--sites", "96,32", "--json", str(file)])
+    assert file.read_text() == kept, "a report without a measurement replaces one with some"
     report = command.main(["--sites", "32,128"])
     assert [part["d"] for part in report["per sublayer"]] == [32, 128]
     assert report["per sublayer"][0]["tokens"] == (1, 8, 512, 2048)
