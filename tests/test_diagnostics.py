@@ -561,8 +561,14 @@ def test_a_single_point_is_marked(tmp_path, monkeypatch):
 
 
 LABELS = {
-    "gains": {"gain of the product of h_res", "connections from the first to this one"},
-    "streams": {"mean cosine", "norm over tokens, streams and channels", "after connection"},
+    "gains": {
+        *("gain of the product of h_res", "connections from the first to this one", "1", "10"),
+        *("forward gain: largest |row sum|", "backward gain: largest |column sum|"),
+    },
+    "streams": {
+        *("mean cosine", "norm over tokens, streams and channels", "after connection"),
+        *("similarity between streams (1: copies)", "gradient of the loss by the streams"),
+    },
     "h_res": {"input stream", "output stream", "mean over tokens", "hc, h_res 1", "hc, product"},
     "gates": {"stream", "connection", "mean over tokens", "hc, h_pre", "hc, h_post"},
     "loss": {"step", "bits per byte"},
@@ -594,6 +600,11 @@ def test_pictures_are_legible(tmp_path, figures):
         assert {t.get_text() for t in legend.get_texts()} == set(reports)
         box = legend.get_window_extent()
         assert all(not box.overlaps(axes.get_window_extent()) for axes in figure.axes)
+    legends = [gains.legends[0], loss.axes[0].get_legend()]
+    assert [legend.get_title().get_text() for legend in legends] == [
+        "line: mean over tokens; dotted: largest token",
+        "line: mean over a 50th of the run\ncross: validation",
+    ]
     line = next(k for k in gains.axes[0].lines if k.get_label() == "mhc-lite")
     want = [c.composite_forward_gain for c in reports["mhc-lite"].connections]
     assert list(line.get_ydata()) == want and list(line.get_xdata()) == list(range(1, 13))
