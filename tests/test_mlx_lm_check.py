@@ -83,8 +83,10 @@ def test_a_wrong_site_stays_as_it_was(trainable, monkeypatch, launched):
     model, prompt = tiny(kind="4-bit"), tokens(9)
     want, phi = model(prompt), model.layers[2].attn_hc.fn
     planted(monkeypatch, lambda x, given: given is phi)
-    with pytest.warns(UserWarning, match=r"1 of 8 .* stay mlx-lm's.*: model.layers.2.attn_hc\.$"):
+    message = r"1 of 8 .* stay mlx-lm's.*: model.layers.2.attn_hc\.$"
+    with pytest.warns(UserWarning, match=message) as warned:
         adapter.patch(model, trainable=trainable)
+    assert [w.filename for w in warned] == [__file__], "the warning is not at the caller's line"
     kinds = [type(site.hc) for site in find_sites(model.model)]
     own = adapter.DifferentiableHyperConnection if trainable else stock.HyperConnection
     assert kinds.count(adapter.SinglePassConnection) == 7 and kinds[4] is own

@@ -326,6 +326,7 @@ def test_times_of_sites(monkeypatch):
     assert all(out.dtype == mx.bfloat16 and out.shape == (1, 2, 4, 32) for out, *_ in runs)
     line = times.time_line(report)
     assert "    2 tokens: 1 us per sublayer, mlx-lm 2 us (2.0 x), compiled 3 us (3.0 x)" == line
+    assert times.site_times(sites[2:], mx.float32, 1)["tokens"] == 1  # one, as of a single layer
 
 
 def test_bench_of_sites_reports_whose_errors_they_are(monkeypatch, capsys):
