@@ -330,9 +330,16 @@ def test_times_of_sites(monkeypatch):
 
 
 def test_bench_of_sites_reports_whose_errors_they_are(monkeypatch, capsys):
-    errors, seen = iter([(1.0, 5.0), (4.0, 2.0), (3.0, 9.0)]), []
+    errors, seen = iter([(1.0, 5.0), (2.0, 1.0), (1.5, 8.0), (4.0, 9.0), (1.0, 1.0)]), []
+    counts = []
+
+    def site_errors(site, x, y, repeats=1):
+        seen.append(x)
+        counts.append(x.shape[1] * repeats)
+        return next(errors)
+
     monkeypatch.setattr(times, "SITES", 3)
-    monkeypatch.setattr(times, "site_errors", lambda site, x, y: seen.append(x) or next(errors))
+    monkeypatch.setattr(times, "site_errors", site_errors)
     monkeypatch.setattr(times, "_seconds", lambda run: 1e-3)
     monkeypatch.setattr(times, "_peak", lambda run: run(1)[0].shape[1] << 20)
     report = adapter.bench_sites(32, (2, 6), mx.float16)
@@ -340,7 +347,7 @@ def test_bench_of_sites_reports_whose_errors_they_are(monkeypatch, capsys):
     assert (report["d"], report["dtype"], report["sites"]) == (32, "float16", 3)
     assert set(report["peak bytes"].values()) == {6, 6 << 20}  # of the most tokens
     assert list(report["graph"]) == ["1", "6"]
-    assert all(x.dtype == mx.float16 for x in seen)
+    assert counts == [4, 4, 4, 2, 6] and all(x.dtype == mx.float16 for x in seen)
     assert not mx.array_equal(seen[0], seen[1]).item()
     assert "d = 32, float16" in capsys.readouterr().out
 
