@@ -558,6 +558,9 @@ def test_a_single_point_is_marked(tmp_path, monkeypatch):
     ]
     assert [list(k.get_ydata()) for k in crosses] == [[3.0]]
     assert similarity.get_yscale() == gradients.get_yscale() == "linear"
+    shown = [axes.get_title() for axes in found["h_res"].axes if axes.get_title()]
+    assert shown[:2] == ["one, h_res 1", "one, product"]
+    assert shown[2:] == ["two, h_res 1", "two, h_res 2", "two, product"]
 
 
 LABELS = {
