@@ -237,7 +237,8 @@ def far_apart(rng, n: int, deviation: float, count: int) -> np.ndarray:
 def long_cases(rung: str):
     """Convention, n, deviations: the last of SIMULATED bring elements back from logits."""
     if rung == "simulator":  # (4, 300) and (16, 20) are templates of test_parity.py
-        return [(replace(ROW_FIRST, iters=300), 4, (100,)), (PAPER, 16, (30, 200))]
+        # 300: what comes to matter only after two returns
+        return [(replace(ROW_FIRST, iters=300), 4, (100, 300)), (PAPER, 16, (30, 200))]
     cases = [(replace(c, iters=i), n, (3, 100, 300)) for c, n, i in LONG]
     return cases + [(replace(ROW_FIRST, iters=1000), 3, (100, 300))]
 
