@@ -98,13 +98,35 @@ def compile_cuda(name: str, source: str, arch: str = "sm_90a") -> tuple[str, dic
 def compile_together(name: str, sources: tuple[str, ...], arch: str) -> tuple[str, list[dict]]:
     """Likewise of launches with one header, in one program: what stands before a kernel is most of
     the time. Each has the seconds of all, divided by their number."""
+    start = time.perf_counter()
+    error, log, _ = compile_program(name, sources, arch)
+    seconds = time.perf_counter() - start
+    if error:
+        return error, []
+    each = re.split(r"Compiling entry function '(\S+)'", log)[1:]
+    logs, made = dict(zip(each[::2], each[1::2], strict=True)), []
+    for k in range(len(sources)):
+        kernel_name = f"custom_kernel_{name}_{k}"
+        (own,) = (
+            text for symbol, text in logs.items() if re.search(rf"{kernel_name}(?!\d)", symbol)
+        )
+        made.append({"seconds": seconds / len(sources)})
+        for key, pattern in FIGURES.items():
+            found = re.search(pattern, own)
+            made[-1][key] = int(found.group(1)) if found else 0
+    return "", made
+
+
+def compile_program(name: str, sources: tuple[str, ...], arch: str) -> tuple[str, str, str]:
+    """The errors, the log and the PTX of a program of launches with one header; their kernels are
+    custom_kernel_{name}_0 and so on."""
     nvrtc, includes = toolkit()
     kernels, parts = [f"custom_kernel_{name}_{k}" for k in range(len(sources))], []
     for kernel_name, source in zip(kernels, sources, strict=True):
         header, namespace, rest = source.rpartition(NAMESPACE)
         parts.append(namespace + rest.replace(f"custom_kernel_{name}(", f"{kernel_name}(", 1))
     source = header + "".join(parts)
-    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    program = ctypes.c_void_p()
     names, texts = (
         (ctypes.c_char_p * 1)(b"mlx/backend/cuda/device/utils.cuh"),
         (ctypes.c_char_p * 1)(UTILS),
@@ -120,27 +142,19 @@ def compile_together(name: str, sources: tuple[str, ...], arch: str) -> tuple[st
         "--pch-messages=false",
     ]
     flags = [f.encode() for f in flags + [f"--include-path={p}" for p in includes]]
-    start = time.perf_counter()
     failed = nvrtc.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*flags))
-    seconds = time.perf_counter() - start
-    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-    log = ctypes.create_string_buffer(size.value)
-    nvrtc.nvrtcGetProgramLog(program, log)
+
+    def text(of: str) -> str:
+        size = ctypes.c_size_t()
+        getattr(nvrtc, f"nvrtcGet{of}Size")(program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        getattr(nvrtc, f"nvrtcGet{of}")(program, buffer)
+        return buffer.value.decode()
+
+    log = text("ProgramLog")
+    ptx = "" if failed else text("PTX")
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    log = log.value.decode()
-    if failed:
-        return log or "failed without a message", []
-    each = re.split(r"Compiling entry function '(\S+)'", log)[1:]
-    logs, made = dict(zip(each[::2], each[1::2], strict=True)), []
-    for kernel_name in kernels:
-        (own,) = (
-            text for symbol, text in logs.items() if re.search(rf"{kernel_name}(?!\d)", symbol)
-        )
-        made.append({"seconds": seconds / len(sources)})
-        for key, pattern in FIGURES.items():
-            found = re.search(pattern, own)
-            made[-1][key] = int(found.group(1)) if found else 0
-    return "", made
+    return (log or "failed without a message") if failed else "", log, ptx
 
 
 def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> list[mx.array]:

@@ -1,12 +1,16 @@
 """The CUDA form of every body, compiled with MLX's own options and no GPU."""
 
+import re
+from collections import Counter
+
 import mlx.core as mx
 import pytest
-from cases import COVERING, DYNAMIC, SINGLE
+from cases import COVERING, DYNAMIC, SINGLE, Case
 from conftest import executor
 from test_parity import results
 
 from mhc_mlx import PAPER, kernel, ops
+from mhc_mlx.conventions import IDENTITY, MHC_LITE
 
 CASES = COVERING + DYNAMIC + SINGLE
 
@@ -101,6 +105,54 @@ def test_a_ring_raises_the_limit_of_its_kernel(monkeypatch):
         kernel._build("cuda", "mhc_pre", (), (), "", 256, ring)
     kernel._build.cache_clear()
     assert asked == [0, 32 << 10, 48 << 10, 80 << 10]
+
+
+# What ptx.h has functions of; the simulator has its own in their place.
+INSTRUCTIONS = {
+    "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32",
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+    "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32",
+    "cvt.rn.bf16x2.f32",
+    "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
+    "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
+    "ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16",
+    "ldmatrix.sync.aligned.m8n8.x2.shared.b16",
+    "movmatrix.sync.aligned.m8n8.trans.b16",
+    "cp.async.cg.shared.global",
+    "cp.async.commit_group",
+    "cp.async.wait_group",
+    "prefetch.global.L2",
+}
+
+
+def test_instructions_of_ptx(need):
+    """Each is in the PTX of a body that uses it, without a GPU; and dp lies in threadgroup memory
+    in an odd number of eights a token, so that ldmatrix has no bank conflicts."""
+    need("nvrtc")
+    import nvrtc
+
+    wanted = {"mhc_head": "mhc_pre", "mhc_pre": "mhc_projection_backward"}
+    sources: dict[str, list[str]] = {}
+    for case in (
+        Case("mhc_head", (17,), 1, 32, "float32", IDENTITY),
+        Case("mhc_pre", (70,), 3, 64, "bfloat16", PAPER),  # 15 outputs: two eights
+        Case("mhc_pre", (70,), 4, 64, "bfloat16", PAPER),  # 24: three
+        Case("mhc_pre", (70,), 4, 64, "bfloat16", MHC_LITE),  # 32: four, and no ring
+    ):
+        with executor("nvrtc"), nvrtc.collecting() as keys:
+            results(getattr(ops, case.op), case, [a for a in case.arrays() if a is not None])
+        body = wanted[case.op]
+        sources.setdefault(body, []).extend(source for name, source in keys if name == body)
+    found = Counter()
+    for body, each in sources.items():
+        error, _, ptx = nvrtc.compile_program(body, tuple(each), "compute_90a")
+        assert not error, error[:2000]
+        found.update({name: ptx.count(f"{name} ") + ptx.count(f"{name};") for name in INSTRUCTIONS})
+        rows = [int(size) / (3 * 64 * 16) for size in re.findall(r"staged\[(\d+)\];", ptx)]
+        assert rows == ([3, 3, 5] if body == "mhc_projection_backward" else [])
+    assert not [name for name in INSTRUCTIONS if not found[name]]
+    named = re.findall(r'asm(?: volatile)?\("([\w.:]+)', kernel.text("ptx.h"))
+    assert sorted(named) == sorted(INSTRUCTIONS)
 
 
 def test_a_mistake_is_caught(need, monkeypatch):
