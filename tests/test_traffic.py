@@ -11,7 +11,7 @@ from conftest import executor
 from test_parity import results
 
 from mhc_mlx import PAPER, ROW_FIRST, ops
-from mhc_mlx.conventions import KRONECKER, MHC_LITE
+from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE
 
 STREAMS = ("x", "y", "dout", "out", "dx", "dy", "u", "du", "dx_out")
 SCALARS = ("params", "eps", "alpha", "rows", "_shape")  # a few numbers in registers
@@ -183,6 +183,15 @@ PINNED = [
         "mhc_pre_backward: x 3, du 3, dx_out 1, dx 1; phi 3, bias 320 in all, l 1530 in all, "
         "dz_res 2, dh_post 2, dp 1, partial 3 and 160 loads",
         "mhc_phi_gradient: x 2; dp 32, partial 1",
+    ),
+    (
+        # Two tokens. Eight rows of a tile are projected; then x is read once more, since a lane
+        # keeps u for its norm, be it one pack. Backward: x and du for dh_pre and dx, x twice each.
+        Case("mhc_pre", (2,), 12, 8, convention=IDENTITY),
+        "mhc_pre: x 960 in all, u 1; phi 1, bias 2, weight 2, h_post 1, l 1",
+        "mhc_pre_backward: x 4, du 2, dx_out 1, dx 1; phi 1, bias 2, weight 3, l 194 in all, "
+        "dh_post 1, dp 1, partial 1",
+        "mhc_phi_gradient: x 1; dp 1, partial 1",
     ),
     (
         Case("mhc_seam", **HERE, **TOKENS),

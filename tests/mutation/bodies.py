@@ -27,6 +27,7 @@ from mhc_mlx import kernel, ops  # noqa: E402
 
 FORMS = {"metal": "simulator", "cuda": "simulator, CUDA"}
 MOST, ALIKE = 14, 2  # cases in all; of the dialect and of NVRTC, variants of a body
+CORNER = 8  # what a corner of a body is worth, in kinds
 COMPILE = 3.0  # seconds for a variant; running a case takes about one
 PINNED_CASES = {str(case): lines for case, *lines in PINNED}
 
@@ -84,6 +85,14 @@ def kinds(case: cases.Case) -> list[tuple[str, object]]:
     ]
 
 
+def corners(case: cases.Case) -> list[tuple[str, bool]]:
+    """What only few cases of a body have, and part of its text is for."""
+    return [
+        ("halves", case.n > 32),  # a line in two simdgroups
+        ("stages", case.tokens > 64 and case.n > 3),  # all of a stage of tokens and many outputs
+    ]
+
+
 def chosen(known: dict, forms: list[str], bodies: set[str]) -> list[tuple[str, str]]:
     """(form, case): first what shows most that is new of the bodies for the compiling it takes."""
     shows, cost, each = {}, {}, every_case()
@@ -93,6 +102,10 @@ def chosen(known: dict, forms: list[str], bodies: set[str]) -> list[tuple[str, s
             if mine and name in each:
                 shows[form, name] = {(b, k, str(v)) for b, t in mine for k, v in t.items()}
                 shows[form, name] |= {(b, *kind) for b, _ in mine for kind in kinds(each[name])}
+                rare = [kind for kind, true in corners(each[name]) if true]
+                shows[form, name] |= {
+                    (b, kind, k) for b, _ in mine for kind in rare for k in range(CORNER)
+                }
                 cost[form, name] = 1 + COMPILE * len(mine) + len(variants) / 4
     found, seen = [], set()
     while shows and len(found) < MOST:
