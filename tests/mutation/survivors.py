@@ -35,6 +35,59 @@ EQUIVALENT: dict[tuple[str, str, str, str, int], str] = {
         0,
     ): "the second part of a bfloat16 is zero: work more, the same sums",
     (
+        "kernels/stream_aggregate_backward.metal",
+        "constexpr int AHEAD = N <= 8 ? N : 1;",
+        "change_constant",
+        "constexpr int AHEAD = N <= 8 ? N : 2;",
+        0,
+    ): "it is how far a loop is unrolled",
+    (
+        "kernels/mhc_token_backward.metal",
+        "constexpr int SHARES = 2 * N + 2;",
+        "change_constant",
+        "constexpr int SHARES = 2 * N + 3;",
+        0,
+    ): "rows of sums lie one float further apart, which no one reads",
+    (
+        "kernels/mhc_pre.metal",
+        "constexpr int BUSY = PROJECT ? (TILE * LANES + 31) / 32 : 0; // simdgroups that project",
+        "drop_operand",
+        "constexpr int BUSY = PROJECT ? (TILE * LANES) / 32 : 0; // simdgroups that project",
+        0,
+    ): "a simdgroup that projects makes u of some tokens too: another makes the same",
+    (
+        "kernels/mhc_projection_backward.metal",
+        "if (PASS) mhc::fetch_tile(from.dx_out + ahead, from.K, "
+        "first + mhc::TOKENS, tokens, C - own, lane);",
+        "turn_sum",
+        "if (PASS) mhc::fetch_tile(from.dx_out + ahead, from.K, "
+        "first + mhc::TOKENS, tokens, C + own, lane);",
+        0,
+    ): "it only prefetches: what is loaded is the same",
+    (
+        "kernels/mhc_pre_backward.metal",
+        "const int share = (C / VEC + SPLITS - 1) / SPLITS * VEC;",
+        "drop_operand",
+        "const int share = (C / VEC + SPLITS) / SPLITS * VEC;",
+        0,
+    ): "the last threadgroup has fewer channels: each is still one's",
+    (
+        "kernels/mhc_seam_backward.metal",
+        "mhc::load_streams<N>(xv + at * N, row, C, c, whole);",
+        "drop_operand",
+        "mhc::load_streams<N>(xv + at, row, C, c, whole);",
+        1,
+    ): "at is 0: what is CACHED takes one pass",
+    (
+        "kernels/products_cuda.h",
+        "template <typename P, int OUTS, int SPAN> "
+        "struct Columns { uint w[PHI_PARTS<P>][SPAN / 8][eights(OUTS)]; };",
+        "turn_product",
+        "template <typename P, int OUTS, int SPAN> "
+        "struct Columns { uint w[PHI_PARTS<P>][SPAN * 8][eights(OUTS)]; };",
+        0,
+    ): "elements that no one uses take no registers",
+    (
         "mhc_mlx/ops/geometry.py",
         "vec = math.gcd(C, 16 // size)",
         "change_constant",
