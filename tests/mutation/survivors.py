@@ -88,6 +88,36 @@ EQUIVALENT: dict[tuple[str, str, str, str, int], str] = {
         0,
     ): "elements that no one uses take no registers",
     (
+        "kernels/mhc_pre_backward.metal",
+        "constexpr int AHEAD = N <= 8 ? N : 1;",
+        "change_constant",
+        "constexpr int AHEAD = N <= 8 ? N : 2;",
+        0,
+    ): "it is how far a loop is unrolled",
+    (
+        "kernels/mhc_seam_backward.metal",
+        "mhc::load_streams<N>(xv + at * N, row, C, c, whole);",
+        "drop_operand",
+        "mhc::load_streams<N>(xv + at, row, C, c, whole);",
+        0,
+    ): "at is 0: what is CACHED takes one pass",
+    (
+        "kernels/mhc_projection_backward.metal",
+        "mhc::fetch_tile(from.x + ahead, from.K, first + mhc::TOKENS, tokens, C - own, lane);",
+        "turn_sum",
+        "mhc::fetch_tile(from.x + ahead, from.K, first + mhc::TOKENS, tokens, C + own, lane);",
+        0,
+    ): "it only prefetches: what is loaded is the same",
+    (
+        "kernels/mhc_projection_backward.metal",
+        "if (READ) mhc::fetch_tile(from.du + ahead, from.C, "
+        "first + mhc::TOKENS, tokens, C - own, lane);",
+        "turn_sum",
+        "if (READ) mhc::fetch_tile(from.du + ahead, from.C, "
+        "first + mhc::TOKENS, tokens, C + own, lane);",
+        0,
+    ): "it only prefetches: what is loaded is the same",
+    (
         "mhc_mlx/ops/geometry.py",
         "vec = math.gcd(C, 16 // size)",
         "change_constant",
