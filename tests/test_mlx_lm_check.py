@@ -127,7 +127,7 @@ def test_check(capsys, launched):
     """What it returns, what it prints; a stock model is stock afterwards."""
     model = tiny(kind="4-bit")
     report = adapter.check(model, tokens(20)[0])
-    assert type(model.layers[0]) is stock.DecoderLayer and adapter.sites._seen is None
+    assert type(model.layers[0]) is stock.DecoderLayer and adapter.sites._seen.get() is None
     assert json.loads(json.dumps(report)) == report
     assert [row["site"] for row in report["sites"]][:2] == [
         "model.layers.0.attn_hc",
