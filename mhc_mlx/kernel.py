@@ -87,26 +87,34 @@ def _read(name: str) -> str:
 
 @functools.cache
 def text(name: str) -> str:
-    """A file of kernels/ without comments and includes, lines kept: MLX hashes the source on every
-    eval, and takes words in it for attributes."""
-    return re.sub(r"[ \t]*//.*|#include.*", "", _read(name))
+    """A file of kernels/ without comments, includes and the blanks that begin a line; lines stay.
+    MLX hashes the source on every eval, and takes words in it for attributes."""
+    return re.sub(r"(?m)^[ \t]+|[ \t]*//.*|#include.*", "", _read(name))
 
 
 @functools.cache
 def headers(name: str, backend: str) -> tuple[str, ...]:
-    """The files that a file of kernels/ includes, in order, each once."""
+    """The files of kernels/include/ that a file of kernels/ includes, in order, each once."""
     found = []
     for file in re.findall('#include "(.*)"', _read(name)):
-        file = file.replace("BACKEND", backend)
+        file = f"include/{file.replace('BACKEND', backend)}"
         found += [f for f in (*headers(file, backend), file) if f not in found]
     return tuple(found)
 
 
 # NVRTC gives these registers for too few threads at once, or too many and spills, unless told for
 # how many.
-_RESIDENT = {"mhc_pre": 512, "mhc_pre_backward": 512, "mhc_projection_backward": 512}
-_RESIDENT |= {"mhc_sweep": 512, "mhc_phi_gradient": 512, "mhc_seam_backward": 320}
-_RESIDENT |= {"mhc_token_backward": 512}
+_RESIDENT = dict.fromkeys(
+    (
+        "mhc_pre",
+        "mhc_pre_backward_coefficients",
+        "mhc_pre_backward_generic",
+        "mhc_pre_backward_phi",
+        "mhc_pre_backward_projection",
+        "mhc_pre_partial_logits",
+    ),
+    512,
+) | {"mhc_seam_backward": 320}
 
 
 def cuda_header(name: str, threads: int) -> str:
@@ -114,7 +122,8 @@ def cuda_header(name: str, threads: int) -> str:
     bounds = f"{threads}"
     if name in _RESIDENT:
         bounds += f", {max(1, _RESIDENT[name] // threads)}"
-    return text("cuda.h").replace("THREADS", bounds) + _header(name, "cuda")
+    words = text("include/cuda/metal_words.h").replace("THREADS", bounds)
+    return words + _header(name, "cuda")
 
 
 def _header(name: str, backend: str) -> str:
@@ -160,8 +169,8 @@ def launch(
         outputs: Shape and dtype by the name in the body; None where this variant has none.
         groups: Threadgroups, along x.
         threads: Threads in a threadgroup.
-        template: Compile-time constants of the body. RING, if there, is also the bytes of
-            threadgroup memory that the launch adds on CUDA.
+        template: Compile-time constants of the body. RING_BYTES, if there, is also what the launch
+            adds of threadgroup memory on CUDA.
         verbose: Print the generated source.
     Returns the outputs that are not None, in order.
     """
@@ -172,7 +181,7 @@ def launch(
     absent = absent_pointers(inputs, outputs)
     inputs = {k: v for k, v in inputs.items() if v is not None}
     outputs = {k: v for k, v in outputs.items() if v is not None}
-    ring = template.get("RING", 0)
+    ring = template.get("RING_BYTES", 0)
     build = _build(backend(), name, tuple(inputs), tuple(outputs), absent, threads, ring)
     return build(
         inputs=list(inputs.values()),

@@ -74,9 +74,9 @@ def _aggregate_backward(x, h_pre, du, threads_per_group, verbose):
 
 def _exact_launch(name, inputs, outputs, n, rows, convention, threads_per_group, verbose, D=None):
     threads = threads_per_group or 128
-    template = {"N": n, "R": convention.res_size(n), "THREADS": threads}
+    template = {"N": n, "NUM_LOGITS": convention.res_size(n), "THREADS": threads}
     template |= {"PERMUTATIONS": convention.start == "permutations"}
-    template |= {"TRANSPOSED": convention.transposed} | ({"D": D} if D else {})
+    template |= {"TRANSPOSED": convention.transposed} | ({"DLOGITS_T": D} if D else {})
     groups = min(math.ceil(rows / threads), geometry.MANY_GROUPS)
     return kernel.launch(name, inputs, outputs, groups, threads, template, verbose)[0]
 
@@ -133,11 +133,11 @@ def sweep(x, phi, threads_per_group, verbose) -> tuple[mx.array, int]:
     room = kernel.room(kernel.backend())
     g = geometry.of_projection(n, C, x.dtype, outs, tokens, threads_per_group, room)
     runs, threads = math.ceil(n * C / 32), threads_per_group or 128
-    template = {"T": x.dtype, "P": phi.dtype, "N": n, "OUTS": outs, "BLOCK": g.block}
+    template = {"T": x.dtype, "PHI_T": phi.dtype, "N": n, "NUM_LOGITS": outs, "BLOCK": g.block}
     (products,) = kernel.launch(
-        "mhc_sweep",
+        "mhc_pre_partial_logits",
         {"x": x, "phi": phi},
-        {"runs": ((tokens, runs, outs + 4), mx.float32)},
+        {"partial_logits": ((tokens, runs, outs + 4), mx.float32)},
         math.ceil(tokens / 8) * math.ceil(runs / (threads // 32)),
         threads,
         template | {"THREADS": threads},
@@ -146,9 +146,29 @@ def sweep(x, phi, threads_per_group, verbose) -> tuple[mx.array, int]:
     return products, g.slices
 
 
-SEAM_INPUTS = ("y", "h_pre", "h_post", "h_res", "weight", "runs", "bias", "alpha", "params")
-SEAM_OUTPUTS = ("out", "u", "made_pre", "made_post", "made_res", "logits", "l")
-SEAM_FLAGS = ("BACK", "READ", "NORM", "ROUND", "SWEPT", "HEAD", "SAVE", "PROJECT", "WRITE_PRE")
+SEAM_INPUTS = (
+    "y",
+    "h_pre",
+    "h_post",
+    "h_res",
+    "weight",
+    "partial_logits",
+    "bias",
+    "alpha",
+    "params",
+)
+SEAM_OUTPUTS = ("out", "u", "new_h_pre", "new_h_post", "new_h_res", "logits", "l")
+SEAM_FLAGS = (
+    "WRITE_BACK",
+    "WRITE_U",
+    "NORM",
+    "ROUND_U",
+    "FROM_PARTIAL_LOGITS",
+    "HEAD",
+    "SAVE_LOGITS",
+    "PROJECT",
+    "WRITE_H_PRE",
+)
 
 
 def seam_launch(x, inputs, outputs, flags, threads_per_group, verbose) -> list[mx.array]:
@@ -156,7 +176,7 @@ def seam_launch(x, inputs, outputs, flags, threads_per_group, verbose) -> list[m
     tokens, n, C = x.shape
     g = geometry.of_seam(n, C, x.dtype.size, threads_per_group, kernel.backend())
     template = {"T": x.dtype, "N": n, "VEC": g.vec, "THREADS": g.threads, "PASSES": g.passes}
-    template |= dict.fromkeys(SEAM_FLAGS, False) | {"OUTS": 2 * n, "SLICES": 1}
+    template |= dict.fromkeys(SEAM_FLAGS, False) | {"NUM_LOGITS": 2 * n, "SLICES": 1}
     return kernel.launch(
         "mhc_seam",
         {"x": x} | {k: inputs.get(k) for k in SEAM_INPUTS},
@@ -200,32 +220,42 @@ def pre_forward(
         k: None if shape is None else (shape, x.dtype if k == "u" else mx.float32)
         for k, shape in shapes.items()
     }
-    flags = {"HEAD": head, "READ": read, "NORM": weight is not None, "WRITE_PRE": not read}
-    flags |= {"SAVE": save, "PROJECT": projects, **projection(convention if projects else None)}
+    flags = {"HEAD": head, "WRITE_U": read, "NORM": weight is not None, "WRITE_H_PRE": not read}
+    flags |= {
+        "SAVE_LOGITS": save,
+        "PROJECT": projects,
+        **projection(convention if projects else None),
+    }
     params = token_params(convention, norm_eps, eps)
     options = (threads_per_group, verbose)
     backend = kernel.backend()
     room, shape = kernel.room(backend), (n, C, x.dtype, outs, tokens, threads_per_group)
     if geometry.swept(*shape, backend, room):
         runs, slices = sweep(x, phi, *options)
-        inputs = {"runs": runs, "bias": bias, "alpha": alpha, "weight": weight, "params": params}
-        made = {f"made_{k[2:]}" if k[:2] == "h_" else k: v for k, v in outputs.items()}
-        flags |= {"SWEPT": True, "OUTS": outs, "SLICES": slices}
+        inputs = {
+            "partial_logits": runs,
+            "bias": bias,
+            "alpha": alpha,
+            "weight": weight,
+            "params": params,
+        }
+        made = {f"new_{k}" if k[:2] == "h_" else k: v for k, v in outputs.items()}
+        flags |= {"FROM_PARTIAL_LOGITS": True, "NUM_LOGITS": outs, "SLICES": slices}
         results = seam_launch(x, inputs, made, flags, *options)
     else:
         g = geometry.of_projection(*shape, room)
-        template = {"T": x.dtype, "P": phi.dtype, "N": n, "OUTS": outs, "VEC": g.vec}
+        template = {"T": x.dtype, "PHI_T": phi.dtype, "N": n, "NUM_LOGITS": outs, "VEC": g.vec}
         template |= {"THREADS": g.threads, "SLICES": g.slices, "TILES": g.tiles, "BLOCK": g.block}
         ring = geometry.of_ring(g, n, C, x.dtype, phi.dtype, outs, room)
         team, held = geometry.of_read(g, n, C, backend) if flags["NORM"] else (1, 0)
-        template |= {"TEAM": team, "HELD": held}
+        template |= {"U_SIMDGROUPS": team, "U_PACKS": held}
         results = kernel.launch(
             "mhc_pre",
             {"x": x, "phi": phi, "bias": bias, "alpha": alpha, "weight": weight, "params": params},
             outputs,
             g.splits * min(math.ceil(tokens / g.tokens), geometry.MANY_GROUPS),
             g.threads,
-            template | {"SPLITS": g.splits, "RING": ring} | flags,
+            template | {"SPLITS": g.splits, "RING_BYTES": ring} | flags,
             verbose,
         )
     made = dict(zip((k for k, v in outputs.items() if v is not None), results, strict=True))
@@ -243,12 +273,19 @@ def _phi_gradient(x, dp, threads_per_group, verbose) -> mx.array:
     threads, vec, each, chunks = geometry.of_outer(n * C, C, outs, tokens, threads_per_group)
     spans, blocks = math.ceil(n * C / (threads * vec)), math.ceil(outs / each)
     (partial,) = kernel.launch(
-        "mhc_phi_gradient",
+        "mhc_pre_backward_phi",
         {"x": x, "dp": dp},
         {"partial": ((chunks, outs * n * C), mx.float32)},
         chunks * spans * blocks,
         threads,
-        {"T": x.dtype, "N": n, "OUTS": outs, "VEC": vec, "THREADS": threads, "EACH": each},
+        {
+            "T": x.dtype,
+            "N": n,
+            "NUM_LOGITS": outs,
+            "VEC": vec,
+            "THREADS": threads,
+            "LOGITS_PER_THREAD": each,
+        },
         verbose,
     )
     return partial
@@ -265,17 +302,17 @@ TOKEN_INPUTS = ("bias", "alpha", "weight", "l", "params", "dz_res", "du", "dh_pr
 
 def _token_backward(x, arrays, template, columns, threads_per_group, verbose):
     """side, with a norm dread, dp, and in rows to be added the sums over tokens."""
-    (tokens, n, C), outs = x.shape, template["OUTS"]
+    (tokens, n, C), outs = x.shape, template["NUM_LOGITS"]
     backend, normed = kernel.backend(), template["NORM"]
     g = geometry.of_tokens(n, C, tokens, normed, threads_per_group, backend)
     template = template | {"VEC": g.vec, "THREADS": g.threads, "PASSES": g.passes}
     template |= {"CACHED": g.cached, "BATCH": g.batch}
-    template |= {"KEPT": geometry.of_half_steps(template["ITERS"], g.threads, backend)}
+    template |= {"STORED_STEPS": geometry.of_half_steps(template["ITERS"], g.threads, backend)}
     return kernel.launch(
-        "mhc_token_backward",
+        "mhc_pre_backward_coefficients",
         {"x": x} | {k: arrays.get(k) for k in (*TOKEN_INPUTS, "dh_res")},
         {
-            "side": ((tokens, n + 1), mx.float32),
+            "token_factors": ((tokens, n + 1), mx.float32),
             "dread": ((tokens, C), x.dtype) if normed else None,
             "dp": ((tokens, outs), mx.float32),
             "partial": ((g.teams, columns), mx.float32),
@@ -289,12 +326,12 @@ def _token_backward(x, arrays, template, columns, threads_per_group, verbose):
 
 def _spread(x, shape, arrays, template, columns, threads_per_group, verbose):
     """dx, dp, and in rows to be added the sums over tokens."""
-    (tokens, n, C), outs = x.shape, template["OUTS"]
+    (tokens, n, C), outs = x.shape, template["NUM_LOGITS"]
     threads, tile, vec, splits = geometry.of_spread(n, C, outs, tokens, threads_per_group)
     groups = min(math.ceil(tokens / tile), max(1, geometry.BACKWARD_THREADS // threads // splits))
     template = template | {"VEC": vec, "THREADS": threads, "TILE": tile, "SPLITS": splits}
     return kernel.launch(
-        "mhc_pre_backward",
+        "mhc_pre_backward_generic",
         {"x": x} | {k: arrays.get(k) for k in ("phi", *TOKEN_INPUTS, "dx_out")},
         {
             "dx": (shape, x.dtype),
@@ -303,7 +340,7 @@ def _spread(x, shape, arrays, template, columns, threads_per_group, verbose):
         },
         groups * splits,
         threads,
-        template | {"PASS": arrays["dx_out"] is not None},
+        template | {"HAS_DX_OUT": arrays["dx_out"] is not None},
         verbose,
     )
 
@@ -314,15 +351,15 @@ def _products(x, shape, phi, dp, side, du, dx_out, threads_per_group, verbose):
     threads, span, chunks, groups = geometry.of_products(n, C, outs, tokens, threads_per_group)
     size = x.dtype.size * (1 + (du is not None) + (dx_out is not None))
     ring = geometry.of_product_ring(span, threads, size, kernel.room(kernel.backend()))
-    template = {"T": x.dtype, "P": phi.dtype, "N": n, "OUTS": outs, "THREADS": threads}
-    template |= {"SPAN": span, "STAGE": geometry.PRODUCT_STAGE, "RING": ring}
+    template = {"T": x.dtype, "PHI_T": phi.dtype, "N": n, "NUM_LOGITS": outs, "THREADS": threads}
+    template |= {"SPAN": span, "STAGE": geometry.PRODUCT_STAGE, "RING_BYTES": ring}
     return kernel.launch(
-        "mhc_projection_backward",
-        {"x": x, "phi": phi, "dp": dp, "side": side, "du": du, "dx_out": dx_out},
+        "mhc_pre_backward_projection",
+        {"x": x, "phi": phi, "dp": dp, "token_factors": side, "du": du, "dx_out": dx_out},
         {"dx": (shape, x.dtype), "partial": ((chunks, outs * n * C), mx.float32)},
         chunks * groups,
         threads,
-        template | {"READ": du is not None, "PASS": dx_out is not None},
+        template | {"HAS_DU": du is not None, "HAS_DX_OUT": dx_out is not None},
         verbose,
     )
 
@@ -359,8 +396,8 @@ def pre_backward(
         logits = alpha[2].astype(mx.float32) * unit[:, gated:outs] + bias[gated:].astype(mx.float32)
         arrays["dz_res"] = _project_backward(logits, flat(dh_res, 3), n, convention, *options)
     columns = 2 * outs + (C if weight is not None else 0)
-    template = {"T": x.dtype, "N": n, "OUTS": outs, "HEAD": head}
-    template |= {"READ": du is not None, "NORM": weight is not None}
+    template = {"T": x.dtype, "N": n, "NUM_LOGITS": outs, "HEAD": head}
+    template |= {"HAS_DU": du is not None, "NORM": weight is not None}
     if multiplied:
         template |= {"PROJECT": projects, **projection(convention if projects else None)}
         side, *read, dp, partial = _token_backward(x, arrays, template, columns, *options)

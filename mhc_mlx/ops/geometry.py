@@ -184,8 +184,8 @@ def swept(
     backend: str,
     room: int,
 ) -> bool:
-    """Whether `mhc_sweep` projects, and `mhc_seam` does the rest of `mhc_pre`: of few tokens, as
-    far as what it keeps to add up, a square of each load of u and each slice's sums, fits."""
+    """Whether `mhc_pre_partial_logits` multiplies by phi and `mhc_seam` does the rest of `mhc_pre`:
+    for few tokens, as far as a square of each load of u and the sums of each slice fit."""
     if n > 8 or tokens > SWEEP_TOKENS:
         return False
     g = of_seam(n, C, dtype.size, threads, backend)
@@ -197,7 +197,7 @@ def of_spread(
     n: int, C: int, outs: int, tokens: int, threads: int | None
 ) -> tuple[int, int, int, int]:
     """Threads, tokens of a tile, neighbours per load and threadgroups that share a tile, in
-    `mhc_pre_backward`; they share the channels."""
+    `mhc_pre_backward_generic`; they share the channels."""
     vec, splits = math.gcd(C, 8), 1
     tile = 4 if tokens > FEW_TOKENS else 2  # 8 leave room for one threadgroup, not two
     while tile > 1 and 4 * tile * (outs + n + 3) > 30 << 10:
@@ -208,7 +208,8 @@ def of_spread(
     return threads or min(128, 32 * math.ceil(C / splits / vec / 32)), tile, vec, splits
 
 
-TOKEN_SIMDGROUPS = 132 * 16  # of `mhc_token_backward`: what an H100 holds at 128 registers
+# Simdgroups of `mhc_pre_backward_coefficients`: an H100 holds so many at 128 registers.
+TOKEN_SIMDGROUPS = 132 * 16
 TOKEN_BYTES = {"metal": 64, "cuda": 128}  # of x that a thread of it keeps: 408 us, half 460
 KEPT_HALF_STEPS = {"metal": 8, "cuda": 40}  # 128 bytes each of a simdgroup's threadgroup memory
 
@@ -226,8 +227,8 @@ class Tokens(NamedTuple):
 def of_tokens(
     n: int, C: int, tokens: int, normed: bool, threads: int | None, backend: str
 ) -> Tokens:
-    """How `mhc_token_backward` takes tokens of 2-byte elements: each by a simdgroup, or where it is
-    ``normed`` by a threadgroup, which keeps it in registers as far as they reach."""
+    """How `mhc_pre_backward_coefficients` takes tokens of 2-byte elements: a simdgroup takes each,
+    or where it is ``normed`` a threadgroup, which keeps it in registers as far as they reach."""
     vec = math.gcd(C, 8)
     while n > 8 and n * vec > 32:
         vec //= 2
@@ -248,19 +249,19 @@ def of_tokens(
 
 
 def of_half_steps(iters: int, threads: int, backend: str) -> int:
-    """Half-steps whose divisors `mhc_token_backward` keeps: 20 KiB at most."""
+    """Half-steps whose divisors `mhc_pre_backward_coefficients` keeps: 20 KiB at most."""
     return min(2 * iters, KEPT_HALF_STEPS[backend], (20 << 10) // (4 * threads))
 
 
-# `mhc_projection_backward`; an H100 takes 639 us at (65536, 4, 1024), with 8 simdgroups as well.
-PRODUCT_STAGE = 64  # tokens between barriers: dp and side of them take 24 KiB at most
+# `mhc_pre_backward_projection`: an H100 takes 639 us at (65536, 4, 1024), also with 8 simdgroups.
+PRODUCT_STAGE = 64  # tokens between barriers: dp and token_factors of them take 24 KiB at most
 PRODUCT_SIMDS = 4  # in a threadgroup: others work while these wait for each other
 PRODUCT_RING = 2  # tiles that a simdgroup has on their way
 PRODUCT_SIMDGROUPS = 132 * 16  # what an H100 holds of them at 128 registers
 
 
 def multiplied(outs: int, dtype: mx.Dtype) -> bool:
-    """Whether `mhc_projection_backward` makes dx and dphi: as far as its registers reach."""
+    """Whether `mhc_pre_backward_projection` makes dx and dphi: as far as its registers reach."""
     return dtype == mx.bfloat16 and outs <= 32
 
 
@@ -268,7 +269,7 @@ def of_products(
     n: int, C: int, outs: int, tokens: int, threads: int | None
 ) -> tuple[int, int, int, int]:
     """Threads, channels of a simdgroup, chunks of tokens, and threadgroups that share one, in
-    `mhc_projection_backward`. Chunks leave as little of a GPU idle as they can."""
+    `mhc_pre_backward_projection`. Chunks leave as little of a GPU idle as they can."""
     span = 32 if outs <= 24 else 16  # as far as registers hold phi and dphi
     units = n * math.ceil(C / span)
     simds = threads // 32 if threads else min(PRODUCT_SIMDS, units)
@@ -278,8 +279,8 @@ def of_products(
 
 
 def of_product_ring(span: int, threads: int, size: int, room: int) -> int:
-    """Bytes in which tiles of `mhc_projection_backward` wait, of 16 tokens and a span's channels,
-    ``size`` bytes of each in all arrays: of 32 channels, where they fit beside 24 KiB."""
+    """Bytes in which tiles of `mhc_pre_backward_projection` wait, of 16 tokens and a span's
+    channels, ``size`` bytes of each in all arrays: of 32 channels, where they fit beside 24 KiB."""
     ring = PRODUCT_RING * (threads // 32) * 16 * span * size
     return ring if span == 32 and ring + (24 << 10) <= room else 0
 
@@ -288,7 +289,7 @@ def of_outer(
     K: int, C: int, outs: int, tokens: int, threads: int | None
 ) -> tuple[int, int, int, int]:
     """Threads, neighbours per load, outputs of a thread, and chunks of tokens in
-    `mhc_phi_gradient`: at most 48 sums a thread, and enough threadgroups to fill a GPU."""
+    `mhc_pre_backward_phi`: at most 48 sums a thread, and enough threadgroups to fill a GPU."""
     vec, threads = math.gcd(C, 2), threads or 128
     each = math.ceil(outs / math.ceil(outs / 24))
     parts = math.ceil(K / (threads * vec)) * math.ceil(outs / each)

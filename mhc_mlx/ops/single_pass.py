@@ -47,7 +47,7 @@ def _seam_forward(x, y, h_pre, h_post, h_res, weight, eps, rounded, threads_per_
         whole,
         inputs | {"params": token_params(DEEPSEEK_V4, 1.0, eps)},
         {"out": (x.shape, x.dtype), "u": (y.shape, x.dtype)},  # a reshape is one more primitive
-        {"BACK": True, "READ": True, "NORM": weight is not None, "ROUND": rounded},
+        {"WRITE_BACK": True, "WRITE_U": True, "NORM": weight is not None, "ROUND_U": rounded},
         threads_per_group,
         verbose,
     )
@@ -87,7 +87,7 @@ def _seam_backward(
         },
         groups,
         g.threads,
-        template | {"CACHED": g.fits, "NORM": weight is not None, "ROUND": rounded},
+        template | {"CACHED": g.fits, "NORM": weight is not None, "ROUND_U": rounded},
         verbose,
     )
     gradients = [dx, dy]
@@ -148,16 +148,22 @@ def _single_forward(
         h_pre, kept = made[0], [*(a for a in made if a is not None), *unit] if save else []
         return out, u, unflat(h_pre, (*lead, n)), *kept
     runs, slices = sweep(whole, phi, *options)
-    inputs = {"y": y, "weight": weight, "runs": runs, "bias": bias, "alpha": alpha}
-    flags = {"BACK": True, "READ": True, "NORM": weight is not None, "ROUND": rounded}
-    flags |= {"SWEPT": True, "OUTS": outs, "SLICES": slices, "PROJECT": True, "WRITE_PRE": True}
+    inputs = {"y": y, "weight": weight, "partial_logits": runs, "bias": bias, "alpha": alpha}
+    flags = {"WRITE_BACK": True, "WRITE_U": True, "NORM": weight is not None, "ROUND_U": rounded}
+    flags |= {
+        "FROM_PARTIAL_LOGITS": True,
+        "NUM_LOGITS": outs,
+        "SLICES": slices,
+        "PROJECT": True,
+        "WRITE_H_PRE": True,
+    }
     results = seam_launch(
         whole,
         inputs | {"params": token_params(convention, norm_eps, eps)},
         {
             "out": (x.shape, x.dtype),
             "u": (y.shape, x.dtype),
-            "made_pre": ((*lead, n), mx.float32),
+            "new_h_pre": ((*lead, n), mx.float32),
         },
         flags | projection(convention),
         *options,

@@ -5,7 +5,7 @@ import math
 import mlx.core as mx
 
 from .. import kernel
-from ..conventions import ROW_FIRST, STARTS, Convention
+from ..conventions import ROW_FIRST, START_CODES, Convention
 from . import geometry
 from .dispatch import (
     KERNELS,
@@ -41,7 +41,7 @@ def projection(convention: Convention | None) -> dict[str, int | bool]:
     columns = c.first == "columns"
     orientation = {"COLUMNS": columns, "OUT_COLUMNS": columns != c.transposed}
     start = "exp" if c.in_logs else c.start
-    return {"ITERS": c.iters, "START": STARTS.index(start), **orientation}
+    return {"ITERS": c.iters, "START": START_CODES[start], **orientation}
 
 
 def _params(eps: float, convention: Convention | None) -> mx.array:
@@ -59,7 +59,7 @@ def _sinkhorn_launch(name, inputs, dtype, convention, threads_per_group, verbose
     template = {"N": n, **projection(convention), "THREADS": threads}
     if backward:  # the divisors kept on chip, of 32 KiB threadgroup memory
         kept = (30 << 10) // (4 * threads) - (2 if n > 32 else 0)
-        template |= {"KEPT": min(2 * convention.iters, kept), "D": dtype}
+        template |= {"STORED_STEPS": min(2 * convention.iters, kept), "DLOGITS_T": dtype}
     (result,) = kernel.launch(
         name,
         whole | {"eps": constants(convention.eps)},
@@ -96,7 +96,12 @@ def sum_rows(
         {"out": (shape, mx.float32)},
         math.ceil(partial.shape[1] * lines / 256),
         256,
-        {"T": mx.float32, "N": n if gates else 0, "GATES": bool(gates), "LINES": lines},
+        {
+            "T": mx.float32,
+            "N": n if gates else 0,
+            "GATES": bool(gates),
+            "THREADS_PER_COLUMN": lines,
+        },
         verbose,
     )
     return total
@@ -186,7 +191,9 @@ def _backward(
     post_per_token, res_per_token = mix and H_post.ndim > 1, mix and H_res.ndim > 2
     sinkhorn = convention is not None and n <= 8
     g = geometry.of_token(n, C, x.dtype.size, 2, threads_per_group, kernel.backend())
-    name, threads = ("mhc_backward", g.threads) if n <= 8 else ("mhc_backward_tiled", 256)
+    name, threads = (
+        ("mhc_fused_backward", g.threads) if n <= 8 else ("mhc_fused_backward_wide", 256)
+    )
     threads = threads_per_group or threads
     sums = [n * norm, n * (mix and not post_per_token), n * n * (mix and not res_per_token)]
     sums.append(C * norm)

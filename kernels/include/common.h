@@ -1,6 +1,6 @@
-// What all bodies share.
+// What all bodies share: packs and their loads and stores, the gates, sums over a threadgroup.
 
-#ifndef UNROLL  // Metal; cuda.h has its own words
+#ifndef UNROLL  // Metal; on CUDA cuda/metal_words.h defines these
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define STAY_PACKED(value)
 #define RECIPROCAL(v) (1.0f / (v))
@@ -29,19 +29,19 @@ template <typename T> inline size_t address(const constant T* p) {
 #endif
 
 // A contiguous slice keeps its byte offset, so an input need not be aligned to a pack; outputs are.
-template <int VEC, typename P> inline bool aligned(P p) {
+template <int VEC, typename P> inline bool is_aligned(P p) {
   return VEC == 1 || address(p) % sizeof(*packs<VEC>(p)) == 0;
 }
 
-template <typename T, int VEC, typename P> inline Pack<T, VEC> load(P p, bool whole) {
-  if (whole) return *packs<VEC>(p);
+template <typename T, int VEC, typename P> inline Pack<T, VEC> load(P p, bool aligned) {
+  if (aligned) return *packs<VEC>(p);
   Pack<T, VEC> r;
   UNROLL for (int e = 0; e < VEC; ++e) r.v[e] = p[e];
   return r;
 }
 
-template <int VEC, typename P> inline void load_floats(thread float (&v)[VEC], P p, bool whole) {
-  if (whole) {
+template <int VEC, typename P> inline void load_floats(thread float (&v)[VEC], P p, bool aligned) {
+  if (aligned) {
     const auto pack = *packs<VEC>(p);
     UNROLL for (int e = 0; e < VEC; ++e) v[e] = static_cast<float>(pack.v[e]);
   } else {
@@ -49,8 +49,8 @@ template <int VEC, typename P> inline void load_floats(thread float (&v)[VEC], P
   }
 }
 
-template <int VEC, typename P> inline void store_floats(P p, thread const float (&v)[VEC], bool whole) {
-  if (whole) {
+template <int VEC, typename P> inline void store_floats(P p, thread const float (&v)[VEC], bool aligned) {
+  if (aligned) {
     Pack<float, VEC> pack;
     UNROLL for (int e = 0; e < VEC; ++e) pack.v[e] = v[e];
     *(device Pack<float, VEC>*)p = pack;
@@ -59,47 +59,47 @@ template <int VEC, typename P> inline void store_floats(P p, thread const float 
   }
 }
 
-// v = p[0..COUNT), in as few loads as its alignment allows
+// v = p[0..COUNT), in as few loads as the alignment of p allows.
 template <int COUNT, typename P> inline void load_all(thread float* v, P p) {
   constexpr int VEC = COUNT % 4 == 0 ? 4 : COUNT % 2 == 0 ? 2 : 1;
-  const bool whole = aligned<VEC>(p);
+  const bool aligned = is_aligned<VEC>(p);
   UNROLL for (int i = 0; i < COUNT; i += VEC) {
-    float some[VEC];
-    load_floats<VEC>(some, p + i, whole);
-    UNROLL for (int e = 0; e < VEC; ++e) v[i + e] = some[e];
+    float pack[VEC];
+    load_floats<VEC>(pack, p + i, aligned);
+    UNROLL for (int e = 0; e < VEC; ++e) v[i + e] = pack[e];
   }
 }
 
-// A lane's share of a row, in loads of up to 16 bytes.
+// A lane's neighbours in a row, in loads of up to 16 bytes.
 template <typename T, int COUNT> constexpr int run_vec() { return COUNT * int(sizeof(T)) > 16 ? 16 / int(sizeof(T)) : COUNT; }
 template <typename T, int COUNT> struct Run { Pack<T, run_vec<T, COUNT>()> p[COUNT / run_vec<T, COUNT>()]; };
 template <typename T, int COUNT> inline float run_float(const thread Run<T, COUNT>& r, int e) {
   return static_cast<float>(r.p[e / run_vec<T, COUNT>()].v[e % run_vec<T, COUNT>()]);
 }
 
-// from[0..COUNT): zeros from the `left`-th on; WHOLE: all are left, and from is aligned
-template <bool WHOLE, typename T, int COUNT, typename P>
-inline void load_run(thread Run<T, COUNT>& r, P from, int left) {
+// r = from[0..COUNT), with zeros from element `remaining` on. ALIGNED: all elements remain, and from is aligned.
+template <bool ALIGNED, typename T, int COUNT, typename P>
+inline void load_run(thread Run<T, COUNT>& r, P from, int remaining) {
   constexpr int VEC = run_vec<T, COUNT>();
-  if (WHOLE) {
+  if (ALIGNED) {
     UNROLL for (int i = 0; i < COUNT / VEC; ++i) r.p[i] = *packs<VEC>(from + i * VEC);
   } else {
     UNROLL for (int e = 0; e < COUNT; ++e) {
       r.p[e / VEC].v[e % VEC] = static_cast<T>(0.0f);
-      if (e < left) r.p[e / VEC].v[e % VEC] = from[e];
+      if (e < remaining) r.p[e / VEC].v[e % VEC] = from[e];
     }
   }
 }
 
-// to[i] = channels c.. of stream i, for COUNT streams of C channels
+// to[i] = channels c.. of stream i, for COUNT streams of C channels.
 template <int COUNT, int VEC, typename T, typename P>
-inline void load_streams(thread Pack<T, VEC>* to, P row, int C, int c, bool whole) {
-  UNROLL for (int i = 0; i < COUNT; ++i) to[i] = load<T, VEC>(row + i * C + c, whole);
+inline void load_streams(thread Pack<T, VEC>* to, P row, int C, int c, bool aligned) {
+  UNROLL for (int i = 0; i < COUNT; ++i) to[i] = load<T, VEC>(row + i * C + c, aligned);
 }
 
 inline float sigmoid(float v) { return 1.0f / (1.0f + metal::precise::exp(-v)); }
 
-// h_pre = sigmoid(H) + params[1], h_post (POST) = params[2] * sigmoid(H) + params[3]; H itself unless GATES
+// GATES: h = sigmoid(H) + params[1], with POST h = params[2] * sigmoid(H) + params[3]. Without GATES h = H.
 template <int N, int THREADS, bool GATES, bool POST, typename P, typename S, typename Q>
 inline void load_gates(P H, S h, Q params, uint tid) {
   for (uint i = tid; i < uint(N); i += THREADS) {
@@ -111,30 +111,30 @@ inline void load_gates(P H, S h, Q params, uint tid) {
   }
 }
 
-// mix = H, or its transpose
+// mix = H, with TRANSPOSED its transpose.
 template <int N, int THREADS, bool TRANSPOSED, typename P, typename S> inline void load_mix(P H, S mix, uint tid) {
   for (uint k = tid; k < uint(N * N); k += THREADS)
     mix[TRANSPOSED ? (k % N) * N + k / N : k] = static_cast<float>(H[k]);
 }
 
-// v[a] = sum over the threadgroup of v[a], in every thread. scratch holds 2 * SIMDS * COUNT floats: with turn going
-// 0, 1, 0, ... one barrier a call is enough.
+// v[a] = the sum over the threadgroup of v[a], in every thread. scratch holds 2 * SIMDS * COUNT floats. If parity goes
+// 0, 1, 0, ... from call to call, one barrier a call is enough.
 template <int SIMDS, int COUNT, typename S>
-inline void sum_everywhere(thread float (&v)[COUNT], S scratch, int turn, uint simd, uint simd_lane) {
+inline void sum_everywhere(thread float (&v)[COUNT], S scratch, int parity, uint simd, uint simd_lane) {
   UNROLL for (int a = 0; a < COUNT; ++a) {
     v[a] = simd_sum(v[a]);
-    if (SIMDS > 1 && simd_lane == 0) scratch[(uint(turn * SIMDS) + simd) * COUNT + a] = v[a];
+    if (SIMDS > 1 && simd_lane == 0) scratch[(uint(parity * SIMDS) + simd) * COUNT + a] = v[a];
   }
   if constexpr (SIMDS > 1) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     UNROLL for (int a = 0; a < COUNT; ++a) {
       v[a] = 0.0f;
-      UNROLL for (int s = 0; s < SIMDS; ++s) v[a] += scratch[(turn * SIMDS + s) * COUNT + a];
+      UNROLL for (int s = 0; s < SIMDS; ++s) v[a] += scratch[(parity * SIMDS + s) * COUNT + a];
     }
   }
 }
 
-// out[a] = sum over the threadgroup of v[a]. scratch holds COUNT * THREADS / 32 floats.
+// out[a] = the sum over the threadgroup of v[a]. scratch holds COUNT * THREADS / 32 floats.
 template <int COUNT, int THREADS, typename S, typename O>
 inline void group_sum(thread float (&v)[COUNT], S scratch, O out, uint tid) {
   UNROLL for (int a = 0; a < COUNT; ++a) {

@@ -1,4 +1,4 @@
-// The words of Metal that the bodies use, for CUDA: goes before all others there.
+// The words of Metal that the bodies use, for CUDA. This file goes before all others there.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -29,7 +29,7 @@ __forceinline__ float rsqrt(float v) { return 1.0f / ::sqrtf(v); }
 }  // namespace precise
 }  // namespace metal
 
-// MLX writes the kernel's signature: this bounds its registers, so that every threads_per_group can be launched.
+// MLX writes the kernel's signature. This bounds its registers, so that every threads_per_group can be launched.
 #undef __global__
 #define __global__ __attribute__((global)) __launch_bounds__(THREADS)
 
@@ -39,9 +39,9 @@ __forceinline__ float rsqrt(float v) { return 1.0f / ::sqrtf(v); }
   const uint thread_index_in_simdgroup = threadIdx.x % 32, simdgroup_index_in_threadgroup = threadIdx.x / 32;
 
 #define UNROLL _Pragma("unroll")
-#define RECIPROCAL(v) __fdividef(1.0f, v)  // one instruction of eight, within 1 ulp
+#define RECIPROCAL(v) __fdividef(1.0f, v)  // this is one instruction instead of eight, within 1 ulp
 
-// Keeps a packed value packed: without it NVRTC converts once and holds the wider floats across a barrier.
+// Keeps a packed value packed: without it NVRTC converts it once and holds the wider floats across a barrier.
 #define STAY_PACKED(value)                                                          \
   if (sizeof(value) >= 4) {                                                         \
     for (int word = 0; word < int(sizeof(value) / 4); ++word)                       \

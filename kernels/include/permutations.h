@@ -5,31 +5,31 @@ namespace mhc {
 
 // Where permutation w of N things, in lexicographic order, sends i.
 template <int N> inline int permuted(int w, int i) {
-  int left = (1 << N) - 1, j = 0, ways = 1;
+  int unused = (1 << N) - 1, j = 0, ways = 1;
   for (int k = 2; k < N; ++k) ways *= k;
-  for (int place = 0; place <= i; ++place) {
+  for (int position = 0; position <= i; ++position) {
     int skip = w / ways;
     w -= skip * ways;
-    if (N - 1 - place > 1) ways /= N - 1 - place;
+    if (N - 1 - position > 1) ways /= N - 1 - position;
     for (j = 0; j < N; ++j) {
-      if (((left >> j) & 1) != 0 && skip-- == 0) break;
+      if (((unused >> j) & 1) != 0 && skip-- == 0) break;
     }
-    left &= ~(1 << j);
+    unused &= ~(1 << j);
   }
   return j;
 }
 
-// The 1 of row i of permutation matrix w, or of the transpose's column i, in a matrix row by row.
+// The index of the 1 of row i of permutation matrix w, with TRANSPOSED of column i of its transpose, row by row.
 template <int N, bool TRANSPOSED> inline int entry(int w, int i) {
   const int j = permuted<N>(w, i);
   return TRANSPOSED ? j * N + i : i * N + j;
 }
 
-// Which of R logits is the largest, the first of equals, and its value.
-template <typename P> inline int largest_of(P logits, int R, thread float& top) {
+// The index of the largest of num_logits logits, the first of equal ones; top becomes its value.
+template <typename P> inline int largest_of(P logits, int num_logits, thread float& top) {
   int largest = 0;
   top = static_cast<float>(logits[0]);
-  for (int w = 1; w < R; ++w) {
+  for (int w = 1; w < num_logits; ++w) {
     const float z = static_cast<float>(logits[w]);
     if (z > top) {
       largest = w;

@@ -3,8 +3,8 @@
 
 namespace mhc {
 
-// out[i] = sum_j h_res[i, j] x[j] + h_post[i] y, rounded to T; returns sum_i h_pre[i] out[i]. Each product is added in the
-// same step and order as in mhc_seam, so that a tie is rounded alike.
+// out[i] = sum_j h_res[i, j] x[j] + h_post[i] y, rounded to T; returns sum_i h_pre[i] out[i]. mix[j * N + i] = h_res[i,
+// j]. The products are added in the steps and the order of mhc_seam, so that both round ties alike.
 template <int N, typename T, typename S>
 inline float seam_channel(thread float (&out)[N], thread const float (&x)[N], float y, S pre, S post, S mix) {
   float u = 0.0f;
