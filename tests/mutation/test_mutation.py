@@ -1,6 +1,7 @@
 """The proof can fail: planted mistakes in the real bodies, each caught by the rungs that must.
 
-`PYTHONPATH=tests python -m mutation.test_mutation` prints the table: mistake, body, rungs that caught it.
+`PYTHONPATH=tests python -m mutation.test_mutation` prints the table: mistake, body, and the rungs
+that caught it.
 
 dialect: clang with Metal's address spaces, and the lint. nvrtc: NVIDIA's compiler.
 rules: the simulator's (bounds, races, unwritten memory, divergence, limits).

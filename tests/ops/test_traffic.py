@@ -1,7 +1,8 @@
 """Loads and stores of device memory, counted per buffer and pinned: no body moves a byte more.
 
-The simulator counts them element by element. With two threadgroups (proof/executors.py, FEW_GROUPS) what is
-fetched once per threadgroup counts 2, or 1 where 256 threads leave the backward pass only one.
+The simulator counts them element by element. With two threadgroups (FEW_GROUPS in
+proof/executors.py) what is fetched once per threadgroup counts 2, or 1 where 256 threads leave the
+backward pass only one.
 """
 
 import pytest
