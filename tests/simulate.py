@@ -15,8 +15,6 @@ import sys
 
 import mlx.core as mx
 import numpy as np
-import simulator
-import standin
 from cases import (
     CONVENTIONS,
     COVERING,
@@ -31,9 +29,9 @@ from cases import (
     ULP,
     Case,
 )
-from conftest import executor
-from test_parity import doubles, results
-from test_traffic import words
+from ops.test_traffic import words
+from proof import executor, simulator, standin
+from proof.compare import doubles, results
 
 from mhc_mlx import kernel, ops
 

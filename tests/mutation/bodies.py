@@ -14,14 +14,13 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, from a checkout
+sys.path.insert(0, str(Path(__file__).parents[2]))  # mhc_mlx
 
 import cases  # noqa: E402
-import conftest  # noqa: E402
 import mlx.core as mx  # noqa: E402
-from conftest import executor  # noqa: E402
-from test_parity import check, results  # noqa: E402
-from test_traffic import PINNED, words  # noqa: E402
+from ops.test_traffic import PINNED, words  # noqa: E402
+from proof import check, executor, executors, results  # noqa: E402
 
 from mhc_mlx import kernel, ops  # noqa: E402
 
@@ -48,15 +47,15 @@ def launches(case: cases.Case, form: str) -> list[tuple]:
     with executor("nvrtc"):
         kernel.launch = launch
         kernel.backend = lambda: form
-        conftest.set_geometry(**conftest.FEW_GROUPS)
+        executors.set_geometry(**executors.FEW_GROUPS)
         try:
             run(case)
         finally:
-            conftest.set_geometry(**GROUPS)
+            executors.set_geometry(**GROUPS)
     return found
 
 
-GROUPS = {k: getattr(ops.geometry, k) for k in conftest.FEW_GROUPS}
+GROUPS = {k: getattr(ops.geometry, k) for k in executors.FEW_GROUPS}
 
 
 def run(case: cases.Case):
@@ -120,7 +119,7 @@ def chosen(known: dict, forms: list[str], bodies: set[str]) -> list[tuple[str, s
 
 def objection(form: str, case: cases.Case) -> str:
     """Of the simulator, parity or pinned traffic; "" where there is none."""
-    import simulator
+    from proof import simulator
 
     try:
         with executor(FORMS[form]), simulator.recording() as records:
@@ -146,16 +145,15 @@ def compiled(form: str, case: cases.Case, bodies: set[str], done: dict) -> str:
         if name not in bodies or done.get((form, name), 0) >= ALIKE:
             continue
         done[form, name] = done.get((form, name), 0) + 1
-        if form == "metal" and not conftest.missing("dialect"):
-            import dialect
-            import simulator
+        if form == "metal" and not executors.missing("dialect"):
+            from proof import dialect, simulator
 
             with executor("dialect"):
                 found = dialect.refusals(simulator.generated(*call))
             if found:
                 return f"dialect: {found[0]}"
-        if form == "cuda" and not conftest.missing("nvrtc"):
-            import nvrtc
+        if form == "cuda" and not executors.missing("nvrtc"):
+            from proof import nvrtc
 
             source = nvrtc.cuda_source(*call[:3], *call[4:])
             error, figures = nvrtc.compile_cuda(name, source)

@@ -9,14 +9,14 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from operators import ROOT, Mutant, sources, without_comments
+from mutation.operators import ROOT, Mutant, sources, without_comments
 
 # Seconds to compile a changed variant, by what launches it.
 COMPILE = {"simulator": 3.0, "simulator, CUDA": 4.0, "dialect": 0.4, "nvrtc": 1.2}
 ON_METAL, ON_CUDA = ("simulator", "dialect"), ("simulator, CUDA", "nvrtc")
 # They quote bodies' texts, need a GPU, or compile every case before their first.
-SLOW = "tests/test_nvrtc.py::test_compiles_without_spills"
-LEFT_OUT = re.compile(rf"tests/(test_mutation|test_gpu|mutation/|proof/)|{SLOW}")
+SLOW = "tests/proof/test_nvrtc.py::test_compiles_without_spills"
+LEFT_OUT = re.compile(rf"tests/(mutation/|ops/test_gpu|proof/test_freeze)|{SLOW}")
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Map:
                 for k, line in enumerate(path.read_text().split("\n"), 1):
                     if word.search(line):
                         found |= self.of_lines(file, k, k)
-        for path in ROOT.glob("tests/test_*.py"):
+        for path in ROOT.glob("tests/**/test_*.py"):
             if word.search(path.read_text()):
                 file = path.relative_to(ROOT).as_posix() + "::"
                 found |= {name for name in self.tests if name.startswith(file)}

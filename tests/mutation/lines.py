@@ -1,11 +1,12 @@
 """A pytest plugin: which lines of the package each test runs, which bodies it launches, how long.
 
-`pytest -p lines` with MUTATION_RECORD, a folder, writes what this process saw there. Programs that
-a test starts write what they see into the same folder: children/sitecustomize.py, on PYTHONPATH,
-begins this in them.
+`pytest -p mutation.lines` with MUTATION_RECORD, a folder, writes what this process saw
+there. Programs that a test starts write what they see into the same folder:
+children/sitecustomize.py, on PYTHONPATH, begins this in them.
 """
 
 import atexit
+import importlib
 import json
 import os
 import sys
@@ -93,7 +94,7 @@ class Recorder:
 
     def launches(self, form: str, launch):
         def recorded(name, inputs, outputs, groups, threads, template, verbose=False):
-            import simulator
+            from proof import simulator
 
             kind = f"{form}, CUDA" if form == "simulator" and simulator._cuda else form
             self.launched.add((kind, name, str(sorted(map(str, template.items())))))
@@ -120,15 +121,17 @@ class Recorder:
         return result
 
 
-recorder = Recorder() if __name__ == "lines" and "MUTATION_TEST" not in os.environ else None
+recorder = (
+    Recorder() if __name__ == "mutation.lines" and "MUTATION_TEST" not in os.environ else None
+)
 
 
 def pytest_configure(config):
-    import conftest
+    from proof import missing
 
     for form in FORMS:
-        if conftest.missing(form) is None:
-            module = __import__(form)
+        if missing(form) is None:
+            module = importlib.import_module(f"proof.{form}")
             module.launch = recorder.launches(form, module.launch)
 
 

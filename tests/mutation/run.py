@@ -44,12 +44,12 @@ from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE.parent))
 
-from choice import LEFT_OUT, SLOW, Map, bodies_of, digests  # noqa: E402
-from operators import ROOT, Mutant, mutants  # noqa: E402
-from sampler import sample  # noqa: E402
-from survivors import EQUIVALENT  # noqa: E402
+from mutation.choice import LEFT_OUT, SLOW, Map, bodies_of, digests  # noqa: E402
+from mutation.operators import ROOT, Mutant, mutants  # noqa: E402
+from mutation.sampler import sample  # noqa: E402
+from mutation.survivors import EQUIVALENT  # noqa: E402
 
 MAP = ROOT / ".mutation" / "map.json.gz"
 COPIED = ("mhc_mlx", "kernels", "tests", "benchmarks", "examples", "benchmark.py")
@@ -57,7 +57,7 @@ COPIED += ("pyproject.toml", "README.md", "ONBOARDING.md", "LICENSE", ".ci", ".g
 FACTOR = 5  # how much longer than without a mutant tests take before they count as hanging
 BODIES = 300.0  # seconds for bodies.py, at most
 ONLY_GPU = ("kernels/ptx.h", "kernels/cuda.h")  # the simulator has its own in their place
-WITHOUT_GPU = ["tests/test_nvrtc.py::test_instructions_of_ptx"]  # can see some of that
+WITHOUT_GPU = ["tests/proof/test_nvrtc.py::test_instructions_of_ptx"]  # can see some of that
 STARTING = 8.0  # seconds for pytest to begin, at most
 PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-rfE", "-W", "ignore"]
 
@@ -76,7 +76,7 @@ def copy_tree(to: Path) -> Path:
 
 
 def environment(tree: Path, **more: str) -> dict[str, str]:
-    paths = [tree, tree / "tests/mutation", tree / "tests/mutation/children"]
+    paths = [tree, tree / "tests", tree / "tests/mutation/children"]
     found = {k: v for k, v in os.environ.items() if not k.startswith("MUTATION_")}
     found |= {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
     return found | more
@@ -113,7 +113,7 @@ def command(arguments: list, tree: Path, env: dict, seconds: float) -> tuple[int
 
 def record(workers: int, only: str, out: Path) -> None:
     """Run test files, each in a process, and keep what their tests saw."""
-    files = [p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob("tests/test_*.py"))]
+    files = [p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob("tests/**/test_*.py"))]
     files = [f for f in files if not LEFT_OUT.match(f) and re.search(only, f)]
     with tempfile.TemporaryDirectory() as folder:
         tree, seen = copy_tree(Path(folder, "tree")), Path(folder, "seen")
@@ -123,7 +123,7 @@ def record(workers: int, only: str, out: Path) -> None:
             (seen / name).mkdir()
             env = environment(tree, MUTATION_RECORD=str(seen / name))
             start = time.perf_counter()
-            options = ["-p", "lines", "--deselect", SLOW]
+            options = ["-p", "mutation.lines", "--deselect", SLOW]
             code, text = command([*PYTEST, *options, *chosen], tree, env, 7200)
             last = [k for k in text.split("\n") if re.search("passed|failed|error", k)][-1:]
             print(f"{name}: {code}, {time.perf_counter() - start:.0f} s, {last}", flush=True)
@@ -261,7 +261,7 @@ class Worker:
         if result.gpu:
             chosen, total = WITHOUT_GPU, 10.0
             if self.gpu:
-                chosen, total = [*WITHOUT_GPU, "tests/test_gpu.py"], 610.0
+                chosen, total = [*WITHOUT_GPU, "tests/ops/test_gpu.py"], 610.0
         result.could, result.ran = len(tests), len(chosen)
         if not tests and not kernel:
             return result

@@ -5,8 +5,12 @@ python tests/mutation/sampler.py --seed 1 --count 20
 
 import argparse
 import random
+import sys
+from pathlib import Path
 
-from operators import ROOT, Mutant, mutants, parses, sources
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from mutation.operators import ROOT, Mutant, mutants, parses, sources  # noqa: E402
 
 
 def by_line(only: str = "") -> dict[tuple[str, int], list[Mutant]]:

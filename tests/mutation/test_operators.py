@@ -5,18 +5,13 @@
 
 import re
 
-import choice
-import operators
 import pytest
-import run
-import sampler
-import survivors
 from cases import Case
-from conftest import executor
-from operators import ROOT, mutants, sources
-from test_parity import check, results
+from proof import check, executor, results
 
 from mhc_mlx import kernel, ops
+from mutation import choice, operators, run, sampler, survivors
+from mutation.operators import ROOT, mutants, sources
 
 KERNEL = {  # operator: a text, and one of its mutants
     "drop_barrier": ("threadgroup_barrier(mem_flags::mem_threadgroup);", ";"),
@@ -131,7 +126,7 @@ BODIES = [
 @pytest.mark.parametrize("operator, word, reason", BODIES)
 def test_a_bodys_mutant_is_caught(operator, word, reason, need, monkeypatch):
     need("simulator")
-    import simulator
+    from proof import simulator
 
     m = one_of("kernels/stream_aggregate.metal", operator, word)
     plain, path = kernel._read, "stream_aggregate.metal"
@@ -165,7 +160,7 @@ class Named:
 
 
 def test_pythons_mutants_are_caught(tmp_path):
-    known = Named("tests/test_layers.py::test_streams_in_and_out")
+    known = Named("tests/models/test_layers.py::test_streams_in_and_out")
     worker = run.Worker(tmp_path / "tree", known, 60)
     for operator, word, outcome in (
         ("drop_raise", "must be 'mean', 'sum' or 'first'", "survived"),  # by this test

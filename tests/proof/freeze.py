@@ -103,7 +103,7 @@ def normalized(ptx: str) -> str:
 def compiled(job: tuple[str, str, str]) -> dict:
     """What NVRTC makes of a body's CUDA source, kept in a folder by the digest of the source."""
     name, source, folder = job
-    import nvrtc
+    from proof import nvrtc
 
     library, includes = nvrtc.toolkit()
     version = (ctypes.c_int(), ctypes.c_int())
@@ -177,11 +177,8 @@ def launch_words(name, groups, threads, template) -> str:
 
 def sources(case) -> list[tuple[str, str, str]]:
     """Per launch of a case on CUDA: the body, the launch in words, the source."""
-    import nvrtc
-    from conftest import executor
-    from test_parity import results
-
     from mhc_mlx import kernel, ops
+    from proof import executor, nvrtc, results
 
     found = []
 
@@ -207,11 +204,8 @@ def counts(buffer) -> str:
 
 def simulated(case, form: str) -> dict:
     """Launches of a case in the simulator, and the bits of its results."""
-    import simulator
-    from conftest import executor
-    from test_parity import results
-
     from mhc_mlx import kernel, ops
+    from proof import executor, results, simulator
 
     launches, schedules = [], simulator.SCHEDULES
 

@@ -4,10 +4,10 @@ import json
 import subprocess
 import sys
 
-import freeze
 from cases import Case
 
 from mhc_mlx import kernel
+from proof import freeze
 
 CASE = Case("stream_aggregate", (2,), 4, 8)
 BODY = "stream_aggregate.metal"

@@ -1,0 +1,394 @@
+"""Mistakes to plant in mhc_pre, and the calls of it that its gradient's bodies take too."""
+
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+from cases import Case
+
+from mhc_mlx import DEEPSEEK_V4, PAPER
+from mhc_mlx.conventions import IDENTITY, KRONECKER
+from mutation.mistakes import (
+    BARRIER,
+    BOUNDS,
+    DIFFER,
+    EPS,
+    MORE,
+    OUTSIDE,
+    RACE,
+    TWO,
+    UNWRITTEN,
+    WRONG,
+    mistakes,
+)
+
+
+@dataclass(frozen=True)
+class Threads(Case):
+    """A call with so many threads a threadgroup."""
+
+    threads: int = 512
+
+
+@dataclass(frozen=True)
+class Slice(Case):
+    """A call whose phi alone is not aligned."""
+
+    def arrays(self, seed: int = 0) -> list[mx.array | None]:
+        arrays = super().arrays(seed)
+        phi = arrays[1]
+        longer = mx.concatenate([phi.flatten()[:1], phi.flatten()])
+        mx.eval(longer)
+        arrays[1] = longer[1:].reshape(phi.shape)
+        return arrays
+
+
+PRE = Case("mhc_pre", (5,), 4, 64, convention=PAPER)
+PRE_RAGGED = Case("mhc_pre", (5,), 3, 129, convention=DEEPSEEK_V4)
+PRE_5 = Case("mhc_pre", (5,), 5, 31, convention=PAPER)
+PRE_MANY = Case("mhc_pre", (70,), 4, 64, convention=PAPER)
+PRE_LONG = Case("mhc_pre", (5,), 4, 160, convention=PAPER)  # several runs of k a simdgroup
+PRE_RUNS = Case("mhc_pre", (5,), 4, 256, convention=PAPER)  # two packs of u a lane
+PRE_4 = Case("mhc_pre", (5,), 4, 31, convention=PAPER)  # aligned, but no whole runs
+PRE_HALF = Case("mhc_pre", (17,), 4, 64, "bfloat16", PAPER, phi="bfloat16")  # a simdgroup has 16
+MULTIPLIED = Case("mhc_pre", (17,), 4, 64, "bfloat16", PAPER, norm=False)  # three tiles
+PRE_PLAIN = Case("mhc_pre", (5,), 4, 64, convention=PAPER, norm=False)
+MANY_PLAIN = Case("mhc_pre", (20,), 4, 512, convention=PAPER, norm=False)
+MADE_TWICE = Threads("mhc_pre", (5,), 4, 1280, convention=PAPER, threads=96)  # u, not kept
+SHARED_U = Case("mhc_pre", (19,), 4, 1280, "bfloat16", PAPER)  # two simdgroups share u
+PRE_65 = Case("mhc_pre", (65,), 4, 8, convention=PAPER)  # chunks of 33 and 32 tokens
+PRE_12 = Case("mhc_pre", (5,), 12, 33, convention=PAPER)  # threadgroups share a tile
+IDENTITY_32 = Case("mhc_pre", (20,), 32, 8, convention=IDENTITY)  # three blocks, two shares
+NORM_EPS = Case("mhc_pre", (5,), 4, 64, convention=PAPER, norm_eps=0.5)
+RINGED = Case("mhc_pre", (17,), 4, 256, "bfloat16", PAPER, norm=False)  # several runs a slice
+RINGED_12 = Case("mhc_pre", (5,), 4, 64, convention=KRONECKER)  # 12 outputs of 16
+PRE_EPS = Case("mhc_pre", (5,), 4, 64, convention=replace(EPS, pre_eps=0.1, post_eps=0.2))
+FEW = Case("mhc_pre", (5,), 4, 64, convention=replace(PAPER, iters=2))
+FEW_5 = Case("mhc_pre", (5,), 5, 31, convention=replace(PAPER, iters=2))
+PRE_BANDS = Threads("mhc_pre", (9,), 4, 64, convention=PAPER)  # two bands of eight slices
+PRE_SLICE = Slice("mhc_pre", (5,), 4, 64, convention=PAPER)
+
+pre, streams = mistakes("mhc_pre"), mistakes("mhc_pre", "streams.h")
+made, alone = mistakes("mhc_pre", "coefficients.h"), mistakes("mhc_pre", "sinkhorn.h")
+tiles, runs = mistakes("mhc_pre", "tiles.h"), mistakes("mhc_pre", "common.h")
+metal, cuda = mistakes("mhc_pre", "tiles_metal.h"), mistakes("mhc_pre", "tiles_cuda.h")
+ptx, ring = mistakes("mhc_pre", "ptx.h"), mistakes("mhc_pre", "ring_cuda.h")
+SYNC = "simdgroup_sync();"
+
+PRE_FORWARD = [
+    # mhc_pre
+    pre("no barrier before slices are added", PRE, BARRIER, "", rules=RACE),
+    pre("no barrier before the coefficients are used", PRE, BARRIER, "", nth=1, rules=UNWRITTEN),
+    pre("a tile past the last token", PRE, "if (t < tokens && lane", "if (lane", rules=OUTSIDE),
+    pre(
+        "outputs past the last", PRE_RAGGED, "lane < WIDE && o < OUTS", "lane < WIDE", rules=OUTSIDE
+    ),
+    pre(
+        "u past the last token",
+        PRE_PLAIN,
+        " && first + uint(q / PIECES) < tokens",
+        "",
+        rules=OUTSIDE,
+    ),
+    pre("u past the last token, kept", PRE, " && t < tokens && begin", " && begin", rules=OUTSIDE),
+    pre(
+        "u past the last channel",
+        SHARED_U,
+        "k * 32 * VEC;\n        if (live && c < C)",
+        "k * 32 * VEC;\n        if (live)",
+        rules=OUTSIDE,
+    ),
+    pre("squares of half of u", SHARED_U, "k < TEAM * KEPT; ++k)", "k < KEPT; ++k)", parity=WRONG),
+    pre("no barrier before squares are added", SHARED_U, BARRIER, "", nth=2, rules=RACE),
+    pre("no barrier after squares are added", SHARED_U, BARRIER, "", nth=3, rules=RACE),
+    pre(
+        "h_pre of another token, kept",
+        PRE,
+        "pre + i * N, C, C - c, w",
+        "pre, C, C - c, w",
+        parity=WRONG,
+    ),
+    pre("r dropped", PRE, "[e] * r * w[e]", "[e] * w[e]", parity=WRONG),
+    pre("norm forgotten", PRE, "unit = scale * s", "unit = s", parity=WRONG),
+    pre("mean over a stream", PRE, "static_cast<float>(K)", "static_cast<float>(C)", parity=WRONG),
+    pre("norm_eps dropped", NORM_EPS, "params[3]", "params[0]", parity=WRONG),
+    pre(
+        "the last slice of k left out",
+        PRE,
+        "w < SLICES; ++w)",
+        "w < SLICES - 1; ++w)",
+        parity=WRONG,
+    ),
+    pre(
+        "an output for the norm",
+        PRE,
+        "simd_shuffle(s, ushort(WIDE))",
+        "simd_shuffle(s * s, ushort(0))",
+        parity=WRONG,
+    ),
+    pre(
+        "every other run of a slice",
+        PRE_LONG,
+        "32 * SLICES",
+        "64 * SLICES",
+        parity=WRONG,
+        traffic=MORE,
+    ),
+    pre("no place for sum(x ** 2)", PRE, "PITCH = WIDE + 1", "PITCH = WIDE", rules=RACE),
+    pre(
+        "sums of one slice", PRE, "sums[SLICES * TILE * PITCH]", "sums[TILE * PITCH]", rules=BOUNDS
+    ),
+    pre("ragged rows loaded whole", PRE_4, "K % 32 == 0", "K % 4 == 0", rules=OUTSIDE),
+    pre(
+        "unaligned phi loaded whole",
+        PRE_SLICE,
+        "8 / mhc::PHI_ROWS>()>(phi)",
+        "8 / mhc::PHI_ROWS>()>(x)",
+        rules="misaligned",
+    ),
+    pre(
+        "tiles of tokens exchanged",
+        PRE_HALF,
+        "band + m * 8) * PITCH",
+        "band + (TILES - 1 - m) * 8) * PITCH",
+        parity=WRONG,
+    ),
+    pre("bands of tokens at one place", PRE_BANDS, "+ band + m", "+ m", rules=RACE),
+    pre(
+        "tiles of outputs exchanged",
+        PRE,
+        "b * 8 + mhc::sum_output",
+        "(BLOCK - 1 - b) * 8 + mhc::sum_output",
+        parity=WRONG,
+    ),
+    pre("alpha of pre alone", PRE, "alpha[part]", "alpha[0]", parity=WRONG),
+    made("post_eps of pre", PRE_EPS, "part == 0 ? 0 : 2", "0", parity=WRONG),
+    pre("bias saved", PRE, "+ o] = unit;", "+ o] = z;", parity=WRONG),
+    pre("the token's norm not saved", PRE, "+ OUTS] = scale", "+ OUTS] = 1.0f", parity=WRONG),
+    pre("norms saved with every output", PRE, "SAVE && o == 0", "SAVE", rules=TWO),
+    pre("u by every share", PRE_12, "tokens && begin == 0", "tokens", rules=UNWRITTEN),
+    pre(
+        "shares rounded down", IDENTITY_32, "+ SPLITS - 1) / SPLITS", ") / SPLITS", rules=UNWRITTEN
+    ),
+    pre(
+        "a share past the last output",
+        IDENTITY_32,
+        "begin + SHARE < OUTS ? begin + SHARE : OUTS",
+        "begin + SHARE",
+        traffic="x",
+    ),
+    pre(
+        "a tile for each of its shares",
+        IDENTITY_32,
+        "first = threadgroup_position_in_grid.x / SPLITS * TILE",
+        "first = threadgroup_position_in_grid.x * TILE",
+        rules="nobody writes",
+    ),
+    made(
+        "logits by columns",
+        PRE_RAGGED,
+        "COLUMNS ? q % N * N + q / N : q",
+        "COLUMNS ? q : q % N * N + q / N",
+        parity=WRONG,
+    ),
+    made(
+        "h_res by columns",
+        PRE,
+        "OUT_COLUMNS ? p[q % N][q / N] : p[q / N][q % N]",
+        "p[q / N][q % N]",
+        parity=WRONG,
+    ),
+    alone(
+        "h_res by columns, a line per lane",
+        PRE_5,
+        "OUT_COLUMNS ? uint(j * N) + lane : lane * uint(N) + uint(j)",
+        "lane * uint(N) + uint(j)",
+        parity=WRONG,
+    ),
+    pre(
+        "an iteration too few",
+        FEW,
+        "OUT_COLUMNS, ITERS>(",
+        "OUT_COLUMNS, ITERS - 1>(",
+        parity=WRONG,
+    ),
+    made(
+        "an iteration too few, a line per lane",
+        FEW_5,
+        "OUT_COLUMNS, ITERS>(z",
+        "OUT_COLUMNS, ITERS - 1>(z",
+        parity=WRONG,
+    ),
+    pre("matrices past the last", PRE, "m < TILE && t < tokens", "m < TILE", rules=UNWRITTEN),
+    pre("matrices past the tile", PRE_MANY, "m < TILE && t < tokens", "t < tokens", rules=OUTSIDE),
+    alone("idle lanes write", PRE_5, "live && lane < uint(N)", "live", rules=TWO),
+    pre(
+        "h_pre of another token",
+        MADE_TWICE,
+        "pre + i * N, C, C - c0",
+        "pre, C, C - c0",
+        rules=DIFFER,
+    ),
+    pre(
+        "wrong width of a step",
+        PRE_PLAIN,
+        "c0 += PIECES * CHUNKS * 32 * VEC",
+        "c0 += 32",
+        rules=TWO,
+    ),
+    pre("the first piece of u twice", MULTIPLIED, "(q % PIECES * CHUNKS", "(0 * CHUNKS", rules=TWO),
+    pre(
+        "u not divided by its norm",
+        MADE_TWICE,
+        "o[k][e] * r * w[e]",
+        "o[k][e] * w[e]",
+        parity=WRONG,
+    ),
+    streams(
+        "a lane's second pack its first",
+        PRE_RUNS,
+        "(j0 + j) * C + k * 32 * VEC",
+        "(j0 + j) * C",
+        rules=DIFFER,  # from an array that is not aligned
+    ),
+    streams("packs past the last", PRE, " && k * 32 * VEC < left", "", rules=OUTSIDE),
+    pre("the readers' tokens", MANY_PLAIN, "q += READERS", "q += SIMDS", rules="nobody writes"),
+    pre(
+        "a square of each pack",
+        MADE_TWICE,
+        "some += o[k][e] * o[k][e]",
+        "some += o[k][0] * o[k][0]",
+        parity=WRONG,
+    ),
+    alone("eps dropped, a lane alone", PRE_EPS, "float d = eps;", "float d = 0.0f;", parity=WRONG),
+    alone(
+        "lines for columns, a lane alone",
+        PRE,
+        "k % 2 == 0 ? p[a][b] : p[b][a]",
+        "p[a][b]",
+        parity=WRONG,
+    ),
+    alone(
+        "half a step too few, a lane alone",
+        FEW,
+        "k < 2 * iters",
+        "k < 2 * iters - 1",
+        parity=WRONG,
+    ),
+    # tiles of mhc_pre
+    tiles("tokens past the last", PRE_LONG, "t < tokens ? t : 0u", "t", rules=OUTSIDE),
+    tiles("phi past the last output", PRE_RAGGED, "|| o < OUTS", "|| true", rules=OUTSIDE),
+    tiles("a slice without a run", PRE_65, "if (c.first < c.K)", "if (true)", rules=OUTSIDE),
+    runs("k past the row", PRE_RAGGED, "if (e < left)", "if (true)", rules=OUTSIDE),
+    runs(
+        "k past the row not zero",
+        PRE_RAGGED,
+        "r.p[e / VEC].v[e % VEC] = static_cast<T>(0.0f);",
+        "",
+        parity=WRONG,
+    ),
+    tiles(
+        "a run too many", PRE_LONG, "k < c.K; k += c.step", "k <= c.K; k += c.step", rules=OUTSIDE
+    ),
+    tiles("x stands still", PRE_LONG, "at.x[m] += step", "at.x[m]", parity=WRONG),
+    tiles(
+        "phi stands still",
+        PRE_LONG,
+        "at.phi[b][q] += step",
+        "at.phi[b][q]",
+        parity=WRONG,
+        traffic=MORE,
+    ),
+    tiles(
+        "x from the first run",
+        PRE,
+        "size_t(k + x_k(lane))",
+        "size_t(x_k(lane))",
+        parity=WRONG,
+    ),
+    tiles("phi's first 8 outputs", PRE, "output + b * 8 +", "output +", parity=WRONG, traffic=MORE),
+    tiles(
+        "the first 8 tokens",
+        PRE_HALF,
+        "uint(m * 8 + x_row(lane))",
+        "uint(x_row(lane))",
+        parity=WRONG,
+    ),
+    tiles(
+        "half a simdgroup at a product",
+        PRE,
+        "multiply_add(sum",
+        "if (lane < 16) multiply_add(sum",
+        rules="simd operations",
+    ),
+    tiles(
+        "runs of k skipped", PRE_LONG, "k += c.step", "k += 2 * c.step", parity=WRONG, traffic=MORE
+    ),
+    metal(
+        "sums transposed",
+        PRE,
+        "sum_token(int lane) { return matrix_row",
+        "sum_token(int lane) { return matrix_column",
+        rules=RACE,
+    ),
+    metal(
+        "x transposed",
+        PRE,
+        "x_row(int lane) { return matrix_row",
+        "x_row(int lane) { return matrix_column",
+        rules=RACE,
+    ),
+    metal(
+        "phi transposed",
+        PRE,
+        "phi_row(int lane) { return matrix_column",
+        "phi_row(int lane) { return matrix_row",
+        rules=OUTSIDE,
+    ),
+    metal(
+        "lanes in another order",
+        PRE,
+        "lane / 16 * 4 + lane / 2 % 4",
+        "lane / 16 * 4 + lane / 4 % 4",
+        rules=RACE,
+    ),
+    metal("half of a lane's k", PRE, "run_float(r, s + 4)", "run_float(r, s)", parity=WRONG),
+    metal("one of a lane's outputs", PRE, "run_float(r[e], s)", "run_float(r[0], s)", parity=WRONG),
+    metal("a product short", PRE, "s < 4; ++s) multiply", "s < 3; ++s) multiply", parity=WRONG),
+    metal("a sum from nothing", PRE, "md.thread_elements()[e] = d[e];", "", parity="finite"),
+    metal("x for phi", PRE, "x[m].v[s], phi.v[s]", "phi.v[s], x[m].v[s]", parity=WRONG),
+    metal("all products of 8 tokens", PRE_HALF, "sum[m][b]", "sum[0][b]", parity=WRONG),
+    metal(
+        "a float for a matrix",
+        PRE,
+        "(md, ma, mb, md)",
+        "(md, ma, mb, d[0])",
+        dialect="no matching function",
+        rules="does not compile",
+    ),
+    metal(
+        "a tile in no address space",
+        PRE,
+        "to_tile(thread XTile",
+        "to_tile(XTile",
+        dialect="address space",
+    ),
+    metal("half of the squares", PRE, "e < 8; ++e) run", "e < 4; ++e) run", parity=WRONG),
+    metal("squares of other lanes", PRE, "ushort(8)", "ushort(16)", parity=WRONG),
+    ptx("a longer instruction", PRE, "m16n8k8", "m16n8k16", nvrtc="mma"),
+    ptx("an integer in a float's register", PRE, '"r"(b0)', '"f"(b0)', nvrtc="constraint"),
+    cuda("the last bits of phi", PRE, "phi, PHI)", "phi, 0)", parity=WRONG),
+    cuda("the first 8 tokens alone", RINGED, "y ? y->w[p][e] : 0u", "0u", parity=WRONG),
+    cuda("an element for two", RINGED, "= w << 16", "= w & 0xffff0000u", parity=WRONG),
+    ring("a run before it is there", RINGED, "<STAGES - 1>", "<STAGES>", rules=UNWRITTEN),
+    ring("a run that other lanes fetch", RINGED, SYNC, "", rules=UNWRITTEN),
+    ring("fetched while other lanes read", RINGED, SYNC, "", nth=1, rules=RACE),
+    ring("a ring for all simdgroups", RINGED, "c.simd * STAGES", "0 * STAGES", rules=RACE),
+    ring("odd rows as even ones", PRE, "(lane / 4 & 1)", "0", rules=DIFFER),
+    ring("the ring: tokens past the last", RINGED, "t < c.tokens ? t", "true ? t", rules=OUTSIDE),
+    ring(
+        "the ring: outputs past the last", RINGED_12, "int(o) < OUTS", "int(o) < 99", rules=OUTSIDE
+    ),
+    ring("runs past the row", RINGED, "if (wanted < c.K)", "if (true)", rules=OUTSIDE),
+    ring("the ring: x stands still", RINGED, "x += c.step;", "", rules=DIFFER),
+    ring("the first stage alone", RINGED, "stage + 1 ==", "1 ==", rules=RACE),
+]

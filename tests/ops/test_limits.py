@@ -1,0 +1,382 @@
+"""Limits by size: threadgroup memory at long rows, and buffers of more than 2^32 elements."""
+
+import ctypes
+import itertools
+import math
+import mmap
+import re
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from proof import executor, set_geometry, simulator
+
+from mhc_mlx import PAPER, kernel, ops
+from mhc_mlx.conventions import KRONECKER, MHC_LITE
+from mhc_mlx.ops.dispatch import KERNELS
+
+# ---- threadgroup memory: what a body declares, by g++, of the launches of every op
+
+WORDS = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat16_t"}
+VARIANT = """namespace variant{k} {{
+{constants}
+{declared}
+constexpr size_t bytes = 0{sizes};
+}}
+"""
+
+
+def declared_bytes(launches: list[tuple[str, dict]], backend: str) -> list[int]:
+    """Bytes of threadgroup memory that the bodies declare with these template arguments."""
+    files = dict.fromkeys(
+        h for name, _ in launches for h in kernel.headers(f"{name}.metal", backend)
+    )
+    headers = "".join(map(kernel.text, files)).replace(
+        kernel.text("ptx.h"), '\n#include "ptx.hpp"\n'
+    )
+    source = '#include "body.hpp"\n' + re.sub(
+        r"\b(device|constant|thread|threadgroup)\b", "", headers
+    )
+    for k, (name, template) in enumerate(launches):
+        body = kernel.text(f"{name}.metal")
+        constants = "".join(
+            f"typedef {WORDS[v]} {word};\n"
+            if isinstance(v, mx.Dtype)
+            else f"constexpr {'bool' if isinstance(v, bool) else 'int'} {word} = {int(v)};\n"
+            for word, v in template.items()
+        )
+        lines = re.findall(r"(?m)^(?:constexpr .*|typedef .*|static_assert.*);", body)
+        arrays = re.findall(r"(?m)^threadgroup ([\w:]+(?:<[^;=]*?>)?) \w+((?:\[[^;]*\])+);", body)
+        assert len(arrays) == len(re.findall(r"(?m)^threadgroup .*", body)), name
+        source += VARIANT.format(
+            k=k,
+            constants=constants,
+            declared="\n".join(lines),
+            sizes="".join(f" + sizeof({kind}{extent})" for kind, extent in arrays),
+        )
+    count = len(launches)
+    each = ", ".join(f"variant{k}::bytes" for k in range(count))
+    source += f'extern "C" {{ size_t declared[{count}] = {{{each}}}; }}\n'
+    flags = ["-std=c++20", "-O0", "-w", "-fPIC", "-c", f"-I{simulator.HERE}"]
+    library = ctypes.CDLL(str(simulator.build(source, flags, source)), mode=ctypes.RTLD_LOCAL)
+    return list((ctypes.c_size_t * count).in_dll(library, "declared"))
+
+
+class Launches:
+    """Calls of `kernel.launch`, which returns zeros that nobody evaluates."""
+
+    def __init__(self, backend: str):
+        self.calls, self.backend = [], backend
+
+    def __enter__(self):
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(kernel, "launch", self.launch)
+        self.patch.setattr(kernel, "backend", lambda: self.backend)
+        return self
+
+    def __exit__(self, *_):
+        self.patch.undo()
+
+    def launch(self, name, inputs, outputs, groups, threads, template, verbose=False):
+        self.calls.append((name, inputs, outputs, groups, threads, template))
+        return [mx.zeros(*spec) for spec in outputs.values() if spec is not None]
+
+
+def called(op, tokens, n, C, dtype, threads=None, norm=True, per_token=True, convention=PAPER):
+    """The op and its gradient, of arrays that are never evaluated."""
+    outs = n if op == "mhc_head" else 2 * n + convention.res_size(n)
+    x, y, weight = mx.zeros((tokens, n, C), dtype), mx.zeros((tokens, C), dtype), mx.zeros(C)
+    gate, mix = mx.zeros((tokens, n)), mx.zeros((tokens, n, n))
+    made = [mx.zeros((outs, n * C)), mx.zeros(outs), mx.zeros(1 if op == "mhc_head" else 3)]
+    shared = [mx.zeros(n), mx.zeros((n, n))]
+    last = [weight] if norm else []
+    arrays, statics = {
+        "sinkhorn_knopp": ([mix], [convention]),
+        "stream_aggregate": ([x, gate if per_token else shared[0]], []),
+        "stream_aggregate_norm": ([x, shared[0], weight], []),
+        "stream_mix_add": ([x, y, gate, mix] if per_token else [x, y, *shared], []),
+        "mhc_static": ([x, shared[0], *shared, weight], []),
+        "mhc_layer": ([x, shared[0], *shared, weight], [convention]),
+        "mhc_coefficients": ([x, *made], [convention]),
+        "mhc_pre": ([x, *made, *last], [convention] if norm else [None, convention]),
+        "mhc_head": ([x, *made], [convention]),
+        "mhc_seam": ([x, y, gate, gate, mix, *last], []),
+        "mhc_single_pass": ([x, y, *made, *last], [convention] if norm else [None, convention]),
+    }[op]
+
+    def several(*a):
+        out = getattr(ops, op)(*a, *statics, threads_per_group=threads)
+        return [b for b in out if b is not None] if isinstance(out, tuple) else [out]
+
+    mx.vjp(several, arrays, [mx.zeros(a.shape, a.dtype) for a in several(*arrays)])
+
+
+LONG = [
+    (1024, 8),
+    (1024, 48),
+    (1024, 64),
+    (9001, 4),
+    (9001, 8),
+    (9001, 12),
+    (9001, 64),
+    (20000, 4),
+    (20000, 64),
+    (131072, 4),
+]
+WIDEST = (1 << 31) - 1  # elements of phi, whose gradient is one axis until it is added up
+MADE = ("mhc_coefficients", "mhc_pre", "mhc_single_pass")
+OPTIONS = [(mx.float32, None, 3), (mx.bfloat16, None, 3), (mx.bfloat16, None, 2000)]
+OPTIONS += [(mx.float32, 1024, 2), (mx.bfloat16, 32, 40)]
+
+
+@pytest.mark.parametrize("backend", ["metal", "cuda"])
+def test_threadgroup_memory_of_long_rows(backend, need):
+    """At most 32 KiB in every launch of every op, forward and backward, at ragged and long C, for
+    few and many streams, few and many tokens, any number of threads: 1024 too."""
+    need("simulator")
+    with Launches(backend) as launches:
+        for op, (C, n), (dtype, threads, tokens) in itertools.product(KERNELS, LONG, OPTIONS):
+            if op in MADE and (2 * n + n * n) * n * C > WIDEST:
+                C = 2049
+            called(op, tokens, n, C, dtype, threads)
+            if op in ("mhc_pre", "mhc_seam", "mhc_single_pass"):
+                called(op, tokens, n, C, dtype, threads, norm=False)
+    variants = {str((c[0], c[5])): (c[0], c[5]) for c in launches.calls}
+    assert {name for name, _ in variants.values()} >= {
+        "mhc_sweep",
+        "mhc_seam",
+        "mhc_token_backward",
+    }
+    found = declared_bytes(list(variants.values()), backend)
+    for bytes_, variant in zip(found, variants, strict=True):
+        assert 0 <= bytes_ <= 32 << 10, f"{bytes_} bytes: {variant}"
+    assert max(found) > 20 << 10  # of a launch that fills it
+
+
+def test_threadgroup_memory_that_grows_is_caught(need, monkeypatch):
+    """As the simulator counts it, too."""
+    need("simulator")
+    text, old = kernel.text, "threadgroup float partial[2 * SIMDS];"
+    new = old.replace("2 * SIMDS", "PASSES * THREADS * VEC")
+    template = {"T": mx.float32, "N": 4, "VEC": 1, "THREADS": 256, "PASSES": 36, "CACHED": False}
+    template |= {"MIX": True, "SINKHORN": False, "GATES": False, "ITERS": 20, "START": 0}
+    template |= {"COLUMNS": False, "OUT_COLUMNS": False}
+    before = declared_bytes([("mhc_fused", template)], "metal")
+    assert before == [4 * (4 + 4 + 16 + 16)]
+    monkeypatch.setattr(kernel, "text", lambda f: text(f).replace(old, new))
+    assert declared_bytes([("mhc_fused", template)], "metal") == [4 * (4 + 4 + 16 + 9216)]
+
+
+# ---- 2^32 elements: the last threadgroups of launches whose buffers are virtual
+
+TOKENS = 3 << 29  # of a call: four floats of each are 1.5 times 2^32
+SWEEP_TOKENS = ops.geometry.SWEEP_TOKENS
+SEEN = 128  # the last tokens, which the threadgroups that run take
+NO_RESERVE = 0x4000  # mmap's flag on Linux: pages exist once they are touched
+
+
+def virtual(count: int, dtype) -> np.ndarray:
+    """Zeros without memory."""
+    size = count * np.dtype(dtype).itemsize
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
+    return np.frombuffer(mmap.mmap(-1, size, flags=flags), dtype)
+
+
+class Sparse(simulator.Watched):
+    """A buffer whose counts are virtual, too."""
+
+    def __post_init__(self):
+        self.loads, self.stores, self.writer = (
+            virtual(self.array.size, np.uint32) for _ in range(3)
+        )
+        self.where = virtual(self.array.size, np.uint64)
+
+
+def shares(name: str, template: dict, C: int) -> tuple[int, int, int]:
+    """Tokens of a threadgroup, threadgroups that share them, and rows of sums that they leave."""
+    t, simds = template, template["THREADS"] // 32 if "THREADS" in template else 1
+    n = t["N"]
+    if name == "mhc_pre":
+        return 8 * t["TILES"] * (simds // t["SLICES"]), t["SPLITS"], 0
+    if name == "mhc_pre_backward":
+        return t["TILE"], t["SPLITS"], 1
+    if name == "mhc_token_backward":
+        return t["BATCH"] * simds, 1, 1 if t["NORM"] else simds
+    if name == "mhc_projection_backward":
+        return SEEN, math.ceil(n * math.ceil(C / t["SPAN"]) / simds), 1
+    if name == "mhc_phi_gradient":
+        spans = math.ceil(n * C / (t["THREADS"] * t["VEC"]))
+        return SEEN, spans * math.ceil(t["OUTS"] / t["EACH"]), 1
+    if name == "mhc_sweep":
+        return 8, math.ceil(math.ceil(n * C / 32) / simds), 0
+    if name.startswith("sinkhorn_knopp"):
+        return t["THREADS"] // (1 << (n - 1).bit_length()), 1, 0
+    if name.startswith("mixing_matrix"):
+        return t["THREADS"], n if name == "mixing_matrix" else 1, 0
+    return (256 // t["LINES"], 1, 0) if name == "sum_partials" else (1, 1, 1)
+
+
+def far_apart(form: str, call: tuple) -> None:
+    """The last threadgroups of a launch of TOKENS tokens leave the bits that they leave where these
+    tokens are all; a token, or a column of `sum_partials`, is an index of the axis of SEEN."""
+    name, inputs, outputs, _, threads, template = call
+    rng, C = np.random.default_rng(0), inputs["x"].shape[2] if "x" in inputs else 1
+    each, split, rows = shares(name, template, C)
+    few, many = (count // each * split for count in (SEEN, TOKENS))
+    values = {}
+    for k, a in inputs.items():
+        if a is not None:
+            shape = (5, SEEN) if name == "sum_partials" and k == "partial" else a.shape
+            values[k] = mx.array(rng.uniform(0.1, 1, shape).astype(np.float32)).astype(a.dtype)
+    made = {k: v for k, v in outputs.items() if v is not None}
+    if "partial" in made:
+        shape, dtype = made["partial"]
+        made["partial"] = ((few // split * rows, shape[1]), dtype)
+    if name == "sum_partials":
+        made["out"] = ((SEEN,), mx.float32)
+    given = inputs | values
+    small = simulator.launch(name, given, outputs | made, few, threads, template)
+
+    source, names = simulator.cpp(
+        name, simulator.generated(name, given, outputs | made, few, threads, template)
+    )
+    library, entry = simulator.program(source)
+
+    def extended(shape: tuple, rows: int | None) -> tuple:
+        """The shape of an array of TOKENS tokens, or of the rows of sums of their threadgroups."""
+        ratio = TOKENS // SEEN
+        if rows is not None:
+            return (rows * ratio, *shape[1:])
+        return tuple(size * (ratio if size == SEEN else 1) for size in shape)
+
+    buffers, ends = {}, {}
+    for k, a in values.items():
+        shape = extended(a.shape, None)
+        buffers[k] = virtual(math.prod(shape), simulator.NUMPY[a.dtype])
+        end = tuple(slice(-size, None) for size in a.shape)
+        buffers[k].reshape(shape)[end] = simulator.to_numpy(a)
+        buffers[f"{k}_shape"] = np.array(shape, np.int32)
+    for k, (shape, dtype) in made.items():
+        total = extended(shape, shape[0] if k == "partial" else None)
+        buffers[k] = virtual(math.prod(total), simulator.NUMPY[dtype])
+        ends[k] = buffers[k][-math.prod(shape) :]
+    watched = {k: Sparse(k in made, buffers[k]) for k in names}
+    table = (simulator._Buffer * len(names))(*(w.entry(k) for k, w in watched.items()))
+    where, run = ctypes.c_uint64(), simulator.runtime()
+    run.sim_skip(many - few)
+    ring = ctypes.c_size_t(template.get("RING", 0))
+    error = run.simulate(entry, table, len(names), many, threads, 0, ring, ctypes.byref(where))
+    run.sim_skip(0)
+    if error:
+        line = simulator.source_line(library, where.value)
+        raise simulator.SimulationError(f"{name}: {error.decode()} at {line}")
+    for k, want in zip(made, small, strict=True):
+        same = ends[k].view(np.uint8) == simulator.to_numpy(want).ravel().view(np.uint8)
+        assert same.all(), f"{name}, {form}: {k} at its end is another, {(~same).mean():.0%}"
+
+
+FAR = [
+    ("sinkhorn_knopp", 4, mx.float32, {}),
+    ("stream_aggregate", 4, mx.float32, {}),
+    ("stream_mix_add", 4, mx.float32, {}),
+    ("stream_mix_add", 12, mx.float32, {}),
+    ("mhc_static", 4, mx.float32, {}),
+    ("mhc_static", 12, mx.float32, {}),
+    ("mhc_coefficients", 4, mx.float32, {"convention": KRONECKER}),
+    ("mhc_coefficients", 3, mx.float32, {"convention": MHC_LITE}),
+    ("mhc_pre", 4, mx.float32, {}),
+    ("mhc_pre", 12, mx.float32, {"norm": False}),
+    ("mhc_pre", 4, mx.bfloat16, {}),
+    ("mhc_pre", 4, mx.bfloat16, {"norm": False}),
+    ("mhc_seam", 4, mx.float32, {}),
+]
+
+
+def far_calls(form: str) -> list[tuple]:
+    """A launch of each body and template."""
+    with Launches("cuda" if form.endswith("CUDA") else "metal") as launches:
+        for op, n, dtype, options in FAR:
+            if form == "simulator" or op == "mhc_pre" and n == 4:
+                called(op, SEEN, n, 8, dtype, **options)
+        set_geometry(SWEEP_TOKENS=SEEN)
+        called("mhc_pre", SEEN, 4, 8, mx.float32)
+        set_geometry(SWEEP_TOKENS=SWEEP_TOKENS)
+    return list({str((c[0], c[5])): c for c in launches.calls}.values())
+
+
+@pytest.mark.parametrize("form", ["simulator", "simulator, CUDA"])
+def test_buffers_of_more_than_two_to_the_32_elements(form, need):
+    """Every array that has a token's is indexed beyond 2^32 by every body."""
+    need(form)
+    calls, own = far_calls(form), ("mhc_pre", "mhc_projection_backward", "mhc_sweep")
+    with executor(form):
+        for call in calls:
+            if form == "simulator" or call[0] in own:
+                far_apart(form, call)
+    bodies = {p.stem for p in kernel._FOLDERS[1].glob("*.metal")}
+    assert form != "simulator" or {call[0] for call in calls} == bodies
+
+
+NARROW = [
+    ("stream_mix_add", "size_t(t) * size_t(N * C)", "t * uint(N * C)"),
+    ("mhc_seam", "h_res + size_t(t) * (N * N)", "h_res + t * (N * N)"),
+    ("mhc_token_backward", "const size_t t = first + uint(i);", "const uint t = first + uint(i);"),
+    ("mhc_phi_gradient", "size_t(t0) * size_t(K)", "t0 * uint(K)"),
+    (
+        "mhc_phi_gradient",
+        "(size_t(chunk) * OUTS + size_t(o0 + o)) * size_t(K)",
+        "uint(chunk * OUTS + o0 + o) * uint(K)",
+    ),
+    ("sum_partials", "size_t(g) * columns", "g * columns"),
+]
+
+
+@pytest.mark.parametrize("body, old, new", NARROW)
+def test_a_product_of_32_bits_is_caught(body, old, new, need, monkeypatch):
+    need("simulator")
+    calls, text = [c for c in far_calls("simulator") if c[0] == body], kernel.text
+    assert calls and old in text(f"{body}.metal")
+    changed = {f"{body}.metal": text(f"{body}.metal").replace(old, new)}
+    monkeypatch.setattr(kernel, "text", lambda file: changed.get(file) or text(file))
+    kernel._build.cache_clear()
+    with executor("simulator"), pytest.raises((AssertionError, simulator.SimulationError)):
+        for call in calls:
+            far_apart("simulator", call)
+    kernel._build.cache_clear()
+
+
+# ---- the same by the texts, also of what no case of FAR launches
+
+CONVERTED = r"\buint\((?:[^()]|\([^()]*\))*\)\)* *\*|\* *uint\("  # a factor of 32 bits
+# Not of a token: spans and chunks, lines of a matrix, rows of phi, places in threadgroup memory.
+FEW = ("uint(chunk) * each", "/ uint(spans) * 8", "* uint(N)", "* uint(c.K) * uint(sizeof(")
+FEW += ("* 16u", "* 512u")
+
+
+def narrow_products(text: str) -> list[str]:
+    """Lines of a kernel text that multiply a token's number, or a row's of sums, in 32 bits."""
+    for words in FEW:
+        text = text.replace(words, " ")
+    found = [line for line in text.split("\n") if re.search(CONVERTED, line)]
+    for declared in re.finditer(r"\buint (t0?|g)\b", text):
+        name, end, depth = declared[1], declared.end(), 0
+        while end < len(text) and depth >= 0:
+            depth += (text[end] == "{") - (text[end] == "}")
+            end += 1
+        scope = re.split(rf"\bsize_t {name}\b", text[declared.end() : end])[0]
+        found += re.findall(rf".*[ (\[]{name} \*.*", scope)
+    return found
+
+
+def test_no_text_multiplies_tokens_in_32_bits():
+    texts = {p.name: kernel.text(p.name) for p in kernel._FOLDERS[1].iterdir()}
+    assert {name: narrow_products(text) for name, text in texts.items()} == dict.fromkeys(texts, [])
+    for body, old, new in NARROW:
+        assert narrow_products(texts[f"{body}.metal"].replace(old, new)), (body, new)
+    count = 0
+    for name, text in texts.items():  # nor would any line whose factors were narrowed pass
+        for line in (line for line in text.split("\n") if "size_t(" in line):
+            narrowed = text.replace(line, line.replace("size_t(", "uint("))
+            assert narrow_products(narrowed), f"{name}: {line}"
+            count += 1
+    assert count > 100

@@ -1,0 +1,183 @@
+"""Outputs and every gradient against the float64 oracle: the reference, the simulator, the GPU."""
+
+import contextlib
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from cases import (
+    AT_SCALE,
+    CONVENTIONS,
+    COVERING,
+    DTYPES,
+    DYNAMIC,
+    EXACT,
+    MAX_VARIANTS,
+    OUTPUT_ULPS,
+    PROJECTED,
+    REFERENCE,
+    SINGLE,
+    ULP,
+    UNUSUAL,
+    Case,
+)
+from proof import check, errors, executor, results
+from proof.compare import check_bounds, doubles
+
+from mhc_mlx import PAPER, ops, reference
+from mhc_mlx.conventions import SINKHORN
+from mhc_mlx.ops.dispatch import KERNELS
+
+LISTS = (COVERING, DYNAMIC, SINGLE, UNUSUAL)
+CASES = [case for cases in LISTS for case in cases]
+compiled: set = set()  # (rung, list of cases, variant)
+
+
+def test_dynamic_covers():
+    """Each op with every dtype, and over all ops each of what DYNAMIC lists."""
+    seen = {op: {c.dtype for c in DYNAMIC if c.op == op} for op in (*PROJECTED, "stream_aggregate")}
+    assert all(kinds == set(DTYPES) for kinds in seen.values()), seen
+    names = {"PAPER", "ROW_FIRST", "ADDITIVE", "DEEPSEEK_V4", *EXACT}
+    assert {c.convention.name for c in DYNAMIC if c.convention} == names
+    assert {c.n for c in DYNAMIC} == {1, 2, 3, 4, 5, 8, 12, 16, 32}
+    assert {c.C for c in DYNAMIC} == {1, 8, 31, 64, 129, 264, 1026, 1280}
+    assert {c.phi for c in DYNAMIC} == {c.weights for c in DYNAMIC} == set(DTYPES)
+    assert {c.lead for c in DYNAMIC} >= {(), (0,), (2, 3), (5,), (70,)}
+    assert {(c.offset, c.norm) for c in DYNAMIC} >= {(0, True), (1, True), (1, False)}
+
+
+def test_unusual_covers():
+    """Every op that has a constant, each of its constants unlike every preset's and default's."""
+    assert {c.op for c in UNUSUAL} == {*KERNELS} - {"stream_aggregate", "stream_mix_add"}
+    odd = {c.convention for c in UNUSUAL if c.convention}
+    for name in ("eps", "pre_eps", "post_scale", "post_eps"):
+        usual = {getattr(c, name) for c in (CONVENTIONS | EXACT).values()}
+        users = [c for c in odd if name != "eps" or c.start in SINKHORN]
+        assert min(abs(getattr(c, name) - v) for c in users for v in usual) >= 0.01, name
+    made = [c for c in UNUSUAL if c.op in (*PROJECTED, "mhc_single_pass")]
+    assert {c.norm_eps for c in made} == {0.25}
+    assert {c.eps for c in UNUSUAL if c.op != "sinkhorn_knopp"} == {0.5}
+    forms = {(c.start, c.first, c.transposed) for c in odd}
+    assert forms >= {("exp", f, t) for f in ("rows", "columns") for t in (False, True)}
+    assert forms >= {("softmax", "rows", t) for t in (False, True)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reference(case):
+    given = [a for a in case.arrays() if a is not None]
+    check(case, results(getattr(reference, case.op), case, given), REFERENCE)
+
+
+@pytest.mark.parametrize("rung", ["reference", "simulator"])
+@pytest.mark.parametrize("scale, bound", AT_SCALE)
+@pytest.mark.parametrize("n", [2, 4, 8, 16, 32])
+@pytest.mark.parametrize("name", ["PAPER", "ROW_FIRST", "DEEPSEEK_V4"])
+def test_dynamic_gradients_at_scale(name, n, scale, bound, rung, need):
+    """Of the logits of h_res, of x, phi, bias and alpha: within `bound` of the largest."""
+    if rung != "reference":
+        need(rung)
+    made = {"convention": CONVENTIONS[name], "scale": scale}
+    for case in (
+        Case("sinkhorn_knopp", (5,), n, n, **made),
+        Case("mhc_coefficients", (5,), n, 8, **made),
+    ):
+        given = case.arrays()
+        with contextlib.nullcontext() if rung == "reference" else executor(rung):
+            f = getattr(reference if rung == "reference" else ops, case.op)
+            found = errors(case, results(f, case, given), REFERENCE)
+        assert len(found) == 2 if case.op == "sinkhorn_knopp" else 7
+        for name, got, want, *_ in found[-len(given) :]:
+            ratio = np.abs(got - want).max() / (bound * np.abs(want).max())
+            assert ratio <= 1, f"{case.op}, {name}: {ratio:.2f} of the bound"
+
+
+@pytest.mark.parametrize("rung", ["stand-in", "simulator", "gpu"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels(case, rung, need):
+    need(rung)
+    given = [a for a in case.arrays() if a is not None]
+    with executor(rung) as launched:
+        slack = REFERENCE if rung == "stand-in" else 1  # its sums are MLX's
+        check(case, results(getattr(ops, case.op), case, given), slack)
+    which = next(k for k, cases in enumerate(LISTS) if case in cases)
+    compiled.update((rung, which, v) for v in launched)
+    count = sum(v[:2] == (rung, which) for v in compiled)
+    assert count <= MAX_VARIANTS[which], f"{count} compiled variants"
+
+
+def test_a_rounding_in_between_is_caught():
+    """y, or the sum over streams, rounded to bfloat16 before the last step of the reference: within
+    8 units of the token's largest element, not within an element's own half unit."""
+    case = Case("mhc_static", (5,), 4, 64, "bfloat16")
+    x, pre, post, res, weight = arrays = case.arrays()
+    y = reference.stream_aggregate_norm(x, pre, weight)
+    mixed = reference.stream_mix(x, res).astype(mx.float32)
+    exact_y = reference.stream_aggregate_norm(x.astype(mx.float32), pre, weight)
+    written = reference.stream_distribute(exact_y, post)
+    right = reference.mhc_static(*arrays)
+    check_bounds(case, [right], REFERENCE)
+    for wrong in (reference.stream_mix_add(x, y, post, res), (mixed + written).astype(x.dtype)):
+        off = np.abs(doubles(wrong) - doubles(right)).max(axis=(1, 2))
+        largest = np.abs(doubles(right)).max(axis=(1, 2))
+        assert (off <= OUTPUT_ULPS * ULP["bfloat16"] * largest).all()
+        with pytest.raises(AssertionError, match="times what float32 may add"):
+            check_bounds(case, [wrong], REFERENCE)
+
+
+@pytest.mark.parametrize("threads", [32, 96, 1024])
+@pytest.mark.parametrize("op", ["stream_aggregate", *PROJECTED])
+def test_threads_per_group_of_dynamic_ops(op, threads, need):
+    need("simulator")
+    case = Case(op, (9,), 4, 33, convention=CONVENTIONS["PAPER"] if op in PROJECTED else None)
+    given = [a for a in case.arrays() if a is not None]
+    with executor("simulator"):
+        f = getattr(ops, op)
+        check(case, results(lambda *a: f(*a, threads_per_group=threads), case, given))
+
+
+@pytest.mark.parametrize("form", ["simulator", "simulator, CUDA"])
+@pytest.mark.parametrize("C, threads", [(512, 32), (1000, 64), (1280, 96), (1280, 256)])
+def test_tokens_that_simdgroups_share(C, threads, form, need):
+    """Of mhc_pre with a norm: u is kept by one simdgroup, by several, or made twice; backward a
+    threadgroup keeps x or reads it twice, in whole passes or not."""
+    need(form)
+    case = Case("mhc_pre", (19,), 4, C, "bfloat16", CONVENTIONS["PAPER"])
+    given = [a for a in case.arrays() if a is not None]
+    with executor(form) as launched:
+        check(case, results(lambda *a: ops.mhc_pre(*a, threads_per_group=threads), case, given))
+        x, *rest = given
+        many = ops.mhc_pre(x, *rest, *case.statics)
+        for few in (x[4:8], x[4:5]):  # a small tile, and swept
+            for a, b in zip(many, ops.mhc_pre(few, *rest, *case.statics), strict=True):
+                assert mx.array_equal(a[4 : 4 + len(few)], b)
+    forms = [dict(t) for _, name, t, _ in launched if name in ("mhc_pre", "mhc_token_backward")]
+    shared = {(t["TEAM"] > 1, t["HELD"] > 0) for t in forms if "TEAM" in t}
+    kept = {(t["THREADS"] > 32, t["PASSES"], t["CACHED"]) for t in forms if "CACHED" in t}
+    metal = form == "simulator"
+    assert kept == {(threads > 32, math.ceil(C / 8 / threads), C < 8 * threads or not metal)}
+    if C == 1280 and metal:
+        assert ((False, False) if threads == 96 else (True, True)) in shared, shared
+
+
+def test_bits_do_not_depend_on_the_size_of_a_tile(need):
+    need("simulator")
+    case = Case("mhc_pre", (9,), 3, 33, convention=CONVENTIONS["DEEPSEEK_V4"])
+    x, *rest = case.arrays()
+    with executor("simulator"):  # nine tokens are many there, and three are few
+        many = ops.mhc_pre(x, *rest, *case.statics)
+        few = ops.mhc_pre(x[4:7], *rest, *case.statics)
+    assert all(mx.array_equal(a[4:7], b) for a, b in zip(many, few, strict=True))
+
+
+def test_a_part_of_alpha_that_overflows_alone(need):
+    """The sum of one part is infinite, those of the others are not a number of it."""
+    need("simulator")
+    case = Case("mhc_coefficients", (5,), 4, 64, convention=PAPER)
+    given = [a for a in case.arrays() if a is not None]
+    with executor("simulator"):
+        made = ops.mhc_coefficients(*given, PAPER)
+        cotangents = [mx.random.normal(a.shape) for a in made]
+        cotangents[1] = mx.full(made[1].shape, 3e38)
+        *_, dalpha = mx.vjp(lambda *a: ops.mhc_coefficients(*a, PAPER), given, cotangents)[1]
+    assert mx.isfinite(dalpha).tolist() == [True, False, True]

@@ -1,0 +1,283 @@
+"""Loads and stores of device memory, counted per buffer and pinned: no body moves a byte more.
+
+The simulator counts them element by element. With two threadgroups (FEW_GROUPS in
+proof/executors.py) what is fetched once per threadgroup counts 2, or 1 where 256 threads leave the
+backward pass only one.
+"""
+
+import pytest
+from cases import Case
+from proof import executor, results, simulator
+
+from mhc_mlx import PAPER, ROW_FIRST, ops
+from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE
+
+STREAMS = ("x", "y", "dout", "out", "dx", "dy", "u", "du", "dx_out")
+SCALARS = ("params", "eps", "alpha", "rows", "_shape")  # a few numbers in registers
+HERE = {"lead": (5,), "n": 4, "C": 64}  # one pass, a token in registers
+WIDE = {"lead": (2,), "n": 8, "C": 4096, "dtype": "float16"}  # backward: not in registers
+TILED = HERE | {"n": 12}
+LAYER = {"convention": ROW_FIRST}
+TILES = HERE | {"lead": (16,), "convention": PAPER}
+TOKENS = {"per_token": (True, True)}
+# Loads of each element of an input, stores of each of an output; "in all" where elements differ.
+# Apart, after the semicolon: weights and coefficients. The floor in rows is DESIGN's, section 4.
+PINNED = [
+    (
+        Case("mhc_static", **HERE),
+        "mhc_fused: x 1, out 1; H_pre 2, H_post 2, H_res 2, weight 5",
+        "mhc_backward: x 1, dout 1, dx 1; H_pre 2, H_post 2, H_res 2, weight 10, partial 1",
+        "sum_partials: out 1; partial 1",
+    ),
+    (
+        Case("mhc_static", **WIDE),  # dweight keeps its running sum in partial
+        "mhc_fused: x 1, out 1; H_pre 2, H_post 2, H_res 2, weight 2",
+        "mhc_backward: x 2, dout 2, dx 1; H_pre 1, H_post 1, H_res 1, weight 4, partial 8272 in "
+        "all and 4096 loads",
+    ),
+    (
+        Case("mhc_static", **TILED),
+        "mhc_fused: x 2, out 1; H_pre 2, H_post 2, H_res 2, weight 5",
+        "mhc_backward_tiled: x 2, dout 2, dx 1; H_pre 1, H_post 1, H_res 1, weight 10, partial "
+        "488 in all and 256 loads",
+    ),
+    (
+        Case("stream_aggregate_norm", **HERE),
+        "mhc_fused: x 1, out 1; H_pre 2, weight 5",
+        "mhc_backward: x 1, dout 1, dx 1; H_pre 2, weight 10, partial 1",
+        "sum_partials: out 1; partial 1",
+    ),
+    (
+        Case("stream_aggregate_norm", **TILED),
+        "mhc_fused: x 2, out 1; H_pre 2, weight 5",
+        "mhc_backward_tiled: x 2, dout 2, dx 1; H_pre 1, weight 10, partial 332 in all and 256 "
+        "loads",
+    ),
+    (
+        Case("stream_mix_add", **HERE),
+        "stream_mix_add: x 1, y 1, out 1; h_post 2, h_res 2",
+        "mhc_backward: x 1, y 1, dout 1, dx 1, dy 1; H_post 2, H_res 2, partial 1",
+        "sum_partials: out 1; partial 1",
+    ),
+    (
+        Case("stream_mix_add", **HERE, **TOKENS),  # 16 threads: each reads its token's
+        "stream_mix_add: x 1, y 1, out 1; h_post 16, h_res 16",
+        "mhc_backward: x 1, y 1, dout 1, dx 1, dy 1; H_post 1, H_res 1, dh_post 1, dh_res 1",
+    ),
+    (
+        Case("stream_mix_add", **TILED),
+        "stream_mix_add: x 1, y 1, out 1; h_post 2, h_res 2",
+        "mhc_backward_tiled: x 1, y 1, dout 1, dx 1, dy 1; H_post 1, H_res 1, partial 1",
+    ),
+    (
+        Case("stream_mix_add", **TILED, **TOKENS),
+        "stream_mix_add: x 1, y 1, out 1; h_post 16, h_res 16",
+        "mhc_backward_tiled: x 1, y 1, dout 1, dx 1, dy 1; H_post 1, H_res 1, dh_post 1, dh_res 1",
+    ),
+    (
+        Case("mhc_layer", **HERE, **LAYER),  # eight lots of lanes project the same matrix
+        "mhc_fused: x 1, out 1; H_pre 2, H_post 2, H_res 16, weight 5",
+        "mhc_backward: x 1, dout 1, dx 1; H_pre 2, H_post 2, H_res 16, weight 10, partial 1",
+        "sum_partials: out 1; partial 1, H_pre 1, H_post 1",
+        "sinkhorn_knopp_backward: ; logits 96, dh_res 32, dlogits 1",
+    ),
+    (
+        Case("mhc_layer", **TILED, **LAYER),  # idle lanes read line 0 as well
+        "sinkhorn_knopp: ; logits 1536 in all, h_res 1",
+        "mhc_fused: x 2, out 1; H_pre 2, H_post 2, H_res 2, weight 5",
+        "sinkhorn_knopp: ; logits 1536 in all, h_res 1",
+        "mhc_backward_tiled: x 2, dout 2, dx 1; H_pre 1, H_post 1, H_res 1, weight 10, "
+        "partial 488 in all and 256 loads",
+        "sum_partials: out 1; partial 1, H_pre 1, H_post 1",
+        "sinkhorn_knopp_backward: ; logits 4608 in all, dh_res 1536 in all, dlogits 1",
+    ),
+    (
+        Case("sinkhorn_knopp", (128,), 4, 4, **LAYER),
+        "sinkhorn_knopp: ; logits 1, h_res 1",
+        "sinkhorn_knopp_backward: ; logits 3, dh_res 1, dlogits 1",
+    ),
+    (
+        Case("stream_aggregate", **HERE),
+        "stream_aggregate: x 1, u 1; h_pre 2",
+        "stream_aggregate_backward: x 1, du 1, dx 1; h_pre 2, partial 1",
+        "sum_partials: out 1; partial 1",
+    ),
+    (
+        Case("stream_aggregate", **HERE, per_token=(True, False)),
+        "stream_aggregate: x 1, u 1; h_pre 16",
+        "stream_aggregate_backward: x 1, du 1, dx 1; h_pre 1, dh_pre 1",
+    ),
+    # Sixteen tokens. mhc_pre: two tiles of eight share a fetch of phi. x: for each block of up to
+    # 24 outputs, and for u, from the cache: twice with a norm. Rows past the last output or token
+    # are the first again. Its backward: four tiles of four, each a fetch of phi; two threadgroups,
+    # each with a running sum. x: for dh_pre, and for dx, both twice with a norm. du: for both.
+    # bias: of the gates. l: a gate's for z, dalpha and pull, another's but for z; the last, the
+    # token's norm, for the dp of each output and for pull. Sixteen times 8 * 3 + 16 * 2 + 24 + 1 is
+    # 1296.
+    (
+        Case("mhc_coefficients", **TILES),
+        "mhc_pre: x 1; phi 1, bias 16, h_pre 1, h_post 1, h_res 1, l 1",
+        "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
+        "mhc_pre_backward: x 1, dx 1; phi 4, bias 128 in all, l 1296 in all, dz_res 1, dh_pre 1, "
+        "dh_post 1, dp 1, partial 2 and 96 loads",
+        "mhc_phi_gradient: x 1; dp 1, partial 1",
+        "sum_partials: out 1; partial 1",
+    ),
+    (
+        Case("mhc_pre", **TILES, norm=False),
+        "mhc_pre: x 2, u 1; phi 1, bias 16, h_post 1, h_res 1, l 1",
+        "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
+        "mhc_pre_backward: x 2, du 2, dx_out 1, dx 1; phi 4, bias 128 in all, l 1296 in all, "
+        "dz_res 1, dh_post 1, dp 1, partial 2 and 96 loads",
+        "mhc_phi_gradient: x 1; dp 1, partial 1",
+        "sum_partials: out 1; partial 1",
+    ),
+    (
+        # Tiles of sixteen. Backward x is read for dh_pre, then once for dx and dphi. A stream
+        # reads du, each of two threadgroups of four spans of 32 channels dp and side. One token at
+        # a time fills one of eight places for matrices, which all read it; a line reads its logits
+        # (l and bias) for each of five segments of eight half-steps, and twice at the end.
+        Case("mhc_pre", **TILES | {"dtype": "bfloat16"}, norm=False),
+        "mhc_pre: x 2, u 1; phi 1, bias 16, h_post 1, h_res 1, l 1",
+        "mhc_token_backward: x 1, du 1; bias 7296 in all, l 8192 in all, dh_post 1, dh_res 1024 "
+        "in all, side 1, dp 1, partial 1",
+        "mhc_projection_backward: x 1, du 4, dx_out 1, dx 1; phi 1, dp 2, side 2, partial 1",
+        "sum_partials: out 1; partial 1",
+    ),
+    (
+        Case("mhc_pre", **TILES | {"dtype": "bfloat16"}),  # u is kept for its norm, du' is written
+        "mhc_pre: x 2, u 1; phi 1, bias 16, weight 16, h_post 1, h_res 1, l 1",
+        "mhc_token_backward: x 1, du 2; bias 7296 in all, weight 32, l 8192 in all, dh_post 1, "
+        "dh_res 1024 in all, side 1, dread 1, dp 1, partial 1",
+        "mhc_projection_backward: x 1, du 4, dx_out 1, dx 1; phi 1, dp 2, side 2, partial 1",
+        "sum_partials: out 1; partial 1",
+    ),
+    (
+        Case("mhc_pre", **TILES | {"convention": MHC_LITE}),  # 32 outputs: blocks of 16
+        "mhc_pre: x 3, u 1; phi 1, bias 16, weight 16, h_post 1, logits 1, l 1",
+        "mixing_matrix: ; logits 8, h_res 1",
+        "mixing_matrix_backward: ; logits 3, dh_res 3136 in all, dlogits 1",
+        # weight for dh_pre of each of sixteen tokens, for dx of each of four tiles
+        "mhc_pre_backward: x 4, du 2, dx_out 1, dx 1; phi 4, bias 128 in all, weight 20, l 1680 "
+        "in all, dz_res 1, dh_post 1, dp 1, partial 2 and 256 loads",
+        "mhc_phi_gradient: x 2; dp 1, partial 1",  # 32 outputs in two halves
+        "sum_partials: out 1; partial 1",
+    ),
+    (
+        Case("mhc_head", **TILES),
+        "mhc_pre: x 2, u 1; phi 2048 in all, bias 16, l 1",
+        "mhc_pre_backward: x 2, du 2, dx 1; phi 4, bias 16, l 272 in all, dp 1, partial 2 and 16 "
+        "loads",
+        "mhc_phi_gradient: x 1; dp 1, partial 1",
+        "sum_partials: out 1; partial 1",
+    ),
+    (
+        # Five tokens. Two threadgroups share a tile: x for 24 outputs, for 16, and by one for u.
+        # Backward, both make gates, dh_pre and pull: twice all that these read. dx: half by each.
+        # dphi: two halves of the outputs read x, 32 spans of 256 k read dp.
+        Case("mhc_pre", (5,), 16, 512, convention=KRONECKER, norm=False),
+        "mhc_pre: x 172032 in all, u 1; phi 393216 in all, bias 5, h_post 1, logits 1, l 1",
+        "mixing_matrix: ; logits 256, h_res 1",
+        "mixing_matrix_backward: ; logits 1024, dh_res 4, dlogits 1",
+        "mhc_pre_backward: x 3, du 3, dx_out 1, dx 1; phi 3, bias 320 in all, l 1530 in all, "
+        "dz_res 2, dh_post 2, dp 1, partial 3 and 160 loads",
+        "mhc_phi_gradient: x 2; dp 32, partial 1",
+    ),
+    (
+        # Two tokens. Eight rows of a tile are projected; then x is read once more, since a lane
+        # keeps u for its norm, be it one pack. Backward: x and du for dh_pre and dx, x twice each.
+        Case("mhc_pre", (2,), 12, 8, convention=IDENTITY),
+        "mhc_pre: x 960 in all, u 1; phi 1, bias 2, weight 2, h_post 1, l 1",
+        "mhc_pre_backward: x 4, du 2, dx_out 1, dx 1; phi 1, bias 2, weight 3, l 194 in all, "
+        "dh_post 1, dp 1, partial 1",
+        "mhc_phi_gradient: x 1; dp 1, partial 1",
+    ),
+    (
+        Case("mhc_seam", **HERE, **TOKENS),
+        "mhc_seam: x 1, y 1, out 1, u 1; h_pre 1, h_post 1, h_res 1, weight 5",
+        "mhc_seam_backward: x 1, y 1, dout 1, du 1, dx 1, dy 1; h_pre 1, h_post 1, h_res 1, "
+        "weight 10, dh_pre 1, dh_post 1, dh_res 1, partial 1",
+        "sum_partials: out 1; partial 1",
+    ),
+    (
+        Case("mhc_seam", (2,), 4, 1280, **TOKENS),  # two passes: the second read from the cache
+        "mhc_seam: x 1, y 1, out 1, u 1; h_pre 1, h_post 1, h_res 1, weight 2",
+        "mhc_seam_backward: x 2, y 2, dout 1, du 2, dx 1, dy 1; h_pre 1, h_post 1, h_res 1, "
+        "weight 4, dh_pre 1, dh_post 1, dh_res 1, partial 2 and 1280 loads",
+    ),
+    # Two tokens, a threadgroup each. Last, without a gradient: a sublayer in two launches.
+    (
+        Case("mhc_pre", **TILES | {"lead": (2,)}, norm=False),
+        "mhc_sweep: x 2048 in all; phi 1, runs 1",
+        "mhc_seam: x 1, u 1; runs 1, bias 2, made_post 1, made_res 1, l 1",
+        "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
+        "mhc_pre_backward: x 2, du 2, dx_out 1, dx 1; phi 1, bias 16 in all, l 162 in all, "
+        "dz_res 1, dh_post 1, dp 1, partial 1",
+        "mhc_phi_gradient: x 1; dp 1, partial 1",
+    ),
+    (
+        Case("mhc_single_pass", **TILES | {"lead": (2,)}),
+        "mhc_sweep: x 2048 in all; phi 1, runs 1",
+        "mhc_seam: x 0; runs 1, bias 2, made_pre 1, made_post 1, made_res 1, l 1",
+        "mhc_seam: x 1, y 1, out 1, u 1; h_pre 1, h_post 1, h_res 1, weight 2",
+        "mhc_seam_backward: x 1, y 1, dout 1, du 1, dx 1, dy 1; h_pre 1, h_post 1, h_res 1, "
+        "weight 4, dh_pre 1, dh_post 1, dh_res 1, partial 1",
+        "sum_partials: out 1; partial 1",
+        "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
+        "mhc_pre_backward: x 1, dx_out 1, dx 1; phi 1, bias 16 in all, l 162 in all, dz_res 1, "
+        "dh_pre 1, dh_post 1, dp 1, partial 1",
+        "mhc_phi_gradient: x 1; dp 1, partial 1",
+        "mhc_sweep: x 2048 in all; phi 1, runs 1",
+        "mhc_seam: x 1, y 1, out 1, u 1; weight 2, runs 1, bias 2, made_pre 1",
+    ),
+]
+
+
+def words(record: simulator.Record) -> str:
+    """A launch as a line of PINNED."""
+
+    def count(b: simulator.Watched) -> str:
+        counts = b.stores if b.output else b.loads
+        text = f"{counts[0]}" if counts.min() == counts.max() else f"{counts.sum()} in all"
+        return text + f" and {b.loads.sum()} loads" * bool(b.output and b.loads.any())
+
+    counts = {k: f"{k} {count(b)}" for k, b in record.buffers.items() if not k.endswith(SCALARS)}
+    streams = ", ".join(v for k, v in counts.items() if k in STREAMS)
+    return f"{record.name}: {streams}; " + ", ".join(
+        v for k, v in counts.items() if k not in STREAMS
+    )
+
+
+def launches(case: Case) -> list[simulator.Record]:
+    given = [a for a in case.arrays() if a is not None]
+    with executor("simulator"), simulator.recording() as records:
+        results(getattr(ops, case.op), case, given)
+    return records
+
+
+@pytest.mark.parametrize("case, lines", [(c, lines) for c, *lines in PINNED], ids=str)
+def test_loads_and_stores(case, lines, need):
+    need("simulator")
+    assert [words(r) for r in launches(case)] == lines
+
+
+@pytest.mark.parametrize(
+    "op, forward, backward",
+    [
+        ("mhc_static", 8, 12),
+        ("stream_aggregate", 5, 9),
+        ("stream_aggregate_norm", 5, 9),
+        ("stream_mix_add", 9, 14),
+        ("mhc_seam", 10, 15),
+    ],
+)
+@pytest.mark.parametrize("C, dtype", [(1024, "bfloat16"), (129, "float32")])
+def test_rows_of_design(op, forward, backward, C, dtype, need):
+    """Rows of C elements per token at n = 4, ragged or not: the floor, exactly."""
+    need("simulator")
+    records = [r for r in launches(Case(op, (5,), 4, C, dtype)) if r.name != "sum_partials"]
+    moved = [
+        sum(int((b.loads + b.stores).sum()) for k, b in r.buffers.items() if k in STREAMS)
+        for r in records
+    ]
+    assert moved == [forward * 5 * C, backward * 5 * C]

@@ -1,0 +1,59 @@
+"""kernels/ is found from a checkout, an editable install and a wheel; an edited body loads."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from mhc_mlx import kernel
+
+ROOT = Path(__file__).parents[2]
+READ = "from mhc_mlx import kernel; print(kernel.text('common.h'))"
+
+
+def read(folder) -> str:
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
+    run = subprocess.run(
+        [sys.executable, "-c", READ], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_a_checkout_reads_its_own_folder(tmp_path):
+    for name in ("mhc_mlx", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    with open(tmp_path / "kernels/common.h", "a") as f:
+        f.write("struct Edited {};\n")
+    assert "struct Edited" in read(tmp_path)
+
+
+def test_an_editable_install_reads_the_checkout():
+    try:
+        origin = importlib.metadata.distribution("mhc-metal").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("mhc-metal is not installed: a plain checkout")
+    if not origin or not json.loads(origin).get("dir_info", {}).get("editable"):
+        pytest.skip("mhc-metal is not installed in editable mode")
+    assert Path(kernel.__file__).parent.parent == ROOT
+    assert kernel.text("common.h") in read(ROOT)
+
+
+def test_a_wheel_holds_the_kernels(tmp_path):
+    pytest.importorskip("hatchling", reason="hatchling, which builds the wheel, is not installed")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
+    run = subprocess.run([*command, "-w", str(tmp_path), str(ROOT)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (wheel,) = tmp_path.glob("mhc_metal-*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    names = {p.name for p in (tmp_path / "site/mhc_mlx/kernels").iterdir()}
+    assert names == {p.name for p in (ROOT / "kernels").iterdir()}
+    assert (tmp_path / "site/mhc_mlx/py.typed").exists()
+    assert "namespace mhc" in read(tmp_path / "site")

@@ -1,0 +1,143 @@
+"""How far the reference, the simulator and this machine's GPU are from the float64 oracle.
+
+    python tests/proof/error_table.py [--op OP ...] [--dtype DTYPE ...] [--quick] [--markdown]
+
+A figure is the largest error / the 99.9th percentile, in units in the last place of the dtype of
+each array: of the largest value of a token or matrix (outputs) or of the array (gradients). These
+are the errors that test_parity bounds. Parameters, coefficients and their gradients are float32.
+"""
+
+import argparse
+import contextlib
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, from a checkout
+sys.path.insert(0, str(Path(__file__).parents[2]))  # mhc_mlx
+
+from cases import DTYPES, PROJECTED, SEAMS, Case
+from tqdm import tqdm
+
+from mhc_mlx import DEEPSEEK_V4, PAPER, ROW_FIRST, kernel, ops, reference
+from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE, UNCONSTRAINED
+from proof import errors, executor, missing, results
+
+OPS = ("sinkhorn_knopp", "stream_aggregate_norm", "stream_mix_add", "mhc_static", "mhc_layer")
+OPS += ("stream_aggregate", *PROJECTED, *SEAMS)
+RUNGS = ("reference", "simulator", "gpu")
+QUANTITIES = ("output", "gradient")
+TOKENS = 12  # in two axes: enough values for a percentile, and sums over tokens that round
+SHAPES = {  # n, C: of cases.STREAMS and cases.CHANNELS; conventions of coefficients per token
+    (2, 31): (ROW_FIRST, IDENTITY),  # few terms to a sum; C is prime, so loads are single
+    (4, 1280): (PAPER, DEEPSEEK_V4, MHC_LITE),  # streams of every published model, a model width
+    (8, 129): (KRONECKER, UNCONSTRAINED),  # the most in registers; ragged above a simdgroup
+    (16, 64): (PAPER,),  # the bodies that read twice
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case by one executor: per quantity the largest error and its 99.9th percentile."""
+
+    case: Case
+    rung: str
+    figures: dict[str, tuple[float, float]]
+
+
+def cases(names=OPS, dtypes=tuple(DTYPES), quick=False) -> list[Case]:
+    return [
+        case
+        for op in names
+        for dtype in dtypes
+        for n, C in list(SHAPES)[: 1 if quick else None]
+        for case in variants(Case(op, (TOKENS // 4, 4), n, C, dtype))
+    ]
+
+
+def variants(case: Case) -> list[Case]:
+    """By convention, coefficients shared or per token, with the weight of a norm or without."""
+    if case.op == "sinkhorn_knopp":  # has no C, and no dtype but that of the logits
+        logits = {"C": case.n, "dtype": "float32", "weights": case.dtype}
+        return [replace(case, convention=ROW_FIRST, **logits)]
+    if case.op in ("stream_aggregate", "stream_mix_add"):
+        return [case, replace(case, per_token=(True, case.op == "stream_mix_add"))]
+    if case.op == "mhc_seam":
+        return [replace(case, per_token=(True, True), norm=norm) for norm in (True, False)]
+    if case.op in ("mhc_coefficients", "mhc_pre"):
+        norms = (True, case.op != "mhc_pre", True)
+        made = zip(SHAPES[case.n, case.C], norms, strict=False)
+        return [replace(case, convention=c, norm=norm) for c, norm in made]
+    made = {"mhc_layer": ROW_FIRST, "mhc_head": DEEPSEEK_V4, "mhc_single_pass": DEEPSEEK_V4}
+    return [replace(case, convention=made.get(case.op))]
+
+
+def measure(case: Case, rung: str) -> Row:
+    given = [a for a in case.arrays() if a is not None]
+    module = reference if rung == "reference" else ops
+    with contextlib.nullcontext() if rung == "reference" else executor(rung):
+        found = errors(case, results(getattr(module, case.op), case, given))
+    outputs, gradients = found[: -len(given)], found[-len(given) :]
+    if case.op == "mhc_pre":
+        outputs.pop()  # x itself
+    figures = {}
+    for quantity, of in zip(QUANTITIES, (outputs, gradients), strict=True):
+        ulps = np.concatenate([e.ulps.ravel() for e in of])
+        figures[quantity] = (float(ulps.max()), float(np.quantile(ulps, 0.999)))
+    return Row(case, rung, figures)
+
+
+def dtype_of(case: Case) -> str:
+    return case.weights if case.op == "sinkhorn_knopp" else case.dtype
+
+
+def table(rows: list[Row], by_shape: bool) -> list[list[str]]:
+    """Cells, header first: a line per op and dtype, with ``by_shape`` one per case."""
+    rungs = [r for r in RUNGS if any(row.rung == r for row in rows)]
+    lines: dict[tuple, list[Row]] = {}
+    for row in rows:
+        C = "" if row.case.op == "sinkhorn_knopp" else str(row.case.C)
+        shape = (str(row.case.n), C, "-".join(str(row.case).split("-")[5:])) if by_shape else ()
+        lines.setdefault((row.case.op, dtype_of(row.case), *shape), []).append(row)
+    header = ["op", "dtype", *(("n", "C", "variant") if by_shape else ())]
+    cells = [header + [f"{rung} {q}" for q in QUANTITIES for rung in rungs]]
+    for key, of in lines.items():
+        line = list(key)
+        for quantity in QUANTITIES:
+            for rung in rungs:
+                figures = [row.figures[quantity] for row in of if row.rung == rung]
+                largest, percentile = (max(column) for column in zip(*figures, strict=True))
+                line.append(f"{largest:.2f} / {percentile:.2f}")
+        cells.append(line)
+    return cells
+
+
+def main(arguments: list[str] | None = None) -> list[Row]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
+    parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES))
+    parser.add_argument("--quick", action="store_true", help="the smallest shape only")
+    parser.add_argument("--markdown", action="store_true", help="worst of each op, for README.md")
+    options = parser.parse_args(arguments)
+    absent = {rung: missing(rung) for rung in RUNGS[1:]}
+    rungs = [rung for rung in RUNGS if not absent.get(rung)]
+    work = [(c, r) for c in cases(options.op, options.dtype, options.quick) for r in rungs]
+    rows = [measure(*w) for w in tqdm(work, unit="case", disable=not sys.stderr.isatty())]
+    cells = table(rows, by_shape=not options.markdown)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    if options.markdown:
+        cells.insert(1, ["-" * width for width in widths])
+    for line in cells:
+        padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        print(f"| {' | '.join(padded)} |" if options.markdown else "  ".join(padded).rstrip())
+    said = [f"{rung}: {reason}" for rung, reason in absent.items() if reason]
+    said.append(f"kernels on this machine: {kernel.backend() or 'none'}, MLX {mx.__version__}")
+    print("\n" + "; ".join(said), file=sys.stderr)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Who runs the kernels of a test: the simulator, the stand-in, clang, NVRTC or a GPU."""
+
+import contextlib
+import os
+import shutil
+import sys
+
+# Before MLX multiplies: its float32 products are TF32 by default on some GPUs, right to 1e-3.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
+import mlx.core as mx
+
+from mhc_mlx import kernel, ops
+
+variants: set = set()
+# In the simulator: so few threadgroups that each takes several of a case's tokens or matrices.
+FEW_GROUPS = {"FORWARD_GROUPS": 2, "MANY_GROUPS": 2, "BACKWARD_THREADS": 64}
+FEW_GROUPS |= {"TOKEN_SIMDGROUPS": 4}
+FEW_TOKENS = {"FEW_TOKENS": 6, "SWEEP_TOKENS": 2}  # so few that cases have both sizes of tile
+
+
+def set_geometry(**literals) -> None:
+    """Set literals of ops/geometry.py, which caches what follows from them."""
+    vars(ops.geometry).update(literals)
+    for f in vars(ops.geometry).values():
+        if hasattr(f, "cache_clear"):
+            f.cache_clear()
+
+
+def missing(rung: str) -> str | None:
+    """Why a rung cannot run here, or None."""
+    if rung == "stand-in":
+        return None
+    if rung == "gpu":
+        return None if kernel.backend() else "no Metal or CUDA device"
+    if rung.startswith("simulator"):
+        if not sys.platform.startswith("linux"):
+            return "the simulator runs on Linux"
+        return None if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler"
+    if rung == "dialect":
+        from proof import dialect
+
+        return None if dialect.available() else "libclang is not installed"
+    from proof import nvrtc
+
+    return None if nvrtc.toolkit() else "nvidia-cuda-nvrtc is not installed"
+
+
+def forget_traces() -> None:
+    """Compiled sites of mlx_lm keep the launches of the executor that they were traced with."""
+    if "mhc_mlx.mlx_lm.sites" in sys.modules:
+        sys.modules["mhc_mlx.mlx_lm.sites"]._site.cache_clear()
+
+
+@contextlib.contextmanager
+def executor(rung: str, few_groups: bool = True):
+    """Kernels run by the simulator, as Metal or as CUDA has them, by this machine's GPU or the
+    stand-in, or compiled by NVRTC.
+
+    Yields the set of the variants that were launched.
+    """
+    launch, backend = kernel.launch, kernel.backend
+    literals = {k: getattr(ops.geometry, k) for k in (*FEW_GROUPS, *FEW_TOKENS)}
+    set_geometry(**FEW_TOKENS)
+    forget_traces()
+    stack = contextlib.ExitStack()
+    if rung.startswith("simulator"):
+        from proof import simulator
+
+        mx.disable_compile()  # it evaluates what it is given
+        run = simulator.launch
+        set_geometry(**(FEW_GROUPS if few_groups else {}))
+        kernel.backend = lambda: "metal"
+        if rung == "simulator, CUDA":
+            stack.enter_context(simulator.cuda_form())
+            kernel.backend = lambda: "cuda"
+    elif rung == "stand-in":
+        from proof import standin
+
+        run = standin.launch
+        kernel.backend = lambda: "metal"
+    elif rung == "dialect":
+        from proof import dialect
+
+        run = dialect.launch
+        kernel.backend = lambda: "metal"
+    elif rung == "nvrtc":
+        from proof import nvrtc
+
+        run = nvrtc.launch
+        kernel.backend = lambda: "cuda"
+    else:
+        run = launch
+
+    launched = set()
+
+    def counted(name, inputs, outputs, groups, threads, template, verbose=False):
+        kinds = tuple((k, v.dtype, v.size < 8) for k, v in inputs.items() if v is not None)
+        launched.add((rung, name, tuple(template.items()), kinds))
+        return run(name, inputs, outputs, groups, threads, template, verbose)
+
+    kernel.launch = counted
+    try:
+        yield launched
+    finally:
+        variants.update(launched)
+        kernel.launch, kernel.backend = launch, backend
+        set_geometry(**literals)
+        forget_traces()
+        stack.close()
+        if rung.startswith("simulator"):
+            mx.enable_compile()
