@@ -103,9 +103,9 @@ class Map:
     def of_kernel(self, m: Mutant) -> tuple[set[str], dict[str, float]]:
         bodies = bodies_of(m)
         forms = (*ON_METAL, *ON_CUDA)
-        if "cuda" in m.file or m.file.endswith("ptx.h"):
+        if "/cuda/" in m.file:
             forms = ON_CUDA
-        elif m.file.endswith("_metal.h"):
+        elif "/metal/" in m.file:
             forms = ON_METAL
         more = {}
         for test in self.tests.values():
@@ -133,6 +133,8 @@ class Map:
 def tree(file: str) -> ast.Module:
     return ast.parse((ROOT / file).read_text())
 
+
+WORDS = "include/cuda/metal_words.h"  # it goes before all others on CUDA
 
 # --- kernels --------------------------------------------------------------------------------------
 
@@ -165,10 +167,10 @@ def headers_of(body: str) -> frozenset[str]:
     while new:
         text = (ROOT / "kernels" / new.pop()).read_text()
         for name in re.findall('#include "(.*)"', text):
-            each = {name.replace("BACKEND", k) for k in ("metal", "cuda")}
+            each = {f"include/{name.replace('BACKEND', k)}" for k in ("metal", "cuda")}
             new |= {k for k in each - found if (ROOT / "kernels" / k).exists()}
             found |= {k for k in each if (ROOT / "kernels" / k).exists()}
-    return frozenset(found | {"cuda.h"})
+    return frozenset(found | {WORDS})
 
 
 @functools.cache
@@ -195,6 +197,6 @@ def bodies_of(m: Mutant) -> set[str]:
     names = {name for start, end, name, _ in definitions(file) if start <= m.start < end}
     bodies = {p.stem for p in (ROOT / "kernels").glob("*.metal")}
     bodies = {b for b in bodies if file in headers_of(b)}
-    if file == "cuda.h":  # whose macros are in other texts
+    if file == WORDS:  # whose macros are in other texts
         return bodies
     return {b for b in bodies if not names or names & reached(b)}

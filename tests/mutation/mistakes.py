@@ -63,14 +63,14 @@ def mistakes(body: str, file: str = ""):
     return one
 
 
-fused, common = mistakes("mhc_fused"), mistakes("mhc_fused", "common.h")
-add, back = mistakes("stream_mix_add"), mistakes("mhc_backward")
-back_common = mistakes("mhc_backward", "common.h")
-add_common = mistakes("stream_mix_add", "common.h")
-tiled, sums = mistakes("mhc_backward_tiled"), mistakes("sum_partials")
-sink, sink_common = mistakes("sinkhorn_knopp"), mistakes("sinkhorn_knopp", "sinkhorn.h")
+fused, common = mistakes("mhc_fused"), mistakes("mhc_fused", "include/common.h")
+add, back = mistakes("stream_mix_add"), mistakes("mhc_fused_backward")
+back_common = mistakes("mhc_fused_backward", "include/common.h")
+add_common = mistakes("stream_mix_add", "include/common.h")
+tiled, sums = mistakes("mhc_fused_backward_wide"), mistakes("sum_partials")
+sink, sink_common = mistakes("sinkhorn_knopp"), mistakes("sinkhorn_knopp", "include/sinkhorn.h")
 sink_back = mistakes("sinkhorn_knopp_backward")
-walk = mistakes("sinkhorn_knopp_backward", "sinkhorn_backward.h")
+walk = mistakes("sinkhorn_knopp_backward", "include/sinkhorn_backward.h")
 OUTSIDE, BOUNDS, TWO = "out of bounds", "the bounds of an array", "which thread"
 RACE, UNWRITTEN = "race", "nobody wrote"
 WRONG, DIFFER, MORE = "of the bound", "differs between", "in all"
@@ -80,7 +80,7 @@ SHARED = [
     common(
         "unaligned slices loaded whole",
         STATIC,
-        "if (whole) return *packs<VEC>(p);",
+        "if (aligned) return *packs<VEC>(p);",
         "return *packs<VEC>(p);",
         rules="misaligned",
     ),
@@ -188,8 +188,8 @@ SHARED = [
     fused(
         "float assigned to bfloat",
         HALF,
-        "static_cast<T>(MIX ? acc[i * STEP + q] + post[i] * u[q] : u[q])",
-        "(MIX ? acc[i * STEP + q] + post[i] * u[q] : u[q])",
+        "static_cast<T>(MIX ? acc[i * CHANNEL_STEP + q] + post[i] * u[q] : u[q])",
+        "(MIX ? acc[i * CHANNEL_STEP + q] + post[i] * u[q] : u[q])",
         dialect="bfloat",
         rules="does not compile",
     ),
@@ -224,20 +224,20 @@ SHARED = [
         "= mhc::load<T, VEC>",
         traffic="x 3",
     ),
-    fused("scratch not alternated", RAGGED, "turn ^= 1;", "", rules=RACE),
+    fused("scratch not alternated", RAGGED, "parity ^= 1;", "", rules=RACE),
     fused(
         "two threads at one place",
         STATIC,
-        "*)(orow + i * C + c) = o[i]",
-        "*)(orow + i * C + c / 8 * 8) = o[i]",
+        "*)(out_row + i * C + c) = o[i]",
+        "*)(out_row + i * C + c / 8 * 8) = o[i]",
         rules=TWO,
     ),
     fused("tokens taken twice", STATIC, "t += threadgroups_per_grid.x", "t += 1", rules=TWO),
     fused(
         "registers short of one",
         STATIC,
-        "xv[KEPT * (CACHED ? N : 1)]",
-        "xv[KEPT * (CACHED ? N : 1) - 1]",
+        "xv[CACHED_PASSES * (CACHED ? N : 1)]",
+        "xv[CACHED_PASSES * (CACHED ? N : 1) - 1]",
         rules=BOUNDS,
     ),
     fused(
@@ -261,14 +261,14 @@ SHARED = [
     add(
         "wrong stride of h_res, in registers",
         ADD_FOUR,
-        "size_t(t) * MIXES",
+        "size_t(t) * TOKEN_MIXES",
         "size_t(t) * N",
         parity=WRONG,
         traffic=MORE,
     ),
     add("h_res transposed", ADD_FOUR, "i * N + j : 0]", "j * N + i : 0]", parity=WRONG),
     add_common(
-        "the first of each load", ADD_FOUR, "v[i + e] = some[e]", "v[i + e] = some[0]", parity=WRONG
+        "the first of each load", ADD_FOUR, "v[i + e] = pack[e]", "v[i + e] = pack[0]", parity=WRONG
     ),
     add("no barrier", ADD, BARRIER, "", rules=UNWRITTEN),
     add(
@@ -302,8 +302,8 @@ SHARED = [
     back(
         "sums in the wrong columns",
         STATIC,
-        "mine + RES_AT",
-        "mine + POST_AT",
+        "group_partial + RES_AT",
+        "group_partial + POST_AT",
         rules="nobody writes",
     ),
     back(
@@ -326,12 +326,16 @@ SHARED = [
     tiled(
         "slices before the first",
         TILED,
-        "(s == 0 ? 0.0f : slices[i * N + j])",
-        "slices[i * N + j]",
+        "(s == 0 ? 0.0f : split_sums[i * N + j])",
+        "split_sums[i * N + j]",
         rules=UNWRITTEN,
     ),
     tiled(
-        "running sum before the first", TILED, "if (!first) g_weight", "g_weight", rules=UNWRITTEN
+        "running sum before the first",
+        TILED,
+        "if (!is_first_token) g_weight",
+        "g_weight",
+        rules=UNWRITTEN,
     ),
     tiled(
         "blocks rounded down",
@@ -340,7 +344,7 @@ SHARED = [
         "EDGE = N / 4",
         rules="nobody writes",
     ),
-    tiled("h_pre du dropped", TILED, "* dut[lane] : 0.0f", "* 0.0f : 0.0f", parity=WRONG),
+    tiled("h_pre du dropped", TILED, "* du_tile[lane] : 0.0f", "* 0.0f : 0.0f", parity=WRONG),
     tiled(
         "a token's dh_post kept",
         TILED_EACH,
@@ -359,16 +363,23 @@ SHARED = [
     sink("idle lanes write", SINKHORN_3, "m < count && lane < N", "m < count", rules=TWO),
     sink("matrices past the last", SINKHORN, "m < count && lane", "lane", rules=TWO),
     # sinkhorn_knopp_backward
-    sink_back("matrices past the last", SINKHORN, "m < count && live", "live", rules=TWO),
+    sink_back("matrices past the last", SINKHORN, "m < count && in_range", "in_range", rules=TWO),
     sink_back("a divisor for all lanes", SINKHORN, "divisors + tid", "divisors", rules=RACE),
     walk("a sum dropped along", SINKHORN, "g[j] -= p[j] * dot;", ";", parity=WRONG),
-    walk("p not restored", SINKHORN, "p[j] *= shared", "shared", parity=WRONG),
-    walk("a sum dropped across", SINKHORN, "q[j] -= p[j] * shared", "shared", parity=WRONG),
-    walk("a shift's share of eps kept", SINKHORN_EPS, "left = 0.0f;\n", ";\n", nth=1, parity=WRONG),
+    walk("p not restored", SINKHORN, "p[j] *= published", "shared", parity=WRONG),
+    walk("a sum dropped across", SINKHORN, "q[j] -= p[j] * published", "shared", parity=WRONG),
+    walk(
+        "a shift's share of eps kept",
+        SINKHORN_EPS,
+        "shift_eps = 0.0f;\n",
+        ";\n",
+        nth=1,
+        parity=WRONG,
+    ),
     walk(
         "a shift's share of eps lost",
         SINKHORN_EPS,
-        "lane, scratch) - left",
+        "lane, scratch) - shift_eps",
         "lane, scratch)",
         parity=WRONG,
     ),
@@ -376,7 +387,7 @@ SHARED = [
     walk(
         "its own divisor for all", ADDITIVE_4, "RECIPROCAL(all[j])", "RECIPROCAL(d)", parity=WRONG
     ),
-    walk("eps after a softmax lost", SINKHORN_EPS, "p[j] / (p[j] + bound)", "1.0f", parity=WRONG),
+    walk("eps after a softmax lost", SINKHORN_EPS, "p[j] / (p[j] + eps)", "1.0f", parity=WRONG),
     walk(
         "an element near 1 twice",
         SINKHORN,
@@ -387,9 +398,20 @@ SHARED = [
     walk("segments not shifted", LONG, "(k - begin) * STRIDE", "k * STRIDE", rules=OUTSIDE),
     # sum_partials
     sums("no barrier", MANY, BARRIER, "", rules=UNWRITTEN),
-    sums("rows skipped", MANY, "g += LINES", "g += LINES + 1", parity=WRONG, traffic=MORE),
+    sums(
+        "rows skipped",
+        MANY,
+        "g += THREADS_PER_COLUMN",
+        "g += THREADS_PER_COLUMN + 1",
+        parity=WRONG,
+        traffic=MORE,
+    ),
     sums("sigmoid's slope dropped", MANY, " * mhc::sigmoid(-z)", "", parity=WRONG),
     sums(
-        "a column too many", MANY, "if (tid < COLUMNS &&", "if (tid < COLUMNS + 1 &&", rules=BOUNDS
+        "a column too many",
+        MANY,
+        "if (tid < COLUMNS_PER_GROUP &&",
+        "if (tid < COLUMNS_PER_GROUP + 1 &&",
+        rules=BOUNDS,
     ),
 ]

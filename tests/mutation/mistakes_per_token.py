@@ -42,11 +42,11 @@ PER_TOKEN = [
     *PRE_BACKWARD,
     # mixing_matrix and its backward
     exact("weights not divided", LITE, "line[c] / sum", "line[c]", parity=WRONG),
-    exact("factors in another order", FACTORS, "R / 2 - 1 - b", "b", parity=WRONG),
+    exact("factors in another order", FACTORS, "NUM_LOGITS / 2 - 1 - b", "b", parity=WRONG),
     exact("a row too many", FACTORS, "id < rows", "id <= rows", rules=OUTSIDE),
     exact_back(
         "softmax's sum added", LITE, "shift) - dot / sum", "shift) + dot / sum", parity=WRONG
     ),
-    exact_back("sigmoid's slope dropped", FACTORS, " * mhc::sigmoid(-own)", "", parity=WRONG),
+    exact_back("sigmoid's slope dropped", FACTORS, " * mhc::sigmoid(-z_b)", "", parity=WRONG),
     *TOKEN_BACKWARD,
 ]

@@ -67,11 +67,20 @@ FEW_5 = Case("mhc_pre", (5,), 5, 31, convention=replace(PAPER, iters=2))
 PRE_BANDS = Threads("mhc_pre", (9,), 4, 64, convention=PAPER)  # two bands of eight slices
 PRE_SLICE = Slice("mhc_pre", (5,), 4, 64, convention=PAPER)
 
-pre, streams = mistakes("mhc_pre"), mistakes("mhc_pre", "streams.h")
-made, alone = mistakes("mhc_pre", "coefficients.h"), mistakes("mhc_pre", "sinkhorn.h")
-tiles, runs = mistakes("mhc_pre", "tiles.h"), mistakes("mhc_pre", "common.h")
-metal, cuda = mistakes("mhc_pre", "tiles_metal.h"), mistakes("mhc_pre", "tiles_cuda.h")
-ptx, ring = mistakes("mhc_pre", "ptx.h"), mistakes("mhc_pre", "ring_cuda.h")
+pre, streams = mistakes("mhc_pre"), mistakes("mhc_pre", "include/streams.h")
+made, alone = (
+    mistakes("mhc_pre", "include/coefficients.h"),
+    mistakes("mhc_pre", "include/sinkhorn.h"),
+)
+tiles, runs = mistakes("mhc_pre", "include/phi_product.h"), mistakes("mhc_pre", "include/common.h")
+metal, cuda = (
+    mistakes("mhc_pre", "include/metal/matrices.h"),
+    mistakes("mhc_pre", "include/cuda/matrices.h"),
+)
+ptx, ring = (
+    mistakes("mhc_pre", "include/cuda/ptx.h"),
+    mistakes("mhc_pre", "include/cuda/phi_product_ring.h"),
+)
 SYNC = "simdgroup_sync();"
 
 PRE_FORWARD = [
@@ -80,35 +89,51 @@ PRE_FORWARD = [
     pre("no barrier before the coefficients are used", PRE, BARRIER, "", nth=1, rules=UNWRITTEN),
     pre("a tile past the last token", PRE, "if (t < tokens && lane", "if (lane", rules=OUTSIDE),
     pre(
-        "outputs past the last", PRE_RAGGED, "lane < WIDE && o < OUTS", "lane < WIDE", rules=OUTSIDE
+        "outputs past the last",
+        PRE_RAGGED,
+        "lane < LOGITS_AT_ONCE && o < NUM_LOGITS",
+        "lane < LOGITS_AT_ONCE",
+        rules=OUTSIDE,
     ),
     pre(
         "u past the last token",
         PRE_PLAIN,
-        " && first + uint(q / PIECES) < tokens",
+        " && first + uint(q / PIECES_PER_TOKEN) < tokens",
         "",
         rules=OUTSIDE,
     ),
-    pre("u past the last token, kept", PRE, " && t < tokens && begin", " && begin", rules=OUTSIDE),
+    pre(
+        "u past the last token, kept",
+        PRE,
+        " && t < tokens && logit_begin",
+        " && logit_begin",
+        rules=OUTSIDE,
+    ),
     pre(
         "u past the last channel",
         SHARED_U,
-        "k * 32 * VEC;\n        if (live && c < C)",
-        "k * 32 * VEC;\n        if (live)",
+        "k * 32 * VEC;\nif (in_range && c < C)",
+        "k * 32 * VEC;\nif (in_range)",
         rules=OUTSIDE,
     ),
-    pre("squares of half of u", SHARED_U, "k < TEAM * KEPT; ++k)", "k < KEPT; ++k)", parity=WRONG),
+    pre(
+        "squares of half of u",
+        SHARED_U,
+        "k < U_SIMDGROUPS * LANE_PACKS; ++k)",
+        "k < LANE_PACKS; ++k)",
+        parity=WRONG,
+    ),
     pre("no barrier before squares are added", SHARED_U, BARRIER, "", nth=2, rules=RACE),
     pre("no barrier after squares are added", SHARED_U, BARRIER, "", nth=3, rules=RACE),
     pre(
         "h_pre of another token, kept",
         PRE,
-        "pre + i * N, C, C - c, w",
-        "pre, C, C - c, w",
+        "pre + i * N, C, C - c, x_",
+        "pre, C, C - c, x_",
         parity=WRONG,
     ),
     pre("r dropped", PRE, "[e] * r * w[e]", "[e] * w[e]", parity=WRONG),
-    pre("norm forgotten", PRE, "unit = scale * s", "unit = s", parity=WRONG),
+    pre("norm forgotten", PRE, "logit = scale * s", "logit = s", parity=WRONG),
     pre("mean over a stream", PRE, "static_cast<float>(K)", "static_cast<float>(C)", parity=WRONG),
     pre("norm_eps dropped", NORM_EPS, "params[3]", "params[0]", parity=WRONG),
     pre(
@@ -121,7 +146,7 @@ PRE_FORWARD = [
     pre(
         "an output for the norm",
         PRE,
-        "simd_shuffle(s, ushort(WIDE))",
+        "simd_shuffle(s, ushort(LOGITS_AT_ONCE))",
         "simd_shuffle(s * s, ushort(0))",
         parity=WRONG,
     ),
@@ -133,9 +158,19 @@ PRE_FORWARD = [
         parity=WRONG,
         traffic=MORE,
     ),
-    pre("no place for sum(x ** 2)", PRE, "PITCH = WIDE + 1", "PITCH = WIDE", rules=RACE),
     pre(
-        "sums of one slice", PRE, "sums[SLICES * TILE * PITCH]", "sums[TILE * PITCH]", rules=BOUNDS
+        "no place for sum(x ** 2)",
+        PRE,
+        "PITCH = LOGITS_AT_ONCE + 1",
+        "PITCH = LOGITS_AT_ONCE",
+        rules=RACE,
+    ),
+    pre(
+        "sums of one slice",
+        PRE,
+        "sums[SLICES * TILE_TOKENS * PITCH]",
+        "sums[TILE_TOKENS * PITCH]",
+        rules=BOUNDS,
     ),
     pre("ragged rows loaded whole", PRE_4, "K % 32 == 0", "K % 4 == 0", rules=OUTSIDE),
     pre(
@@ -148,39 +183,45 @@ PRE_FORWARD = [
     pre(
         "tiles of tokens exchanged",
         PRE_HALF,
-        "band + m * 8) * PITCH",
-        "band + (TILES - 1 - m) * 8) * PITCH",
+        "first_row + m * 8) * PITCH",
+        "first_row + (TILES - 1 - m) * 8) * PITCH",
         parity=WRONG,
     ),
-    pre("bands of tokens at one place", PRE_BANDS, "+ band + m", "+ m", rules=RACE),
+    pre("bands of tokens at one place", PRE_BANDS, "+ first_row + m", "+ m", rules=RACE),
     pre(
         "tiles of outputs exchanged",
         PRE,
-        "b * 8 + mhc::sum_output",
-        "(BLOCK - 1 - b) * 8 + mhc::sum_output",
+        "b * 8 + mhc::sum_logit",
+        "(BLOCK - 1 - b) * 8 + mhc::sum_logit",
         parity=WRONG,
     ),
     pre("alpha of pre alone", PRE, "alpha[part]", "alpha[0]", parity=WRONG),
     made("post_eps of pre", PRE_EPS, "part == 0 ? 0 : 2", "0", parity=WRONG),
-    pre("bias saved", PRE, "+ o] = unit;", "+ o] = z;", parity=WRONG),
-    pre("the token's norm not saved", PRE, "+ OUTS] = scale", "+ OUTS] = 1.0f", parity=WRONG),
-    pre("norms saved with every output", PRE, "SAVE && o == 0", "SAVE", rules=TWO),
-    pre("u by every share", PRE_12, "tokens && begin == 0", "tokens", rules=UNWRITTEN),
+    pre("bias saved", PRE, "+ o] = logit;", "+ o] = z;", parity=WRONG),
+    pre(
+        "the token's norm not saved",
+        PRE,
+        "+ NUM_LOGITS] = scale",
+        "+ NUM_LOGITS] = 1.0f",
+        parity=WRONG,
+    ),
+    pre("norms saved with every output", PRE, "SAVE_LOGITS && o == 0", "SAVE_LOGITS", rules=TWO),
+    pre("u by every share", PRE_12, "tokens && logit_begin == 0", "tokens", rules=UNWRITTEN),
     pre(
         "shares rounded down", IDENTITY_32, "+ SPLITS - 1) / SPLITS", ") / SPLITS", rules=UNWRITTEN
     ),
     pre(
         "a share past the last output",
         IDENTITY_32,
-        "begin + SHARE < OUTS ? begin + SHARE : OUTS",
-        "begin + SHARE",
+        "logit_begin + LOGITS_PER_GROUP < NUM_LOGITS ? logit_begin + LOGITS_PER_GROUP : NUM_LOGITS",
+        "logit_begin + LOGITS_PER_GROUP",
         traffic="x",
     ),
     pre(
         "a tile for each of its shares",
         IDENTITY_32,
-        "first = threadgroup_position_in_grid.x / SPLITS * TILE",
-        "first = threadgroup_position_in_grid.x * TILE",
+        "first = threadgroup_position_in_grid.x / SPLITS * TILE_TOKENS",
+        "first = threadgroup_position_in_grid.x * TILE_TOKENS",
         rules="nobody writes",
     ),
     made(
@@ -218,9 +259,21 @@ PRE_FORWARD = [
         "OUT_COLUMNS, ITERS - 1>(z",
         parity=WRONG,
     ),
-    pre("matrices past the last", PRE, "m < TILE && t < tokens", "m < TILE", rules=UNWRITTEN),
-    pre("matrices past the tile", PRE_MANY, "m < TILE && t < tokens", "t < tokens", rules=OUTSIDE),
-    alone("idle lanes write", PRE_5, "live && lane < uint(N)", "live", rules=TWO),
+    pre(
+        "matrices past the last",
+        PRE,
+        "m < TILE_TOKENS && t < tokens",
+        "m < TILE_TOKENS",
+        rules=UNWRITTEN,
+    ),
+    pre(
+        "matrices past the tile",
+        PRE_MANY,
+        "m < TILE_TOKENS && t < tokens",
+        "t < tokens",
+        rules=OUTSIDE,
+    ),
+    alone("idle lanes write", PRE_5, "in_range && lane < uint(N)", "in_range", rules=TWO),
     pre(
         "h_pre of another token",
         MADE_TWICE,
@@ -231,11 +284,17 @@ PRE_FORWARD = [
     pre(
         "wrong width of a step",
         PRE_PLAIN,
-        "c0 += PIECES * CHUNKS * 32 * VEC",
+        "c0 += PIECES_PER_TOKEN * PACKS_AT_ONCE * 32 * VEC",
         "c0 += 32",
         rules=TWO,
     ),
-    pre("the first piece of u twice", MULTIPLIED, "(q % PIECES * CHUNKS", "(0 * CHUNKS", rules=TWO),
+    pre(
+        "the first piece of u twice",
+        MULTIPLIED,
+        "(q % PIECES_PER_TOKEN * PACKS_AT_ONCE",
+        "(0 * PACKS_AT_ONCE",
+        rules=TWO,
+    ),
     pre(
         "u not divided by its norm",
         MADE_TWICE,
@@ -250,13 +309,19 @@ PRE_FORWARD = [
         "(j0 + j) * C",
         rules=DIFFER,  # from an array that is not aligned
     ),
-    streams("packs past the last", PRE, " && k * 32 * VEC < left", "", rules=OUTSIDE),
-    pre("the readers' tokens", MANY_PLAIN, "q += READERS", "q += SIMDS", rules="nobody writes"),
+    streams("packs past the last", PRE, " && k * 32 * VEC < remaining", "", rules=OUTSIDE),
+    pre(
+        "the readers' tokens",
+        MANY_PLAIN,
+        "q += READING_SIMDGROUPS",
+        "q += SIMDS",
+        rules="nobody writes",
+    ),
     pre(
         "a square of each pack",
         MADE_TWICE,
-        "some += o[k][e] * o[k][e]",
-        "some += o[k][0] * o[k][0]",
+        "pack_squares += o[k][e] * o[k][e]",
+        "pack_squares += o[k][0] * o[k][0]",
         parity=WRONG,
     ),
     alone("eps dropped, a lane alone", PRE_EPS, "float d = eps;", "float d = 0.0f;", parity=WRONG),
@@ -276,9 +341,9 @@ PRE_FORWARD = [
     ),
     # tiles of mhc_pre
     tiles("tokens past the last", PRE_LONG, "t < tokens ? t : 0u", "t", rules=OUTSIDE),
-    tiles("phi past the last output", PRE_RAGGED, "|| o < OUTS", "|| true", rules=OUTSIDE),
-    tiles("a slice without a run", PRE_65, "if (c.first < c.K)", "if (true)", rules=OUTSIDE),
-    runs("k past the row", PRE_RAGGED, "if (e < left)", "if (true)", rules=OUTSIDE),
+    tiles("phi past the last output", PRE_RAGGED, "|| o < NUM_LOGITS", "|| true", rules=OUTSIDE),
+    tiles("a slice without a run", PRE_65, "if (runs.first < runs.K)", "if (true)", rules=OUTSIDE),
+    runs("k past the row", PRE_RAGGED, "if (e < remaining)", "if (true)", rules=OUTSIDE),
     runs(
         "k past the row not zero",
         PRE_RAGGED,
@@ -287,14 +352,18 @@ PRE_FORWARD = [
         parity=WRONG,
     ),
     tiles(
-        "a run too many", PRE_LONG, "k < c.K; k += c.step", "k <= c.K; k += c.step", rules=OUTSIDE
+        "a run too many",
+        PRE_LONG,
+        "k < runs.K; k += runs.step",
+        "k <= runs.K; k += runs.step",
+        rules=OUTSIDE,
     ),
-    tiles("x stands still", PRE_LONG, "at.x[m] += step", "at.x[m]", parity=WRONG),
+    tiles("x stands still", PRE_LONG, "pointers.x[m] += step", "pointers.x[m]", parity=WRONG),
     tiles(
         "phi stands still",
         PRE_LONG,
-        "at.phi[b][q] += step",
-        "at.phi[b][q]",
+        "pointers.phi[b][q] += step",
+        "pointers.phi[b][q]",
         parity=WRONG,
         traffic=MORE,
     ),
@@ -305,7 +374,7 @@ PRE_FORWARD = [
         "size_t(x_k(lane))",
         parity=WRONG,
     ),
-    tiles("phi's first 8 outputs", PRE, "output + b * 8 +", "output +", parity=WRONG, traffic=MORE),
+    tiles("phi's first 8 outputs", PRE, "logit + b * 8 +", "logit +", parity=WRONG, traffic=MORE),
     tiles(
         "the first 8 tokens",
         PRE_HALF,
@@ -321,7 +390,12 @@ PRE_FORWARD = [
         rules="simd operations",
     ),
     tiles(
-        "runs of k skipped", PRE_LONG, "k += c.step", "k += 2 * c.step", parity=WRONG, traffic=MORE
+        "runs of k skipped",
+        PRE_LONG,
+        "k += runs.step",
+        "k += 2 * runs.step",
+        parity=WRONG,
+        traffic=MORE,
     ),
     metal(
         "sums transposed",
@@ -379,16 +453,22 @@ PRE_FORWARD = [
     cuda("the last bits of phi", PRE, "phi, PHI)", "phi, 0)", parity=WRONG),
     cuda("the first 8 tokens alone", RINGED, "y ? y->w[p][e] : 0u", "0u", parity=WRONG),
     cuda("an element for two", RINGED, "= w << 16", "= w & 0xffff0000u", parity=WRONG),
-    ring("a run before it is there", RINGED, "<STAGES - 1>", "<STAGES>", rules=UNWRITTEN),
+    ring("a run before it is there", RINGED, "<SLOTS - 1>", "<SLOTS>", rules=UNWRITTEN),
     ring("a run that other lanes fetch", RINGED, SYNC, "", rules=UNWRITTEN),
     ring("fetched while other lanes read", RINGED, SYNC, "", nth=1, rules=RACE),
-    ring("a ring for all simdgroups", RINGED, "c.simd * STAGES", "0 * STAGES", rules=RACE),
+    ring("a ring for all simdgroups", RINGED, "runs.simd * SLOTS", "0 * SLOTS", rules=RACE),
     ring("odd rows as even ones", PRE, "(lane / 4 & 1)", "0", rules=DIFFER),
-    ring("the ring: tokens past the last", RINGED, "t < c.tokens ? t", "true ? t", rules=OUTSIDE),
     ring(
-        "the ring: outputs past the last", RINGED_12, "int(o) < OUTS", "int(o) < 99", rules=OUTSIDE
+        "the ring: tokens past the last", RINGED, "t < runs.tokens ? t", "true ? t", rules=OUTSIDE
     ),
-    ring("runs past the row", RINGED, "if (wanted < c.K)", "if (true)", rules=OUTSIDE),
-    ring("the ring: x stands still", RINGED, "x += c.step;", "", rules=DIFFER),
-    ring("the first stage alone", RINGED, "stage + 1 ==", "1 ==", rules=RACE),
+    ring(
+        "the ring: outputs past the last",
+        RINGED_12,
+        "int(o) < NUM_LOGITS",
+        "int(o) < 99",
+        rules=OUTSIDE,
+    ),
+    ring("runs past the row", RINGED, "if (next_k < runs.K)", "if (true)", rules=OUTSIDE),
+    ring("the ring: x stands still", RINGED, "x += runs.step;", "", rules=DIFFER),
+    ring("the first stage alone", RINGED, "slot + 1 ==", "1 ==", rules=RACE),
 ]

@@ -25,24 +25,28 @@ NORM_EPS = Case("mhc_pre", (2,), 4, 64, convention=PAPER, norm_eps=0.5)
 WHOLE = Case("mhc_single_pass", (2,), 4, 160, convention=DEEPSEEK_V4)
 FEW = Case("mhc_single_pass", (2,), 4, 64, convention=replace(PAPER, iters=2))
 
-sweep, seam, back = (mistakes(f"mhc_{k}") for k in ("sweep", "seam", "seam_backward"))
-channel = mistakes("mhc_seam_backward", "seam.h")
+sweep, seam, back = (mistakes(f"mhc_{k}") for k in ("pre_partial_logits", "seam", "seam_backward"))
+channel = mistakes("mhc_seam_backward", "include/seam_channel.h")
 
 SEAMS = [
     # mhc_sweep
-    sweep("runs past the last", PRE_RAGGED, "run < count && o0", "o0", rules=TWO),
+    sweep("runs past the last", PRE_RAGGED, "run < num_runs && o0", "o0", rules=TWO),
     sweep(
         "tokens past the last",
         PRE,
-        "if (made < tokens && o < OUTS)",
-        "if (o < OUTS)",
+        "if (sum_t < tokens && o < NUM_LOGITS)",
+        "if (o < NUM_LOGITS)",
         rules=OUTSIDE,
     ),
     sweep(
-        "outputs past the last", PRE_RAGGED, "made < tokens && o < OUTS", "made < tokens", rules=TWO
+        "outputs past the last",
+        PRE_RAGGED,
+        "sum_t < tokens && o < NUM_LOGITS",
+        "sum_t < tokens",
+        rules=TWO,
     ),
     sweep(
-        "shares past the last token", PRE, "o0 == 0 && squared < tokens", "o0 == 0", rules=OUTSIDE
+        "shares past the last token", PRE, "o0 == 0 && square_t < tokens", "o0 == 0", rules=OUTSIDE
     ),
     sweep(
         "every run the first",
@@ -68,15 +72,17 @@ SEAMS = [
     seam(
         "no barrier before ready coefficients are used",
         SEAM,
-        "if (BACK || !SWEPT) thr",
+        "if (WRITE_BACK || !FROM_PARTIAL_LOGITS) thr",
         "if (false) thr",
         rules=UNWRITTEN,
     ),
     seam("no barrier before squares are added", PRE_NORM, BARRIER, "", nth=3, rules=UNWRITTEN),
-    seam("no barrier between tokens", MANY, "if (TURNS == 1) thr", "if (false) thr", rules=RACE),
-    seam("a run too few", PRE, "r < count; r", "r < count - 1; r", parity=WRONG, traffic=MORE),
+    seam("no barrier between tokens", MANY, "if (BUFFERS == 1) thr", "if (false) thr", rules=RACE),
+    seam(
+        "a run too few", PRE, "r < num_runs; r", "r < num_runs - 1; r", parity=WRONG, traffic=MORE
+    ),
     seam("the first slice", PRE, "w < SLICES; ++w", "w < 1; ++w", parity=WRONG),
-    seam("three shares", PRE, " + sums[row + OUTS + 3]", "", parity=WRONG),
+    seam("three shares", PRE, " + sums[row + NUM_LOGITS + 3]", "", parity=WRONG),
     seam("norm_eps dropped", NORM_EPS, "params[3]", "params[0]", parity=WRONG),
     seam(
         "mean over a stream",
@@ -86,20 +92,32 @@ SEAMS = [
         parity=WRONG,
     ),
     seam("alpha of pre alone", PRE, "alpha[part]", "alpha[0]", parity=WRONG),
-    seam("bias saved", PRE, "+ o] = unit;", "+ o] = v;", parity=WRONG),
-    seam("the token's norm not saved", PRE, "+ OUTS] = scale", "+ OUTS] = 1.0f", parity=WRONG),
+    seam("bias saved", PRE, "+ o] = logit;", "+ o] = v;", parity=WRONG),
+    seam(
+        "the token's norm not saved",
+        PRE,
+        "+ NUM_LOGITS] = scale",
+        "+ NUM_LOGITS] = 1.0f",
+        parity=WRONG,
+    ),
     seam(
         "h_pre of the other token",
         MADE,
-        "made_pre[size_t(t) * N",
-        "made_pre[size_t(1 - t) * N",
+        "new_h_pre[size_t(t) * N",
+        "new_h_pre[size_t(1 - t) * N",
         parity=WRONG,
     ),
     seam(
         "h_res untransposed", WHOLE, "COLUMNS, !OUT_COLUMNS", "COLUMNS, OUT_COLUMNS", parity=WRONG
     ),
     seam("an iteration too few", FEW, "ITERS>(z, mix", "ITERS - 1>(z, mix", parity=WRONG),
-    seam("logits of the first token", LITE, "logits[size_t(t) * R +", "logits[", rules=TWO),
+    seam(
+        "logits of the first token",
+        LITE,
+        "logits[size_t(t) * NUM_RES_LOGITS +",
+        "logits[",
+        rules=TWO,
+    ),
     seam(
         "h_res loaded untransposed",
         SEAM,
@@ -129,11 +147,11 @@ SEAMS = [
         "acc[i * VEC] = metal",
         parity=WRONG,
     ),
-    seam("out stored twice", LONG, "if (sweep == 0 || !NORM) *(", "*(", rules=TWO),
+    seam("out stored twice", LONG, "if (phase == 0 || !NORM) *(", "*(", rules=TWO),
     seam(
         "u kept where it is made twice",
         LONG,
-        "|| !NORM || !KEPT)",
+        "|| !NORM || !U_CACHED)",
         "|| !NORM)",
         parity=WRONG,
         traffic="x 1",
@@ -162,15 +180,15 @@ SEAMS = [
     back(
         "dweight of unrounded units",
         ROUNDED,
-        "(ROUND ? static_cast<float>(static_cast<T>(unit)) : unit)",
-        "unit",
+        "(ROUND_U ? static_cast<float>(static_cast<T>(normed)) : normed)",
+        "normed",
         parity=WRONG,
     ),
     back(
         "dweight added to what nobody wrote",
         TWICE,
-        "t < threadgroups_per_grid.x ? 0.0f : mine[c + e]",
-        "mine[c + e]",
+        "t < threadgroups_per_grid.x ? 0.0f : group_partial[c + e]",
+        "group_partial[c + e]",
         rules=UNWRITTEN,
     ),
     back("dx of the first token", SEAM, "(dx + size_t(t) * size_t(N * C)", "(dx", rules=TWO),

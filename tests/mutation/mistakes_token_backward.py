@@ -16,54 +16,88 @@ STAGES = Case("mhc_pre", (70,), 4, 64, "bfloat16", PAPER, norm=False)  # of 64 t
 MULTIPLIED_RAGGED = Case("mhc_pre", (5,), 3, 31, "bfloat16", DEEPSEEK_V4, norm=False)
 SPARE = Threads("mhc_pre", (5,), 3, 31, "bfloat16", DEEPSEEK_V4, norm=False, threads=128)
 
-token, dots = mistakes("mhc_token_backward"), mistakes("mhc_token_backward", "streams.h")
-made_back = mistakes("mhc_token_backward", "coefficients.h")
-product = mistakes("mhc_projection_backward")
-products, metal_products, cuda_products = (
-    mistakes("mhc_projection_backward", f"products{k}.h") for k in ("", "_metal", "_cuda")
+token, dots = (
+    mistakes("mhc_pre_backward_coefficients"),
+    mistakes("mhc_pre_backward_coefficients", "include/streams.h"),
 )
-ptx_products = mistakes("mhc_projection_backward", "ptx.h")
+made_back = mistakes("mhc_pre_backward_coefficients", "include/coefficients.h")
+product = mistakes("mhc_pre_backward_projection")
+products, metal_products, cuda_products = (
+    mistakes("mhc_pre_backward_projection", f"include/{k}.h")
+    for k in ("phi_gradient", "metal/phi_gradient_matrices", "cuda/phi_gradient_matrices")
+)
+ptx_products = mistakes("mhc_pre_backward_projection", "include/cuda/ptx.h")
 
 TOKEN_BACKWARD = [
     # mhc_token_backward
     token("du' of the first token", NORMED, "(dread + t * size_t(C)", "(dread", rules=TWO),
-    token("h_pre of the first token", MULTIPLIED, "side[t * (N + 1) + l", "side[l", rules=TWO),
-    token("dp past the last output", MULTIPLIED, "if (lane < OUTS) dp", "dp", rules=TWO),
+    token(
+        "h_pre of the first token",
+        MULTIPLIED,
+        "token_factors[t * (N + 1) + l",
+        "token_factors[l",
+        rules=TWO,
+    ),
+    token("dp past the last output", MULTIPLIED, "if (lane < NUM_LOGITS) dp", "dp", rules=TWO),
     token("tokens past the last", MULTIPLIED, " && first + uint(i) < tokens", "", rules=OUTSIDE),
     token(
         "matrices past the last",
         MULTIPLIED,
-        "own < tokens && lane / W < BATCH ? ",
+        "lane_token < tokens && lane / MATRIX_LANES < BATCH ? ",
         "true ? ",
         rules=OUTSIDE,
     ),
     token(
-        "the first token's matrix", MULTIPLIED, "ushort(i % BATCH * W + line)", "line", parity=WRONG
+        "the first token's matrix",
+        MULTIPLIED,
+        "ushort(i % BATCH * MATRIX_LANES + line)",
+        "line",
+        parity=WRONG,
     ),
-    token("another line's entry", MULTIPLIED, "place == j ? v", "line == j ? v", parity=WRONG),
+    token(
+        "another line's entry", MULTIPLIED, "entry_in_line == j ? v", "line == j ? v", parity=WRONG
+    ),
     token("divisors of another lane", MULTIPLIED, "divisors + tid", "divisors", rules=RACE),
     token("sigmoid's slope dropped", MULTIPLIED, "d = s * mhc::sigmoid(-z)", "d = s", parity=WRONG),
-    token("alpha dropped", MULTIPLIED, "d *= a * scale", "d *= scale", parity=WRONG),
-    token("dalpha without l", MULTIPLIED, "sum_l += d * unit", "sum_l += d", parity=WRONG),
+    token("alpha dropped", MULTIPLIED, "d *= alpha_o * scale", "d *= scale", parity=WRONG),
+    token("dalpha without l", MULTIPLIED, "sum_l += d * logit", "sum_l += d", parity=WRONG),
     token("pull without its mean", MULTIPLIED, "/ static_cast<float>(K);", ";", parity=WRONG),
-    token("a batch again", MULTIPLIED, "(SIMDS / TEAM) * OWN) {", "(SIMDS / TEAM)) {", rules=TWO),
-    token("slope dropped", NORMED, "(through - slope * normal)", "through", parity=WRONG),
+    token(
+        "a batch again",
+        MULTIPLIED,
+        "(SIMDS / TEAM_SIMDGROUPS) * TOKENS_PER_TURN) {",
+        "(SIMDS / TEAM_SIMDGROUPS)) {",
+        rules=TWO,
+    ),
+    token("slope dropped", NORMED, "(du_dot_x - slope * u_dot_x)", "du_dot_x", parity=WRONG),
     token("slope without r", NORMED, "slope = r * r *", "slope = r *", parity=WRONG),
     token("dweight without r", NORMED, "g * u[e] * r;", "g * u[e];", parity=WRONG),
     token("u of h_pre's first", NORMED, "+= dots.pre[j] * s", "+= dots.pre[0] * s", parity=WRONG),
-    token("from nothing", TWICE, "i > 0 || first != self * OWN", "true", rules=UNWRITTEN),
-    token("no barrier before shares are added", TEAM, BARRIER, "", rules=UNWRITTEN),
-    token("the next token's shares in their place", TEAM, "turn ^= 1;", ";", rules=RACE),
     token(
-        "a simdgroup's share left out", TEAM, "k < TEAM; ++k)", "k < TEAM - 1; ++k)", parity=WRONG
+        "from nothing", TWICE, "i > 0 || first != team * TOKENS_PER_TURN", "true", rules=UNWRITTEN
+    ),
+    token("no barrier before shares are added", TEAM, BARRIER, "", rules=UNWRITTEN),
+    token("the next token's shares in their place", TEAM, "parity ^= 1;", ";", rules=RACE),
+    token(
+        "a simdgroup's share left out",
+        TEAM,
+        "k < TEAM_SIMDGROUPS; ++k)",
+        "k < TEAM_SIMDGROUPS - 1; ++k)",
+        parity=WRONG,
     ),
     token("all by the first simdgroup", TEAM, "(i / BATCH == simd)", "(simd == 0)", parity=WRONG),
     token("no barrier before the ends are added", TEAM, BARRIER, "", nth=1, rules=UNWRITTEN),
-    token("the ends of one simdgroup", TEAM, "k < TEAM && lane", "k < 1 && lane", parity=WRONG),
+    token(
+        "the ends of one simdgroup",
+        TEAM,
+        "k < TEAM_SIMDGROUPS && lane",
+        "k < 1 && lane",
+        parity=WRONG,
+    ),
     token(
         "dweight of the last token",
         TWICE,
-        "i > 0 || first != self * OWN",
+        "i > 0 || first != team * TOKENS_PER_TURN",
         "false",
         parity=WRONG,
         traffic="partial",
@@ -73,7 +107,7 @@ TOKEN_BACKWARD = [
     dots(
         "unaligned du loaded whole",
         MULTIPLIED,
-        "load<T, VEC>(du + c, whole)",
+        "load<T, VEC>(du + c, aligned)",
         "load<T, VEC>(du + c, true)",
         rules="misaligned",
     ),
@@ -89,27 +123,33 @@ TOKEN_BACKWARD = [
     product("no barrier before dp is staged", STAGES, BARRIER, "", rules=RACE),
     product("no barrier after dp is staged", MULTIPLIED, BARRIER, "", nth=1, rules=UNWRITTEN),
     product("pull forgotten", MULTIPLIED, "v[r][e] += pull[r] * w[e];", ";", parity=WRONG),
-    product("another stream's h_pre", MULTIPLIED, "sides[at + j]", "sides[at]", parity=WRONG),
+    product("another stream's h_pre", MULTIPLIED, "factors[at + j]", "factors[at]", parity=WRONG),
     product(
-        "dx_out forgotten", MULTIPLIED, "if (PASS) mhc::run", "if (false) mhc::run", parity=WRONG
+        "dx_out forgotten",
+        MULTIPLIED,
+        "if (HAS_DX_OUT) mhc::run",
+        "if (false) mhc::run",
+        parity=WRONG,
     ),
     product("tokens past the last", MULTIPLIED, "if (t < stop) mhc", "mhc", rules=OUTSIDE),
     product(
         "side past the last token", MULTIPLIED, "(N + 1)) < end", "(N + 1)) < ~0u", rules=OUTSIDE
     ),
-    product("a simdgroup past the last unit", SPARE, "unit < units", "unit >= 0", rules=OUTSIDE),
+    product(
+        "a simdgroup past the last unit", SPARE, "span < num_spans", "span >= 0", rules=OUTSIDE
+    ),
     product(
         "the next chunk's tokens too",
         CHUNKS,
-        "begin + each < tokens ? begin + each :",
+        "begin + tokens_per_chunk < tokens ? begin + tokens_per_chunk :",
         "",
         rules=TWO,
     ),
     product(
         "sums of all chunks in one row",
         CHUNKS,
-        "size_t(id / groups) * OUTS",
-        "size_t(0) * OUTS",
+        "size_t(id / groups_per_chunk) * NUM_LOGITS",
+        "size_t(0) * NUM_LOGITS",
         rules=TWO,
     ),
     product(
@@ -121,7 +161,7 @@ TOKEN_BACKWARD = [
         traffic=MORE,
     ),
     products(
-        "channels past the last", MULTIPLIED_RAGGED, "if (e < left) to[e]", "to[e]", rules=TWO
+        "channels past the last", MULTIPLIED_RAGGED, "if (e < remaining) to[e]", "to[e]", rules=TWO
     ),
     metal_products(
         "the last tile's sums alone",
@@ -133,18 +173,22 @@ TOKEN_BACKWARD = [
     metal_products(
         "outputs past the last",
         MULTIPLIED_RAGGED,
-        "o < OUTS && k < left ? static",
-        "k < left ? static",
+        "o < NUM_LOGITS && k < remaining ? static",
+        "k < remaining ? static",
         rules=OUTSIDE,
     ),
     metal_products(
-        "dp past the last token", MULTIPLIED, "t < end && o < OUTS", "o < OUTS", rules=OUTSIDE
+        "dp past the last token",
+        MULTIPLIED,
+        "t < end && o < NUM_LOGITS",
+        "o < NUM_LOGITS",
+        rules=OUTSIDE,
     ),
     metal_products(
         "phi's columns as they lie",
         MULTIPLIED,
-        "(SPAN / 4) + 2 * p + e;\n        c.v",
-        "2 + 8 * p + e;\n        c.v",
+        "(SPAN / 4) + 2 * p + e;\nc.v",
+        "2 + 8 * p + e;\nc.v",
         parity=WRONG,
     ),
     ptx_products("a shorter instruction", MULTIPLIED, "m16n8k16", "m16n8k8", nvrtc="mma"),
@@ -162,33 +206,33 @@ TOKEN_BACKWARD = [
     cuda_products(
         "dx_out in du's place",
         MULTIPLIED,
-        "at + Place::PASSED, from.dx_out",
-        "at + Place::DU, from.dx_out",
+        "at + TileSlot::PASSED, from.dx_out",
+        "at + TileSlot::DU, from.dx_out",
         rules=UNWRITTEN,
     ),
-    cuda_products("the first part of dp alone", MULTIPLIED, "part = 2;", "part = 0;", parity=WRONG),
+    cuda_products("the first part of dp alone", MULTIPLIED, "term = 2;", "term = 0;", parity=WRONG),
     cuda_products(
         "tokens not in pairs", MULTIPLIED, "= transposed(reint", "= (reint", parity=WRONG
     ),
     cuda_products(
         "outputs not in pairs",
         MULTIPLIED,
-        "true, true>(b[part]",
-        "true, false>(b[part]",
+        "true, true>(b[term]",
+        "true, false>(b[term]",
         parity=WRONG,
     ),
     cuda_products(
         "dp's last part not kept",
         MULTIPLIED,
-        "part < 3; ++part) {\n        if",
-        "part < 2; ++part) {\n        if",
+        "term < 3; ++term) {\nif",
+        "term < 2; ++term) {\nif",
         rules=UNWRITTEN,
     ),
     cuda_products(
         "an output for its neighbour",
         MULTIPLIED,
-        "s * 8 + lane % 4 * 2 + e;\n        v[e]",
-        "s * 8 + lane % 4 + e;\n        v[e]",
+        "s * 8 + lane % 4 * 2 + e;\nv[e]",
+        "s * 8 + lane % 4 + e;\nv[e]",
         parity=WRONG,
         traffic=MORE,
     ),

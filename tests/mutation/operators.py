@@ -1,6 +1,6 @@
 """Mutants: every small mistake that the operators below can make in a file, each a replaced span.
 
-`mutants(path)` gives those of a kernel text (kernels/*.metal, *.h) or of a Python module. One is a
+`mutants(path)` gives those of a text in kernels/ or of a Python module. One is a
 span of the file, what stands there instead, and the name of its operator; `Mutant.apply` makes the
 mutated text. Comments, docstrings, annotations and static assertions have none.
 """
@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-SOURCES = ("mhc_mlx/**/*.py", "kernels/*.metal", "kernels/*.h", "benchmark.py", "benchmarks/*.py")
-SOURCES += ("examples/*.py",)
+SOURCES = ("mhc_mlx/**/*.py", "kernels/*.metal", "kernels/**/*.h", "benchmark.py")
+SOURCES += ("benchmarks/*.py", "examples/*.py")
 
 
 @dataclass(frozen=True)

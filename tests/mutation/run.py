@@ -56,7 +56,8 @@ COPIED = ("mhc_mlx", "kernels", "tests", "benchmarks", "examples", "benchmark.py
 COPIED += ("pyproject.toml", "README.md", "ONBOARDING.md", "LICENSE", ".ci", ".gitignore")
 FACTOR = 5  # how much longer than without a mutant tests take before they count as hanging
 BODIES = 300.0  # seconds for bodies.py, at most
-ONLY_GPU = ("kernels/ptx.h", "kernels/cuda.h")  # the simulator has its own in their place
+# The simulator has its own in place of these.
+ONLY_GPU = ("kernels/include/cuda/ptx.h", "kernels/include/cuda/metal_words.h")
 WITHOUT_GPU = ["tests/proof/test_nvrtc.py::test_instructions_of_ptx"]  # can see some of that
 STARTING = 8.0  # seconds for pytest to begin, at most
 PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-rfE", "-W", "ignore"]
@@ -316,12 +317,12 @@ class Worker:
     def of_bodies(self, m: Mutant) -> tuple[str, str]:
         """What the simulator, parity, pinned traffic, the dialect and NVRTC say of the bodies."""
         forms = "metal,cuda"
-        if m.file.endswith("_metal.h"):
+        if "/metal/" in m.file:
             forms = "metal"
-        elif m.file.endswith("_cuda.h"):
-            forms = "cuda"
         elif m.file in ONLY_GPU:
             forms = "nvrtc"
+        elif "/cuda/" in m.file:
+            forms = "cuda"
         program = ["tests/mutation/bodies.py", "run", self.launches, forms, *sorted(bodies_of(m))]
 
         def go() -> tuple[int | None, str]:

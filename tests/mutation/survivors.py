@@ -7,114 +7,118 @@ and a picture says the same.
 
 EQUIVALENT: dict[tuple[str, str, str, str, int], str] = {
     (
-        "kernels/sinkhorn.h",
-        "constexpr int W = lanes(N) < 32 ? lanes(N) : 32;",
+        "kernels/include/sinkhorn.h",
+        "constexpr int W = matrix_lanes(N) < 32 ? matrix_lanes(N) : 32;",
         "change_constant",
-        "constexpr int W = lanes(N) < 32 ? lanes(N) : 33;",
+        "constexpr int W = matrix_lanes(N) < 32 ? matrix_lanes(N) : 33;",
         0,
-    ): "places past the 32nd are in no sum: scatter_sum adds halves of 32",
+    ): "places past the 32nd are in no sum: scatter_reduce adds halves of 32",
     (
-        "kernels/mhc_backward_tiled.metal",
-        "constexpr int ROWS = LINES < 8 ? LINES : 8; // rows of dx that a simdgroup makes at once",
+        "kernels/mhc_fused_backward_wide.metal",
+        "constexpr int ROWS_AT_ONCE = ROWS_PER_SIMDGROUP < 8 ? ROWS_PER_SIMDGROUP : 8; // of dx",
         "change_constant",
-        "constexpr int ROWS = LINES < 9 ? LINES : 8; // rows of dx that a simdgroup makes at once",
+        "constexpr int ROWS_AT_ONCE = ROWS_PER_SIMDGROUP < 9 ? ROWS_PER_SIMDGROUP : 8; // of dx",
         0,
     ): "of 8 lines both branches are 8",
     (
-        "kernels/mhc_backward_tiled.metal",
-        "ds[q] = dt[(i0 + q < R ? i0 + q : 0) * PITCH + c];",
+        "kernels/mhc_fused_backward_wide.metal",
+        "ds[q] = dout_tile[(i0 + q < OUT_STREAMS ? i0 + q : 0) * PITCH + c];",
         "change_constant",
-        "ds[q] = dt[(i0 + q < R ? i0 + q : 1) * PITCH + c];",
+        "ds[q] = dout_tile[(i0 + q < OUT_STREAMS ? i0 + q : 1) * PITCH + c];",
         0,
-    ): "a row past the last is any other, R >= 9: what it adds to g_res is not stored",
+    ): "a row past the last is any other, N >= 9: what it adds to g_res is not stored",
     (
-        "kernels/products_cuda.h",
-        "template <> constexpr int PHI_PARTS<__nv_bfloat16> = 1;",
+        "kernels/include/cuda/phi_gradient_matrices.h",
+        "template <> constexpr int PHI_TERMS<__nv_bfloat16> = 1;",
         "change_constant",
-        "template <> constexpr int PHI_PARTS<__nv_bfloat16> = 2;",
+        "template <> constexpr int PHI_TERMS<__nv_bfloat16> = 2;",
         0,
     ): "the second part of a bfloat16 is zero: work more, the same sums",
     (
         "kernels/stream_aggregate_backward.metal",
-        "constexpr int AHEAD = N <= 8 ? N : 1;",
+        "constexpr int STREAM_UNROLL = N <= 8 ? N : 1;",
         "change_constant",
-        "constexpr int AHEAD = N <= 8 ? N : 2;",
+        "constexpr int STREAM_UNROLL = N <= 8 ? N : 2;",
         0,
     ): "it is how far a loop is unrolled",
     (
-        "kernels/mhc_token_backward.metal",
-        "constexpr int SHARES = 2 * N + 2;",
+        "kernels/mhc_pre_backward_coefficients.metal",
+        "constexpr int SUMS_PER_TOKEN = 2 * N + 2;",
         "change_constant",
-        "constexpr int SHARES = 2 * N + 3;",
+        "constexpr int SUMS_PER_TOKEN = 2 * N + 3;",
         0,
     ): "rows of sums lie one float further apart, which no one reads",
     (
         "kernels/mhc_pre.metal",
-        "constexpr int BUSY = PROJECT ? (TILE * LANES + 31) / 32 : 0; // simdgroups that project",
+        "constexpr int PROJECTING_SIMDGROUPS = PROJECT ? (TILE_TOKENS * "
+        "PROJECTION_LANES + 31) / 32 : 0;",
         "drop_operand",
-        "constexpr int BUSY = PROJECT ? (TILE * LANES) / 32 : 0; // simdgroups that project",
+        "constexpr int PROJECTING_SIMDGROUPS = PROJECT ? (TILE_TOKENS * "
+        "PROJECTION_LANES) / 32 : 0;",
         0,
     ): "a simdgroup that projects makes u of some tokens too: another makes the same",
     (
-        "kernels/mhc_projection_backward.metal",
-        "if (PASS) mhc::fetch_tile(from.dx_out + ahead, from.K, "
-        "first + mhc::TOKENS, tokens, C - own, lane);",
+        "kernels/mhc_pre_backward_projection.metal",
+        "if (HAS_DX_OUT) mhc::prefetch_tile(from.dx_out + lane_offset, from.K, first "
+        "+ mhc::TILE_TOKENS, tokens, C - first_channel, lane);",
         "turn_sum",
-        "if (PASS) mhc::fetch_tile(from.dx_out + ahead, from.K, "
-        "first + mhc::TOKENS, tokens, C + own, lane);",
+        "if (HAS_DX_OUT) mhc::prefetch_tile(from.dx_out + lane_offset, from.K, first "
+        "+ mhc::TILE_TOKENS, tokens, C + first_channel, lane);",
         0,
     ): "it only prefetches: what is loaded is the same",
     (
-        "kernels/mhc_pre_backward.metal",
-        "const int share = (C / VEC + SPLITS - 1) / SPLITS * VEC;",
+        "kernels/mhc_pre_backward_generic.metal",
+        "const int channels_per_group = (C / VEC + SPLITS - 1) / SPLITS * VEC;",
         "drop_operand",
-        "const int share = (C / VEC + SPLITS) / SPLITS * VEC;",
+        "const int channels_per_group = (C / VEC + SPLITS) / SPLITS * VEC;",
         0,
     ): "the last threadgroup has fewer channels: each is still one's",
     (
         "kernels/mhc_seam_backward.metal",
-        "mhc::load_streams<N>(xv + at * N, row, C, c, whole);",
+        "mhc::load_streams<N>(xv + at * N, row, C, c, aligned);",
         "drop_operand",
-        "mhc::load_streams<N>(xv + at, row, C, c, whole);",
+        "mhc::load_streams<N>(xv + at, row, C, c, aligned);",
         1,
     ): "at is 0: what is CACHED takes one pass",
     (
-        "kernels/products_cuda.h",
-        "template <typename P, int OUTS, int SPAN> "
-        "struct Columns { uint w[PHI_PARTS<P>][SPAN / 8][eights(OUTS)]; };",
+        "kernels/include/cuda/phi_gradient_matrices.h",
+        "template <typename PHI_T, int NUM_LOGITS, int SPAN> struct PhiColumns { "
+        "uint w[PHI_TERMS<PHI_T>][SPAN / 8][logit_tiles(NUM_LOGITS)]; };",
         "turn_product",
-        "template <typename P, int OUTS, int SPAN> "
-        "struct Columns { uint w[PHI_PARTS<P>][SPAN * 8][eights(OUTS)]; };",
+        "template <typename PHI_T, int NUM_LOGITS, int SPAN> struct PhiColumns { "
+        "uint w[PHI_TERMS<PHI_T>][SPAN * 8][logit_tiles(NUM_LOGITS)]; };",
         0,
     ): "elements that no one uses take no registers",
     (
-        "kernels/mhc_pre_backward.metal",
-        "constexpr int AHEAD = N <= 8 ? N : 1;",
+        "kernels/mhc_pre_backward_generic.metal",
+        "constexpr int STREAM_UNROLL = N <= 8 ? N : 1;",
         "change_constant",
-        "constexpr int AHEAD = N <= 8 ? N : 2;",
+        "constexpr int STREAM_UNROLL = N <= 8 ? N : 2;",
         0,
     ): "it is how far a loop is unrolled",
     (
         "kernels/mhc_seam_backward.metal",
-        "mhc::load_streams<N>(xv + at * N, row, C, c, whole);",
+        "mhc::load_streams<N>(xv + at * N, row, C, c, aligned);",
         "drop_operand",
-        "mhc::load_streams<N>(xv + at, row, C, c, whole);",
+        "mhc::load_streams<N>(xv + at, row, C, c, aligned);",
         0,
     ): "at is 0: what is CACHED takes one pass",
     (
-        "kernels/mhc_projection_backward.metal",
-        "mhc::fetch_tile(from.x + ahead, from.K, first + mhc::TOKENS, tokens, C - own, lane);",
+        "kernels/mhc_pre_backward_projection.metal",
+        "mhc::prefetch_tile(from.x + lane_offset, from.K, first + mhc::TILE_TOKENS, "
+        "tokens, C - first_channel, lane);",
         "turn_sum",
-        "mhc::fetch_tile(from.x + ahead, from.K, first + mhc::TOKENS, tokens, C + own, lane);",
+        "mhc::prefetch_tile(from.x + lane_offset, from.K, first + mhc::TILE_TOKENS, "
+        "tokens, C + first_channel, lane);",
         0,
     ): "it only prefetches: what is loaded is the same",
     (
-        "kernels/mhc_projection_backward.metal",
-        "if (READ) mhc::fetch_tile(from.du + ahead, from.C, "
-        "first + mhc::TOKENS, tokens, C - own, lane);",
+        "kernels/mhc_pre_backward_projection.metal",
+        "if (HAS_DU) mhc::prefetch_tile(from.du + lane_offset, from.C, first + "
+        "mhc::TILE_TOKENS, tokens, C - first_channel, lane);",
         "turn_sum",
-        "if (READ) mhc::fetch_tile(from.du + ahead, from.C, "
-        "first + mhc::TOKENS, tokens, C + own, lane);",
+        "if (HAS_DU) mhc::prefetch_tile(from.du + lane_offset, from.C, first + "
+        "mhc::TILE_TOKENS, tokens, C + first_channel, lane);",
         0,
     ): "it only prefetches: what is loaded is the same",
     (

@@ -105,7 +105,7 @@ def caught(
     without it in ``rungs`` nothing is compiled."""
     from proof import dialect, nvrtc
 
-    form = CUDA if mistake and mistake.file.endswith(("_cuda.h", "ptx.h")) else METAL
+    form = CUDA if mistake and "/cuda/" in mistake.file else METAL
     says, normal = dict.fromkeys(RUNGS, ""), traffic(case, form)
     calls = launches(case, body, form)
     with planted(mistake), ThreadPoolExecutor(1) as pool:

@@ -224,7 +224,8 @@ def test_what_is_swept():
 
 
 def test_the_backward_of_a_projection():
-    """Of mhc_pre_backward: threads, tokens of a tile, neighbours per load, sharing threadgroups."""
+    """Threads, tokens of a tile, neighbours per load and threadgroups that share a tile, in
+    mhc_pre_backward_generic."""
     for shape, want in {
         (4, 1024, 24, 1025, None): (128, 4, 8, 1),
         (4, 1024, 24, 1024, None): (128, 2, 8, 1),
@@ -251,7 +252,8 @@ def test_the_backward_of_a_projection():
 
 
 def test_tokens_backward():
-    """Of mhc_token_backward: threads, neighbours, passes, cached, batch, groups, rows of sums."""
+    """Threads, neighbours, passes, cached, batch, groups and rows of sums, in
+    mhc_pre_backward_coefficients."""
     for shape, want in {
         # with a norm a threadgroup a token; x of four streams in 128 bytes a thread, 64 on Metal
         (4, 1024, 65536, True, None, "cuda"): (64, 8, 2, True, 8, 1056, 1056),
@@ -294,7 +296,8 @@ def test_tokens_backward():
 
 
 def test_products_backward():
-    """Of mhc_projection_backward: threads, channels, chunks of tokens, threadgroups of a chunk."""
+    """Threads, channels, chunks of tokens and threadgroups of a chunk, in
+    mhc_pre_backward_projection."""
     for shape, want in {
         (4, 1024, 24, 65536, None): (128, 32, 33, 32),  # 128 units: 16.5 chunks, in two turns 33
         (4, 1024, 25, 65536, None): (128, 16, 33, 64),
@@ -316,7 +319,7 @@ def test_products_backward():
 
 
 def test_the_gradient_of_phi():
-    """Of mhc_phi_gradient: threads, neighbours, outputs of a thread, chunks of tokens."""
+    """Of mhc_pre_backward_phi: threads, neighbours, outputs of a thread, chunks of tokens."""
     for shape, want in {
         (4096, 1024, 24, 65536, None): (128, 2, 24, 33),  # 16 spans: 528 threadgroups
         (4096, 1024, 24, 64, None): (128, 2, 24, 1),
@@ -358,17 +361,17 @@ LAUNCHES = {
         {"sinkhorn_knopp": 32768, "sinkhorn_knopp_backward": 32768},  # of 16 lanes: eight
     ),
     "stream_aggregate_norm": (
-        {"mhc_fused": 4096, "mhc_backward": 2112},
-        {"mhc_fused": 4096, "mhc_backward_tiled": 264},
+        {"mhc_fused": 4096, "mhc_fused_backward": 2112},
+        {"mhc_fused": 4096, "mhc_fused_backward_wide": 264},
     ),
     "stream_mix_add": (
-        {"stream_mix_add": 65536, "mhc_backward": 2112},
-        {"stream_mix_add": 65536, "mhc_backward_tiled": 264},
+        {"stream_mix_add": 65536, "mhc_fused_backward": 2112},
+        {"stream_mix_add": 65536, "mhc_fused_backward_wide": 264},
     ),
     "mhc_layer": (
-        {"sinkhorn_knopp": 1, "mhc_fused": 4096, "mhc_backward": 2112}
+        {"sinkhorn_knopp": 1, "mhc_fused": 4096, "mhc_fused_backward": 2112}
         | {"sinkhorn_knopp_backward": 1},
-        {"sinkhorn_knopp": 1, "mhc_fused": 4096, "mhc_backward_tiled": 264}
+        {"sinkhorn_knopp": 1, "mhc_fused": 4096, "mhc_fused_backward_wide": 264}
         | {"sinkhorn_knopp_backward": 1},
     ),
     "stream_aggregate": (
@@ -376,13 +379,20 @@ LAUNCHES = {
         {"stream_aggregate": 65536, "stream_aggregate_backward": 2112},
     ),
     "mhc_pre": (
-        {"mhc_pre": 16384, "mhc_token_backward": 2112, "mhc_projection_backward": 528},
+        {
+            "mhc_pre": 16384,
+            "mhc_pre_backward_coefficients": 2112,
+            "mhc_pre_backward_projection": 528,
+        },
         {"mhc_pre": 16384, "sinkhorn_knopp": 32768, "sinkhorn_knopp_backward": 32768}
-        | {"mhc_pre_backward": 2112, "mhc_phi_gradient": 546},  # 3 spans of 7 parts, 26 chunks
+        | {
+            "mhc_pre_backward_generic": 2112,
+            "mhc_pre_backward_phi": 546,
+        },  # 3 spans of 7 parts, 26 chunks
     ),
     "mhc_seam": (
         {"mhc_seam": 65536, "mhc_seam_backward": 2112},
-        {"mhc_seam": 65536, "stream_mix_add": 65536, "mhc_backward_tiled": 65536},
+        {"mhc_seam": 65536, "stream_mix_add": 65536, "mhc_fused_backward_wide": 65536},
     ),
 }
 
@@ -417,24 +427,27 @@ def test_threadgroups_of_many_tokens():
 # op, tokens, n, convention: as many threadgroups as there is work for; more would be idle
 FEW = {
     # runs of 32 k of 8 tokens by four simdgroups: 8 runs are two threadgroups; 9 tokens two tiles
-    ("mhc_pre", 2, 4, PAPER): {"mhc_sweep": 2, "mhc_seam": 2}
-    | {"mhc_token_backward": 1, "mhc_projection_backward": 2},
-    ("mhc_head", 9, 4, PAPER): {"mhc_sweep": 4, "mhc_seam": 9}
-    | {"mhc_token_backward": 2, "mhc_projection_backward": 2},  # a simdgroup two tokens, or a span
+    ("mhc_pre", 2, 4, PAPER): {"mhc_pre_partial_logits": 2, "mhc_seam": 2}
+    | {"mhc_pre_backward_coefficients": 1, "mhc_pre_backward_projection": 2},
+    ("mhc_head", 9, 4, PAPER): {"mhc_pre_partial_logits": 4, "mhc_seam": 9}
+    | {
+        "mhc_pre_backward_coefficients": 2,
+        "mhc_pre_backward_projection": 2,
+    },  # a simdgroup two tokens, or a span
     # tiles of 8; backward with a norm two tokens each
     ("mhc_pre", 40, 4, PAPER): {"mhc_pre": 5}
-    | {"mhc_token_backward": 20, "mhc_projection_backward": 2},
+    | {"mhc_pre_backward_coefficients": 20, "mhc_pre_backward_projection": 2},
     # tiles of 16, each shared by four; 8 matrices; tiles of two; 3 spans of 7 parts
     ("mhc_pre", 40, 12, PAPER): {"mhc_pre": 12, "sinkhorn_knopp": 5, "sinkhorn_knopp_backward": 5}
-    | {"mhc_pre_backward": 20, "mhc_phi_gradient": 21},
+    | {"mhc_pre_backward_generic": 20, "mhc_pre_backward_phi": 21},
     # of matrices a thread takes a row, backward all
     ("mhc_pre", 40, 3, MHC_LITE): {"mhc_pre": 5, "mixing_matrix": 1, "mixing_matrix_backward": 1}
-    | {"mhc_token_backward": 20, "mhc_projection_backward": 2},
+    | {"mhc_pre_backward_coefficients": 20, "mhc_pre_backward_projection": 2},
     ("mhc_pre", 40, 8, KRONECKER): {"mhc_pre": 5, "mixing_matrix": 3, "mixing_matrix_backward": 1}
-    | {"mhc_token_backward": 40, "mhc_projection_backward": 4},
+    | {"mhc_pre_backward_coefficients": 40, "mhc_pre_backward_projection": 4},
     ("sinkhorn_knopp", 40, 4, PAPER): {"sinkhorn_knopp": 2, "sinkhorn_knopp_backward": 2},
-    ("stream_mix_add", 40, 4, PAPER): {"stream_mix_add": 40, "mhc_backward": 40},
-    ("mhc_static", 40, 12, PAPER): {"mhc_fused": 40, "mhc_backward_tiled": 40},
+    ("stream_mix_add", 40, 4, PAPER): {"stream_mix_add": 40, "mhc_fused_backward": 40},
+    ("mhc_static", 40, 12, PAPER): {"mhc_fused": 40, "mhc_fused_backward_wide": 40},
     ("mhc_seam", 40, 4, PAPER): {"mhc_seam": 40, "mhc_seam_backward": 40},
     ("stream_aggregate", 40, 4, PAPER): {"stream_aggregate": 40, "stream_aggregate_backward": 40},
 }

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
@@ -11,7 +12,7 @@ from cases import Case
 from proof import standin, tracing
 
 from mhc_mlx import DEEPSEEK_V4, PAPER, MHCLayer, kernel, ops, reference, vmap
-from mhc_mlx.conventions import KRONECKER, MHC_LITE
+from mhc_mlx.conventions import KRONECKER, MHC_LITE, START_CODES
 from mhc_mlx.ops.dispatch import KERNELS
 
 N, C = 4, 8
@@ -267,3 +268,9 @@ def test_verbose_says_why_it_cannot_print(monkeypatch):
     with pytest.raises(RuntimeError, match=r"\[verbose\] needs a Python interpreter"):
         kernel.metal_source(launching, *arrays)
     assert kernel.backend() is None or mx.default_device().type == mx.DeviceType.gpu
+
+
+def test_starts_have_the_names_and_values_of_the_header():
+    (words,) = re.findall(r"enum \{ (START_[^}]*) \};", kernel.text("include/sinkhorn.h"))
+    values = dict(word.split(" = ") for word in words.split(", "))
+    assert {f"START_{start.upper()}": str(code) for start, code in START_CODES.items()} == values

@@ -32,7 +32,7 @@ def declared_bytes(launches: list[tuple[str, dict]], backend: str) -> list[int]:
         h for name, _ in launches for h in kernel.headers(f"{name}.metal", backend)
     )
     headers = "".join(map(kernel.text, files)).replace(
-        kernel.text("ptx.h"), '\n#include "ptx.hpp"\n'
+        kernel.text("include/cuda/ptx.h"), '\n#include "ptx.hpp"\n'
     )
     source = '#include "body.hpp"\n' + re.sub(
         r"\b(device|constant|thread|threadgroup)\b", "", headers
@@ -143,9 +143,9 @@ def test_threadgroup_memory_of_long_rows(backend, need):
                 called(op, tokens, n, C, dtype, threads, norm=False)
     variants = {str((c[0], c[5])): (c[0], c[5]) for c in launches.calls}
     assert {name for name, _ in variants.values()} >= {
-        "mhc_sweep",
+        "mhc_pre_partial_logits",
         "mhc_seam",
-        "mhc_token_backward",
+        "mhc_pre_backward_coefficients",
     }
     found = declared_bytes(list(variants.values()), backend)
     for bytes_, variant in zip(found, variants, strict=True):
@@ -156,7 +156,7 @@ def test_threadgroup_memory_of_long_rows(backend, need):
 def test_threadgroup_memory_that_grows_is_caught(need, monkeypatch):
     """As the simulator counts it, too."""
     need("simulator")
-    text, old = kernel.text, "threadgroup float partial[2 * SIMDS];"
+    text, old = kernel.text, "threadgroup float scratch[2 * SIMDS];"
     new = old.replace("2 * SIMDS", "PASSES * THREADS * VEC")
     template = {"T": mx.float32, "N": 4, "VEC": 1, "THREADS": 256, "PASSES": 36, "CACHED": False}
     template |= {"MIX": True, "SINKHORN": False, "GATES": False, "ITERS": 20, "START": 0}
@@ -198,22 +198,22 @@ def shares(name: str, template: dict, C: int) -> tuple[int, int, int]:
     n = t["N"]
     if name == "mhc_pre":
         return 8 * t["TILES"] * (simds // t["SLICES"]), t["SPLITS"], 0
-    if name == "mhc_pre_backward":
+    if name == "mhc_pre_backward_generic":
         return t["TILE"], t["SPLITS"], 1
-    if name == "mhc_token_backward":
+    if name == "mhc_pre_backward_coefficients":
         return t["BATCH"] * simds, 1, 1 if t["NORM"] else simds
-    if name == "mhc_projection_backward":
+    if name == "mhc_pre_backward_projection":
         return SEEN, math.ceil(n * math.ceil(C / t["SPAN"]) / simds), 1
-    if name == "mhc_phi_gradient":
+    if name == "mhc_pre_backward_phi":
         spans = math.ceil(n * C / (t["THREADS"] * t["VEC"]))
-        return SEEN, spans * math.ceil(t["OUTS"] / t["EACH"]), 1
-    if name == "mhc_sweep":
+        return SEEN, spans * math.ceil(t["NUM_LOGITS"] / t["LOGITS_PER_THREAD"]), 1
+    if name == "mhc_pre_partial_logits":
         return 8, math.ceil(math.ceil(n * C / 32) / simds), 0
     if name.startswith("sinkhorn_knopp"):
         return t["THREADS"] // (1 << (n - 1).bit_length()), 1, 0
     if name.startswith("mixing_matrix"):
         return t["THREADS"], n if name == "mixing_matrix" else 1, 0
-    return (256 // t["LINES"], 1, 0) if name == "sum_partials" else (1, 1, 1)
+    return (256 // t["THREADS_PER_COLUMN"], 1, 0) if name == "sum_partials" else (1, 1, 1)
 
 
 def far_apart(form: str, call: tuple) -> None:
@@ -264,7 +264,7 @@ def far_apart(form: str, call: tuple) -> None:
     table = (simulator._Buffer * len(names))(*(w.entry(k) for k, w in watched.items()))
     where, run = ctypes.c_uint64(), simulator.runtime()
     run.sim_skip(many - few)
-    ring = ctypes.c_size_t(template.get("RING", 0))
+    ring = ctypes.c_size_t(template.get("RING_BYTES", 0))
     error = run.simulate(entry, table, len(names), many, threads, 0, ring, ctypes.byref(where))
     run.sim_skip(0)
     if error:
@@ -308,7 +308,10 @@ def far_calls(form: str) -> list[tuple]:
 def test_buffers_of_more_than_two_to_the_32_elements(form, need):
     """Every array that has a token's is indexed beyond 2^32 by every body."""
     need(form)
-    calls, own = far_calls(form), ("mhc_pre", "mhc_projection_backward", "mhc_sweep")
+    calls, own = (
+        far_calls(form),
+        ("mhc_pre", "mhc_pre_backward_projection", "mhc_pre_partial_logits"),
+    )
     with executor(form):
         for call in calls:
             if form == "simulator" or call[0] in own:
@@ -320,12 +323,16 @@ def test_buffers_of_more_than_two_to_the_32_elements(form, need):
 NARROW = [
     ("stream_mix_add", "size_t(t) * size_t(N * C)", "t * uint(N * C)"),
     ("mhc_seam", "h_res + size_t(t) * (N * N)", "h_res + t * (N * N)"),
-    ("mhc_token_backward", "const size_t t = first + uint(i);", "const uint t = first + uint(i);"),
-    ("mhc_phi_gradient", "size_t(t0) * size_t(K)", "t0 * uint(K)"),
     (
-        "mhc_phi_gradient",
-        "(size_t(chunk) * OUTS + size_t(o0 + o)) * size_t(K)",
-        "uint(chunk * OUTS + o0 + o) * uint(K)",
+        "mhc_pre_backward_coefficients",
+        "const size_t t = first + uint(i);",
+        "const uint t = first + uint(i);",
+    ),
+    ("mhc_pre_backward_phi", "size_t(t0) * size_t(K)", "t0 * uint(K)"),
+    (
+        "mhc_pre_backward_phi",
+        "(size_t(chunk) * NUM_LOGITS + size_t(o0 + o)) * size_t(K)",
+        "uint(chunk * NUM_LOGITS + o0 + o) * uint(K)",
     ),
     ("sum_partials", "size_t(g) * columns", "g * columns"),
 ]
@@ -349,7 +356,8 @@ def test_a_product_of_32_bits_is_caught(body, old, new, need, monkeypatch):
 
 CONVERTED = r"\buint\((?:[^()]|\([^()]*\))*\)\)* *\*|\* *uint\("  # a factor of 32 bits
 # Not of a token: spans and chunks, lines of a matrix, rows of phi, places in threadgroup memory.
-FEW = ("uint(chunk) * each", "/ uint(spans) * 8", "* uint(N)", "* uint(c.K) * uint(sizeof(")
+FEW = ("uint(chunk) * tokens_per_chunk", "/ uint(groups_per_tile) * 8", "* uint(N)")
+FEW += ("* uint(runs.K) * uint(sizeof(",)
 FEW += ("* 16u", "* 512u")
 
 
@@ -369,7 +377,7 @@ def narrow_products(text: str) -> list[str]:
 
 
 def test_no_text_multiplies_tokens_in_32_bits():
-    texts = {p.name: kernel.text(p.name) for p in kernel._FOLDERS[1].iterdir()}
+    texts = {file: kernel.text(file) for file in simulator.kernel_files()}
     assert {name: narrow_products(text) for name, text in texts.items()} == dict.fromkeys(texts, [])
     for body, old, new in NARROW:
         assert narrow_products(texts[f"{body}.metal"].replace(old, new)), (body, new)

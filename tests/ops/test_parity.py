@@ -151,8 +151,12 @@ def test_tokens_that_simdgroups_share(C, threads, form, need):
         for few in (x[4:8], x[4:5]):  # a small tile, and swept
             for a, b in zip(many, ops.mhc_pre(few, *rest, *case.statics), strict=True):
                 assert mx.array_equal(a[4 : 4 + len(few)], b)
-    forms = [dict(t) for _, name, t, _ in launched if name in ("mhc_pre", "mhc_token_backward")]
-    shared = {(t["TEAM"] > 1, t["HELD"] > 0) for t in forms if "TEAM" in t}
+    forms = [
+        dict(t)
+        for _, name, t, _ in launched
+        if name in ("mhc_pre", "mhc_pre_backward_coefficients")
+    ]
+    shared = {(t["U_SIMDGROUPS"] > 1, t["U_PACKS"] > 0) for t in forms if "U_SIMDGROUPS" in t}
     kept = {(t["THREADS"] > 32, t["PASSES"], t["CACHED"]) for t in forms if "CACHED" in t}
     metal = form == "simulator"
     assert kept == {(threads > 32, math.ceil(C / 8 / threads), C < 8 * threads or not metal)}

@@ -19,7 +19,8 @@ The PTX and sources lie, compressed, by digest in the folder freeze-texts beside
 saves compiling a source again: `compare --diff` prints how the PTX of a changed launch differs.
 A case is known by its name. `compare` fails where anything changed or is gone and --allow, a
 regular expression searched in the lines "kind key" that it prints, does not match it; what is new
-is printed alone.
+is printed alone. --renamed FILE says how names of bodies, template arguments and arrays in OLD are
+called in NEW: each line is "old new", or "old new body..." where only these bodies of OLD have it.
 """
 
 import argparse
@@ -333,6 +334,25 @@ def jobs_of(made: dict, folder: Path) -> list[tuple[str, str, str]]:
     return list(dict.fromkeys(each))
 
 
+def renamed(recording: dict, lines: str) -> dict:
+    """A recording with new names in its keys, behind the case's, and in its launches."""
+    rules = [line.split() for line in lines.splitlines() if line.strip()]
+
+    def renew(text: str) -> str:
+        found = re.search(r"^(?:\d+ )?(\w*)", text)
+        names = {old: k for old, k, *bodies in rules if not bodies or found[1] in bodies}
+        return re.sub(r"\w+", lambda word: names.get(word.group(), word.group()), text)
+
+    def of_key(key: str) -> str:
+        case, slash, rest = key.partition(" / ")
+        return case + slash + (renew(rest) if rest else "")
+
+    return {
+        kind: {of_key(k): renew(v) if kind == "launch" else v for k, v in each.items()}
+        for kind, each in recording.items()
+    }
+
+
 def compared(old: dict, new: dict) -> dict[str, dict[str, list[str]]]:
     """By kind the keys that are equal, changed, new and gone."""
     found = {}
@@ -390,6 +410,7 @@ def main() -> None:
     comparer.add_argument("new", type=Path)
     comparer.add_argument("--case", default="", help="part of the names of the cases")
     comparer.add_argument("--allow", help="regular expression: lines 'kind key' that may differ")
+    comparer.add_argument("--renamed", type=Path, help="file: lines 'old new' or 'old new body...'")
     comparer.add_argument("--most", type=int, default=20, help="lines printed of each sort")
     comparer.add_argument("--diff", action="store_true", help="print how the PTX differs")
     args = parser.parse_args()
@@ -411,6 +432,8 @@ def main() -> None:
         }
         for path in (args.old, args.new)
     )
+    if args.renamed:
+        old = renamed(old, args.renamed.read_text())
     folders = (args.old.parent / "freeze-texts", args.new.parent / "freeze-texts")
     sys.exit(not report(old, new, args.allow, args.most, folders if args.diff else None))
 

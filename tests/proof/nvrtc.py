@@ -160,7 +160,7 @@ def compile_program(name: str, sources: tuple[str, ...], arch: str) -> tuple[str
 def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> list[mx.array]:
     """`kernel.launch` that compiles, for two architectures, and runs nothing."""
     key = (name, cuda_source(name, inputs, outputs, threads, template))
-    rings[key] = template.get("RING", 0)
+    rings[key] = template.get("RING_BYTES", 0)
     if _collecting is not None:
         _collecting.append(key)
     else:

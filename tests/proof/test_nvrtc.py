@@ -86,7 +86,7 @@ def test_a_ring_fits_its_device(capability, ring, need, monkeypatch):
 
 
 def test_rings_of_many_threads_fit_their_device():
-    """Beside the 24 KiB of mhc_projection_backward's own."""
+    """Beside the 24 KiB of mhc_pre_backward_projection's own."""
     ring = ops.geometry.of_product_ring
     assert [ring(32, 128, 6, r << 10) >> 10 for r in (0, 99, 227)] == [0, 24, 24]
     assert [ring(32, 512, 6, r << 10) >> 10 for r in (0, 99, 227)] == [0, 0, 96]
@@ -130,7 +130,7 @@ def test_instructions_of_ptx(need):
     need("nvrtc")
     from proof import nvrtc
 
-    wanted = {"mhc_head": "mhc_pre", "mhc_pre": "mhc_projection_backward"}
+    wanted = {"mhc_head": "mhc_pre", "mhc_pre": "mhc_pre_backward_projection"}
     sources: dict[str, list[str]] = {}
     for case in (
         Case("mhc_head", (17,), 1, 32, "float32", IDENTITY),
@@ -148,9 +148,9 @@ def test_instructions_of_ptx(need):
         assert not error, error[:2000]
         found.update({name: ptx.count(f"{name} ") + ptx.count(f"{name};") for name in INSTRUCTIONS})
         rows = [int(size) / (3 * 64 * 16) for size in re.findall(r"staged\[(\d+)\];", ptx)]
-        assert rows == ([3, 3, 5] if body == "mhc_projection_backward" else [])
+        assert rows == ([3, 3, 5] if body == "mhc_pre_backward_projection" else [])
     assert not [name for name in INSTRUCTIONS if not found[name]]
-    named = re.findall(r'asm(?: volatile)?\("([\w.:]+)', kernel.text("ptx.h"))
+    named = re.findall(r'asm(?: volatile)?\("([\w.:]+)', kernel.text("include/cuda/ptx.h"))
     assert sorted(named) == sorted(INSTRUCTIONS)
 
 

@@ -234,12 +234,15 @@ def test_debugging_command(need, capsys):
     case = Case("mhc_static", (5,), 4, 64)
     assert simulate.simulate(case, False)
     assert "right, under every schedule" in capsys.readouterr().out
-    wrong = next(m for m in MISTAKES if str(m) == "mhc_backward: a term of du dropped")
+    wrong = next(m for m in MISTAKES if str(m) == "mhc_fused_backward: a term of du dropped")
     with planted(wrong):
         assert not simulate.simulate(case, False)
     out = capsys.readouterr().out
     assert "WRONG dx[0, 0, 0] is" in out and "stored by thread 0 of threadgroup 0 at mhc_b" in out
-    broken = next(m for m in MISTAKES if str(m) == "mhc_backward: the last token left out")
+    broken = next(m for m in MISTAKES if str(m) == "mhc_fused_backward: the last token left out")
     with planted(broken):
         assert not simulate.simulate(case, False)
-    assert "BROKEN RULE mhc_backward.metal, lock-step: nobody writes dx[" in capsys.readouterr().out
+    assert (
+        "BROKEN RULE mhc_fused_backward.metal, lock-step: nobody writes dx["
+        in capsys.readouterr().out
+    )

@@ -70,7 +70,7 @@ def test_vmap_runs_kernels_where_it_may(per_token):
     with executor("stand-in") as launched:
         mx.eval(vmap(gradient, in_axes=axes)(*arrays))
     bodies = {variant[1] for variant in launched}
-    assert bodies == {"stream_mix_add", *["mhc_backward"] * per_token}
+    assert bodies == {"stream_mix_add", *["mhc_fused_backward"] * per_token}
 
 
 @pytest.mark.parametrize("name", ["mhc_coefficients", "mhc_pre", "mhc_head"])

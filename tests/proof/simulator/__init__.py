@@ -206,6 +206,12 @@ def source_line(library: Path, offset: int) -> str:
     return ", from ".join(dict.fromkeys(lines)) or "an unknown line"
 
 
+def kernel_files() -> list[str]:
+    """The files of kernels/ by the names that `kernel.text` takes."""
+    folder = kernel._FOLDERS[1]
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.*"))
+
+
 def generated(name, inputs, outputs, groups, threads, template) -> str:
     """The Metal source that MLX generates for a launch."""
     arrays = {k: v for k, v in inputs.items() if v is not None}
@@ -251,9 +257,9 @@ def cpp(name: str, source: str) -> tuple[str, list[str]]:
             arguments.append(POSITIONS[attribute])
     instance = re.search(r"decltype\((\w+<.*?>)\)", source)
     instance = instance or re.search(r"\[\[kernel\]\] void (\w+)", source)
-    headers = sorted(p.name for p in kernel._FOLDERS[1].glob("*.h"))
+    headers = [file for file in kernel_files() if file.endswith(".h")]
     if _cuda:
-        source = source.replace(kernel.text("ptx.h"), '\n#include "ptx.hpp"\n')
+        source = source.replace(kernel.text("include/cuda/ptx.h"), '\n#include "ptx.hpp"\n')
     for file in (*headers, f"{name}.metal"):  # so that errors name our lines
         text = kernel.text(file)
         source = source.replace(text, f'\n#line 1 "{file}"\n{text}\n#line 1 "generated"\n')
@@ -332,7 +338,7 @@ def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> l
         where = ctypes.c_uint64()
         error = runtime().simulate(
             *(entry, table, len(names), groups, threads, order),
-            *(ctypes.c_size_t(template.get("RING", 0)), ctypes.byref(where)),
+            *(ctypes.c_size_t(template.get("RING_BYTES", 0)), ctypes.byref(where)),
         )
         if error:
             place_of = f" at {source_line(library, where.value)}" if where.value else ""
