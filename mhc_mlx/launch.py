@@ -1,4 +1,8 @@
-"""Find, build and launch the kernel bodies: the only module that knows which GPU backend runs."""
+"""Find, build and launch the kernel bodies: the only module that knows which GPU backend runs.
+
+A body is a file of kernels/. A room of ops/ describes it by a `Body`, its template arguments, and
+calls `launch`, which returns its outputs by name.
+"""
 
 import contextlib
 import functools
@@ -11,11 +15,13 @@ import sys
 import tempfile
 from collections import Counter
 from contextvars import ContextVar
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import mlx.core as mx
 
+Spec = tuple[tuple[int, ...], mx.Dtype]  # the shape and dtype of an array
 _PACKAGE = Path(__file__).parent
 _FOLDERS = (_PACKAGE / "kernels", _PACKAGE.parent / "kernels")  # in a wheel; in a checkout
 _fixed: ContextVar[str | None] = ContextVar("fixed", default=None)  # the backend inside `at`
@@ -49,7 +55,7 @@ def place() -> Place | None:
 
 @contextlib.contextmanager
 def at(place: Place):
-    """What is inside runs at that place, whatever the default device is: so a gradient runs where
+    """Run what is inside at that place, whatever the default device is: so a gradient runs where
     its forward ran.
 
     MLX runs an operation without a stream on the default device, but a Metal kernel on the GPU.
@@ -62,14 +68,14 @@ def at(place: Place):
         _fixed.reset(token)
 
 
-def room(backend: str | None) -> int:
-    """Bytes of threadgroup memory that a threadgroup with a ring can have: none but on CUDA, there
-    without a GPU an H100's."""
-    return _cuda_room(Place(backend, mx.default_device())) if backend == "cuda" else 0
+def threadgroup_memory_limit() -> int:
+    """Bytes of threadgroup memory that a threadgroup with a ring can have: on CUDA the device's,
+    or an H100's where there is no GPU; on Metal, where no body has a ring, 0."""
+    return _cuda_limit(Place("cuda", mx.default_device())) if backend() == "cuda" else 0
 
 
 @functools.cache
-def _cuda_room(place: Place) -> int:
+def _cuda_limit(place: Place) -> int:
     info = mx.device_info(place.device)
     kind = tuple(info.get(f"compute_capability_{k}", v) for k, v in (("major", 9), ("minor", 0)))
     return (163 if kind in ((8, 0), (8, 7)) else 227 if kind[0] in (9, 10) else 99) << 10
@@ -80,7 +86,7 @@ def _read(name: str) -> str:
     folder = next((f for f in _FOLDERS if f.is_dir()), None)
     if folder is None:
         raise FileNotFoundError(
-            f"[kernel] kernels/ must be at one of {[str(f) for f in _FOLDERS]}."
+            f"[launch] kernels/ must be at one of {[str(f) for f in _FOLDERS]}."
         )
     return (folder / name).read_text()
 
@@ -93,12 +99,12 @@ def text(name: str) -> str:
 
 
 @functools.cache
-def headers(name: str, backend: str) -> tuple[str, ...]:
+def included_files(name: str, backend: str) -> tuple[str, ...]:
     """The files of kernels/include/ that a file of kernels/ includes, in order, each once."""
     found = []
     for file in re.findall('#include "(.*)"', _read(name)):
         file = f"include/{file.replace('BACKEND', backend)}"
-        found += [f for f in (*headers(file, backend), file) if f not in found]
+        found += [f for f in (*included_files(file, backend), file) if f not in found]
     return tuple(found)
 
 
@@ -127,7 +133,7 @@ def cuda_header(name: str, threads: int) -> str:
 
 
 def _header(name: str, backend: str) -> str:
-    return "".join(map(text, headers(f"{name}.metal", backend)))
+    return "".join(map(text, included_files(f"{name}.metal", backend)))
 
 
 @functools.cache
@@ -152,41 +158,91 @@ def absent_pointers(inputs: dict, outputs: dict) -> str:
     return "".join(gone + [f"device float* {k} = nullptr; " for k in outputs if outputs[k] is None])
 
 
+@dataclass(frozen=True)
+class Options:
+    """How all kernels of an op are launched.
+
+    threads_per_group: Threads in a threadgroup, a multiple of 32 from 32 to 1024; None picks.
+    verbose: Print the generated source.
+    """
+
+    threads_per_group: int | None = None
+    verbose: bool = False
+
+
+class Body:
+    """The template arguments of kernels/<name>.metal, in the order of its header.
+
+    A frozen dataclass for each body. A field's value has exactly the field's type, or is itself a
+    dataclass whose fields stand in its place.
+    """
+
+    name: ClassVar[str]
+    THREADS: int  # in a threadgroup
+
+    def __post_init__(self):
+        for field in fields(self):  # type: ignore[arg-type]
+            if type(value := getattr(self, field.name)) is not field.type:
+                must, got = field.type.__name__, type(value).__name__
+                raise TypeError(f"[{self.name}] {field.name} must be of type {must} but got {got}.")
+
+    @property
+    def template(self) -> dict[str, int | bool | mx.Dtype]:
+        """The arguments by name."""
+        found = {}
+        for name, value in vars(self).items():
+            found.update(vars(value) if hasattr(value, "__dataclass_fields__") else {name: value})
+        return found
+
+
 def launch(
+    body: Body,
+    inputs: dict[str, mx.array | None],
+    outputs: dict[str, Spec | None],
+    groups: int,
+    options: Options,
+) -> dict[str, mx.array | None]:
+    """Launch a body; returns its outputs by name, None where this variant has none.
+
+    Args:
+        body: Its template arguments.
+        inputs: Arrays by the name that the body uses; None where this variant does not read it.
+        outputs: Shape and dtype by the name in the body; None where this variant has none.
+        groups: Threadgroups, along x.
+        options: Whether to print the source.
+    """
+    arguments = (body.name, inputs, outputs, groups, body.THREADS, body.template)
+    results = iter(run(*arguments, options.verbose))
+    return {k: None if spec is None else next(results) for k, spec in outputs.items()}
+
+
+def run(
     name: str,
     inputs: dict[str, mx.array | None],
-    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype] | None],
+    outputs: dict[str, Spec | None],
     groups: int,
     threads: int,
     template: dict[str, int | bool | mx.Dtype],
     verbose: bool = False,
 ) -> list[mx.array]:
-    """Run ``kernels/<name>.metal``.
+    """What `launch` does, of a body by its name; tests put another executor in its place.
 
-    Args:
-        name: File stem of the body.
-        inputs: Arrays by the name the body uses; None where this variant does not read it.
-        outputs: Shape and dtype by the name in the body; None where this variant has none.
-        groups: Threadgroups, along x.
-        threads: Threads in a threadgroup.
-        template: Compile-time constants of the body. RING_BYTES, if there, is also what the launch
-            adds of threadgroup memory on CUDA.
-        verbose: Print the generated source.
-    Returns the outputs that are not None, in order.
+    RING_BYTES in the template is also what the launch adds of threadgroup memory on CUDA. Returns
+    the outputs that are not None, in order.
     """
-    if (found := _recorded.get()) is not None:
-        shapes = {k: None if a is None else (a.shape, a.dtype) for k, a in inputs.items()}
-        found.append(Launch(name, shapes, outputs, groups, threads, template))
+    if (launches := _recorded.get()) is not None:
+        specs = {k: None if a is None else (a.shape, a.dtype) for k, a in inputs.items()}
+        launches.append(Launch(name, specs, outputs, groups, threads, template))
         return [mx.zeros(*spec) for spec in outputs.values() if spec is not None]
     absent = absent_pointers(inputs, outputs)
-    inputs = {k: v for k, v in inputs.items() if v is not None}
-    outputs = {k: v for k, v in outputs.items() if v is not None}
-    ring = template.get("RING_BYTES", 0)
-    build = _build(backend(), name, tuple(inputs), tuple(outputs), absent, threads, ring)
-    return build(
-        inputs=list(inputs.values()),
-        output_shapes=[shape for shape, _ in outputs.values()],
-        output_dtypes=[dtype for _, dtype in outputs.values()],
+    arrays = {k: v for k, v in inputs.items() if v is not None}
+    specs = {k: v for k, v in outputs.items() if v is not None}
+    ring_bytes = template.get("RING_BYTES", 0)
+    kernel = _build(backend(), name, tuple(arrays), tuple(specs), absent, threads, ring_bytes)
+    return kernel(
+        inputs=list(arrays.values()),
+        output_shapes=[shape for shape, _ in specs.values()],
+        output_dtypes=[dtype for _, dtype in specs.values()],
         grid=(groups * threads, 1, 1),
         threadgroup=(threads, 1, 1),
         template=list(template.items()),
@@ -195,11 +251,11 @@ def launch(
 
 
 class Launch(NamedTuple):
-    """The arguments of `launch`, with shape and dtype for each array of inputs."""
+    """The arguments of `run`, with shape and dtype for each array of inputs."""
 
     name: str
-    inputs: dict[str, tuple[tuple[int, ...], mx.Dtype] | None]
-    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype] | None]
+    inputs: dict[str, Spec | None]
+    outputs: dict[str, Spec | None]
     groups: int
     threads: int
     template: dict[str, int | bool | mx.Dtype]
@@ -207,11 +263,11 @@ class Launch(NamedTuple):
 
 @contextlib.contextmanager
 def record():
-    """Collects the launches of this thread, as for Metal; each returns zeros and runs nothing."""
-    found = []
-    tokens = _recorded.set(found), _fixed.set("metal")
+    """Collect the launches of this thread, as for Metal; each returns zeros and runs nothing."""
+    launches = []
+    tokens = _recorded.set(launches), _fixed.set("metal")
     try:
-        yield found
+        yield launches
     finally:
         _recorded.reset(tokens[0])
         _fixed.reset(tokens[1])
@@ -223,9 +279,9 @@ def metal_source(f, *arrays: mx.array) -> str:
     MLX prints it on the standard output of its process, which all threads share: so another process
     traces the launches.
     """
-    with record() as found:
+    with record() as launches:
         f(*arrays)
-    return _printed(json.dumps(found, default=_dtype_name)) if found else ""
+    return _printed(json.dumps(launches, default=_dtype_name)) if launches else ""
 
 
 def _dtype_name(dtype: mx.Dtype) -> dict[str, str]:
@@ -246,18 +302,18 @@ def _printed(launches: str) -> str:
     """The Metal source of launches (in JSON), as MLX prints it in another process."""
     if not sys.executable or getattr(sys, "frozen", False):
         raise RuntimeError("[verbose] needs a Python interpreter to run, but this one is frozen.")
-    run = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", _PRINT],
         input=f"[{json.dumps([str(folder) for folder in sys.path])}, {launches}]",
         capture_output=True,
         encoding="utf-8",
     )
-    if run.returncode:
-        why = run.stderr.strip()[-2000:]
+    if process.returncode:
+        why = process.stderr.strip()[-2000:]
         raise RuntimeError(
-            f"[verbose] the process that prints it ended with {run.returncode}: {why}"
+            f"[verbose] the process that prints it ended with {process.returncode}: {why}"
         )
-    return run.stdout
+    return process.stdout
 
 
 def print_sources(launches: list) -> None:
@@ -271,23 +327,21 @@ def print_sources(launches: list) -> None:
     def specs(arrays: dict) -> dict:
         return {k: v and (tuple(v[0]), dtype(v[1])) for k, v in arrays.items()}
 
-    found = [Launch(*each) for each in launches]
-    given = [{k: v and mx.zeros(*v) for k, v in specs(each.inputs).items()} for each in found]
+    calls = [Launch(*call) for call in launches]
+    inputs = [{k: v and mx.zeros(*v) for k, v in specs(call.inputs).items()} for call in calls]
 
     def f(*arrays):
-        rest, results = iter(arrays), []
-        for each, inputs in zip(found, given, strict=True):
-            inputs = {k: None if a is None else next(rest) for k, a in inputs.items()}
-            template = {k: dtype(v) for k, v in each.template.items()}
-            results += launch(
-                *(each.name, inputs, specs(each.outputs), each.groups, each.threads, template),
-                verbose=True,
-            )
+        remaining, results = iter(arrays), []
+        for call, named in zip(calls, inputs, strict=True):
+            named = {k: None if a is None else next(remaining) for k, a in named.items()}
+            template = {k: dtype(v) for k, v in call.template.items()}
+            outputs = specs(call.outputs)
+            results += run(call.name, named, outputs, call.groups, call.threads, template, True)
         return results
 
     _fixed.set("metal")
     with tempfile.TemporaryDirectory() as folder:
-        arrays = [a for inputs in given for a in inputs.values() if a is not None]
+        arrays = [a for named in inputs for a in named.values() if a is not None]
         mx.export_function(os.path.join(folder, "f.mlxfn"), f, *arrays)
 
 
