@@ -55,7 +55,7 @@ from benchmarks.timing import (
     room,
     spread,
 )
-from mhc_mlx import DEEPSEEK_V4, HyperConnection, MHCLayer, commands, kernel, ops, reference
+from mhc_mlx import DEEPSEEK_V4, HyperConnection, MHCLayer, commands, launch, ops, reference
 
 OTHERS = ("stream_aggregate_norm", "mhc_coefficients", "mhc_dynamic", "mhc_head", "mhc_seam")
 OTHERS += ("single_pass",)
@@ -190,23 +190,23 @@ def once(op: str, shape, name: str, directions: list[str], threads: int | None) 
 def sweep(bench: Bench, op: str, shape, name: str, verified: list[dict]) -> list[dict]:
     """Threads per group x vector width, or threads alone of an op that has another rule for its
     loads; marks the best and what the default picks. Each is timed if its parity is right."""
-    rows, usual = [], ops.geometry.of_token
+    rows, usual = [], ops.tiling.token_tiling
     for direction in ("forward", "forward+backward" if OPS[op].saves else "backward"):
         candidates = [(None, threads, None) for threads in (None, 64, 128, 256, 512)]
         if (op, direction) not in THREADS_ALONE and not OPS[op].saves:
             copies = 1 if direction == "forward" else 2
-            size, backend = DTYPES[name].size, kernel.backend()
+            size, backend = DTYPES[name].size, launch.backend()
             chosen = usual(shape[1], shape[2], size, copies, None, backend)
             candidates = list(geometries(*shape[1:], size, copies, backend, chosen))
         for vec, threads, forced in candidates:
-            ops.geometry.of_token = (lambda *_, forced=forced, **__: forced) if forced else usual
+            ops.tiling.token_tiling = (lambda *_, forced=forced, **__: forced) if forced else usual
             try:
                 verified += verify("rows", op, shape, name, [direction], threads)
                 if not verified[-1]["ok"]:
                     continue
                 row = bench.row(op, direction, shape, name, threads, baseline=False)
             finally:
-                ops.geometry.of_token = usual
+                ops.tiling.token_tiling = usual
             picked = (vec, threads) == (chosen.vec, chosen.threads) if vec else threads is None
             rows.append(row | {"vec": vec, "default": picked})
         timed = [r for r in rows if r["direction"] == direction]
@@ -218,7 +218,7 @@ def sweep(bench: Bench, op: str, shape, name: str, verified: list[dict]) -> list
     return rows
 
 
-# Of a sweep: whose loads are not `geometry.of_token`'s.
+# Of a sweep: whose loads are not `tiling.token_tiling`'s.
 THREADS_ALONE = [("sinkhorn_knopp", d) for d in DIRECTIONS] + [("mhc_seam", "backward")]
 
 
@@ -232,7 +232,7 @@ def geometries(n: int, C: int, size: int, copies: int, backend: str, chosen):
             if threads > 32 and (threads - 32) * vec >= C or passes > 16:
                 continue
             held = passes * copies * n * (max(4, vec * size) if copies == 1 else 4 * vec)
-            fits = n <= 8 and held <= ops.geometry.REGISTER_BYTES[backend, copies]
+            fits = n <= 8 and held <= ops.tiling.REGISTER_BYTES[backend, copies]
             yield vec, threads, chosen._replace(vec=vec, threads=threads, passes=passes, fits=fits)
 
 
@@ -372,7 +372,7 @@ def cases(args: argparse.Namespace) -> dict[str, list[tuple]]:
 
 def fitting(those: list[tuple], refuse: bool, gradients: bool) -> list[tuple]:
     """Those cases that fit in memory, of a CPU with fewer tokens; others are named, or refused."""
-    cut = (lambda B: B) if kernel.backend() else (lambda B: min(B, REFERENCE_TOKENS))
+    cut = (lambda B: B) if launch.backend() else (lambda B: min(B, REFERENCE_TOKENS))
     those = list(dict.fromkeys((op, (cut(s[0]), *s[1:]), name) for op, s, name in those))
     needed = {(op, s, name): needed_bytes(op, s, DTYPES[name], gradients) for op, s, name in those}
     for (op, shape, name), size in needed.items():
@@ -433,7 +433,7 @@ CASES |= {"overhead": overhead_cases}
 
 def directions(args: argparse.Namespace, section: str) -> list[str]:
     """What is timed of each op that can."""
-    few = section != "rows" or not (kernel.backend() or args.verify)
+    few = section != "rows" or not (launch.backend() or args.verify)
     return args.direction or (["forward"] if few else list(DIRECTIONS))
 
 
@@ -441,13 +441,13 @@ def measure(args: argparse.Namespace, result: dict) -> None:
     """Fills result, which is written after each figure."""
     mx.random.seed(0)
     chosen, bench = args.chosen, Bench(0.1 if args.quick else 0.5, args.peak_gbps)
-    info = mx.device_info() if kernel.backend() else {}
-    kernels = kernel.backend() or "none here, so compiled against plain reference"
+    info = mx.device_info() if launch.backend() else {}
+    kernels = launch.backend() or "none here, so compiled against plain reference"
     result |= {"device": info.get("device_name", "CPU")} | result
     print(f"{result['device']}, MLX {mx.__version__}, kernels: {kernels}")
-    if not kernel.backend():
+    if not launch.backend():
         print(f"on a CPU, of each shape at most {REFERENCE_TOKENS} tokens")
-    result |= {section: [] for section in chosen if kernel.backend()}
+    result |= {section: [] for section in chosen if launch.backend()}
     if args.once:
         for op, shape, name in chosen["rows"]:
             once(op, shape, name, args.direction or ["forward+backward"], args.threads)
@@ -467,7 +467,7 @@ def measure(args: argparse.Namespace, result: dict) -> None:
         return
 
     def rows_of(section, op, shape, name):
-        if not kernel.backend():
+        if not launch.backend():
             for direction in directions(args, section):
                 yield reference_row(bench, op, direction, shape, name)
         elif section == "decode":
@@ -486,7 +486,7 @@ def measure(args: argparse.Namespace, result: dict) -> None:
 
     done, total = 0, sum(map(len, chosen.values()))
     for section in chosen:
-        kept = result.setdefault(section if kernel.backend() else "reference", [])
+        kept = result.setdefault(section if launch.backend() else "reference", [])
         for case in chosen[section]:
             if (section, *case) in failed:
                 continue
@@ -552,7 +552,7 @@ def repeat(args: argparse.Namespace, argv: list[str], result: dict) -> list[str]
     results, wrong, running = [], [], []
     sections = options.sections(args)
     times_reference = not args.sweep and ("rows" in sections or "sizes" in sections)
-    again = ["--no-baseline"] if times_reference and kernel.backend() else []
+    again = ["--no-baseline"] if times_reference and launch.backend() else []
     with tempfile.TemporaryDirectory() as folder:
 
         def finish():

@@ -8,7 +8,7 @@ import re
 
 from benchmarks.ops import DIRECTIONS, DTYPES, OPS
 from benchmarks.results import check_figures, check_result
-from mhc_mlx import kernel
+from mhc_mlx import launch
 from mhc_mlx.commands import Output, read_checked
 from mhc_mlx.ops import MAX_STREAMS, check_threads
 
@@ -140,7 +140,7 @@ def check_combination(args: argparse.Namespace) -> None:
         others = [s for s in chosen if s not in takers]
         if name in given and others and (name not in ONE_IS_ENOUGH or others == chosen):
             raise ValueError(f"{option(name)} does nothing with --{others[0]}")
-    if not kernel.backend():
+    if not launch.backend():
         for name in given:
             if name in ON_A_GPU:
                 raise ValueError(

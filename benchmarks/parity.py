@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from benchmarks.ops import OPS, function, make_inputs, mandatory_bytes, random_like, several
 from benchmarks.timing import directed, memory
-from mhc_mlx import kernel, ops, reference
+from mhc_mlx import launch, ops, reference
 
 BOUNDS = {mx.float32: 3e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
 CHUNK_BYTES = 1 << 30  # of the reference's temporaries at once
@@ -53,7 +53,7 @@ def needed_bytes(
     B, n, C = shape
     phi = 4 * n * C * (2 * n + n * n) if OPS[op].saves else 0
     both = mandatory_bytes(op, "forward+backward" if gradients else "forward", shape, dtype)
-    held = min(B, chunk(op, n, C)) if kernel.backend() else B
+    held = min(B, chunk(op, n, C)) if launch.backend() else B
     return 4 * B * n * C + 2 * both + 20 * phi + held * reference_bytes(op, n, C)
 
 

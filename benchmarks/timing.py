@@ -9,7 +9,7 @@ from collections import Counter
 import mlx.core as mx
 
 from benchmarks.ops import several
-from mhc_mlx import kernel
+from mhc_mlx import launch
 from mhc_mlx.commands import memory
 
 CACHE = 256 << 20  # input sets together reach this many bytes: several times any L2
@@ -71,8 +71,8 @@ def input_sets(make) -> list[list[mx.array]]:
 
 def dispatches(results) -> Counter:
     """How many primitives of each kind in the graph of results, not yet evaluated, launch work."""
-    found = kernel.primitives(*several(results))
-    return Counter({k: count for k, count in found.items() if k not in kernel.VIEWS})
+    found = launch.primitives(*several(results))
+    return Counter({k: count for k, count in found.items() if k not in launch.VIEWS})
 
 
 @contextlib.contextmanager
@@ -84,19 +84,19 @@ def launches():
 
     def spying(make):
         def construct(name, source, header="", **rest):
-            run = make(name=name, source=source, header=header, **rest)
+            kernel = make(name=name, source=source, header=header, **rest)
 
-            def launch(**call):
+            def run(**call):
                 size = len(source) + len(header)
                 row = {"kernel": name, "source_bytes": size}
                 seen.append(row | {"template_arguments": len(call["template"])})
-                return run(**call)
+                return kernel(**call)
 
-            return launch
+            return run
 
         return construct
 
-    kernel._build.cache_clear()  # so that kernels are built by spies, and afterwards are not
+    launch._build.cache_clear()  # so that kernels are built by spies, and afterwards are not
     try:
         for k in makers:
             setattr(mx.fast, k, spying(plain[k]))
@@ -104,7 +104,7 @@ def launches():
     finally:
         for k in makers:
             setattr(mx.fast, k, plain[k])
-        kernel._build.cache_clear()
+        launch._build.cache_clear()
 
 
 def each(budget: float, f, evaluate: bool = True) -> list[float]:

@@ -18,7 +18,7 @@ from cases import Case
 from ops.test_traffic import words
 from proof import check, executor, missing, results, simulator
 
-from mhc_mlx import kernel, ops
+from mhc_mlx import launch, ops
 from mutation.mistakes import MANY, SHARED, Mistake
 from mutation.mistakes_per_token import PER_TOKEN
 from mutation.mistakes_pre import Threads
@@ -32,31 +32,31 @@ MISTAKES = SHARED + PER_TOKEN + SEAMS
 @contextlib.contextmanager
 def planted(mistake: Mistake | None):
     """The bodies with the mistake in one of them."""
-    plain = kernel.text
+    plain = launch.text
 
     def text(file: str) -> str:
         same = mistake is None or file != mistake.file
         return plain(file) if same else mistake.edited(plain(file))
 
-    kernel.text = text
-    kernel._build.cache_clear()
+    launch.text = text
+    launch._build.cache_clear()
     try:
         yield
     finally:
-        kernel.text = plain
-        kernel._build.cache_clear()
+        launch.text = plain
+        launch._build.cache_clear()
 
 
 def run(case: Case):
     options = {"threads_per_group": case.threads} if isinstance(case, Threads) else {}
     f = functools.partial(getattr(ops, case.op), **options)
-    of_outer = ops.geometry.of_outer
+    of_outer = ops.tiling.phi_gradient_tiling
     if case is ONE_CHUNK:
-        ops.geometry.of_outer = lambda *shape: (*of_outer(*shape)[:3], 1)
+        ops.tiling.phi_gradient_tiling = lambda *shape: (*of_outer(*shape)[:3], 1)
     try:
         return results(f, case, [a for a in case.arrays() if a is not None])
     finally:
-        ops.geometry.of_outer = of_outer
+        ops.tiling.phi_gradient_tiling = of_outer
 
 
 METAL, CUDA = "simulator", "simulator, CUDA"
@@ -67,16 +67,16 @@ def launches(case: Case, body: str, form: str) -> list[tuple]:
     """What the case launches of the body, a call for each variant."""
     calls = {}
     with executor("stand-in"):
-        stand_in = kernel.launch
+        stand_in = launch.run
         if form == CUDA:
-            kernel.backend = lambda: "cuda"
+            launch.backend = lambda: "cuda"
 
         def keep(*call):
             if call[0] == body:
                 calls[str(call[5])] = call
             return stand_in(*call)
 
-        kernel.launch = keep
+        launch.run = keep
         run(case)
     return list(calls.values())
 
@@ -158,7 +158,7 @@ def test_nothing_to_catch(case, body, need):
 def test_enough():
     """Every body has mistakes, and every rung is the only one to catch some."""
     assert len(MISTAKES) >= 40
-    bodies = {f.stem for f in kernel._FOLDERS[1].glob("*.metal")}
+    bodies = {f.stem for f in launch._FOLDERS[1].glob("*.metal")}
     assert {m.body for m in MISTAKES} == bodies
     assert {r for m in MISTAKES if len(m.caught) == 1 for r in m.caught} == set(RUNGS)
 

@@ -9,7 +9,7 @@ import pytest
 from cases import Case
 from proof import check, executor, results
 
-from mhc_mlx import kernel, ops
+from mhc_mlx import launch, ops
 from mutation import choice, operators, run, sampler, survivors
 from mutation.operators import ROOT, mutants, sources
 
@@ -129,9 +129,9 @@ def test_a_bodys_mutant_is_caught(operator, word, reason, need, monkeypatch):
     from proof import simulator
 
     m = one_of("kernels/stream_aggregate.metal", operator, word)
-    plain, path = kernel._read, "stream_aggregate.metal"
-    monkeypatch.setattr(kernel, "_read", lambda f: m.apply(plain(f)) if f == path else plain(f))
-    for f in (kernel.text, kernel._build):
+    plain, path = launch._read, "stream_aggregate.metal"
+    monkeypatch.setattr(launch, "_read", lambda f: m.apply(plain(f)) if f == path else plain(f))
+    for f in (launch.text, launch._build):
         f.cache_clear()
     try:
         with executor("simulator"):
@@ -141,7 +141,7 @@ def test_a_bodys_mutant_is_caught(operator, word, reason, need, monkeypatch):
         said = str(error)
     finally:
         monkeypatch.undo()
-        for f in (kernel.text, kernel._build):
+        for f in (launch.text, launch._build):
             f.cache_clear()
     assert said is None if reason is None else said and re.search(reason, said), said
 

@@ -12,7 +12,8 @@ import pytest
 from cases import DEEPSEEK_V4, PAPER, Case
 from proof import check, executor, results, simulator
 
-from mhc_mlx import kernel, ops
+from mhc_mlx import launch, ops
+from mhc_mlx.launch import included_files
 
 BACKENDS = ("metal", "cuda")
 EACH = {"per_token": (True, True)}
@@ -57,10 +58,10 @@ def function_arguments(text: str) -> list[str]:
 
 def asked(body: str, backend: str) -> set[str]:
     """The inputs of which a body asks `is_aligned`, itself or through a function of its headers."""
-    text = kernel.text(f"{body}.metal")
+    text = launch.text(f"{body}.metal")
     found = re.findall(r"\bis_aligned<[^;]*?>\((\w+)\)", text)
-    for header in kernel.headers(f"{body}.metal", backend):
-        functions = re.split(r"\binline\b[^;{]*?(?=\b\w+\()", kernel.text(header))[1:]
+    for header in included_files(f"{body}.metal", backend):
+        functions = re.split(r"\binline\b[^;{]*?(?=\b\w+\()", launch.text(header))[1:]
         for function in functions:
             name, rest = re.match(r"(\w+)(\(.*)", function, re.S).groups()
             names = [re.search(r"\w*$", a.strip()).group() for a in function_arguments(rest)]
@@ -73,7 +74,7 @@ def asked(body: str, backend: str) -> set[str]:
 
 def pairs(form: str) -> set[tuple[str, str]]:
     backend = "cuda" if form.endswith("CUDA") else "metal"
-    bodies = sorted(p.stem for p in kernel._FOLDERS[1].glob("*.metal"))
+    bodies = sorted(p.stem for p in launch._FOLDERS[1].glob("*.metal"))
     return {(body, name) for body in bodies for name in asked(body, backend)}
 
 
@@ -105,7 +106,7 @@ def test_an_input_decides_for_itself_alone(form, need):
     shifted = run(form, CALLS[form])
     must = pairs(form)
     if form != "simulator":  # the others have the same text
-        own = {b for b, _ in must if len({kernel.headers(f"{b}.metal", k) for k in BACKENDS}) > 1}
+        own = {b for b, _ in must if len({included_files(f"{b}.metal", k) for k in BACKENDS}) > 1}
         must = {pair for pair in must if pair[0] in own}
         assert {"mhc_pre", "mhc_pre_partial_logits", "mhc_pre_backward_projection"} <= own
     steps = {pair: {s for *p, s in shifted if tuple(p) == pair} for pair in must}
@@ -122,7 +123,7 @@ MISTAKES = [
 @pytest.mark.parametrize("body, old, new, call", MISTAKES, ids=lambda a: str(a)[:24])
 def test_an_input_that_decides_for_another_is_caught(body, old, new, call, need, monkeypatch):
     need("simulator")
-    text = kernel.text
+    text = launch.text
 
     def mistaken(file: str) -> str:
         if file != f"{body}.metal":
@@ -130,8 +131,8 @@ def test_an_input_that_decides_for_another_is_caught(body, old, new, call, need,
         assert old in text(file)
         return text(file).replace(old, new, 1)
 
-    monkeypatch.setattr(kernel, "text", mistaken)
-    kernel._build.cache_clear()
+    monkeypatch.setattr(launch, "text", mistaken)
+    launch._build.cache_clear()
     with pytest.raises(simulator.SimulationError, match="misaligned|differs"):
         run("simulator", [call])
-    kernel._build.cache_clear()
+    launch._build.cache_clear()

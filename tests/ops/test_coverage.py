@@ -7,7 +7,7 @@ import pytest
 from cases import COVERING, DYNAMIC, SINGLE
 from proof import results
 
-from mhc_mlx import kernel, ops
+from mhc_mlx import launch, ops
 
 BODIES = {p.stem for p in (Path(__file__).parents[2] / "kernels").glob("*.metal")}
 
@@ -27,8 +27,8 @@ def uncovered(monkeypatch):
             results(getattr(ops, case.op), case, [a for a in case.arrays() if a is not None])
         return bodies - launched
 
-    monkeypatch.setattr(kernel, "launch", record)
-    monkeypatch.setattr(kernel, "backend", lambda: "metal")
+    monkeypatch.setattr(launch, "run", record)
+    monkeypatch.setattr(launch, "backend", lambda: "metal")
     return uncovered
 
 

@@ -5,7 +5,7 @@ import functools
 import mlx.core as mx
 import pytest
 from cases import DYNAMIC, PROJECTED, RINGED, SINGLE, UNUSUAL, Case
-from proof import check, executor, results, set_geometry
+from proof import check, executor, results, set_tiling
 
 from mhc_mlx import DEEPSEEK_V4, ops
 
@@ -38,10 +38,10 @@ def test_threads_per_group(threads, need):
 
 @pytest.fixture
 def long_rows():
-    before = ops.geometry.LONG
-    set_geometry(LONG=1024)
+    before = ops.tiling.LONG_ROW
+    set_tiling(LONG_ROW=1024)
     yield
-    set_geometry(LONG=before)
+    set_tiling(LONG_ROW=before)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -27,7 +27,7 @@ from proof.compare import check_bounds, doubles
 
 from mhc_mlx import PAPER, ops, reference
 from mhc_mlx.conventions import SINKHORN
-from mhc_mlx.ops.dispatch import KERNELS
+from mhc_mlx.ops.autodiff import FUSED_OPS
 
 LISTS = (COVERING, DYNAMIC, SINGLE, UNUSUAL)
 CASES = [case for cases in LISTS for case in cases]
@@ -49,7 +49,7 @@ def test_dynamic_covers():
 
 def test_unusual_covers():
     """Every op that has a constant, each of its constants unlike every preset's and default's."""
-    assert {c.op for c in UNUSUAL} == {*KERNELS} - {"stream_aggregate", "stream_mix_add"}
+    assert {c.op for c in UNUSUAL} == {*FUSED_OPS} - {"stream_aggregate", "stream_mix_add"}
     odd = {c.convention for c in UNUSUAL if c.convention}
     for name in ("eps", "pre_eps", "post_scale", "post_eps"):
         usual = {getattr(c, name) for c in (CONVENTIONS | EXACT).values()}

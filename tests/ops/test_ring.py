@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 
-from mhc_mlx import kernel
+from mhc_mlx import launch
 
 ENTRY = """
 extern "C" int {name}(int fetches, int i, int lane) {{
@@ -19,7 +19,7 @@ def ring(need) -> ctypes.CDLL:
     need("simulator")
     from proof import simulator
 
-    text = kernel.text("include/cuda/phi_product_ring.h")
+    text = launch.text("include/cuda/phi_product_ring.h")
     functions = text[text.index("template <int FETCHES>") : text.index("template <int NUM_LOGITS")]
     source = "typedef unsigned int uint;\n" + functions
     source += "".join(ENTRY.format(name=k, function=v) for k, v in FUNCTIONS.items())

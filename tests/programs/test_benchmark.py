@@ -19,7 +19,7 @@ from benchmarks import parity as parities
 from benchmarks import timing
 from benchmarks.parity import worst_error
 from benchmarks.results import SECTIONS, predicted_us, show
-from mhc_mlx import DEEPSEEK_V4, kernel, ops, reference
+from mhc_mlx import DEEPSEEK_V4, launch, ops, reference
 
 ROOT = Path(__file__).parents[2]
 Bench = benchmark.Bench
@@ -96,7 +96,7 @@ def test_inputs_of_every_op():
 
 
 def test_modes(monkeypatch):
-    monkeypatch.setattr(kernel, "backend", lambda: "metal")
+    monkeypatch.setattr(launch, "backend", lambda: "metal")
     for module in (benchmark, timing):
         monkeypatch.setattr(module, "memory", lambda: 1 << 36)
 
@@ -188,20 +188,20 @@ def test_once_launches_what_it_names_twice(monkeypatch):
         run = directed(*options)
 
         def checked(*arrays):  # or the profiler would see how inputs are made, too
-            assert not kernel.primitives(*arrays)
+            assert not launch.primitives(*arrays)
             return run(*arrays)
 
         return checked
 
     with executor("stand-in"), monkeypatch.context() as patch:
         patch.setattr(benchmark, "directed", ready)
-        launch = kernel.launch
+        run = launch.run
 
         def counted(name, *rest, **options):
             calls.append(name)
-            return launch(name, *rest, **options)
+            return run(name, *rest, **options)
 
-        patch.setattr(kernel, "launch", counted)
+        patch.setattr(launch, "run", counted)
         patch.setattr(mx, "compile", lambda f: f)
         patch.setattr(benchmark, "race", None)  # nothing is timed
         benchmark.main(argv)
@@ -227,17 +227,17 @@ def test_what_fails_parity_is_not_timed(tmp_path, monkeypatch):
 @contextlib.contextmanager
 def launches_of_the_stand_in():
     """As `timing.launches`, whose spies are on what builds kernels: the stand-in builds none."""
-    seen, launch = [], kernel.launch
+    seen, run = [], launch.run
 
     def noted(name, *rest):
         seen.append({"kernel": name, "source_bytes": 7, "template_arguments": 3})
-        return launch(name, *rest)
+        return run(name, *rest)
 
-    kernel.launch = noted
+    launch.run = noted
     try:
         yield seen
     finally:
-        kernel.launch = launch
+        launch.run = run
 
 
 def test_every_mode_writes_its_section(tmp_path, monkeypatch, capsys):
@@ -261,7 +261,7 @@ def test_every_mode_writes_its_section(tmp_path, monkeypatch, capsys):
     assert [r["op"] for r in result["overhead"]] == ["MHCLayer", "HyperConnection"]
     for r in result["overhead"]:
         assert r["us"] > 0 and r["eager_us"] > 0 and r["python_us"] > 0 and r["many_us"] > 0
-    names = [[launch["kernel"] for launch in r["launches"]] for r in result["overhead"]]
+    names = [[one["kernel"] for one in r["launches"]] for r in result["overhead"]]
     assert names[0] == ["mhc_fused"]  # of one call of each layer
     assert len(set(names[1])) == len(names[1]) > 1 and names[1][-1] == "stream_mix_add"
     assert printed.count("stream_mix_add: source 7 bytes, 3 template arguments") == 1
@@ -302,9 +302,9 @@ def test_dispatches_and_sources_of_a_sublayer(op, launched):
     assert counts[1]["CustomKernel"] == counts[1].total() == len(seen) == launched
     for row in seen:
         files = (f"{row['kernel']}.metal", "include/common.h")
-        assert row["source_bytes"] >= sum(len(kernel.text(file)) for file in files)
+        assert row["source_bytes"] >= sum(len(launch.text(file)) for file in files)
         assert row["template_arguments"] > 3
-    assert kernel._build.cache_info().currsize == 0  # no spy stays
+    assert launch._build.cache_info().currsize == 0  # no spy stays
 
 
 @pytest.mark.parametrize("devices", [None, "4,5"])
@@ -543,7 +543,7 @@ def test_memory_of_parity(monkeypatch, uncompiled):
         return lambda *a: [mx.zeros_like(x) for x in (*timed.several(f(*a[:arrays])), *a[:arrays])]
 
     monkeypatch.setattr(parities, "directed", directed)
-    monkeypatch.setattr(kernel, "backend", lambda: "metal")
+    monkeypatch.setattr(launch, "backend", lambda: "metal")
     for op, tokens in (("mhc_coefficients", 24), ("stream_mix_add", 200)):
         plain = functools.partial(timed.function, reference)
         monkeypatch.setattr(parities, "function", lambda _, op, plain=plain: plain(op))
@@ -564,18 +564,18 @@ def test_parity_is_of_what_is_timed(argv, monkeypatch, uncompiled):
     launched, timed_rows = [], []
     monkeypatch.setattr(benchmark, "race", None)
     with executor("stand-in"), monkeypatch.context() as patch:
-        launch = kernel.launch
+        run = launch.run
 
         def seen(name, inputs, outputs, groups, threads, *rest):
             x = inputs["x"]
             launched.append((name, x.dtype, x.size, threads))
-            return launch(name, inputs, outputs, groups, threads, *rest)
+            return run(name, inputs, outputs, groups, threads, *rest)
 
         def row(self, *case, **options):
             timed_rows.append(case)
             return figure()
 
-        patch.setattr(kernel, "launch", seen)
+        patch.setattr(launch, "run", seen)
         patch.setattr(Bench, "row", row)
         command = "--op stream_aggregate --shape 700,2,64 --dtype float16 --threads 96"
         command += " --direction forward"
@@ -590,7 +590,7 @@ def test_a_sweep_verifies_each_variant(monkeypatch, capsys):
     checked, timings = [], iter(range(100, 0, -1))
 
     def error(op, shape, dtype, gradients, threads_per_group):
-        forced = ops.geometry.of_token(2, 512, 4, 1, None, "metal")
+        forced = ops.tiling.token_tiling(2, 512, 4, 1, None, "metal")
         checked.append((gradients, forced.vec, forced.threads, threads_per_group))
         return 1.0 if threads_per_group == 64 else 0.0
 
@@ -601,12 +601,12 @@ def test_a_sweep_verifies_each_variant(monkeypatch, capsys):
 
     monkeypatch.setattr(benchmark, "worst_error", error)
     monkeypatch.setattr(Bench, "row", row)
-    usual = ops.geometry.of_token
-    monkeypatch.setattr(ops.geometry, "of_token", usual)  # put back whatever the sweep leaves
+    usual = ops.tiling.token_tiling
+    monkeypatch.setattr(ops.tiling, "of_token", usual)  # put back whatever the sweep leaves
     command = "--sweep --op stream_mix_add --shape 3,2,512 --dtype float32"
     with executor("stand-in"), pytest.raises(SystemExit, match="parity fails"):
         benchmark.main(command.split())
-    assert ops.geometry.of_token is usual  # or what is called next runs with the last one tried
+    assert ops.tiling.token_tiling is usual  # or what is called next runs with the last one tried
     assert len(checked) > 10 and {gradients for gradients, *_ in checked} == {True, False}
     assert all(threads == forced for _, _, forced, threads in checked)
     out = capsys.readouterr().out
@@ -782,13 +782,13 @@ def test_what_races(monkeypatch):
     """The op with its kernels and threads against the reference without any, in each direction."""
     for direction, results in (("forward", 1), ("backward", 4), ("forward+backward", 5)):
         with executor("stand-in"), monkeypatch.context() as patch:
-            launches, launch = [], kernel.launch
+            launches, run = [], launch.run
 
-            def seen(*a, launches=launches, launch=launch):
+            def seen(*a, launches=launches, run=run):
                 launches.append((a[0], a[4]))
-                return launch(*a)
+                return run(*a)
 
-            patch.setattr(kernel, "launch", seen)
+            patch.setattr(launch, "run", seen)
             times = [[1.0]] * (2 if direction == "backward" else 3)
             _, row, raced = rows_of_fake(patch, times, direction)
             counts = []

@@ -11,7 +11,7 @@ import pytest
 import benchmark
 from benchmarks import options as benchmark_options
 from benchmarks.results import check_figures, check_result
-from mhc_mlx import kernel
+from mhc_mlx import launch
 from mhc_mlx.commands import Output
 from programs.test_benchmark import RESULT, figure
 
@@ -33,7 +33,7 @@ def refused(main, argv, capsys) -> str:
 @pytest.fixture
 def gpu(monkeypatch):
     """Options are checked as if there were kernels; nothing may run."""
-    monkeypatch.setattr(kernel, "backend", lambda: "metal")
+    monkeypatch.setattr(launch, "backend", lambda: "metal")
     monkeypatch.setattr(benchmark, "measure", None)
     monkeypatch.setattr(benchmark, "repeat", None)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from mhc_mlx import kernel
+from mhc_mlx import launch
 
 ROOT = Path(__file__).parents[2]
-READ = "from mhc_mlx import kernel; print(kernel.text('include/common.h'))"
+READ = "from mhc_mlx import launch; print(launch.text('include/common.h'))"
 
 
 def read(folder) -> str:
@@ -42,8 +42,8 @@ def test_an_editable_install_reads_the_checkout():
         pytest.skip("mhc-metal is not installed: a plain checkout")
     if not origin or not json.loads(origin).get("dir_info", {}).get("editable"):
         pytest.skip("mhc-metal is not installed in editable mode")
-    assert Path(kernel.__file__).parent.parent == ROOT
-    assert kernel.text("include/common.h") in read(ROOT)
+    assert Path(launch.__file__).parent.parent == ROOT
+    assert launch.text("include/common.h") in read(ROOT)
 
 
 def test_a_wheel_holds_the_kernels(tmp_path):

@@ -168,7 +168,7 @@ def roundings(case) -> dict:
     plain, made, round_to = vars(oracle).copy(), {}, rounding(rounded(case))
     outs = 2 * case.n + (case.convention.res_size(case.n) if case.convention else 0)
     outs = case.n if case.op == "mhc_head" else outs
-    multiplied = ops.geometry.multiplied(outs, DTYPES[case.dtype])
+    multiplied = ops.tiling.use_matrix_gradient(outs, DTYPES[case.dtype])
 
     def token_logits(x, phi, norm_eps):
         """mhc_pre_backward_projection, on CUDA: dx's products are of two parts of bfloat16."""

@@ -178,18 +178,18 @@ def launch_words(name, groups, threads, template) -> str:
 
 def sources(case) -> list[tuple[str, str, str]]:
     """Per launch of a case on CUDA: the body, the launch in words, the source."""
-    from mhc_mlx import kernel, ops
+    from mhc_mlx import launch, ops
     from proof import executor, nvrtc, results
 
     found = []
 
-    def launch(name, inputs, outputs, groups, threads, template, verbose=False):
+    def run(name, inputs, outputs, groups, threads, template, verbose=False):
         source = nvrtc.cuda_source(name, inputs, outputs, threads, template)
         found.append((name, launch_words(name, groups, threads, template), source))
         return [mx.zeros(*spec) for spec in outputs.values() if spec is not None]
 
     with executor("nvrtc"):
-        kernel.launch = launch
+        launch.run = run
         results(getattr(ops, case.op), case, [a for a in case.arrays() if a is not None])
     return found
 
@@ -205,14 +205,14 @@ def counts(buffer) -> str:
 
 def simulated(case, form: str) -> dict:
     """Launches of a case in the simulator, and the bits of its results."""
-    from mhc_mlx import kernel, ops
+    from mhc_mlx import launch, ops
     from proof import executor, results, simulator
 
     launches, schedules = [], simulator.SCHEDULES
 
-    def launch(name, inputs, outputs, groups, threads, template, verbose=False):
+    def run(name, inputs, outputs, groups, threads, template, verbose=False):
         with simulator.recording() as records:
-            out = simulator.launch(name, inputs, outputs, groups, threads, template)
+            out = simulator.run(name, inputs, outputs, groups, threads, template)
         made = [k for k, spec in outputs.items() if spec is not None]
         buffers = records[0].buffers.items()
         launches.append(
@@ -227,7 +227,7 @@ def simulated(case, form: str) -> dict:
     simulator.SCHEDULES = schedules[:1]
     try:
         with executor(form):
-            kernel.launch = launch
+            launch.run = run
             given = [a for a in case.arrays() if a is not None]
             out = results(getattr(ops, case.op), case, given)
     finally:
@@ -313,14 +313,14 @@ def record(cases: dict, folder: Path, workers: int = 0) -> dict[str, dict[str, s
         found["launch"][f"{case}, CUDA"] = ", ".join(names)
         for form in (form for form in FORMS if form in one):
             names = []
-            for k, launch in enumerate(one[form]["launches"]):
-                name = launch["launch"].partition(",")[0]
+            for k, one_launch in enumerate(one[form]["launches"]):
+                name = one_launch["launch"].partition(",")[0]
                 names.append(name)
                 key = f"{case} / {k} {name}, {form}"
-                found["launch"][key] = launch["launch"]
-                for buffer, text in launch["traffic"].items():
+                found["launch"][key] = one_launch["launch"]
+                for buffer, text in one_launch["traffic"].items():
                     found["traffic"][f"{key} / {buffer}"] = text
-                for output, bits in launch["bits"].items():
+                for output, bits in one_launch["bits"].items():
                     found["bits"][f"{key} / {output}"] = bits
             found["launch"][f"{case}, {form}"] = ", ".join(names)
             for k, bits in enumerate(one[form]["results"]):

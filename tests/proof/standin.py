@@ -363,8 +363,8 @@ def agree(name: str, got: dict, want: dict) -> None:
         raise ValueError(f"[{name}] got {got} but the body has {want}.")
 
 
-def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> list[mx.array]:
-    """`kernel.launch` by the reference: float32 inside, one rounding at the end."""
+def run(name, inputs, outputs, groups, threads, template, verbose=False) -> list[mx.array]:
+    """`launch.run` by the reference: float32 inside, one rounding at the end."""
     given = {k.lower(): a for k, a in inputs.items() if a is not None}
     shapes = promised(template, given)
     for k, a in given.items():  # of all but x the leading axes are as they come

@@ -6,7 +6,7 @@ import sys
 
 from cases import Case
 
-from mhc_mlx import kernel
+from mhc_mlx import launch
 from proof import freeze
 
 CASE = Case("stream_aggregate", (2,), 4, 8)
@@ -15,12 +15,12 @@ BODY = "stream_aggregate.metal"
 
 def recorded(folder, monkeypatch, edit=lambda text: text) -> dict:
     """CASE with its body edited."""
-    plain = kernel.text
+    plain = launch.text
     with monkeypatch.context() as m:
-        m.setattr(kernel, "text", lambda file: edit(plain(file)) if file == BODY else plain(file))
-        kernel._build.cache_clear()
+        m.setattr(launch, "text", lambda file: edit(plain(file)) if file == BODY else plain(file))
+        launch._build.cache_clear()
         found = freeze.record(freeze.named([CASE]), folder)
-    kernel._build.cache_clear()
+    launch._build.cache_clear()
     assert not found["error"]
     return json.loads(json.dumps(found))
 

@@ -11,7 +11,7 @@ import simulate
 from cases import Case
 from mutation.test_mutation import MISTAKES, planted
 
-from mhc_mlx import kernel
+from mhc_mlx import launch
 from proof import executor, simulator
 
 X = mx.arange(64, dtype=mx.float32) - 20.5
@@ -23,18 +23,18 @@ BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
 def run(need, monkeypatch):
     """run(body, ...) simulates a body that is not in kernels/."""
     need("simulator")
-    plain, headers = kernel.text, kernel.headers("mhc_pre.metal", "metal")
+    plain, headers = launch.text, launch.included_files("mhc_pre.metal", "metal")
 
     def run(body, inputs=None, size=64, dtype=mx.float32, threads=64, groups=1, **template):
-        monkeypatch.setattr(kernel, "text", lambda f: body if f == "toy.metal" else plain(f))
-        monkeypatch.setattr(kernel, "headers", lambda f, backend: headers)
-        kernel._build.cache_clear()
+        monkeypatch.setattr(launch, "text", lambda f: body if f == "toy.metal" else plain(f))
+        monkeypatch.setattr(launch, "included_files", lambda f, backend: headers)
+        launch._build.cache_clear()
         given, made = {"x": X} if inputs is None else inputs, {"out": ((size,), dtype)}
         with executor("simulator"):
-            return simulator.launch("toy", given, made, groups, threads, template | {"T": dtype})[0]
+            return simulator.run("toy", given, made, groups, threads, template | {"T": dtype})[0]
 
     yield run
-    kernel._build.cache_clear()
+    launch._build.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
@@ -238,7 +238,7 @@ def test_debugging_command(need, capsys):
     with planted(wrong):
         assert not simulate.simulate(case, False)
     out = capsys.readouterr().out
-    assert "WRONG dx[0, 0, 0] is" in out and "stored by thread 0 of threadgroup 0 at mhc_b" in out
+    assert "WRONG dx[0, 0, 0] is" in out and "stored by thread 0 of threadgroup 0 at mhc_fused_b" in out
     broken = next(m for m in MISTAKES if str(m) == "mhc_fused_backward: the last token left out")
     with planted(broken):
         assert not simulate.simulate(case, False)

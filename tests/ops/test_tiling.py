@@ -8,9 +8,9 @@ import math
 import mlx.core as mx
 import pytest
 
-from mhc_mlx import PAPER, ROW_FIRST, kernel
+from mhc_mlx import PAPER, ROW_FIRST, launch
 from mhc_mlx.conventions import KRONECKER, MHC_LITE
-from mhc_mlx.ops import geometry
+from mhc_mlx.ops import tiling
 from ops.test_limits import called
 
 F32, BF16 = mx.float32, mx.bfloat16
@@ -62,7 +62,7 @@ TOKENS = {
 
 def test_a_token():
     for shape, want in TOKENS.items():
-        assert tuple(geometry.of_token(*shape)) == want, shape
+        assert tuple(tiling.token_tiling(*shape)) == want, shape
 
 
 def test_a_seam():
@@ -76,7 +76,7 @@ def test_a_seam():
         (4, 1024, 2, None, "cuda"): (8, 128, 1, True),
         (1, 2568, 2, None, "cuda"): (8, 192, 2, True),  # 321 loads
     }.items():
-        assert tuple(geometry.of_seam(*shape)) == want, shape
+        assert tuple(tiling.seam_tiling(*shape)) == want, shape
     for shape, want in {
         (4, 1024, 2, None): (4, 256, 1, True),
         (4, 1028, 2, None): (4, 160, 2, False),  # 257 loads
@@ -88,16 +88,16 @@ def test_a_seam():
         (1, 31, 2, None): (1, 32, 1, True),
         (4, 1280, 2, 64): (4, 64, 5, False),
     }.items():
-        assert tuple(geometry.of_seam_backward(*shape)) == want, shape
+        assert tuple(tiling.seam_backward_tiling(*shape)) == want, shape
 
 
 def test_turns_and_sums():
     """As many turns for each threadgroup; many threads a column of few columns and many rows."""
-    shares = [geometry.even(count, 4096) for count in (0, 5, 4096, 4097, 8193, 65536)]
+    shares = [tiling.even_groups(count, 4096) for count in (0, 5, 4096, 4097, 8193, 65536)]
     assert shares == [0, 5, 4096, 2049, 2731, 4096]
     shapes = [(63, 100), (64, 100), (64, (1 << 14) - 1), (64, 1 << 14)]
-    assert [geometry.of_sum(*shape) for shape in shapes] == [8, 64, 64, 8]
-    assert [geometry._power(k) for k in (1, 2, 3, 4, 7, 8, 31)] == [1, 2, 2, 4, 4, 8, 16]
+    assert [tiling.threads_per_column(*shape) for shape in shapes] == [8, 64, 64, 8]
+    assert [tiling._power(k) for k in (1, 2, 3, 4, 7, 8, 31)] == [1, 2, 2, 4, 4, 8, 16]
 
 
 # n, C, dtype, outputs, tokens, threads asked for, bytes for a ring:
@@ -175,35 +175,35 @@ RINGS = {
 
 def test_a_projection():
     for shape, want in PROJECTIONS.items():
-        got = geometry.of_projection(*shape)
+        got = tiling.logits_tiling(*shape)
         assert tuple(got) == want, shape
         _, threads, slices, tiles, *_ = want
         assert got.tokens == 8 * tiles * threads // 32 // slices
     for shape, (wide, narrow, metal, cuda) in RINGS.items():
-        (n, C, dtype, outs, _, _, room), g = shape, geometry.of_projection(*shape)
-        got = [geometry.of_ring(g, n, C, dtype, phi, outs, room) for phi in (F32, BF16)]
+        (n, C, dtype, outs, _, _, room), g = shape, tiling.logits_tiling(*shape)
+        got = [tiling.ring_bytes(g, n, C, dtype, phi, outs, room) for phi in (F32, BF16)]
         assert got == [wide << 10, narrow << 10], shape
-        assert geometry.of_read(g, n, C, "metal") == metal, shape
-        assert geometry.of_read(g, n, C, "cuda") == cuda, shape
+        assert tiling.u_tiling(g, n, C, "metal") == metal, shape
+        assert tiling.u_tiling(g, n, C, "cuda") == cuda, shape
 
 
 def test_a_ring_beside_its_sums():
     """65,536 bytes and 4 floats for each of 16 tokens: 8 slices of 25, and 4 + 16 coefficients."""
-    g = geometry.of_projection(4, 1024, BF16, 24, 2048, None, H100)
+    g = tiling.logits_tiling(4, 1024, BF16, 24, 2048, None, H100)
     least = (64 << 10) + 4 * 16 * (8 * 25 + 20)
-    rings = [geometry.of_ring(g, 4, 1024, BF16, F32, 24, room) for room in (least - 1, least)]
+    rings = [tiling.ring_bytes(g, 4, 1024, BF16, F32, 24, room) for room in (least - 1, least)]
     assert rings == [0, 64 << 10]
-    assert geometry.of_ring(g, 4, 1024, BF16, F32, 9, H100) == 64 << 10
-    assert geometry.of_ring(g, 4, 1024, BF16, F32, 8, H100) == 0
-    assert geometry.of_ring(g, 5, 1024, BF16, F32, 24, H100) == 0
+    assert tiling.ring_bytes(g, 4, 1024, BF16, F32, 9, H100) == 64 << 10
+    assert tiling.ring_bytes(g, 4, 1024, BF16, F32, 8, H100) == 0
+    assert tiling.ring_bytes(g, 5, 1024, BF16, F32, 24, H100) == 0
 
 
 @pytest.mark.parametrize("n, packs", [(1, 4), (2, 4), (3, 2), (4, 2), (5, 1), (8, 1)])
 def test_a_lane_keeps_whole_chunks(n, packs):
     """Of packs that a lane makes at once: one more channel pack is one more chunk."""
-    g = geometry.of_projection(n, 2056, BF16, 2 * n + n * n, 2048, None, NO_RING)
-    assert geometry.of_read(g, n, 256 * packs, "cuda") == (1, packs)
-    assert geometry.of_read(g, n, 256 * packs + 8, "cuda") == (1, 2 * packs)
+    g = tiling.logits_tiling(n, 2056, BF16, 2 * n + n * n, 2048, None, NO_RING)
+    assert tiling.u_tiling(g, n, 256 * packs, "cuda") == (1, packs)
+    assert tiling.u_tiling(g, n, 256 * packs + 8, "cuda") == (1, 2 * packs)
 
 
 def test_what_is_swept():
@@ -220,35 +220,35 @@ def test_what_is_swept():
         (2, 27648, F32, 28, 2, None, "metal", NO_RING): True,
         (2, 27648, F32, 29, 2, None, "metal", NO_RING): False,
     }.items():
-        assert geometry.swept(*shape) == want, shape
+        assert tiling.use_partial_logits(*shape) == want, shape
 
 
 def test_the_backward_of_a_projection():
-    """Threads, tokens of a tile, neighbours per load and threadgroups that share a tile, in
-    mhc_pre_backward_generic."""
+    """Threads, tokens of a tile, neighbours per load, threadgroups that share a tile,
+    and rows of sums, in mhc_pre_backward_generic."""
     for shape, want in {
-        (4, 1024, 24, 1025, None): (128, 4, 8, 1),
-        (4, 1024, 24, 1024, None): (128, 2, 8, 1),
-        (4, 1024, 24, 5, 256): (256, 2, 8, 1),
-        (4, 64, 24, 2048, None): (32, 4, 8, 1),
-        (4, 264, 24, 2048, None): (64, 4, 8, 1),
-        (4, 63, 24, 5, None): (64, 2, 1, 1),
+        (4, 1024, 24, 1025, None): (128, 4, 8, 1, 257),
+        (4, 1024, 24, 1024, None): (128, 2, 8, 1, 512),
+        (4, 1024, 24, 5, 256): (256, 2, 8, 1, 3),
+        (4, 64, 24, 2048, None): (32, 4, 8, 1, 512),
+        (4, 264, 24, 2048, None): (64, 4, 8, 1, 512),
+        (4, 63, 24, 5, None): (64, 2, 1, 1, 3),
         # outputs of a tile in 30 KiB of threadgroup memory: 4 of 1917 floats, 2 of 3837
-        (32, 512, 1885, 2048, None): (64, 4, 8, 1),
-        (32, 512, 1886, 2048, None): (64, 2, 8, 1),
-        (64, 512, 4224, 2048, None): (64, 1, 8, 1),
+        (32, 512, 1885, 2048, None): (64, 4, 8, 1, 512),
+        (32, 512, 1886, 2048, None): (64, 2, 8, 1, 1024),
+        (64, 512, 4224, 2048, None): (64, 1, 8, 1, 1056),
         # more than 8 streams and few tokens: 264 threadgroups, a power of two for each tile, no
         # more than there are simdgroups' worth of channels
-        (8, 4096, 80, 5, None): (128, 2, 8, 1),
-        (9, 4096, 99, 5, None): (32, 2, 8, 16),
-        (16, 4096, 288, 100, None): (128, 2, 8, 4),
-        (16, 4096, 288, 527, None): (128, 2, 8, 1),
-        (12, 1024, 168, 2048, None): (128, 4, 8, 1),
-        (12, 1800, 168, 5, None): (32, 2, 8, 8),  # eight simdgroups' worth, the last one's small
-        (64, 512, 4224, 2, None): (32, 1, 8, 2),
-        (64, 520, 4224, 2, None): (64, 1, 8, 2),
+        (8, 4096, 80, 5, None): (128, 2, 8, 1, 3),
+        (9, 4096, 99, 5, None): (32, 2, 8, 16, 3),
+        (16, 4096, 288, 100, None): (128, 2, 8, 4, 50),
+        (16, 4096, 288, 527, None): (128, 2, 8, 1, 264),
+        (12, 1024, 168, 2048, None): (128, 4, 8, 1, 512),
+        (12, 1800, 168, 5, None): (32, 2, 8, 8, 3),  # eight simdgroups' worth, the last one's small
+        (64, 512, 4224, 2, None): (32, 1, 8, 2, 2),
+        (64, 520, 4224, 2, None): (64, 1, 8, 2, 2),
     }.items():
-        assert geometry.of_spread(*shape) == want, shape
+        assert tiling.generic_gradient_tiling(*shape) == want, shape
 
 
 def test_tokens_backward():
@@ -282,7 +282,7 @@ def test_tokens_backward():
         (8, 1024, 5, False, None, "cuda"): (128, 8, 0, False, 1, 2, 8),
         (32, 1024, 5, False, None, "cuda"): (128, 1, 0, False, 1, 2, 8),
     }.items():
-        assert tuple(geometry.of_tokens(*shape)) == want, shape
+        assert tuple(tiling.coefficient_gradient_tiling(*shape)) == want, shape
     # half-steps, threads, backend: what a simdgroup keeps, of 20 KiB
     for shape, want in {
         (20, 128, "metal"): 8,
@@ -292,7 +292,7 @@ def test_tokens_backward():
         (20, 512, "cuda"): 10,
         (20, 1024, "cuda"): 5,
     }.items():
-        assert geometry.of_half_steps(*shape) == want, shape
+        assert tiling.stored_half_steps(*shape) == want, shape
 
 
 def test_products_backward():
@@ -309,46 +309,56 @@ def test_products_backward():
         (4, 7680, 24, 65536, None): (128, 32, 2, 240),  # in four turns at most
         (4, 1024, 24, 65536, 256): (256, 32, 33, 16),
     }.items():
-        assert geometry.of_products(*shape) == want, shape
+        assert tiling.projection_gradient_tiling(*shape) == want, shape
     kinds = [(32, BF16), (33, BF16), (32, F32), (32, mx.float16)]
-    assert [geometry.multiplied(*kind) for kind in kinds] == [True, False, False, False]
+    assert [tiling.use_matrix_gradient(*kind) for kind in kinds] == [True, False, False, False]
     # a ring of 32 channels, 6 bytes of each, beside 24 KiB
     least = (24 << 10) + 2 * 4 * 16 * 32 * 6
-    rings = [geometry.of_product_ring(32, 128, 6, room) for room in (least - 1, least)]
-    assert rings == [0, least - (24 << 10)] and geometry.of_product_ring(16, 128, 6, H100) == 0
+    rings = [tiling.projection_gradient_ring_bytes(32, 128, 6, room) for room in (least - 1, least)]
+    assert rings == [0, least - (24 << 10)]
+    assert tiling.projection_gradient_ring_bytes(16, 128, 6, H100) == 0
 
 
 def test_the_gradient_of_phi():
-    """Of mhc_pre_backward_phi: threads, neighbours, outputs of a thread, chunks of tokens."""
+    """Of mhc_pre_backward_phi: threads, neighbours, outputs of a thread, chunks of tokens,
+    threadgroups of a chunk."""
     for shape, want in {
-        (4096, 1024, 24, 65536, None): (128, 2, 24, 33),  # 16 spans: 528 threadgroups
-        (4096, 1024, 24, 64, None): (128, 2, 24, 1),
-        (4096, 1024, 24, 65, None): (128, 2, 24, 2),  # 64 tokens a chunk
-        (33, 33, 25, 1000, None): (128, 1, 13, 16),  # two parts of the outputs
-        (33, 33, 25, 1 << 17, None): (128, 1, 13, 264),
-        (4096, 1024, 80, 2048, None): (128, 2, 20, 9),
-        (16384, 4096, 24, 2048, None): (128, 2, 24, 9),
-        (4096, 1024, 24, 2048, 256): (256, 2, 24, 32),
-        (1 << 18, 4096, 24, 65536, None): (128, 2, 24, 1),
+        (4096, 1024, 24, 65536, None): (128, 2, 24, 33, 16),  # 16 spans: 528 threadgroups
+        (4096, 1024, 24, 64, None): (128, 2, 24, 1, 16),
+        (4096, 1024, 24, 65, None): (128, 2, 24, 2, 16),  # 64 tokens a chunk
+        (33, 33, 25, 1000, None): (128, 1, 13, 16, 2),  # two parts of the outputs
+        (33, 33, 25, 1 << 17, None): (128, 1, 13, 264, 2),
+        (4096, 1024, 80, 2048, None): (128, 2, 20, 9, 64),
+        (16384, 4096, 24, 2048, None): (128, 2, 24, 9, 64),
+        (4096, 1024, 24, 2048, 256): (256, 2, 24, 32, 8),
+        (1 << 18, 4096, 24, 65536, None): (128, 2, 24, 1, 1024),
     }.items():
-        assert geometry.of_outer(*shape) == want, shape
+        assert tiling.phi_gradient_tiling(*shape) == want, shape
 
 
 def test_literals():
     """What was measured, or follows from a GPU's size: another value needs another measurement."""
     multiprocessors, threads = 132, 512  # of an H100; that one holds at 128 registers
-    assert geometry.BACKWARD_THREADS == multiprocessors * threads
-    assert geometry.TOKEN_SIMDGROUPS == multiprocessors * threads // 32
-    assert geometry.PRODUCT_SIMDGROUPS == multiprocessors * threads // 32
-    assert geometry.FILLING_GROUPS == 2 * multiprocessors
-    assert (geometry.FORWARD_GROUPS, geometry.MANY_GROUPS) == (4096, 65536)
-    assert geometry.ONE_LAUNCH_TOKENS == geometry.FEW_TOKENS == 1024
-    assert (geometry.LONG, geometry.SWEEP_TOKENS, geometry.PRODUCT_STAGE) == (16384, 16, 64)
+    assert tiling.BACKWARD_THREADS == multiprocessors * threads
+    assert tiling.COEFFICIENT_GRADIENT_SIMDGROUPS == multiprocessors * threads // 32
+    assert tiling.PROJECTION_GRADIENT_SIMDGROUPS == multiprocessors * threads // 32
+    assert tiling.FILLING_GROUPS == 2 * multiprocessors
+    assert (tiling.FORWARD_GROUPS, tiling.MANY_GROUPS) == (4096, 65536)
+    assert tiling.ONE_LAUNCH_TOKENS == tiling.FEW_TOKENS == 1024
+    assert (tiling.LONG_ROW, tiling.PARTIAL_LOGITS_TOKENS, tiling.PROJECTION_GRADIENT_STAGE) == (
+        16384,
+        16,
+        64,
+    )
     forward, backward = (
-        [geometry.REGISTER_BYTES[backend, k] for backend in ("metal", "cuda")] for k in (1, 2)
+        [tiling.REGISTER_BYTES[backend, k] for backend in ("metal", "cuda")] for k in (1, 2)
     )
     assert (forward, backward) == ([256, 256], [256, 512])
-    tables = (geometry.TOKEN_BYTES, geometry.KEPT_FLOATS, geometry.KEPT_HALF_STEPS)
+    tables = (
+        tiling.COEFFICIENT_GRADIENT_X_BYTES,
+        tiling.U_FLOATS_PER_LANE,
+        tiling.STORED_HALF_STEPS,
+    )
     assert [(t["metal"], t["cuda"]) for t in tables] == [(64, 128), (32, 64), (8, 40)]
 
 
@@ -397,8 +407,8 @@ LAUNCHES = {
 }
 
 
-def launches(op: str, tokens: int, n: int, **options) -> list[kernel.Launch]:
-    with kernel.record() as found:
+def launches(op: str, tokens: int, n: int, **options) -> list[launch.Launch]:
+    with launch.record() as found:
         options = {"convention": PAPER, "per_token": False} | options
         called(op, tokens, n, n if op == "sinkhorn_knopp" else 64, BF16, **options)
     return found
@@ -412,7 +422,7 @@ def test_threadgroups_of_many_tokens():
             assert got == want, f"{op} of {n} streams"
             for one in (one for one in found if one.name == "sum_partials"):
                 rows, columns = one.inputs["partial"][0]
-                lines = geometry.of_sum(rows, columns)
+                lines = tiling.threads_per_column(rows, columns)
                 assert one.groups == math.ceil(columns * lines / 256) and one.threads == 256
     for op, tokens in (("sinkhorn_knopp", 1 << 22), ("mhc_pre", 1 << 21)):  # no more than 65,536
         assert max(one.groups for one in launches(op, tokens, 4)[:1]) == 1 << 16

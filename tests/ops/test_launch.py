@@ -11,9 +11,9 @@ import pytest
 from cases import Case
 from proof import standin, tracing
 
-from mhc_mlx import DEEPSEEK_V4, PAPER, MHCLayer, kernel, ops, reference, vmap
+from mhc_mlx import DEEPSEEK_V4, PAPER, MHCLayer, launch, ops, reference, vmap
 from mhc_mlx.conventions import KRONECKER, MHC_LITE, START_CODES
-from mhc_mlx.ops.dispatch import KERNELS
+from mhc_mlx.ops.autodiff import FUSED_OPS
 
 N, C = 4, 8
 GPU, SECOND = mx.Device(mx.gpu, 0), mx.Device(mx.gpu, 1)
@@ -34,7 +34,7 @@ class Devices:
         patch.setattr(
             mx, "device_info", lambda device: {"compute_capability_major": 8 + index(device)}
         )
-        patch.setattr(kernel, "launch", self.launch)
+        patch.setattr(launch, "run", self.run)
 
     @contextlib.contextmanager
     def stream(self, device):
@@ -44,9 +44,9 @@ class Devices:
         finally:
             self.current.pop()
 
-    def launch(self, name, *rest):
-        self.launched.append((name, kernel.backend(), mx.default_device()))
-        return standin.launch(name, *rest)
+    def run(self, name, *rest):
+        self.launched.append((name, launch.backend(), mx.default_device()))
+        return standin.run(name, *rest)
 
 
 def index(device: mx.Device) -> int:
@@ -64,17 +64,17 @@ def devices(request, monkeypatch):
     with monkeypatch.context() as patch:
         found = Devices(patch, mx.Device(mx.cpu, 0))
         found.backend = request.param
-        kernel._cuda_room.cache_clear()
+        launch._cuda_limit.cache_clear()
         yield found
-    kernel._cuda_room.cache_clear()
+    launch._cuda_limit.cache_clear()
 
 
 def test_every_gpu_has_kernels(devices):
     """Devices are compared by type: a second one equals `mx.gpu` as little as the CPU does."""
-    assert SECOND != mx.gpu and kernel.backend() is None
+    assert SECOND != mx.gpu and launch.backend() is None
     for device in (GPU, SECOND):
         with mx.stream(device):
-            assert kernel.backend() == devices.backend
+            assert launch.backend() == devices.backend
     MHCLayer(N, C)(mx.zeros((2, N, C)))
     assert not devices.launched
     with mx.stream(SECOND):
@@ -84,7 +84,7 @@ def test_every_gpu_has_kernels(devices):
         rooms = []
         for device in (GPU, SECOND):
             with mx.stream(device):
-                rooms.append(kernel.room("cuda"))
+                rooms.append(launch.threadgroup_memory_limit())
         assert rooms == [163 << 10, 227 << 10]
 
 
@@ -137,10 +137,10 @@ def test_a_gradient_runs_where_its_forward_ran(devices):
             for g, w in zip(got, want, strict=True):
                 error, most = mx.abs(g - w).max().item(), mx.abs(w).max().item()
                 assert g.shape == w.shape and error <= 1e-4 * max(1, most), (name, error)
-        assert {launch[1:] for launch in devices.launched} == {(devices.backend, device)}, name
+        assert {one[1:] for one in devices.launched} == {(devices.backend, device)}, name
         backward = [k for k, *_ in devices.launched if "backward" in k]
         assert backward or "jvp" in name, name  # whose tangents are the reference's
-        assert kernel.backend() is None and len(devices.current) == 1
+        assert launch.backend() is None and len(devices.current) == 1
 
 
 def test_a_gradient_of_the_reference_stays_on_the_cpu(devices):
@@ -172,7 +172,7 @@ def arrays_of_launching(dtype=mx.bfloat16):
 def test_source_is_what_mlx_generates():
     """Of another process as of this one, wherever this one runs."""
     arrays = arrays_of_launching()
-    got = kernel.metal_source(launching, *arrays)
+    got = launch.metal_source(launching, *arrays)
     assert got.count("Generated source code for") == 2
     assert got.strip() == tracing.metal_source(launching, *arrays).strip()
 
@@ -188,7 +188,7 @@ def calls_of_every_launch():
     each place that launches a kernel."""
     found = []
     for n, dtype in itertools.product((4, 12), ("float32", "bfloat16")):
-        for op in KERNELS:
+        for op in FUSED_OPS:
             for each in ((False, False), (True, True)) if op in PER_TOKEN else ((False, False),):
                 c, C = CONVENTION_OF.get(op, PAPER), n if op == "sinkhorn_knopp" else 8
                 found.append(Case(op, (40,), n, C, dtype, c, per_token=each))
@@ -200,14 +200,14 @@ def test_options_reach_every_launch(monkeypatch):
     """Of every op and its gradient: verbose, and threads but where rows of sums are added."""
     launched, options = set(), {"threads_per_group": 96, "verbose": True}
 
-    def launch(name, inputs, outputs, groups, threads, template, verbose=False):
+    def run(name, inputs, outputs, groups, threads, template, verbose=False):
         assert verbose is options["verbose"], f"{name} of {case}: verbose is {verbose}"
         assert threads == 96 or name == "sum_partials", f"{name} of {case}: {threads} threads"
         launched.add(name)
         return [mx.zeros(*spec) for spec in outputs.values() if spec is not None]
 
-    monkeypatch.setattr(kernel, "launch", launch)
-    monkeypatch.setattr(kernel, "backend", lambda: "metal")
+    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(launch, "backend", lambda: "metal")
     for options["verbose"] in (True, False):
         for case in calls_of_every_launch():
             arrays = [a for a in case.arrays() if a is not None]
@@ -218,12 +218,12 @@ def test_options_reach_every_launch(monkeypatch):
 
             mx.vjp(call, arrays, [mx.zeros(a.shape, a.dtype) for a in call(*arrays)])
             getattr(ops, case.op)(*arrays, *case.statics, **options, differentiable=False)
-    assert launched == {path.stem for path in kernel._FOLDERS[1].glob("*.metal")}
+    assert launched == {path.stem for path in launch._FOLDERS[1].glob("*.metal")}
 
 
 def test_verbose_of_any_folder_and_path(tmp_path, monkeypatch, capsys):
     """The other process imports what this one does: its path, not the environment's."""
-    kernel._printed.cache_clear()
+    launch._printed.cache_clear()
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     x, y, h, _ = arrays_of_launching(mx.float32)
@@ -243,34 +243,34 @@ def test_verbose_disturbs_no_other_thread(capfd):
         os.write(1, b"printed elsewhere\n")
         out = ops.stream_mix_add(x, y, h)
         mx.eval(out)
-        return kernel.backend(), out
+        return launch.backend(), out
 
     def traced(*arrays):
         with ThreadPoolExecutor(1) as pool:
             seen.append(pool.submit(elsewhere).result())
         return launching(*arrays)
 
-    seen, here = [], kernel.backend()
-    source = kernel.metal_source(traced, *arrays)
+    seen, here = [], launch.backend()
+    source = launch.metal_source(traced, *arrays)
     assert "printed elsewhere" in capfd.readouterr().out and "printed elsewhere" not in source
     ((backend, out),) = seen
-    assert backend == here and kernel.backend() == here
+    assert backend == here and launch.backend() == here
     assert mx.allclose(out, reference.stream_mix_add(x, y, h)).item()
 
 
 def test_verbose_says_why_it_cannot_print(monkeypatch):
     arrays = arrays_of_launching()
-    monkeypatch.setattr(kernel, "_PRINT", "raise SystemExit('no such place')")
-    kernel._printed.cache_clear()
+    monkeypatch.setattr(launch, "_PRINT", "raise SystemExit('no such place')")
+    launch._printed.cache_clear()
     with pytest.raises(RuntimeError, match=r"\[verbose\] the process .* with 1: no such place"):
-        kernel.metal_source(launching, *arrays)
+        launch.metal_source(launching, *arrays)
     monkeypatch.setattr("sys.frozen", True, raising=False)  # its executable is no interpreter
     with pytest.raises(RuntimeError, match=r"\[verbose\] needs a Python interpreter"):
-        kernel.metal_source(launching, *arrays)
-    assert kernel.backend() is None or mx.default_device().type == mx.DeviceType.gpu
+        launch.metal_source(launching, *arrays)
+    assert launch.backend() is None or mx.default_device().type == mx.DeviceType.gpu
 
 
 def test_starts_have_the_names_and_values_of_the_header():
-    (words,) = re.findall(r"enum \{ (START_[^}]*) \};", kernel.text("include/sinkhorn.h"))
+    (words,) = re.findall(r"enum \{ (START_[^}]*) \};", launch.text("include/sinkhorn.h"))
     values = dict(word.split(" = ") for word in words.split(", "))
     assert {f"START_{start.upper()}": str(code) for start, code in START_CODES.items()} == values
