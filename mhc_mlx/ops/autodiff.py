@@ -32,8 +32,8 @@ class FusedOp:
     shared_ndim: Per array, with how many axes it is shared by all tokens; None if it never is.
     num_results: How many results there are, those that may be None included.
     h_res_index: Which array is the h_res that may be None; the kernels then get the identity.
-    saves: Whether `forward` takes ``save=True`` and returns its results and a tuple of the arrays
-        that `backward` reuses.
+    saves: Whether `forward` takes ``save``, and returns its results and the arrays that `backward`
+        reuses.
     """
 
     options: Options
@@ -208,14 +208,15 @@ class _Functions:
             results, saved = self.op.forward(*arrays, save=save)
         else:
             results = self.op.forward(*arrays)
-        return _one_or_several(tuple(a for a in (*_several(results), *saved) if a is not None))
+        outputs = (*_several(results), *saved) if save else _several(results)
+        return _one_or_several(tuple(a for a in outputs if a is not None))
 
     def _backward(self, arrays: Sequence, cotangents: Sequence, saved: Sequence) -> tuple:
         absent = self.op.absent_result(arrays[0].shape[-2])
         if absent is not None:
             cotangents = [*cotangents[:absent], None, *cotangents[absent:]]
-        made = self.op.backward(self._kernel_arguments(arrays), cotangents, saved)
-        pairs = zip(self._present_only(made), arrays, strict=True)
+        gradients = self.op.backward(self._kernel_arguments(arrays), cotangents, saved)
+        pairs = zip(self._present_only(gradients), arrays, strict=True)
         return tuple(gradient.astype(a.dtype) for gradient, a in pairs)
 
     # ---- saving
@@ -276,9 +277,8 @@ class _Functions:
 
     def _gradient_vjp(self, inputs, cotangents, _):
         with launch.at(self.place):
-            arrays, given, saved = self._parts(inputs)
-            primals = arrays + given
-            second = mx.vjp(self._fallback_gradient, primals, list(_several(cotangents)))[1]
+            arrays, first, saved = self._parts(inputs)
+            second = mx.vjp(self._fallback_gradient, arrays + first, list(_several(cotangents)))[1]
             return (*second, *map(mx.zeros_like, saved))
 
     def _gradient_jvp(self, inputs, tangents):
