@@ -174,10 +174,18 @@ class Arguments:
     """Template arguments: a frozen dataclass, whose values have exactly the types of its fields."""
 
     def __post_init__(self):
-        for field in fields(self):  # type: ignore[arg-type]
-            if type(value := getattr(self, field.name)) is not field.type:
-                must, got, name = field.type.__name__, type(value).__name__, type(self).__name__
-                raise TypeError(f"[{name}] {field.name} must be of type {must} but got {got}.")
+        types = _field_types(type(self))
+        if tuple(map(type, vars(self).values())) == types:
+            return
+        for (name, value), kind in zip(vars(self).items(), types, strict=True):
+            if type(value) is not kind:
+                must, got, op = kind.__name__, type(value).__name__, type(self).__name__
+                raise TypeError(f"[{op}] {name} must be of type {must} but got {got}.")
+
+
+@functools.cache
+def _field_types(cls: type) -> tuple[type, ...]:
+    return tuple(field.type for field in fields(cls))
 
 
 class Body(Arguments):
@@ -194,7 +202,10 @@ class Body(Arguments):
         """The arguments by name."""
         found = {}
         for name, value in vars(self).items():
-            found.update(vars(value) if isinstance(value, Arguments) else {name: value})
+            if isinstance(value, Arguments):
+                found.update(vars(value))
+            else:
+                found[name] = value
         return found
 
 

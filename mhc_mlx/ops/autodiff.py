@@ -133,6 +133,11 @@ def _several(arrays) -> tuple | list:
     return arrays if isinstance(arrays, (tuple, list)) else (arrays,)
 
 
+def _without_none(outputs: Any) -> Any:
+    """An array, or the arrays among several."""
+    return tuple(a for a in outputs if a is not None) if isinstance(outputs, tuple) else outputs
+
+
 def _one_or_several(arrays: Sequence) -> Any:
     return arrays if len(arrays) > 1 else arrays[0]
 
@@ -198,18 +203,15 @@ class _Functions:
         return _one_or_several(_several(outputs)[: self._num_results(x)])
 
     def fallback(self, *inputs):
-        results = self.op.fallback(*self._arguments(inputs))
-        return tuple(r for r in results if r is not None) if isinstance(results, tuple) else results
+        return _without_none(self.op.fallback(*self._arguments(inputs)))
 
     def forward(self, *inputs, save: bool = False):
-        """The kernels bare: results that are not None, and if asked for what is saved."""
-        arrays, saved = self._kernel_arguments(inputs), ()
-        if self.op.saves:
-            results, saved = self.op.forward(*arrays, save=save)
-        else:
-            results = self.op.forward(*arrays)
-        outputs = (*_several(results), *saved) if save else _several(results)
-        return _one_or_several(tuple(a for a in outputs if a is not None))
+        """The kernels bare: the results, and if asked for what is saved."""
+        arrays = self._kernel_arguments(inputs)
+        if not self.op.saves:
+            return _without_none(self.op.forward(*arrays))
+        results, saved = self.op.forward(*arrays, save=save)
+        return _without_none((*_several(results), *saved) if save else results)
 
     def _backward(self, arrays: Sequence, cotangents: Sequence, saved: Sequence) -> tuple:
         absent = self.op.absent_result(arrays[0].shape[-2])

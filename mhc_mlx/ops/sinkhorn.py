@@ -1,5 +1,6 @@
 """The projection: from logits to mixing matrices, by half-steps or exactly."""
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ class HalfSteps(launch.Arguments):
     OUT_COLUMNS: bool
 
 
+@functools.cache
 def half_steps(convention: Convention | None) -> HalfSteps:
     """Those of a convention; None where a variant does not project."""
     c = convention or ROW_FIRST
