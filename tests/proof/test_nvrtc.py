@@ -75,6 +75,7 @@ def test_a_ring_fits_its_device(capability, ring, need, monkeypatch):
         zip(("compute_capability_major", "compute_capability_minor"), capability, strict=True)
     )
     monkeypatch.setattr(mx, "device_info", lambda device: info)
+    monkeypatch.setattr(launch, "backend", lambda: "cuda")
     launch._cuda_limit.cache_clear()
     room = launch.threadgroup_memory_limit()
     launch._cuda_limit.cache_clear()
