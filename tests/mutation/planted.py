@@ -260,6 +260,7 @@ TABLE = {
     "mhc_seam": [
         (SEAM, "no barrier before ready coefficients", UNWRITTEN,
          "if (BACK || !SWEPT) thr", "if (false) thr"),
+        (SEAM_ROUNDED, "u not rounded", "parity: times what", "ROUND && NORM", "false"),
         (SEAM_LONG, "u kept where it is made twice", f"{WRONG}; traffic: x 1", " || !KEPT)", ")"),
     ],
     "mhc_seam_backward": [

@@ -6,33 +6,65 @@ An entry is of all mutants of the file that only make the first words of a line 
 
 from mutation.operators import Mutant
 
+CAST = "C++ converts the value to the same without the cast"
+SET_LATER = "it is set before it is read"
+SLOWER = "single loads give the same as packs"
+LEAST = "where both are equal either is the least"
 PREFETCHED = "it only prefetches: what is loaded is the same"
 UNROLLED = "it is how far a loop is unrolled"
 BYTES = "an element has 2 or 4 bytes: 17 // of that is the same"
 
 # fmt: off
 EQUIVALENT = {
+    "mhc_sweep.metal": [
+        ("P, 8 / mhc::PHI", "P, 9 / mhc::PHI", "a pack has at most 16 bytes either way"),
+        ("o0 < OUTS;", "o0 < OUTS - 1;",
+         "for n <= 8 the logits are never one more than whole blocks"),
+    ],
+    "mhc_seam.metal": [
+        ("TURNS = N <= 8", "TURNS = N < 8",
+         "one place for coefficients and one barrier more do the same as two places"),
+        ("r = 1.0f;", "r = 1.5f;", "without a norm r is not read"),
+    ],
+    "coefficients.h": [
+        ("projecting(N, START,", "projecting(START, N,",
+         "one lane and a line per lane give the same matrix"),
+    ],
+    "mhc_backward.metal": [
+        ("R + i]);", "R - i]);", "STAY_PACKED only tells NVRTC to keep registers packed"),
+        ("du[STEP] = {}", "du[STEP]", SET_LATER),
+    ],
     "mhc_backward_tiled.metal": [
+        ("MIX && N <= 32", "MIX && N < 32",
+         "h_res of 32 streams is read from device memory instead"),
         ("< 8 ? LINES", "< 9 ? LINES", "of 8 lines both branches are 8"),
         ("i0 + q : 0) * PITCH", "i0 + q : 1) * PITCH",
          "a row past the last is any other, R >= 9: what it adds to g_res is not stored"),
     ],
     "mhc_pre.metal": [
+        ("SHARE < OUTS ?", "SHARE <= OUTS ?", LEAST),
+        ("(sweep == 0) mhc::read", "(sweep != 0) mhc::read",
+         "it is a hint to the cache which loads are the last"),
         ("LANES + 31", "LANES",
          "a simdgroup that projects makes u of some tokens too: another makes the same"),
     ],
     "mhc_pre_backward.metal": [
+        ("C / VEC + SPLITS", "C * VEC + SPLITS",
+         "the first threadgroups take more channels: each is still one's"),
         ("+ SPLITS - 1", "+ SPLITS",
          "the last threadgroup has fewer channels: each is still one's"),
         ("8 ? N : 1;", "8 ? N : 2;", UNROLLED),
     ],
     "mhc_projection_backward.metal": [
+        ("(!READ || mhc", "(!READ && mhc", SLOWER),
+        ("RING > 0 &&", "RING >= 0 &&", "without a ring asking for a tile does nothing"),
         ("tokens, C - own", "tokens, C + own", PREFETCHED),
     ],
     "mhc_seam_backward.metal": [
         ("at * N,", "at,", "at is 0: what is CACHED takes one pass"),
     ],
     "mhc_token_backward.metal": [
+        ("normal = 0.0f", "normal", SET_LATER),
         ("= 2 * N + 2;", "= 2 * N + 3;",
          "rows of sums lie one float further apart, which no one reads"),
     ],
