@@ -1,246 +1,101 @@
-"""Mutants that no test can catch, and why. Known by file, the line's text, operator and new line,
-and which of those in the file it is.
+"""Mutants that no test can catch, and why the mutated program is right: its results, the bytes that
+it moves and its refusals are the same, or a picture says the same.
 
-An entry says why the mutated program is right: its results, bytes moved and refusals are the same,
-and a picture says the same.
+An entry is of all mutants of the file that only make the first words of a line the second.
 """
 
-EQUIVALENT: dict[tuple[str, str, str, str, int], str] = {
-    (
-        "kernels/sinkhorn.h",
-        "constexpr int W = lanes(N) < 32 ? lanes(N) : 32;",
-        "change_constant",
-        "constexpr int W = lanes(N) < 32 ? lanes(N) : 33;",
-        0,
-    ): "places past the 32nd are in no sum: scatter_sum adds halves of 32",
-    (
-        "kernels/mhc_backward_tiled.metal",
-        "constexpr int ROWS = LINES < 8 ? LINES : 8; // rows of dx that a simdgroup makes at once",
-        "change_constant",
-        "constexpr int ROWS = LINES < 9 ? LINES : 8; // rows of dx that a simdgroup makes at once",
-        0,
-    ): "of 8 lines both branches are 8",
-    (
-        "kernels/mhc_backward_tiled.metal",
-        "ds[q] = dt[(i0 + q < R ? i0 + q : 0) * PITCH + c];",
-        "change_constant",
-        "ds[q] = dt[(i0 + q < R ? i0 + q : 1) * PITCH + c];",
-        0,
-    ): "a row past the last is any other, R >= 9: what it adds to g_res is not stored",
-    (
-        "kernels/products_cuda.h",
-        "template <> constexpr int PHI_PARTS<__nv_bfloat16> = 1;",
-        "change_constant",
-        "template <> constexpr int PHI_PARTS<__nv_bfloat16> = 2;",
-        0,
-    ): "the second part of a bfloat16 is zero: work more, the same sums",
-    (
-        "kernels/stream_aggregate_backward.metal",
-        "constexpr int AHEAD = N <= 8 ? N : 1;",
-        "change_constant",
-        "constexpr int AHEAD = N <= 8 ? N : 2;",
-        0,
-    ): "it is how far a loop is unrolled",
-    (
-        "kernels/mhc_token_backward.metal",
-        "constexpr int SHARES = 2 * N + 2;",
-        "change_constant",
-        "constexpr int SHARES = 2 * N + 3;",
-        0,
-    ): "rows of sums lie one float further apart, which no one reads",
-    (
-        "kernels/mhc_pre.metal",
-        "constexpr int BUSY = PROJECT ? (TILE * LANES + 31) / 32 : 0; // simdgroups that project",
-        "drop_operand",
-        "constexpr int BUSY = PROJECT ? (TILE * LANES) / 32 : 0; // simdgroups that project",
-        0,
-    ): "a simdgroup that projects makes u of some tokens too: another makes the same",
-    (
-        "kernels/mhc_projection_backward.metal",
-        "if (PASS) mhc::fetch_tile(from.dx_out + ahead, from.K, "
-        "first + mhc::TOKENS, tokens, C - own, lane);",
-        "turn_sum",
-        "if (PASS) mhc::fetch_tile(from.dx_out + ahead, from.K, "
-        "first + mhc::TOKENS, tokens, C + own, lane);",
-        0,
-    ): "it only prefetches: what is loaded is the same",
-    (
-        "kernels/mhc_pre_backward.metal",
-        "const int share = (C / VEC + SPLITS - 1) / SPLITS * VEC;",
-        "drop_operand",
-        "const int share = (C / VEC + SPLITS) / SPLITS * VEC;",
-        0,
-    ): "the last threadgroup has fewer channels: each is still one's",
-    (
-        "kernels/mhc_seam_backward.metal",
-        "mhc::load_streams<N>(xv + at * N, row, C, c, whole);",
-        "drop_operand",
-        "mhc::load_streams<N>(xv + at, row, C, c, whole);",
-        1,
-    ): "at is 0: what is CACHED takes one pass",
-    (
-        "kernels/products_cuda.h",
-        "template <typename P, int OUTS, int SPAN> "
-        "struct Columns { uint w[PHI_PARTS<P>][SPAN / 8][eights(OUTS)]; };",
-        "turn_product",
-        "template <typename P, int OUTS, int SPAN> "
-        "struct Columns { uint w[PHI_PARTS<P>][SPAN * 8][eights(OUTS)]; };",
-        0,
-    ): "elements that no one uses take no registers",
-    (
-        "kernels/mhc_pre_backward.metal",
-        "constexpr int AHEAD = N <= 8 ? N : 1;",
-        "change_constant",
-        "constexpr int AHEAD = N <= 8 ? N : 2;",
-        0,
-    ): "it is how far a loop is unrolled",
-    (
-        "kernels/mhc_seam_backward.metal",
-        "mhc::load_streams<N>(xv + at * N, row, C, c, whole);",
-        "drop_operand",
-        "mhc::load_streams<N>(xv + at, row, C, c, whole);",
-        0,
-    ): "at is 0: what is CACHED takes one pass",
-    (
-        "kernels/mhc_projection_backward.metal",
-        "mhc::fetch_tile(from.x + ahead, from.K, first + mhc::TOKENS, tokens, C - own, lane);",
-        "turn_sum",
-        "mhc::fetch_tile(from.x + ahead, from.K, first + mhc::TOKENS, tokens, C + own, lane);",
-        0,
-    ): "it only prefetches: what is loaded is the same",
-    (
-        "kernels/mhc_projection_backward.metal",
-        "if (READ) mhc::fetch_tile(from.du + ahead, from.C, "
-        "first + mhc::TOKENS, tokens, C - own, lane);",
-        "turn_sum",
-        "if (READ) mhc::fetch_tile(from.du + ahead, from.C, "
-        "first + mhc::TOKENS, tokens, C + own, lane);",
-        0,
-    ): "it only prefetches: what is loaded is the same",
-    (
-        "mhc_mlx/ops/geometry.py",
-        "vec = math.gcd(C, 16 // size)",
-        "change_constant",
-        "vec = math.gcd(C, 17 // size)",
-        0,
-    ): "an element has 2 or 4 bytes: 17 // of that is the same",
-    (
-        "mhc_mlx/ops/geometry.py",
-        "vec = math.gcd(C, 16 // size)",
-        "change_constant",
-        "vec = math.gcd(C, 17 // size)",
-        1,
-    ): "an element has 2 or 4 bytes: 17 // of that is the same",
-    (
-        "mhc_mlx/ops/geometry.py",
-        "vec = math.gcd(C, 16 // dtype.size)",
-        "change_constant",
-        "vec = math.gcd(C, 17 // dtype.size)",
-        0,
-    ): "an element has 2 or 4 bytes: 17 // of that is the same",
-    (
-        "mhc_mlx/ops/geometry.py",
-        "while n * vec > 64:",
-        "change_constant",
-        "while n * vec > 65:",
-        0,
-    ): "vec is a power of two and n at most 64: their product is never 65",
-    (
-        "mhc_mlx/ops/geometry.py",
-        "while n * vec > 16:",
-        "change_constant",
-        "while n * vec > 17:",
-        0,
-    ): "vec is a power of two and n at most 8 here: their product is never 17",
-    (
-        "mhc_mlx/ops/geometry.py",
-        "most = 2 if threads <= 512 else 1 # or registers spill",
-        "change_constant",
-        "most = 2 if threads <= 513 else 1 # or registers spill",
-        0,
-    ): "threads are a multiple of 32",
-    (
-        "mhc_mlx/ops/geometry.py",
-        "counts = range(min(most_slices, simds), simds + 1)",
-        "change_constant",
-        "counts = range(min(most_slices, simds), simds + 2)",
-        0,
-    ): "one more than all simdgroups does not divide them",
-    (
-        "mhc_mlx/ops/geometry.py",
-        "long = cut(512, 16)",
-        "change_constant",
-        "long = cut(512, 17)",
-        0,
-    ): "512 threads are 16 simdgroups, whose number bounds the slices",
-    (
-        "mhc_mlx/ops/geometry.py",
-        "return Projection(vec, threads, slices, tiles, block, 1)",
-        "change_constant",
-        "return Projection(vec, threads, slices, tiles, block, 2)",
-        0,
-    ): "the last line of the function sets splits, which nothing reads before",
-    (
-        "mhc_mlx/ops/geometry.py",
-        "batch = min(8, 32 >> (n - 1).bit_length()) # a lane per line of each matrix",
-        "change_constant",
-        "batch = min(8, 33 >> (n - 1).bit_length()) # a lane per line of each matrix",
-        0,
-    ): "of one stream both are more than 8, of others the same",
-    (
-        "mhc_mlx/ops/geometry.py",
-        "fits = team == 1 or simds % team == 0 and 32 * simds * held <= room",
-        "turn_comparison",
-        "fits = team == 1 or simds % team == 0 and 32 * simds * held < room",
-        0,
-    ): "both sides divided by 8 * simds: 4 * held is no odd number times one or two tiles",
-    (
-        "examples/train_lm.py",
-        "refresh=False,",
-        "change_constant",
-        "refresh=True,",
-        0,
-    ): "the bar is drawn more often; it shows the same at its end",
-    (
-        "mhc_mlx/diagnostics/pictures.py",
-        "axes.grid(alpha=0.3)",
-        "change_constant",
-        "axes.grid(alpha=0.44999999999999996)",
-        0,
-    ): "a grid is as good a little darker",
-    (
-        "mhc_mlx/diagnostics/pictures.py",
-        "axes.grid(alpha=0.3)",
-        "change_constant",
-        "axes.grid(alpha=0.44999999999999996)",
-        1,
-    ): "a grid is as good a little darker",
-    (
-        "mhc_mlx/diagnostics/pictures.py",
-        'dotted = {"linestyle": ":", "linewidth": 1}',
-        "change_constant",
-        'dotted = {"linestyle": ":", "linewidth": 2}',
-        0,
-    ): "its dots, not its width, tell the line from others",
-    (
-        "mhc_mlx/mlx_lm/exact.py",
-        "return text.embed_tokens(mx.zeros((1, 1), mx.int32)).dtype",
-        "change_constant",
-        "return text.embed_tokens(mx.zeros((1, 2), mx.int32)).dtype",
-        0,
-    ): "a dtype does not depend on how many tokens there are",
-    (
-        "mhc_mlx/mlx_lm/patch.py",
-        "for module, kind in zip(modules, classes, strict=True):",
-        "change_constant",
-        "for module, kind in zip(modules, classes, strict=False):",
-        0,
-    ): "the classes are listed one per module, so lengths never differ",
-    (
-        "mhc_mlx/ops/static.py",
-        "partial: mx.array, verbose: bool, n: int = 0, shape: tuple[int, ...] = (), **gates",
-        "change_constant",
-        "partial: mx.array, verbose: bool, n: int = 1, shape: tuple[int, ...] = (), **gates",
-        0,
-    ): "n is read with gates alone, and their caller passes it",
+from mutation.operators import Mutant
+
+PREFETCHED = "it only prefetches: what is loaded is the same"
+UNROLLED = "it is how far a loop is unrolled"
+BYTES = "an element has 2 or 4 bytes: 17 // of that is the same"
+
+# fmt: off
+EQUIVALENT = {
+    "mhc_backward_tiled.metal": [
+        ("< 8 ? LINES", "< 9 ? LINES", "of 8 lines both branches are 8"),
+        ("i0 + q : 0) * PITCH", "i0 + q : 1) * PITCH",
+         "a row past the last is any other, R >= 9: what it adds to g_res is not stored"),
+    ],
+    "mhc_pre.metal": [
+        ("LANES + 31", "LANES",
+         "a simdgroup that projects makes u of some tokens too: another makes the same"),
+    ],
+    "mhc_pre_backward.metal": [
+        ("+ SPLITS - 1", "+ SPLITS",
+         "the last threadgroup has fewer channels: each is still one's"),
+        ("8 ? N : 1;", "8 ? N : 2;", UNROLLED),
+    ],
+    "mhc_projection_backward.metal": [
+        ("tokens, C - own", "tokens, C + own", PREFETCHED),
+    ],
+    "mhc_seam_backward.metal": [
+        ("at * N,", "at,", "at is 0: what is CACHED takes one pass"),
+    ],
+    "mhc_token_backward.metal": [
+        ("= 2 * N + 2;", "= 2 * N + 3;",
+         "rows of sums lie one float further apart, which no one reads"),
+    ],
+    "products_cuda.h": [
+        ("<__nv_bfloat16> = 1;", "<__nv_bfloat16> = 2;",
+         "the second part of a bfloat16 is zero: work more, the same sums"),
+        ("[SPAN / 8][", "[SPAN * 8][", "elements that no one uses take no registers"),
+    ],
+    "sinkhorn.h": [
+        ("(N) : 32;", "(N) : 33;",
+         "places past the 32nd are in no sum: scatter_sum adds halves of 32"),
+    ],
+    "stream_aggregate_backward.metal": [
+        ("8 ? N : 1;", "8 ? N : 2;", UNROLLED),
+    ],
+    "examples/train_lm.py": [
+        ("refresh=False", "refresh=True",
+         "the bar is drawn more often; it shows the same at its end"),
+    ],
+    "diagnostics/pictures.py": [
+        ("alpha=0.3)", "alpha=0.44999999999999996)", "a grid is as good a little darker"),
+        ('"linewidth": 1}', '"linewidth": 2}',
+         "its dots, not its width, tell the line from others"),
+    ],
+    "mlx_lm/exact.py": [
+        ("zeros((1, 1)", "zeros((1, 2)", "a dtype does not depend on how many tokens there are"),
+    ],
+    "mlx_lm/patch.py": [
+        ("classes, strict=True)", "classes, strict=False)",
+         "the classes are listed one per module, so lengths never differ"),
+    ],
+    "ops/geometry.py": [
+        ("16 // size", "17 // size", BYTES),
+        ("16 // dtype.size", "17 // dtype.size", BYTES),
+        ("n * vec > 64", "n * vec > 65",
+         "vec is a power of two and n at most 64: their product is never 65"),
+        ("n * vec > 16", "n * vec > 17",
+         "vec is a power of two and n at most 8 here: their product is never 17"),
+        ("<= 512 else", "<= 513 else", "threads are a multiple of 32"),
+        ("simds + 1)", "simds + 2)", "one more than all simdgroups does not divide them"),
+        ("cut(512, 16)", "cut(512, 17)",
+         "512 threads are 16 simdgroups, whose number bounds the slices"),
+        ("block, 1)", "block, 2)",
+         "the last line of the function sets splits, which nothing reads before"),
+        ("32 >> (n", "33 >> (n", "of one stream both are more than 8, of others the same"),
+        ("held <= room", "held < room",
+         "both sides divided by 8 * simds: 4 * held is no odd number times one or two tiles"),
+    ],
+    "ops/static.py": [
+        ("n: int = 0,", "n: int = 1,", "n is read with gates alone, and their caller passes it"),
+    ],
 }
+# fmt: on
+
+
+def makes(m: Mutant, was: str, now: str) -> bool:
+    """Whether a mutant only makes one place of its line that reads ``was`` read ``now``."""
+    parts = m.text.split(was)
+    pairs = ((parts[:k], parts[k:]) for k in range(1, len(parts)))
+    return any(was.join(a) + now + was.join(b) == m.changed for a, b in pairs)
+
+
+def why(m: Mutant) -> str | None:
+    """Why nothing catches a mutant, if it is known."""
+    entries = (rows for file, rows in EQUIVALENT.items() if f"/{m.file}".endswith(f"/{file}"))
+    return next((why for rows in entries for was, now, why in rows if makes(m, was, now)), None)
