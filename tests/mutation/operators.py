@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = ("mhc_mlx/**/*.py", "kernels/*.metal", "kernels/*.h", "benchmark.py", "benchmarks/*.py")
-SOURCES += ("examples/*.py",)
+SOURCES += ("examples/**/*.py",)
 
 
 @dataclass(frozen=True)

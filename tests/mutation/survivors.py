@@ -195,7 +195,7 @@ EQUIVALENT: dict[tuple[str, str, str, str, int], str] = {
         0,
     ): "both sides divided by 8 * simds: 4 * held is no odd number times one or two tiles",
     (
-        "examples/train_lm.py",
+        "examples/train_lm/train.py",
         "refresh=False,",
         "change_constant",
         "refresh=True,",
