@@ -48,7 +48,7 @@ EQUIVALENT = {
     "stream_aggregate_backward.metal": [
         ("8 ? N : 1;", "8 ? N : 2;", UNROLLED),
     ],
-    "examples/train_lm.py": [
+    "examples/train_lm/train.py": [
         ("refresh=False", "refresh=True",
          "the bar is drawn more often; it shows the same at its end"),
     ],

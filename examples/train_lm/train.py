@@ -1,28 +1,4 @@
-"""Train a byte-level transformer whose every sublayer sits in a hyper-connection.
-
-By default it reads the source files of Python's standard library and trains a small one for two
-minutes. It prints the loss in bits per byte, the mean cosine similarity between streams (1: the
-streams are copies and the connection does nothing), and a sample. --connection compares variants;
-all but static and plain make their coefficients per token:
-
-    static     mHC with parameters for coefficients    mhc        arXiv 2512.24880
-    mhc-lite   arXiv 2601.05732                        kronecker  KromHC
-    identity   no mixing of streams                    hc         mixing without constraint
-    plain      an ordinary residual, one stream
-
---checkpoint DIR --save-every N --resume stops and goes on bit for bit. --plot DIR draws what the
-streams do at the end, and whenever the process gets SIGUSR1. More processes share the work:
-
-    mlx.launch -n 2 --backend ring -- python examples/train_lm.py    # nccl on NVIDIA GPUs
-
-A step takes batch x accumulate x processes sequences. Weights and the optimiser are float32;
-with --dtype bfloat16 streams and products are bfloat16, and weights are rounded where they are
-used; coefficients of connections are float32 in any case. Everything follows from the seed.
-
-On an NVIDIA GPU with memory to spare MLX_MAX_MB_PER_BUFFER=2000 in the environment lets MLX's host
-run further ahead: a step of 24 layers of dim 1024 takes 81 instead of 87 ms on an H100, and 35
-instead of 28 GiB.
-"""
+"""A run trains a model as the options say; it can stop, and goes on bit for bit."""
 
 import argparse
 import hashlib
@@ -30,7 +6,6 @@ import math
 import os
 import signal
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -38,9 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
-from byte_lm import Windows, loss_fn, make_model, read_corpus, sample
-from checkpoints import (
-    Log,
+from mlx.utils import tree_flatten, tree_unflatten
+from tqdm import tqdm
+
+from examples.train_lm.byte_lm import Windows, loss_fn, make_model, read_corpus, sample
+from examples.train_lm.checkpoints import (
     difference,
     is_checkpoint,
     list_checkpoints,
@@ -49,22 +26,20 @@ from checkpoints import (
     save_checkpoint,
     step_of,
 )
-from files import check_new, is_stream, make_folder
-from mlx.utils import tree_flatten, tree_unflatten
-from options import parse
-from tqdm import tqdm
-from training_step import make_optimizer, make_step
-
+from examples.train_lm.files import check_new, make_folder
+from examples.train_lm.log import Log
+from examples.train_lm.training_step import make_optimizer, make_step
 from mhc_mlx import backend
+from mhc_mlx.commands import is_stream
 from mhc_mlx.diagnostics import StabilityReport, plot, stability_report
 
-# What must be the same for a checkpoint to fit, and for its position in the data to mean the same.
+# These must be the same for a checkpoint to fit, and for its position in the data to mean the same.
 FIXED = ("connection", "streams", "dim", "depth", "heads", "mlp", "context", "seed")
 PICTURES = ("gains.png", "streams.png", "h_res.png", "gates.png", "loss.png")
 
 
 class Step(NamedTuple):
-    """A step that is done, and whether it is the last of its run."""
+    """A step is done; it may be the last of its run."""
 
     number: int
     seconds: float
@@ -79,29 +54,31 @@ class Step(NamedTuple):
 
 
 class Run:
-    """A model in training, its text, and how far it is; of several processes, one's part."""
+    """A run has a model in training, its text, and how far it is; each process has its part."""
 
     def __init__(self, args: argparse.Namespace, at_end: ExitStack):
-        """What must be given back at the end, the lock of the checkpoints, goes to ``at_end``."""
+        """Make a run; ``at_end`` gives back the lock of its checkpoints."""
         self.args, self.group = args, mx.distributed.init()
-        self.asked = []  # for pictures, by a signal, which would end a process without a handler
+        self.asked = []  # a signal asks for pictures; without a handler it would end the process
         if args.plot:
             signal.signal(signal.SIGUSR1, lambda *_: self.asked.append(True))
         self.rank, self.processes = self.group.rank(), self.group.size()
         self.folder = Path(args.checkpoint) if args.checkpoint else None
-        self.taken = args.batch * args.accumulate * self.processes  # sequences that a step takes
+        self.step_sequences = args.batch * args.accumulate * self.processes
         self.log_path = self._log_path()
-        self.at_start = None  # a StabilityReport, for those that come later
+        self.at_start = None  # later reports compare with this StabilityReport
         text = read_corpus(args.data)
         size = len(text)
-        held = max(size // 32, 2 * args.context + 1)  # the tail, for validation
-        if size < 2 * held:
+        tail_size = max(size // 32, 2 * args.context + 1)  # the tail is for validation
+        if size < 2 * tail_size:
             raise SystemExit(f"--context {args.context} is too long for a text of {size} bytes")
         self._check_files(at_end)
-        self.data = mx.array(memoryview(text[:-held]))
+        self.data = mx.array(memoryview(text[:-tail_size]))
         self.windows = Windows(self.data.size, args.context, args.seed)
-        self._check_sequences("--batch x --accumulate x processes", self.windows, self.taken)
-        tail = mx.array(memoryview(text[-held:]))
+        self._check_sequences(
+            "--batch x --accumulate x processes", self.windows, self.step_sequences
+        )
+        tail = mx.array(memoryview(text[-tail_size:]))
         tests = Windows(tail.size, args.context, 0)
         self._check_sequences("--validation-batch", tests, args.validation_batch or 1)
         starts = tests.starts(0, args.validation_batch or min(tests.count, 32))
@@ -127,14 +104,14 @@ class Run:
         args = self.args
         path = Path(args.log) if args.log else Path(args.plot, "log.csv") if args.plot else None
         if path and self.rank:
-            if is_stream(path):  # the first process's alone
+            if is_stream(path):  # only the first process writes to it
                 return None
             path = path.with_suffix(f".rank{self.rank}{path.suffix}")
         return path
 
     def _check_files(self, at_end: ExitStack) -> None:
-        """SystemExit where what the options ask for cannot be written, or would be written over
-        what this run has not written itself."""
+        """Raise SystemExit where what the options ask for cannot be written, or would be written
+        over what this run has not written itself."""
         args = self.args
         if self.folder and self.rank == 0:
             make_folder("--checkpoint", self.folder)
@@ -168,12 +145,12 @@ class Run:
             raise SystemExit(f"--log must be a file of its own but {self.log_path} is another's")
 
     def _is_anothers(self, log: Path, pictures: list[Path]) -> bool:
-        """Whether pictures or checkpoints are written where the log is to be."""
+        """Tell whether pictures or checkpoints are written where the log is to be."""
         log = Path(os.path.realpath(log))
         if log in [Path(os.path.realpath(path)) for path in pictures]:
             return True
-        taken = is_checkpoint(log) or log.name in ("lock", "unfinished")
-        return taken and self.folder is not None and log.parent == self.folder.resolve()
+        reserved = is_checkpoint(log) or log.name in ("lock", "unfinished")
+        return reserved and self.folder is not None and log.parent == self.folder.resolve()
 
     def _check_sequences(self, what: str, windows: Windows, count: int) -> None:
         if count > windows.count:
@@ -182,10 +159,10 @@ class Run:
 
     def say(self, *words) -> None:
         if self.rank == 0:
-            print(*words, flush=True)  # before what --log /dev/stdout has next
+            print(*words, flush=True)  # must come before what --log /dev/stdout has next
 
     def everything(self) -> dict[str, mx.array]:
-        """All that a run is, as arrays by name."""
+        """Return all that a run is, as arrays by name."""
         where = {"step": mx.array(self.step), "position": mx.array(self.position, mx.int64)}
         tree = {"model": self.model.parameters(), "optimizer": self.optimizer.state}
         return dict(tree_flatten(tree | {"at": where, "random": {"state": mx.random.state[0]}}))
@@ -205,19 +182,19 @@ class Run:
         self.saved = self.step
 
     def _share(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
-        """What the first process has; sums must come in the same order in all."""
-        own = {k: v if self.rank == 0 else mx.zeros_like(v) for k, v in sorted(arrays.items())}
-        shared = {k: mx.distributed.all_sum(v, group=self.group) for k, v in own.items()}
+        """Return what the first process has; sums must come in the same order in all."""
+        parts = {k: v if self.rank == 0 else mx.zeros_like(v) for k, v in sorted(arrays.items())}
+        shared = {k: mx.distributed.all_sum(v, group=self.group) for k, v in parts.items()}
         mx.eval(shared)
         return shared
 
-    def _fault(self, path: Path, arrays: dict[str, mx.array], made: dict) -> str | None:
-        """What keeps a whole checkpoint from being this run's; SystemExit if it is another's."""
+    def _fault(self, path: Path, arrays: dict[str, mx.array], about: dict) -> str | None:
+        """Say what keeps an undamaged checkpoint from use; SystemExit if it is another run's."""
         for k, ours in self.about.items():
-            if k not in made:
+            if k not in about:
                 return f"does not say its {k}"
-            if made[k] != ours:
-                theirs, ours = (str(v)[:12] if k == "data" else v for v in (made[k], ours))
+            if about[k] != ours:
+                theirs, ours = (str(v)[:12] if k == "data" else v for v in (about[k], ours))
                 raise SystemExit(f"{path} was made with {k} {theirs}, not {ours}")
         if found := difference(arrays, self.everything()):
             return found
@@ -226,7 +203,7 @@ class Run:
         return None
 
     def begin(self) -> None:
-        """From the newest whole checkpoint where --resume says so; all processes from the same."""
+        """Begin, with --resume from the newest usable checkpoint; all processes from the same."""
         loaded = None
         if self.args.resume and self.rank == 0:
             loaded = load_checkpoint(self.folder, self._fault)
@@ -244,38 +221,39 @@ class Run:
     def steps(self) -> Iterator[Step]:
         """Train. A step is read once the next has begun, or at once if it is validated or saved."""
         args = self.args
-        share = self.taken // self.processes
-        take = make_step(self.model, self.optimizer, self.data, args.context, args.clip, self.group)
-        pending = []  # steps that run, and what they return
+        share = self.step_sequences // self.processes
+        step = make_step(self.model, self.optimizer, self.data, args.context, args.clip, self.group)
+        pending = []  # holds steps that run, and what they return
         stop = False
         start = before = time.perf_counter()
 
         def read(count: int) -> list[tuple]:
-            """The oldest of them."""
-            taken = [pending.pop(0) for _ in range(count)]
-            return [(k, *(v.item() for v in values)) for k, values in taken]
+            """Wait for the oldest of them."""
+            oldest = [pending.pop(0) for _ in range(count)]
+            return [(k, *(v.item() for v in values)) for k, values in oldest]
 
         while self.step < args.steps and not stop:
             starts = self.windows.starts(self.position + self.rank * share, share)
             # A process that is late says so to all, so that all stop after the same step.
             late = mx.array(float(time.perf_counter() - start > args.seconds))
-            values = take(starts.reshape(args.accumulate, args.batch), late)
+            values = step(starts.reshape(args.accumulate, args.batch), late)
             mx.async_eval(values, self.model.state, self.optimizer.state)
-            self.step, self.position = self.step + 1, self.position + self.taken
+            self.step, self.position = self.step + 1, self.position + self.step_sequences
             pending.append((self.step, values))
             due = self.step == args.steps or self.step % args.validate_every == 0
             due |= self.folder is not None and self.step % args.save_every == 0
             rows = read(len(pending) if due else len(pending) - 1)
             stop = any(late > 0 for *_, late in rows)
             rows += read(len(pending)) if stop else []
-            each = (time.perf_counter() - before) / max(1, len(rows))  # read at once, they share it
+            # Steps that are read at once share the time.
+            seconds = (time.perf_counter() - before) / max(1, len(rows))
             for number, *figures, _ in rows:
                 last = number == args.steps or stop and number == rows[-1][0]
-                yield Step(number, each, last, *figures)
+                yield Step(number, seconds, last, *figures)
             before = time.perf_counter() if rows else before
 
     def diagnose(self) -> StabilityReport | None:
-        """What connections do now; what they have moved since ``at_start``, where there is one."""
+        """Report what connections do now, and what they have moved since ``at_start``, if any."""
         if self.args.connection == "plain":
             return None
         self.model.recompute = False  # what mx.checkpoint runs cannot be seen
@@ -298,10 +276,10 @@ class Run:
 
 def follow(run: Run, log: Log | None) -> tuple[list[Step], float | None]:
     """Train, with a bar, a line of the log per step, validation, checkpoints, and pictures on a
-    signal. Returns the steps, and the last validation; only at the end may they not be finite.
+    signal. Return the steps, and the last validation; only at the end may they not be finite.
     """
     args, done, validation = run.args, [], None
-    tokens = run.taken * args.context
+    tokens = run.step_sequences * args.context
     validate = mx.compile(lambda: loss_fn(run.model, run.held_out)[0], inputs=run.model.state)
     bar = tqdm(total=args.steps, initial=run.step, unit="step", mininterval=1, disable=run.rank > 0)
     for step in run.steps():
@@ -316,10 +294,10 @@ def follow(run: Run, log: Log | None) -> tuple[list[Step], float | None]:
             similarity = step.similarity if several else ""
             figures = (step.bits, similarity, step.norm, round(rate), round(peak), tested)
             log.write(step.number, *figures)
-        shown = f"{validation:.3f}" if validation is not None else "-"
+        validated = f"{validation:.3f}" if validation is not None else "-"
         between = f"similarity {step.similarity:.3f}, " if several else ""
         bar.set_postfix_str(
-            f"bits/byte {step.bits:.3f}, validation {shown}, {between}"
+            f"bits/byte {step.bits:.3f}, validation {validated}, {between}"
             f"gradient {step.norm:.2g}, {rate:,.0f} tokens/s, {peak:.0f} MiB",
             refresh=False,
         )
@@ -338,13 +316,13 @@ def follow(run: Run, log: Log | None) -> tuple[list[Step], float | None]:
 
 
 def summarise(run: Run, done: list[Step], validation: float | None, seconds: float) -> dict:
-    """The figures of a run, printed too."""
+    """Return the figures of a run, and print them."""
     end = done[-1]
     finite = end.finite and (validation is None or math.isfinite(validation))
     if not finite:
-        kept = f"; the last checkpoint is of step {run.saved}" if run.saved else ""
+        saved = f"; the last checkpoint is of step {run.saved}" if run.saved else ""
         figures = f"loss {end.bits}, gradient norm {end.norm}, validation {validation}"
-        run.say(f"{figures} in step {end.number}: stopped{kept}")
+        run.say(f"{figures} in step {end.number}: stopped{saved}")
     recent, several = done[-100:], run.model.streams > 1
     bits, similarity = (
         sum(getattr(s, k) for s in recent) / len(recent) for k in ("bits", "similarity")
@@ -374,7 +352,7 @@ def summarise(run: Run, done: list[Step], validation: float | None, seconds: flo
 
 
 def train(args: argparse.Namespace, diagnosed: bool = False) -> dict:
-    """Train as the command line says. Returns the figures that it prints and, if diagnosed or
+    """Train as the command line says. Return the figures that it prints and, if diagnosed or
     drawn, the StabilityReport.
     """
     with ExitStack() as at_end:
@@ -405,8 +383,3 @@ def _train(run: Run, diagnosed: bool, at_end: ExitStack) -> dict:
     if drawn:
         run.draw(result["report"])
     return result
-
-
-if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a sample is any bytes
-    sys.exit(0 if train(parse(description=__doc__))["finite"] else 1)

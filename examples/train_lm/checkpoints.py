@@ -1,11 +1,8 @@
-"""What a run of the trainer leaves behind: checkpoints, written whole or not at all, and a log."""
+"""Checkpoints are written whole or not at all, and are checked before a run goes on from one."""
 
 import contextlib
-import csv
 import fcntl
 import hashlib
-import io
-import itertools
 import json
 import os
 import re
@@ -13,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
-from files import check_new, is_stream, open_to_append, write_all
 
 
 def _digest(path: Path) -> str:
@@ -25,7 +21,7 @@ def _digest(path: Path) -> str:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """By its name; those with other names are not ours."""
+    """Tell by the name: files with other names are not ours."""
     return re.fullmatch(r"step-\d+-[0-9a-f]{16}\.safetensors", path.name) is not None
 
 
@@ -34,7 +30,7 @@ def step_of(path: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Of a folder, the newest first."""
+    """List those of a folder, the newest first."""
     found = [p for p in folder.glob("step-*.safetensors") if is_checkpoint(p)]
     return sorted(found, key=lambda p: (step_of(p), p.name), reverse=True)
 
@@ -79,23 +75,23 @@ def save_checkpoint(folder: Path, step: int, arrays: dict, about: dict) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / "unfinished"
     try:
-        if os.path.lexists(temporary):  # a killed run's
+        if os.path.lexists(temporary):  # a killed run left it
             temporary.unlink()
-        with open(temporary, "xb") as f:  # x: not through a link
+        with open(temporary, "xb") as f:  # x does not write through a link
             mx.save_safetensors(f, arrays, {"about": json.dumps(about)})
             f.flush()
             os.fsync(f.fileno())
         path = folder / f"step-{step:08}-{_digest(temporary)}.safetensors"
         os.replace(temporary, path)
         entry = os.open(folder, os.O_RDONLY)
-        os.fsync(entry)  # the new name too
+        os.fsync(entry)  # for the new name
         os.close(entry)
     except OSError as error:
         if not temporary.is_dir():
             temporary.unlink(missing_ok=True)
         left = list_checkpoints(folder)
-        kept = f"the last one is {left[0]}" if left else "there is none before it"
-        raise SystemExit(f"cannot write a checkpoint to {folder}: {error}; {kept}") from error
+        last = f"the last one is {left[0]}" if left else "there is none before it"
+        raise SystemExit(f"cannot write a checkpoint to {folder}: {error}; {last}") from error
     about = json.loads(json.dumps(about))
     others = [p for p in list_checkpoints(folder) if p != path and _about(p) == about]
     for old in others[1:]:
@@ -104,7 +100,8 @@ def save_checkpoint(folder: Path, step: int, arrays: dict, about: dict) -> Path:
 
 
 def _read(path: Path) -> tuple[dict, dict]:
-    """The arrays, read when they are used, and what they are about; ValueError says why not."""
+    """Return the arrays, which are read when they are used, and what they are about; ValueError
+    says why they cannot be read."""
     if not path.is_file():
         raise ValueError("it is no file")
     try:
@@ -127,7 +124,7 @@ def _about(path: Path) -> dict | None:
 
 
 def difference(arrays: dict[str, mx.array], expected: dict[str, mx.array]) -> str | None:
-    """How arrays differ from those expected in names, shapes or dtypes; None where they do not."""
+    """Say how arrays differ from those expected in names, shapes or dtypes; None if they do not."""
     for what, names in (
         ("lacks", expected.keys() - arrays.keys()),
         ("has an unknown", arrays.keys() - expected.keys()),
@@ -146,7 +143,7 @@ def difference(arrays: dict[str, mx.array], expected: dict[str, mx.array]) -> st
 def load_checkpoint(
     folder: Path, fault: Callable[[Path, dict, dict], str | None] = lambda *_: None
 ) -> tuple[Path, dict, dict] | None:
-    """The newest usable checkpoint: path, arrays, what they are about. None where there is none.
+    """Return path, arrays and what they are about of the newest usable checkpoint, or None.
 
     ``fault`` says of one that is whole what else keeps it from use, if anything does. Unusable
     files that are newer are renamed, so that they do not count among the two kept. SystemExit
@@ -173,79 +170,3 @@ def load_checkpoint(
             f"no checkpoint in {folder} is whole: remove them to start anew; {reasons[0]}"
         )
     return None
-
-
-class Log:
-    """A CSV file with a line per step, there as soon as the next one has begun."""
-
-    FIELDS = ("step", "bits_per_byte", "similarity", "gradient_norm", "tokens_per_second")
-    FIELDS += ("peak_mib", "validation")
-    NUMBER = staticmethod(re.compile(r"[1-9][0-9]{0,17}").fullmatch)
-    PART = staticmethod(re.compile(r"([0-9][-+.,0-9a-z]*\r?)?").fullmatch)  # of a line
-
-    def __init__(self, path: Path, after: int, resumed: bool = False):
-        """Goes on after step ``after``; the file may be there only where the run is resumed.
-
-        Then lines of later steps, which are done again, are cut off. A log without a checkpoint
-        (``after`` is 0) is renamed: nobody knows of which run it is.
-        """
-        self.path, self.regular = path, not is_stream(path)
-        if not (resumed or after):
-            check_new("--log", path, ", or go with --resume,")
-        with self._reported():
-            if self.regular:
-                path = Path(os.path.realpath(path))
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if path.exists():
-                    self._cut(path, after)
-            self._file = open_to_append(path)
-        if not self.regular or path.stat().st_size == 0:
-            self.write(*self.FIELDS)
-
-    def _cut(self, path: Path, after: int) -> None:
-        """Cut off the lines after step ``after``, and half a line that a kill has left."""
-        *lines, rest = path.read_bytes().split(b"\n")
-        header, *rows = [line.decode("latin-1").strip().split(",") for line in lines] or [None]
-        steps = [int(r[0]) for r in rows if len(r) == len(self.FIELDS) and self.NUMBER(r[0])]
-        first, last = (steps[0], steps[-1]) if steps else (after + 1, after)
-        why, names = None, ",".join(self.FIELDS)
-        if header is None and not names.startswith(rest.decode("latin-1").strip()):
-            why = f"does not begin with {names}"
-        elif header and (tuple(header) != self.FIELDS or not self.PART(rest.decode("latin-1"))):
-            why = f"does not hold {names} alone"
-        elif len(steps) < len(rows) or steps != list(range(first, first + len(steps))):
-            why = "has not one line for each step"
-        elif not first - 1 <= after <= last:
-            why = f"has steps {first} to {last} and the run goes on after {after}"
-        if why:
-            raise SystemExit(f"--log must be this run's log but {path} {why}: name another file")
-        if steps and not after:
-            free = (path.with_name(f"{path.name}.{k}") for k in itertools.count(1))
-            aside = next(p for p in free if not os.path.lexists(p))
-            path.rename(aside)
-            print(f"warning: there is no checkpoint for the log {path}: renamed {aside}")
-            return
-        with open(path, "r+b") as f:
-            f.truncate(sum(len(line) + 1 for line in lines[: 1 + after - first + 1]))
-
-    def write(self, *row) -> None:
-        text = io.StringIO(newline="")
-        csv.writer(text).writerow(row)
-        with self._reported():
-            write_all(self._file, text.getvalue().encode())
-
-    def sync(self) -> None:
-        """Before a checkpoint: a log that lacks steps before it could not go on."""
-        if self.regular:
-            with self._reported():
-                os.fsync(self._file)
-
-    @contextlib.contextmanager
-    def _reported(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise SystemExit(f"cannot write the log {self.path}: {error.strerror}") from error
-
-    def close(self) -> None:
-        os.close(self._file)

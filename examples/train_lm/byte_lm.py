@@ -1,7 +1,5 @@
-"""A byte-level language model whose sublayers sit in hyper-connections, its text, its samples.
-
-`ByteLM` is a transformer on n streams; `Windows` says which parts of a text a step reads.
-"""
+"""`ByteLM` is a byte-level language model whose sublayers sit in hyper-connections; `Windows` says
+which parts of a text a step reads."""
 
 import argparse
 import functools
@@ -13,36 +11,26 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from mhc_mlx import (
-    IDENTITY,
-    KRONECKER,
-    MHC_LITE,
-    PAPER,
-    ROW_FIRST,
-    UNCONSTRAINED,
-    MHCLayer,
-    expand_streams,
-    reduce_streams,
-)
+import mhc_mlx as m
 from mhc_mlx.diagnostics import stream_similarity
 
-CONVENTIONS = {"static": ROW_FIRST, "mhc": PAPER, "mhc-lite": MHC_LITE, "kronecker": KRONECKER}
-CONVENTIONS |= {"identity": IDENTITY, "hc": UNCONSTRAINED}
+CONVENTIONS = {"static": m.ROW_FIRST, "mhc": m.PAPER, "mhc-lite": m.MHC_LITE}
+CONVENTIONS |= {"kronecker": m.KRONECKER, "identity": m.IDENTITY, "hc": m.UNCONSTRAINED}
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 
 
 class Linear(nn.Linear):
-    """Weights in float32, rounded to the dtype of what they multiply."""
+    """Its weights are float32, and are rounded to the dtype of what they multiply."""
 
-    def __init__(self, ins: int, outs: int):
-        super().__init__(ins, outs, bias=False)
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
 
     def __call__(self, u: mx.array) -> mx.array:
         return u @ self.weight.astype(u.dtype).T
 
 
 class Embedding(nn.Embedding):
-    """As a product: the gradient of a gather adds with atomics on GPUs, in no fixed order."""
+    """It is a product, because a gather's gradient adds with atomics on GPUs, in no fixed order."""
 
     def __call__(self, tokens: mx.array, dtype: mx.Dtype) -> mx.array:
         chosen = tokens[..., None] == mx.arange(self.weight.shape[0])
@@ -55,7 +43,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions."""
+    """This is causal self-attention with rotary positions."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -84,7 +72,7 @@ class MLP(nn.Module):
 
 
 class Residual(nn.Module):
-    """An ordinary pre-norm residual, on one stream."""
+    """This is an ordinary pre-norm residual, on one stream."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -95,7 +83,7 @@ class Residual(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each in its connection."""
+    """Attention and MLP sit in a connection each."""
 
     def __init__(self, dim: int, heads: int, hidden: int, connections: list[nn.Module]):
         super().__init__()
@@ -108,7 +96,7 @@ class Block(nn.Module):
 
 
 class ByteLM(nn.Module):
-    """n streams of ``dim`` channels through ``depth`` blocks, ``2 * depth`` sublayers."""
+    """n streams of ``dim`` channels go through ``depth`` blocks, ``2 * depth`` sublayers."""
 
     def __init__(
         self,
@@ -130,7 +118,7 @@ class ByteLM(nn.Module):
             if connection == "plain":
                 return Residual(dim)
             convention = CONVENTIONS[connection]
-            return MHCLayer(streams, dim, convention=convention, layer_idx=k, **options)
+            return m.MHCLayer(streams, dim, convention=convention, layer_idx=k, **options)
 
         self.embedding = Embedding(256, dim)
         self.blocks = [
@@ -141,16 +129,16 @@ class ByteLM(nn.Module):
         self.head = Linear(dim, 256)
 
     def __call__(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
-        """Logits, and the streams before they are reduced."""
-        x = expand_streams(self.embedding(tokens, self.dtype), self.streams)
+        """Return the logits, and the streams before they are reduced."""
+        x = m.expand_streams(self.embedding(tokens, self.dtype), self.streams)
         for block in self.blocks:
-            # mx.checkpoint keeps a block's input and computes the rest again for the gradient.
+            # mx.checkpoint keeps a block's input and computes its output again for the gradient.
             x = (nn.utils.checkpoint(block) if self.recompute else block)(x)
-        return self.head(self.norm(reduce_streams(x))), x
+        return self.head(self.norm(m.reduce_streams(x))), x
 
 
 def loss_fn(model: ByteLM, batch: mx.array) -> tuple[mx.array, mx.array]:
-    """Bits per byte, and the similarity between streams (0 where there is one)."""
+    """Return bits per byte, and the similarity between streams (0 where there is one)."""
     logits, x = model(batch[:, :-1])
     losses = nn.losses.cross_entropy(logits.astype(mx.float32), batch[:, 1:])
     similarity = stream_similarity(x) if model.streams > 1 else mx.array(0.0)
@@ -173,7 +161,7 @@ def sample(model: ByteLM, prompt: bytes, length: int, context: int) -> str:
 
 
 def read_corpus(file: str | None, limit: int = 16 << 20) -> bytes:
-    """A file, or the standard library's own sources."""
+    """Read a file, or the source files of the standard library."""
     if file is not None:
         try:
             data = Path(file).read_bytes()
@@ -196,7 +184,7 @@ def read_corpus(file: str | None, limit: int = 16 << 20) -> bytes:
 
 
 class Windows:
-    """Where sequences start: windows side by side, shuffled and shifted anew in each epoch.
+    """Sequences start side by side, shuffled and shifted anew in each epoch.
 
     Sequence k of a run depends on the seed and k alone, so that a position, the number of sequences
     taken, is all that a checkpoint must hold, and any number of processes can share them.

@@ -1,21 +1,21 @@
-"""The options of train_lm.py, and checks that all programs share."""
+"""These are the options of the trainer, and checks that programs which run it share."""
 
 import argparse
 import importlib.util
 import math
 
-from byte_lm import CONVENTIONS, DTYPES
+from examples.train_lm.byte_lm import CONVENTIONS, DTYPES
+from mhc_mlx.commands import make_parser, memory
 
-from mhc_mlx.commands import memory
-
-MOST_STEPS = 10**8 - 1  # the digits of a checkpoint's name
+COMMAND = "python -m examples.train_lm"
+MOST_STEPS = 10**8 - 1  # a checkpoint's name has 8 digits
 
 
 def options_named(
     parser: argparse.ArgumentParser, command: list[str] | None, args: argparse.Namespace
 ) -> set[str]:
-    """The options that a command line names, with their usual values too, which args has been
-    parsed from."""
+    """Return the options that a command line, from which args was parsed, names, also with their
+    usual values."""
     absent = object()
     unset = argparse.Namespace(**dict.fromkeys(vars(args), absent))
     found = parser.parse_known_args(command, unset)[0]
@@ -27,21 +27,21 @@ def option(name: str) -> str:
 
 
 def refuse_empty(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
-    """An empty path, as of a variable that is not set, is no path and no missing option."""
+    """Refuse an empty path, which a shell makes of a variable that is not set."""
     for name in names:
         if getattr(args, name) == "":
             parser.error(f"{option(name)} must be a path but is empty")
 
 
 def least_bytes(args: argparse.Namespace) -> int:
-    """What a step takes in any case: weights, gradients and both moments; the streams before each
-    block, and logits."""
+    """Return the bytes that a step takes in any case: weights, gradients and both moments; the
+    streams before each block, and logits."""
     width = args.mlp or 4 * args.dim
     weights = args.depth * (4 * args.dim**2 + 2 * args.dim * width) + 2 * 256 * args.dim
     streams = 1 if args.connection == "plain" else args.streams
     size = DTYPES[args.dtype].size
-    each = args.depth * streams * args.dim * size + 256 * size
-    return 16 * weights + args.batch * args.context * each
+    token_bytes = args.depth * streams * args.dim * size + 256 * size
+    return 16 * weights + args.batch * args.context * token_bytes
 
 
 def check_memory(parser: argparse.ArgumentParser, args: argparse.Namespace, names: str) -> None:
@@ -52,11 +52,7 @@ def check_memory(parser: argparse.ArgumentParser, args: argparse.Namespace, name
 
 
 def trainer_parser(description: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(COMMAND, description)
     add = parser.add_argument
     add("--data", metavar="FILE", help="text to train on")
     add("--seconds", type=float, default=120, help="stop after this long")
@@ -89,34 +85,36 @@ def trainer_parser(description: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(command: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
-    """Of the command line, or of a list, checked; SystemExit names what is wrong."""
-    parser = trainer_parser(description)
-    args = parser.parse_args(command)
-    named = options_named(parser, command, args)
-    refuse_empty(parser, args, "data", "log", "plot", "checkpoint")
+def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     positive = ("steps", "streams", "dim", "depth", "heads", "context", "batch", "accumulate")
-    for name in (*positive, "clip", "validate_every", "save_every"):
-        if not getattr(args, name) > 0:  # nan neither
-            parser.error(f"{option(name)} must be positive but is {getattr(args, name)}")
-    for name in ("mlp", "validation_batch"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            parser.error(f"{option(name)} must be positive but is {getattr(args, name)}")
-    for name in ("lr", "gates_rate"):
-        if not 0 <= getattr(args, name) < math.inf:
-            parser.error(
-                f"{option(name)} must be finite and at least 0 but is {getattr(args, name)}"
-            )
-    for name in ("seconds", "warmup", "sample"):
-        if not getattr(args, name) >= 0:
-            parser.error(f"--{name} must be at least 0 but is {getattr(args, name)}")
+    positive += ("clip", "validate_every", "save_every", "mlp", "validation_batch")
+    finite, least = ("lr", "gates_rate"), ("seconds", "warmup", "sample")
+    values = {k: v for k, v in vars(args).items() if v is not None}
+    for name in positive:
+        if name in values and not values[name] > 0:  # a NaN is not either
+            parser.error(f"{option(name)} must be positive but is {values[name]}")
+    for name in finite:
+        if not 0 <= values[name] < math.inf:
+            parser.error(f"{option(name)} must be finite and at least 0 but is {values[name]}")
+    for name in least:
+        if not values[name] >= 0:
+            parser.error(f"--{name} must be at least 0 but is {values[name]}")
     for name in ("steps", "warmup"):
-        if getattr(args, name) > MOST_STEPS:
-            parser.error(f"--{name} must be at most {MOST_STEPS} but is {getattr(args, name)}")
+        if values[name] > MOST_STEPS:
+            parser.error(f"--{name} must be at most {MOST_STEPS} but is {values[name]}")
     if not 0 <= args.seed < 2**64:
         parser.error(f"--seed must be from 0 to 2**64 - 1 but is {args.seed}")
     if args.streams > 64:
         parser.error(f"--streams must be at most 64 but is {args.streams}")
+
+
+def parse(command: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    """Parse the command line, or a list, and check it; SystemExit names what is wrong."""
+    parser = trainer_parser(description)
+    args = parser.parse_args(command)
+    named = options_named(parser, command, args)
+    refuse_empty(parser, args, "data", "log", "plot", "checkpoint")
+    check_numbers(parser, args)
     if args.connection != "plain":
         try:
             CONVENTIONS[args.connection].check_streams("--streams", args.streams)

@@ -1,12 +1,13 @@
-"""A result, which --json keeps: its rows as text, and what reads it."""
+"""A result, which --json keeps, is shown, checked, merged, compared, and drawn."""
 
 import statistics
 
 import mlx.core as mx
 
-from benchmarks.ops import DIRECTIONS, DTYPES, LARGE, TARGETS, mandatory_bytes
+from benchmarks.suite import DIRECTIONS, DTYPES, LARGE, TARGETS, mandatory_bytes
+from mhc_mlx.commands import check_strings
 
-SECTIONS = ("rows", "sizes", "decode", "overhead", "reference")  # the last: without a GPU
+SECTIONS = ("rows", "sizes", "decode", "overhead", "reference")  # the last is of CPUs
 
 
 def show(row: dict) -> str:
@@ -27,9 +28,9 @@ def show(row: dict) -> str:
         text += f" | {row['dispatches']} dispatches, {row['kernels']} of them kernels"
         text += f" (plain {row['plain_dispatches']}); per sublayer of stacks of {row['layers']}"
         text += f", plain {row['plain_layers']}"
-    for one in row.get("launches", []):
-        text += f"\n    {one['kernel']}: source {one['source_bytes']} bytes, "
-        text += f"{one['template_arguments']} template arguments"
+    for launch in row.get("launches", []):
+        text += f"\n    {launch['kernel']}: source {launch['source_bytes']} bytes, "
+        text += f"{launch['template_arguments']} template arguments"
     return text
 
 
@@ -63,16 +64,8 @@ def _check_row(section: str, row) -> None:
 
 
 def check_result(result) -> None:
-    """Of what --json writes.
-
-    Raises:
-        ValueError: Why it is no such result.
-    """
-    if not isinstance(result, dict):
-        raise ValueError(f"it holds {type(result).__name__}, not an object")
-    for key in ("device", "mlx", "date", "command"):
-        if not isinstance(result.get(key), str):
-            raise ValueError(f"its {key} is {'no string' if key in result else 'missing'}")
+    """Raise ValueError that says why this is no result that --json writes."""
+    check_strings(result, "device", "mlx", "date", "command")
     for key in ("verified", *SECTIONS):
         if not isinstance(result.get(key, [] if key in SECTIONS[1:] else None), list):
             raise ValueError(f"its {key} is {'no list' if key in result else 'missing'}")
@@ -93,12 +86,12 @@ def check_figures(result) -> None:
 
 def label(section: str, row: dict) -> str:
     keys = ("op", "direction", "dtype", "shape", "threads_per_group", "vec")
-    given = [str(row[k]) for k in keys if row.get(k) is not None]
-    return " ".join([*given, f"({section})" if section != "rows" else ""]).strip()
+    named = [str(row[k]) for k in keys if row.get(k) is not None]
+    return " ".join([*named, f"({section})" if section != "rows" else ""]).strip()
 
 
 def _worst(results: list[dict]) -> list[dict]:
-    """Each case's parity in the process where its error was largest, or not finite."""
+    """Return the parity of each case in the process where its error was largest, or not finite."""
     worst: dict[str, dict] = {}
     for row in (row for result in results for row in result["verified"]):
         key = label("verified", row)
@@ -112,7 +105,8 @@ def _error(row: dict) -> float:
 
 
 def merge(results: list[dict]) -> dict:
-    """The first process's result with the medians of all, the best copy and the worst parity."""
+    """Return the first process's result with the medians of all, the best copy, the worst
+    parity."""
     merged = results[0] | {"processes": len(results), "verified": _worst(results)}
     merged["copy_gbps"] = max(result["copy_gbps"] for result in results)
     figures = ("gbps", "percent_of_copy", "percent_of_peak")
@@ -135,7 +129,7 @@ def merge(results: list[dict]) -> dict:
 
 
 def compare(before: dict, after: dict) -> list[str]:
-    """The change of each figure, and which are in one of both only."""
+    """Return the change of each figure, and say which figures one of both lacks."""
     old, new = (
         {label(s, r): r["us"] for s in SECTIONS for r in result.get(s, [])}
         for result in (before, after)
@@ -150,8 +144,8 @@ def compare(before: dict, after: dict) -> list[str]:
 
 
 APPLE = {"M2 Max": 400, "M3 Ultra": 819, "M4 Max": 546, "M5 Max": 614}  # nominal GB/s
-COPY_SHARE = 0.8  # of nominal bandwidth that a copy gets: published figures are 70 to 85 %
-ASSUMED_SHARE = 0.75  # of nominal bandwidth, for an op that has no measurement
+COPY_SHARE = 0.8  # a copy gets this share of it: published figures are 70 to 85 %
+ASSUMED_SHARE = 0.75  # an op that was not measured gets this share
 
 
 def predicted_us(size: int, gbps: float, percent_of_copy: float | None) -> float:
@@ -163,7 +157,7 @@ def predicted_us(size: int, gbps: float, percent_of_copy: float | None) -> float
 
 
 def predict(result: dict) -> str:
-    """A Markdown table of predictions for bfloat16."""
+    """Return a Markdown table of predictions for bfloat16."""
     measured = {label("rows", r): r for r in result.get("rows", [])}
     lines = [
         "Predictions: no Apple GPU has run this. us = mandatory bytes / (nominal bandwidth x "
@@ -191,7 +185,7 @@ def predict(result: dict) -> str:
 
 
 def plot(result: dict, file: str) -> None:
-    """Percent of copy: over size if there are such rows, and otherwise a bar for each row."""
+    """Draw percent of copy: over size if there are such rows, and otherwise a bar for each row."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -213,7 +207,7 @@ def plot(result: dict, file: str) -> None:
 
 
 def plot_sizes(plt, rows: list[dict], device: str):
-    """A panel for each op and n, a line for each C."""
+    """Draw a panel for each op and n, and in it a line for each C."""
     panels = list(dict.fromkeys((r["op"], r["direction"]) for r in rows))
     streams, widths = (sorted({r["shape"][i] for r in rows}) for i in (1, 2))
     size = (2.6 * len(streams) + 1.4, 2.3 * len(panels) + 0.9)
@@ -225,8 +219,8 @@ def plot_sizes(plt, rows: list[dict], device: str):
             axes.axhline(100, color="black", linewidth=0.8)
             for i, C in enumerate(widths):
                 key = (op, direction, n, C)
-                own = [r for r in rows if (r["op"], r["direction"], *r["shape"][1:]) == key]
-                points = sorted((r["shape"][0], r["percent_of_copy"]) for r in own)
+                line = [r for r in rows if (r["op"], r["direction"], *r["shape"][1:]) == key]
+                points = sorted((r["shape"][0], r["percent_of_copy"]) for r in line)
                 style = {"color": plt.cm.viridis(i / len(widths)), "marker": ".", "linewidth": 1.2}
                 if points:
                     (lines[C],) = axes.plot(*zip(*points, strict=True), **style)

@@ -1,4 +1,4 @@
-"""A training step: AdamW at two rates; forward, backward, clipping and update in one function."""
+"""A training step is one function: forward, backward, clipping, and AdamW at two rates."""
 
 import functools
 import math
@@ -6,14 +6,16 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from byte_lm import loss_fn
 from mlx.utils import tree_flatten, tree_map
+
+from examples.train_lm.byte_lm import loss_fn
 
 
 def make_optimizer(lr: float, steps: int, warmup: int, gates: float = 10) -> optim.Optimizer:
-    """AdamW whose rate rises for ``warmup`` steps and falls as a cosine to a tenth at ``steps``.
+    """Make an AdamW whose rate rises for ``warmup`` steps and falls as a cosine to a tenth at
+    ``steps``.
 
-    A long warm-up and an eps: without them Adam turns the rounding noise of parameters that have no
+    Without the long warm-up and an eps Adam turns the rounding noise of parameters that have no
     gradient yet into full steps.
     """
 
@@ -34,10 +36,10 @@ def make_optimizer(lr: float, steps: int, warmup: int, gates: float = 10) -> opt
 
 
 def make_step(model, optimizer, data: mx.array, context: int, clip: float, group):
-    """The whole step, compiled: of starts ``[accumulate, batch]`` and whether to stop.
+    """Compile the step, a function of starts ``[accumulate, batch]`` and of whether to stop.
 
-    Returns a function to loss, similarity, gradient norm, and how many processes stop: arrays of
-    their own, because on CUDA the host reads a number at once, a row of them after all that waits.
+    It returns loss, similarity, gradient norm, and how many processes stop. They are separate
+    arrays, because on CUDA the host reads a number at once, a row of them after all that waits.
     """
     state = [model.state, optimizer.state]
     backward = nn.value_and_grad(model, loss_fn)
@@ -47,13 +49,12 @@ def make_step(model, optimizer, data: mx.array, context: int, clip: float, group
         count, values, gradients = starts.shape[0], None, None
         for k in range(count):
             chosen = starts[k]
-            if k:  # one after another: the activations of one part at a time
+            if k:  # parts run one after another, so that one has activations at a time
                 done = [*values, *(g for _, g in tree_flatten(gradients))]
                 chosen = mx.depends([chosen], done)[0]
             batch = data[chosen[:, None] + mx.arange(context + 1)].astype(mx.int32)
-            made, new = backward(model, batch)
-            values = made if values is None else tree_map(mx.add, values, made)
-            gradients = new if gradients is None else tree_map(mx.add, gradients, new)
+            part = backward(model, batch)
+            values, gradients = part if k == 0 else tree_map(mx.add, (values, gradients), part)
         if count > 1:
             values, gradients = tree_map(lambda v: v / count, (values, gradients))
         if group.size() > 1:
