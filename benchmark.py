@@ -28,7 +28,7 @@ from benchmarks.parity import verify
 from benchmarks.processes import repeat
 from benchmarks.report import compare, plot, predict, show
 from benchmarks.suite import OPS
-from mhc_mlx import kernel
+from mhc_mlx import launch
 
 BASELINE = (
     "mhc_static",
@@ -57,7 +57,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def rows_of(args, bench: Bench, result: dict, section: str, op: str, shape, name: str) -> Iterator:
     """Yield the rows of a case, each as soon as it is measured."""
     directions = cases.directions(args, section)
-    if not kernel.backend():
+    if not launch.backend():
         for direction in directions:
             yield bench.reference_row(op, direction, shape, name)
     elif section == "decode":
@@ -94,13 +94,13 @@ def measure(args: argparse.Namespace, result: dict) -> None:
     """Fill result, which is written after each figure."""
     mx.random.seed(0)
     chosen, bench = args.chosen, Bench(0.1 if args.quick else 0.5, args.peak_gbps)
-    info = mx.device_info() if kernel.backend() else {}
-    kernels = kernel.backend() or "none here, so compiled against plain reference"
+    info = mx.device_info() if launch.backend() else {}
+    kernels = launch.backend() or "none here, so compiled against plain reference"
     result |= {"device": info.get("device_name", "CPU")} | result
     print(f"{result['device']}, MLX {mx.__version__}, kernels: {kernels}")
-    if not kernel.backend():
+    if not launch.backend():
         print(f"on a CPU, of each shape at most {cases.REFERENCE_TOKENS} tokens")
-    result |= {section: [] for section in chosen if kernel.backend()}
+    result |= {section: [] for section in chosen if launch.backend()}
     if args.once:
         for op, shape, name in chosen["rows"]:
             launch_twice(op, shape, name, args.direction or ["forward+backward"], args.threads)
@@ -108,7 +108,7 @@ def measure(args: argparse.Namespace, result: dict) -> None:
     failed = set() if args.sweep else check_parity(args, result)
     done, total = 0, sum(map(len, chosen.values()))
     for section in chosen if not args.verify else []:
-        rows = result.setdefault(section if kernel.backend() else "reference", [])
+        rows = result.setdefault(section if launch.backend() else "reference", [])
         for case in chosen[section]:
             if (section, *case) in failed:
                 continue

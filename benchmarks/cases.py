@@ -7,7 +7,7 @@ from benchmarks import options
 from benchmarks.parity import needed_bytes
 from benchmarks.suite import DIRECTIONS, DTYPES, LARGE, OPS, TARGETS, mandatory_bytes
 from benchmarks.timing import array_limit
-from mhc_mlx import kernel
+from mhc_mlx import launch
 from mhc_mlx.commands import memory
 
 OTHERS = ("stream_aggregate_norm", "mhc_coefficients", "mhc_dynamic", "mhc_head", "mhc_seam")
@@ -94,14 +94,14 @@ CASES |= {"overhead": overhead_cases}
 
 def directions(args: argparse.Namespace, section: str) -> list[str]:
     """Return the directions that a section times, of ops that have them."""
-    forward_only = section != "rows" or not (kernel.backend() or args.verify)
+    forward_only = section != "rows" or not (launch.backend() or args.verify)
     return args.direction or (["forward"] if forward_only else list(DIRECTIONS))
 
 
 def fitting(cases: list[tuple], refuse: bool, gradients: bool) -> list[tuple]:
     """Return the cases that fit in memory, on a CPU with fewer tokens; name or refuse the
     others."""
-    cut = (lambda B: B) if kernel.backend() else (lambda B: min(B, REFERENCE_TOKENS))
+    cut = (lambda B: B) if launch.backend() else (lambda B: min(B, REFERENCE_TOKENS))
     cases = list(dict.fromkeys((op, (cut(s[0]), *s[1:]), name) for op, s, name in cases))
     needed = {(op, s, name): needed_bytes(op, s, DTYPES[name], gradients) for op, s, name in cases}
     for (op, shape, name), size in needed.items():

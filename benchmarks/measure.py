@@ -9,9 +9,9 @@ from benchmarks.parity import verify
 from benchmarks.report import show
 from benchmarks.suite import DIRECTIONS, DTYPES, OPS, case_row, function, make_inputs
 from benchmarks.timing import array_limit, directed, input_sets, race
-from mhc_mlx import kernel, ops, reference
+from mhc_mlx import launch, ops, reference
 
-# The loads of these do not follow `geometry.of_token`, so a sweep tries their threads alone.
+# The loads of these do not follow `tiling.token_tiling`, so a sweep tries their threads alone.
 THREADS_ALONE = [("sinkhorn_knopp", d) for d in DIRECTIONS] + [("mhc_seam", "backward")]
 
 
@@ -84,24 +84,24 @@ def launch_twice(op: str, shape, name: str, directions: list[str], threads: int 
 def sweep(bench: Bench, op: str, shape, name: str, verified: list[dict]) -> list[dict]:
     """Try threads per group x vector width, or threads alone of an op that has another rule for its
     loads; mark the best and what the default picks. Each is timed if its parity is right."""
-    rows, usual = [], ops.geometry.of_token
+    rows, usual = [], ops.tiling.token_tiling
     for direction in ("forward", "forward+backward" if OPS[op].saves else "backward"):
         candidates = [(None, threads, None) for threads in (None, 64, 128, 256, 512)]
         if (op, direction) not in THREADS_ALONE and not OPS[op].saves:
             copies = 1 if direction == "forward" else 2
-            size, backend = DTYPES[name].size, kernel.backend()
+            size, backend = DTYPES[name].size, launch.backend()
             chosen = usual(shape[1], shape[2], size, copies, None, backend)
             candidates = list(tilings(*shape[1:], size, copies, backend, chosen))
         timed = []
         for vec, threads, tiling in candidates:
-            ops.geometry.of_token = (lambda *_, tiling=tiling, **__: tiling) if tiling else usual
+            ops.tiling.token_tiling = (lambda *_, tiling=tiling, **__: tiling) if tiling else usual
             try:
                 verified += verify("rows", op, shape, name, [direction], threads)
                 if not verified[-1]["ok"]:
                     continue
                 row = bench.row(op, direction, shape, name, threads, baseline=False)
             finally:
-                ops.geometry.of_token = usual
+                ops.tiling.token_tiling = usual
             picked = (vec, threads) == (chosen.vec, chosen.threads) if vec else threads is None
             timed.append(row | {"vec": vec, "default": picked})
         print_sweep(timed)
@@ -127,5 +127,5 @@ def tilings(n: int, C: int, size: int, copies: int, backend: str, chosen):
             if threads > 32 and (threads - 32) * vec >= C or passes > 16:
                 continue
             registers = passes * copies * n * (max(4, vec * size) if copies == 1 else 4 * vec)
-            fits = n <= 8 and registers <= ops.geometry.REGISTER_BYTES[backend, copies]
+            fits = n <= 8 and registers <= ops.tiling.REGISTER_BYTES[backend, copies]
             yield vec, threads, chosen._replace(vec=vec, threads=threads, passes=passes, fits=fits)

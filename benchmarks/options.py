@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from benchmarks.report import check_figures, check_result
 from benchmarks.suite import DIRECTIONS, DTYPES, OPS
-from mhc_mlx import kernel
+from mhc_mlx import launch
 from mhc_mlx.commands import Output, make_parser, read
 from mhc_mlx.ops import MAX_STREAMS, check_threads
 
@@ -135,7 +135,7 @@ def check_combination(args: argparse.Namespace) -> None:
         others = [s for s in chosen if s not in takers]
         if name in named and others and (name not in ONE_IS_ENOUGH or others == chosen):
             raise ValueError(f"{option(name)} does nothing with --{others[0]}")
-    if not kernel.backend():
+    if not launch.backend():
         for name in named:
             if name in ON_A_GPU:
                 raise ValueError(

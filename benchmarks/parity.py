@@ -9,7 +9,7 @@ from benchmarks import suite
 from benchmarks.layers import layers
 from benchmarks.suite import DTYPES, OPS, as_list, function, make_inputs
 from benchmarks.timing import array_limit, directed
-from mhc_mlx import kernel, ops, reference
+from mhc_mlx import launch, ops, reference
 from mhc_mlx.commands import memory
 
 BOUNDS = {mx.float32: 3e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
@@ -56,7 +56,7 @@ def needed_bytes(
     B, n, C = shape
     phi = 4 * n * C * (2 * n + n * n) if OPS[op].saves else 0
     both = suite.mandatory_bytes(op, "forward+backward" if gradients else "forward", shape, dtype)
-    tokens = min(B, chunk(op, n, C)) if kernel.backend() else B
+    tokens = min(B, chunk(op, n, C)) if launch.backend() else B
     return 4 * B * n * C + 2 * both + 20 * phi + tokens * reference_bytes(op, n, C)
 
 

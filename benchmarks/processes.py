@@ -9,7 +9,7 @@ import tempfile
 
 from benchmarks import options
 from benchmarks.report import SECTIONS, check_result, merge, show
-from mhc_mlx import commands, kernel
+from mhc_mlx import commands, launch
 
 
 def arguments(args: argparse.Namespace, argv: list[str]) -> tuple[list[str], list[str]]:
@@ -20,7 +20,7 @@ def arguments(args: argparse.Namespace, argv: list[str]) -> tuple[list[str], lis
     theirs = [a for last, a in pairs if not re.match(ours, a) and not re.fullmatch(ours, last)]
     sections = options.sections(args)
     times_reference = not args.sweep and ("rows" in sections or "sizes" in sections)
-    skip = ["--no-baseline"] if times_reference and kernel.backend() else []
+    skip = ["--no-baseline"] if times_reference and launch.backend() else []
     return theirs, theirs + skip
 
 

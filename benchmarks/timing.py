@@ -9,7 +9,7 @@ from collections import Counter
 import mlx.core as mx
 
 from benchmarks.suite import as_list
-from mhc_mlx import kernel
+from mhc_mlx import launch
 from mhc_mlx.commands import memory
 
 CACHE = 256 << 20  # input sets together reach this many bytes: several times any L2
@@ -71,8 +71,8 @@ def input_sets(make) -> list[list[mx.array]]:
 def dispatches(results) -> Counter:
     """Count by kind the primitives that launch work in the graph of results that are not yet
     evaluated."""
-    found = kernel.primitives(*as_list(results))
-    return Counter({k: count for k, count in found.items() if k not in kernel.VIEWS})
+    found = launch.primitives(*as_list(results))
+    return Counter({k: count for k, count in found.items() if k not in launch.VIEWS})
 
 
 @contextlib.contextmanager
@@ -95,7 +95,7 @@ def launches():
 
         return construct
 
-    kernel._build.cache_clear()  # now spies build the kernels, and afterwards none does
+    launch._build.cache_clear()  # now spies build the kernels, and afterwards none does
     try:
         for k in makers:
             setattr(mx.fast, k, spying(usual[k]))
@@ -103,7 +103,7 @@ def launches():
     finally:
         for k in makers:
             setattr(mx.fast, k, usual[k])
-        kernel._build.cache_clear()
+        launch._build.cache_clear()
 
 
 def call_times(budget: float, f, evaluate: bool = True) -> list[float]:

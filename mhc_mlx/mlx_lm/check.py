@@ -5,7 +5,7 @@ import statistics
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..ops.dispatch import check_bools
+from ..ops.checks import check_bools
 from .exact import random_inputs, site_errors, streams_dtype
 from .layers import SinglePassLayer
 from .patch import patch, unpatch

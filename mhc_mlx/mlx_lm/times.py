@@ -13,9 +13,9 @@ import mlx.nn as nn
 import mlx_lm
 from mlx_lm.generate import generate_step
 
-from .. import kernel
+from .. import launch
 from ..layers import check_sizes
-from ..ops.dispatch import FLOATS, fail
+from ..ops.checks import FLOATS, fail
 from .exact import random_inputs, site_errors
 from .layers import SinglePassLayer
 from .patch import _fails, as_stock
@@ -46,7 +46,7 @@ def check_counts(op: str, **counts: tuple[int, ...]) -> None:
 def machine() -> dict:
     return {
         "device": mx.device_info().get("device_name", "cpu"),
-        "backend": kernel.backend() or "none: the reference runs",
+        "backend": launch.backend() or "none: the reference runs",
         "mlx": mx.__version__,
         "mlx-lm": mlx_lm.__version__,
         "date": datetime.date.today().isoformat(),
@@ -124,9 +124,9 @@ def time_line(t: dict) -> str:
 
 def _dispatches(run: Callable) -> dict:
     """Primitives that a further site of a chain adds to the graph, and how many of them launch."""
-    added = kernel.primitives(*run(3))
-    added.subtract(kernel.primitives(*run(2)))
-    launching = sum(count for name, count in added.items() if name not in kernel.VIEWS)
+    added = launch.primitives(*run(3))
+    added.subtract(launch.primitives(*run(2)))
+    launching = sum(count for name, count in added.items() if name not in launch.VIEWS)
     return {"primitives": sum(added.values()), "dispatches": launching}
 
 

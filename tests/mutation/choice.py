@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mhc_mlx import kernel
+from mhc_mlx import launch
 from mutation.operators import ROOT, Mutant, sources, without_comments
 
 # Seconds to compile a changed variant, by what launches it.
@@ -146,7 +146,7 @@ def backends(file: str) -> tuple[str, ...]:
 @functools.cache
 def definitions(header: str) -> tuple[tuple[int, int, str, str], ...]:
     """(start, end, name, text) of what a header defines."""
-    code = without_comments(kernel._read(header))
+    code = without_comments(launch._read(header))
     found = []
     for piece in re.finditer(
         r"(?m)^(?:template|inline|constexpr|struct|enum|#define)\b.*?(?=^(?:template|inline|constexpr"
@@ -167,7 +167,7 @@ def definitions(header: str) -> tuple[tuple[int, int, str, str], ...]:
 @functools.cache
 def headers_of(body: str) -> frozenset[str]:
     """All that a body includes, on Metal or CUDA, and what is before all on CUDA."""
-    each = (kernel.headers(f"{body}.metal", backend) for backend in ("metal", "cuda"))
+    each = (launch.included_files(f"{body}.metal", backend) for backend in ("metal", "cuda"))
     return frozenset(name for names in each for name in names) | {FIRST_ON_CUDA}
 
 
@@ -178,7 +178,7 @@ def reached(body: str) -> frozenset[str]:
     for header in headers_of(body):
         for _, _, name, text in definitions(header):
             all_of[name] = all_of.get(name, "") + text
-    text = without_comments(kernel._read(f"{body}.metal"))
+    text = without_comments(launch._read(f"{body}.metal"))
     found, new = set(), set(re.findall(r"\w+", text)) & set(all_of)
     while new:
         name = new.pop()

@@ -13,21 +13,21 @@ import mlx.core as mx
 from cases import Case
 from proof import results
 
-from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, kernel, ops
+from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, launch, ops
 from mhc_mlx.conventions import IDENTITY, KRONECKER
 
 
 @contextlib.contextmanager
 def planted(file: str, edit: Callable[[str], str]):
     """A file of kernels/ with its text edited."""
-    read, caches = kernel._read, (kernel.text, kernel._build)
-    kernel._read = lambda name: edit(read(name)) if name == file else read(name)
+    read, caches = launch._read, (launch.text, launch._build)
+    launch._read = lambda name: edit(read(name)) if name == file else read(name)
     for f in caches:
         f.cache_clear()
     try:
         yield
     finally:
-        kernel._read = read
+        launch._read = read
         for f in caches:
             f.cache_clear()
 
@@ -38,7 +38,7 @@ class Call(Case):
 
     threads: int | None = None
     few_groups: bool = True  # else a threadgroup for each token
-    one_chunk: bool = False  # of tokens, in mhc_phi_gradient
+    one_chunk: bool = False  # of tokens, in mhc_pre_backward_phi
     slice_of_phi: bool = False  # which is then not aligned
 
     def __str__(self) -> str:
@@ -58,13 +58,13 @@ class Call(Case):
 def run(case: Case) -> list[mx.array]:
     """Outputs and gradients of a case, launched as it says."""
     options = {"threads_per_group": case.threads} if getattr(case, "threads", None) else {}
-    op, of_outer = functools.partial(getattr(ops, case.op), **options), ops.geometry.of_outer
+    op, tiling = functools.partial(getattr(ops, case.op), **options), ops.tiling.phi_gradient_tiling
     if getattr(case, "one_chunk", False):
-        ops.geometry.of_outer = lambda *shape: (*of_outer(*shape)[:3], 1)
+        ops.tiling.phi_gradient_tiling = lambda *shape: tiling(*shape)._replace(chunks=1)
     try:
         return results(op, case, [a for a in case.arrays() if a is not None])
     finally:
-        ops.geometry.of_outer = of_outer
+        ops.tiling.phi_gradient_tiling = tiling
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,11 @@ TABLE = {
         (ADD_FOUR, "wrong stride of h_res", f"{WRONG}; {MOVED}", "(t) * MIXES", "(t) * N"),
         (ADD, "y of the first token", f"{WRONG}; {MOVED}", "y + size_t(t) * size_t(C)", "y"),
     ],
-    "mhc_backward": [
+    "mhc_fused_backward": [
         (STATIC, "a term of du dropped", WRONG, "- u[q] * slope", ""),
         (STATIC, "the last token left out", NOBODY, "t < tokens;", "t + 1 < tokens;"),
     ],
-    "mhc_backward_tiled": [
+    "mhc_fused_backward_wide": [
         (TILED, "tile not padded", OUTSIDE, "c0 + c < C ?", "true ?"),
         (TILED, "slices before the first", UNWRITTEN, "s == 0 ? 0.0f : ", ""),
     ],
@@ -246,15 +246,15 @@ TABLE = {
         (RINGED, "a ring for all simdgroups", RACE, "c.simd * STAGES", "0 * STAGES"),
         (PRE, "odd rows as even ones", DIFFER, "(lane / 4 & 1)", "0"),
     ],
-    "mhc_pre_backward": [
+    "mhc_pre_backward_generic": [
         (PRE_12, "dp by every share", TWO, "if (begin == 0) dp", "dp"),
         (PRE, "phi of the first stream", f"{WRONG}; traffic: phi", "phi + (j * C + c)", "phi + c"),
     ],
-    "mhc_phi_gradient": [
+    "mhc_pre_backward_phi": [
         (ONE_CHUNK, "no barrier after dp is used", RACE, BARRIER, "", 1),
         (PRE_65, "dp past the chunk", "traffic: dp", "t < end && e", "t < tokens && e"),
     ],
-    "mhc_sweep": [
+    "mhc_pre_partial_logits": [
         (FEW, "every run the first", f"{WRONG}; {MOVED}", "K, 32 * run", "K, 0"),
     ],
     "mhc_seam": [
@@ -268,26 +268,26 @@ TABLE = {
     "mhc_seam_backward seam.h": [
         (SEAM_RAGGED, "out not rounded", WRONG, "static_cast<float>(static_cast<T>(o))", "o"),
     ],
-    "mhc_token_backward": [
+    "mhc_pre_backward_coefficients": [
         (MULTIPLIED, "another line's entry", WRONG, "place == j ? v", "line == j ? v"),
         (TWICE, "dweight of the last token", f"{WRONG}; traffic: partial",
          "i > 0 || first != self * OWN", "false"),
     ],
-    "mhc_projection_backward": [
+    "mhc_pre_backward_projection": [
         (CHUNKS, "sums of all chunks in one row", TWO, "(id / groups) * OUTS", "(0) * OUTS"),
         (MULTIPLIED, "another stream's phi", f"{WRONG}; {MOVED}", "phi + (j * C + c0)", "phi + c0"),
     ],
-    "mhc_projection_backward products.h": [
+    "mhc_pre_backward_projection products.h": [
         (RAGGED_PRODUCTS, "channels past the last", TWO, "if (e < left) to", "to"),
     ],
-    "mhc_projection_backward products_metal.h": [
+    "mhc_pre_backward_projection products_metal.h": [
         (MULTIPLIED, "the last tile's sums alone", WRONG, "[p][e] +=", "[p][e] ="),
     ],
-    "mhc_projection_backward ptx.h": [
+    "mhc_pre_backward_projection ptx.h": [
         (MULTIPLIED, "a transpose of bytes", "nvrtc: movmatrix", "m8n8.trans.b16 %0",
          "m8n8.trans.b8 %0"),
     ],
-    "mhc_projection_backward products_cuda.h": [
+    "mhc_pre_backward_projection products_cuda.h": [
         (MULTIPLIED, "dx_out in du's place", UNWRITTEN, "PASSED, from.dx_out", "DU, from.dx_out"),
         (MULTIPLIED, "tokens not in pairs", WRONG, "= transposed(reint", "= (reint"),
         (STAGES, "a tile too late", UNWRITTEN, "copies<SLOTS - 1>", "copies<SLOTS>"),

@@ -12,7 +12,7 @@ BYTES = "an element has 2 or 4 bytes: 17 // of that is the same"
 
 # fmt: off
 EQUIVALENT = {
-    "mhc_backward_tiled.metal": [
+    "mhc_fused_backward_wide.metal": [
         ("< 8 ? LINES", "< 9 ? LINES", "of 8 lines both branches are 8"),
         ("i0 + q : 0) * PITCH", "i0 + q : 1) * PITCH",
          "a row past the last is any other, R >= 9: what it adds to g_res is not stored"),
@@ -21,18 +21,18 @@ EQUIVALENT = {
         ("LANES + 31", "LANES",
          "a simdgroup that projects makes u of some tokens too: another makes the same"),
     ],
-    "mhc_pre_backward.metal": [
+    "mhc_pre_backward_generic.metal": [
         ("+ SPLITS - 1", "+ SPLITS",
          "the last threadgroup has fewer channels: each is still one's"),
         ("8 ? N : 1;", "8 ? N : 2;", UNROLLED),
     ],
-    "mhc_projection_backward.metal": [
+    "mhc_pre_backward_projection.metal": [
         ("tokens, C - own", "tokens, C + own", PREFETCHED),
     ],
     "mhc_seam_backward.metal": [
         ("at * N,", "at,", "at is 0: what is CACHED takes one pass"),
     ],
-    "mhc_token_backward.metal": [
+    "mhc_pre_backward_coefficients.metal": [
         ("= 2 * N + 2;", "= 2 * N + 3;",
          "rows of sums lie one float further apart, which no one reads"),
     ],

@@ -13,7 +13,7 @@ import benchmark
 from benchmarks import cases, layers, measure, overhead, parity, processes, suite, timing
 from benchmarks.measure import Bench
 from benchmarks.report import SECTIONS, check_figures, predicted_us, show
-from mhc_mlx import kernel, ops
+from mhc_mlx import launch, ops
 from mhc_mlx.commands import text
 from programs.figures import RESULT, figure, shorten
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_modes(monkeypatch):
-    monkeypatch.setattr(kernel, "backend", lambda: "metal")
+    monkeypatch.setattr(launch, "backend", lambda: "metal")
     for module in (cases, timing):
         monkeypatch.setattr(module, "memory", lambda: 1 << 36)
 
@@ -125,17 +125,17 @@ def test_what_fails_parity_is_not_timed(tmp_path, monkeypatch):
 @contextlib.contextmanager
 def launches_of_the_stand_in():
     """Note launches as `timing.launches` does, whose spies see kernels built: here none is."""
-    seen, launch = [], kernel.launch
+    seen, run = [], launch.run
 
     def noted(name, *options):
         seen.append({"kernel": name, "source_bytes": 7, "template_arguments": 3})
-        return launch(name, *options)
+        return run(name, *options)
 
-    kernel.launch = noted
+    launch.run = noted
     try:
         yield seen
     finally:
-        kernel.launch = launch
+        launch.run = run
 
 
 def test_every_mode_writes_its_section(tmp_path, monkeypatch, capsys):

@@ -10,14 +10,14 @@ import benchmark
 from benchmarks import cases, measure, processes
 from benchmarks import options as benchmark_options
 from benchmarks.report import check_figures, check_result
-from mhc_mlx import kernel
+from mhc_mlx import launch
 from programs.figures import RESULT, figure, refused
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """Options are checked as if there were kernels; nothing may run."""
-    monkeypatch.setattr(kernel, "backend", lambda: "metal")
+    monkeypatch.setattr(launch, "backend", lambda: "metal")
     monkeypatch.setattr(benchmark, "measure", None)
     monkeypatch.setattr(benchmark, "repeat", None)
 

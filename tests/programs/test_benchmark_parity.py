@@ -10,7 +10,7 @@ from proof import executor
 import benchmark
 from benchmarks import measure, parity, suite
 from benchmarks.measure import Bench
-from mhc_mlx import kernel, ops, reference
+from mhc_mlx import launch, ops, reference
 from programs import figures
 from programs.figures import figure, shorten
 
@@ -95,7 +95,7 @@ def test_memory_of_parity(monkeypatch, uncompiled):
         return lambda *a: [mx.zeros_like(x) for x in (*suite.as_list(f(*a[:arrays])), *a[:arrays])]
 
     monkeypatch.setattr(parity, "directed", directed)
-    monkeypatch.setattr(kernel, "backend", lambda: "metal")
+    monkeypatch.setattr(launch, "backend", lambda: "metal")
     for op, tokens in (("mhc_coefficients", 24), ("stream_mix_add", 200)):
         plain = functools.partial(suite.function, reference)
         monkeypatch.setattr(parity, "function", lambda _, op, plain=plain: plain(op))
@@ -116,18 +116,18 @@ def test_parity_is_of_what_is_timed(argv, monkeypatch, uncompiled):
     launched, timed_rows = [], []
     monkeypatch.setattr(measure, "race", None)
     with executor("stand-in"), monkeypatch.context() as patch:
-        launch = kernel.launch
+        run = launch.run
 
         def seen(name, inputs, outputs, groups, threads, *options):
             x = inputs["x"]
             launched.append((name, x.dtype, x.size, threads))
-            return launch(name, inputs, outputs, groups, threads, *options)
+            return run(name, inputs, outputs, groups, threads, *options)
 
         def row(self, *case, **options):
             timed_rows.append(case)
             return figure()
 
-        patch.setattr(kernel, "launch", seen)
+        patch.setattr(launch, "run", seen)
         patch.setattr(Bench, "row", row)
         command = "--op stream_aggregate --shape 700,2,64 --dtype float16 --threads 96"
         command += " --direction forward"
@@ -142,7 +142,7 @@ def test_a_sweep_verifies_each_variant(monkeypatch, capsys):
     checked, timings = [], iter(range(100, 0, -1))
 
     def error(op, shape, dtype, gradients, threads_per_group):
-        forced = ops.geometry.of_token(2, 512, 4, 1, None, "metal")
+        forced = ops.tiling.token_tiling(2, 512, 4, 1, None, "metal")
         checked.append((gradients, forced.vec, forced.threads, threads_per_group))
         return 1.0 if threads_per_group == 64 else 0.0
 
@@ -153,12 +153,12 @@ def test_a_sweep_verifies_each_variant(monkeypatch, capsys):
 
     monkeypatch.setattr(parity, "worst_error", error)
     monkeypatch.setattr(Bench, "row", row)
-    usual = ops.geometry.of_token
-    monkeypatch.setattr(ops.geometry, "of_token", usual)  # is put back whatever the sweep leaves
+    usual = ops.tiling.token_tiling
+    monkeypatch.setattr(ops.tiling, "token_tiling", usual)  # is put back whatever the sweep leaves
     command = "--sweep --op stream_mix_add --shape 3,2,512 --dtype float32"
     with executor("stand-in"), pytest.raises(SystemExit, match="parity fails"):
         benchmark.main(command.split())
-    assert ops.geometry.of_token is usual  # or what is called next runs with the last one tried
+    assert ops.tiling.token_tiling is usual  # or what is called next runs with the last one tried
     assert len(checked) > 10 and {gradients for gradients, *_ in checked} == {True, False}
     assert all(threads == forced for _, _, forced, threads in checked)
     out = capsys.readouterr().out

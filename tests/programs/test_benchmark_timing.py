@@ -10,7 +10,7 @@ from proof import executor, tracing
 import benchmark
 from benchmarks import layers, measure, suite, timing
 from benchmarks.measure import Bench
-from mhc_mlx import kernel, ops
+from mhc_mlx import launch, ops
 from programs.figures import shorten
 
 ROWS = {  # forward, backward at n = 4
@@ -65,20 +65,20 @@ def test_once_launches_what_it_names_twice(monkeypatch):
         run = directed(*options)
 
         def checked(*arrays):  # or the profiler would also see how inputs are drawn
-            assert not kernel.primitives(*arrays)
+            assert not launch.primitives(*arrays)
             return run(*arrays)
 
         return checked
 
     with executor("stand-in"), monkeypatch.context() as patch:
         patch.setattr(measure, "directed", ready)
-        launch = kernel.launch
+        run = launch.run
 
         def counted(name, *arguments, **options):
             calls.append(name)
-            return launch(name, *arguments, **options)
+            return run(name, *arguments, **options)
 
-        patch.setattr(kernel, "launch", counted)
+        patch.setattr(launch, "run", counted)
         patch.setattr(mx, "compile", lambda f: f)
         patch.setattr(measure, "race", None)  # nothing is timed
         benchmark.main(argv)
@@ -110,9 +110,9 @@ def test_dispatches_and_sources_of_a_sublayer(op, launched):
     assert counts[1]["CustomKernel"] == counts[1].total() == len(seen) == launched
     for row in seen:
         files = (f"{row['kernel']}.metal", "common.h")
-        assert row["source_bytes"] >= sum(len(kernel.text(file)) for file in files)
+        assert row["source_bytes"] >= sum(len(launch.text(file)) for file in files)
         assert row["template_arguments"] > 3
-    assert kernel._build.cache_info().currsize == 0  # no spy stays
+    assert launch._build.cache_info().currsize == 0  # no spy stays
 
 
 class Clock:
@@ -249,13 +249,13 @@ def test_what_races(monkeypatch):
     """The op with its kernels and threads races the reference without any, in each direction."""
     for direction, results in (("forward", 1), ("backward", 4), ("forward+backward", 5)):
         with executor("stand-in"), monkeypatch.context() as patch:
-            launches, launch = [], kernel.launch
+            launches, run = [], launch.run
 
-            def seen(*a, launches=launches, launch=launch):
+            def seen(*a, launches=launches, run=run):
                 launches.append((a[0], a[4]))
-                return launch(*a)
+                return run(*a)
 
-            patch.setattr(kernel, "launch", seen)
+            patch.setattr(launch, "run", seen)
             times = [[1.0]] * (2 if direction == "backward" else 3)
             _, row, raced = rows_of_fake(patch, times, direction)
             counts = []
