@@ -127,5 +127,9 @@ def tilings(n: int, C: int, size: int, copies: int, backend: str, chosen):
             if threads > 32 and (threads - 32) * vec >= C or passes > 16:
                 continue
             registers = passes * copies * n * (max(4, vec * size) if copies == 1 else 4 * vec)
-            fits = n <= 8 and registers <= ops.tiling.REGISTER_BYTES[backend, copies]
-            yield vec, threads, chosen._replace(vec=vec, threads=threads, passes=passes, fits=fits)
+            cached = n <= 8 and registers <= ops.tiling.REGISTER_BYTES[backend, copies]
+            yield (
+                vec,
+                threads,
+                chosen._replace(vec=vec, threads=threads, passes=passes, cached=cached),
+            )

@@ -109,7 +109,7 @@ def test_dispatches_and_sources_of_a_sublayer(op, launched):
         tracing.metal_source(traced, *arrays)
     assert counts[1]["CustomKernel"] == counts[1].total() == len(seen) == launched
     for row in seen:
-        files = (f"{row['kernel']}.metal", "common.h")
+        files = (f"{row['kernel']}.metal", "include/common.h")
         assert row["source_bytes"] >= sum(len(launch.text(file)) for file in files)
         assert row["template_arguments"] > 3
     assert launch._build.cache_info().currsize == 0  # no spy stays

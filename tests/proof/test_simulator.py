@@ -27,7 +27,7 @@ def run(need, monkeypatch):
 
     def run(body, inputs=None, size=64, dtype=mx.float32, threads=64, groups=1, **template):
         monkeypatch.setattr(launch, "text", lambda f: body if f == "toy.metal" else plain(f))
-        monkeypatch.setattr(launch, "headers", lambda f, backend: headers)
+        monkeypatch.setattr(launch, "included_files", lambda f, backend: headers)
         launch._build.cache_clear()
         given, made = {"x": X} if inputs is None else inputs, {"out": ((size,), dtype)}
         with executor("simulator"):
@@ -238,7 +238,7 @@ def test_debugging_command(need, capsys):
     with planted(wrong.file, wrong.edit):
         assert not simulate.simulate(case, False)
     out = capsys.readouterr().out
-    assert "WRONG dx[0, 0, 0] is" in out and "stored by thread 0 of threadgroup 0 at mhc_b" in out
+    assert "WRONG dx[0, 0, 0] is" in out and "stored by thread 0 of threadgroup 0 at mhc_f" in out
     with planted(broken.file, broken.edit):
         assert not simulate.simulate(case, False)
     assert (
