@@ -1,81 +1,86 @@
 // mhc_seam_backward: the gradient of mhc_seam with ready coefficients, N <= 8.
 //
-//   out, u, r = rsqrt(mean(u**2) + eps) as in mhc_seam
-//   da = r * (du * weight - u * r**2 * mean(du * weight * u))   (du itself without NORM);   ds[i] = dout[i] + h_pre[i] da
-//   dx[j] = sum_i h_res[i, j] ds[i];   dy = sum_i h_post[i] ds[i];   dweight = sum_t du * u * r
+//   out[i] = sum_j h_res[i, j] x[j] + h_post[i] y, rounded to T;   u = sum_i h_pre[i] out[i];
+//   r = rsqrt(mean(u**2) + eps)
+//   ROUND_U: u is rounded to T, and so is u * r in dweight.
+//   da = r (du weight - u r**2 mean(du weight u)), without NORM du;   ds[i] = dout[i] + h_pre[i] da
+//   dx[j] = sum_i h_res[i, j] ds[i];   dy = sum_i h_post[i] ds[i];   dweight = sum_t du u r
 //   dh_pre[i] = sum da out[i];   dh_post[i] = sum ds[i] y;   dh_res[i, j] = sum ds[i] x[j]
 //
-// in   x, dout [tokens, N, C] T, y, du [tokens, C] T, h_pre, h_post [tokens, N], h_res [tokens, N, N], weight [C] any
-//      float, params as in mhc_seam
+// in   x, dout [tokens, N, C] T, y, du [tokens, C] T, h_pre, h_post [tokens, N], h_res [tokens, N, N], weight [C]
+//      (NORM) any float; params [6] float: pre_eps, post_scale, post_eps, norm_eps, eps, the projection's eps, of which
+//      only eps is used
 // out  dx [tokens, N, C] T, dy [tokens, C] T; dh_pre, dh_post [tokens, N], dh_res [tokens, N, N] float;
-//      NORM: partial [threadgroups, C] float, this threadgroup's sum of dweight
-// own  a threadgroup takes tokens in turn, a thread VEC neighbours of all streams, PASSES times
-// CACHED: x, y and du of a token stay in registers between the sums and dx; otherwise they are read twice
-// template  T, N, VEC, THREADS, PASSES, CACHED, NORM, ROUND
-#include "seam.h"
+//      partial [threadgroups, C] float (NORM): the sum of dweight over this threadgroup's tokens
+// CACHED: x, y and du of a token stay in registers between the sums of the norm and dx; without CACHED they are read
+//      twice.
+// owners  A threadgroup takes tokens in turn. A thread takes VEC neighbours of all streams, PASSES times.
+// template  T, N, VEC, THREADS, PASSES, CACHED, NORM, ROUND_U
+// grid  any number of threadgroups
+#include "seam_channel.h"
 constexpr int SIMDS = THREADS / 32;
-constexpr int KEPT = CACHED ? PASSES : 1;
+constexpr int CACHED_PASSES = CACHED ? PASSES : 1;
 threadgroup float pre[N];
 threadgroup float post[N];
-threadgroup float mix[N * N];  // h_res transposed
+threadgroup float mix[N * N];  // mix[j * N + i] = h_res[i, j]
 threadgroup float sums[4 * SIMDS];
 threadgroup float scratch[N * N * SIMDS];
 const uint tid = thread_position_in_threadgroup.x;
 const int C = x_shape[2];
 const uint tokens = x_shape[0];
-const bool whole = mhc::aligned<VEC>(x) && mhc::aligned<VEC>(y) && mhc::aligned<VEC>(dout) && mhc::aligned<VEC>(du);
-const auto mine = partial + size_t(threadgroup_position_in_grid.x) * size_t(C);
-float g_weight[KEPT * VEC] = {};
-mhc::Pack<T, VEC> xv[KEPT * N], yv[KEPT], dv[KEPT];
+const bool aligned = mhc::is_aligned<VEC>(x) && mhc::is_aligned<VEC>(y) && mhc::is_aligned<VEC>(dout) && mhc::is_aligned<VEC>(du);
+const auto group_partial = partial + size_t(threadgroup_position_in_grid.x) * size_t(C);
+float g_weight[CACHED_PASSES * VEC] = {};
+mhc::Pack<T, VEC> xv[CACHED_PASSES * N], yv[CACHED_PASSES], dv[CACHED_PASSES];
 
-int turn = 0;
+int parity = 0;
 for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_grid.x) {
   const auto row = x + size_t(t) * size_t(N * C);
-  const auto drow = dout + size_t(t) * size_t(N * C);
+  const auto dout_row = dout + size_t(t) * size_t(N * C);
   const size_t base = size_t(t) * size_t(C);
-  // no one reads the last token's any more: group_sum ended with a barrier
+  // group_sum ended with a barrier: the last token's coefficients are no longer read
   mhc::load_gates<N, THREADS, false, false>(h_pre + size_t(t) * N, pre, params, tid);
   mhc::load_gates<N, THREADS, false, true>(h_post + size_t(t) * N, post, params, tid);
   mhc::load_mix<N, THREADS, true>(h_res + size_t(t) * (N * N), mix, tid);
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  // both = sum(u ** 2), sum(du * weight * u)
+  // dots = sum(u ** 2), sum(du * weight * u)
   float r = 1.0f, slope = 0.0f, g_pre[N] = {}, g_post[N] = {}, g_res[N * N] = {};
   if (NORM) {
-    float both[2] = {};
-#pragma unroll KEPT
+    float dots[2] = {};
+#pragma unroll CACHED_PASSES
     for (int k = 0; k < PASSES; ++k) {
       const int c = (k * THREADS + int(tid)) * VEC, at = CACHED ? k : 0;
       if (c < C) {
-        mhc::load_streams<N>(xv + at * N, row, C, c, whole);
-        yv[at] = mhc::load<T, VEC>(y + base + c, whole);
-        dv[at] = mhc::load<T, VEC>(du + base + c, whole);
+        mhc::load_streams<N>(xv + at * N, row, C, c, aligned);
+        yv[at] = mhc::load<T, VEC>(y + base + c, aligned);
+        dv[at] = mhc::load<T, VEC>(du + base + c, aligned);
         UNROLL for (int e = 0; e < VEC; ++e) {
           float xs[N], out[N];
           UNROLL for (int j = 0; j < N; ++j) xs[j] = static_cast<float>(xv[at * N + j].v[e]);
           float u = mhc::seam_channel<N, T>(out, xs, static_cast<float>(yv[at].v[e]), pre, post, mix);
-          if (ROUND) u = static_cast<float>(static_cast<T>(u));
-          both[0] += u * u;
-          both[1] += static_cast<float>(dv[at].v[e]) * u * static_cast<float>(weight[c + e]);
+          if (ROUND_U) u = static_cast<float>(static_cast<T>(u));
+          dots[0] += u * u;
+          dots[1] += static_cast<float>(dv[at].v[e]) * u * static_cast<float>(weight[c + e]);
         }
       }
     }
-    mhc::sum_everywhere<SIMDS>(both, sums, turn, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
-    turn ^= 1;
-    r = metal::precise::rsqrt(both[0] / static_cast<float>(C) + static_cast<float>(params[4]));
-    slope = r * r * (both[1] / static_cast<float>(C));
+    mhc::sum_everywhere<SIMDS>(dots, sums, parity, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+    parity ^= 1;
+    r = metal::precise::rsqrt(dots[0] / static_cast<float>(C) + static_cast<float>(params[4]));
+    slope = r * r * (dots[1] / static_cast<float>(C));
   }
 
-#pragma unroll KEPT
+#pragma unroll CACHED_PASSES
   for (int k = 0; k < PASSES; ++k) {
     const int c = (k * THREADS + int(tid)) * VEC, at = CACHED ? k : 0;
     if (c < C) {
       mhc::Pack<T, VEC> ov[N];
-      mhc::load_streams<N>(ov, drow, C, c, whole);
+      mhc::load_streams<N>(ov, dout_row, C, c, aligned);
       if (!NORM || !CACHED) {
-        mhc::load_streams<N>(xv + at * N, row, C, c, whole);
-        yv[at] = mhc::load<T, VEC>(y + base + c, whole);
-        dv[at] = mhc::load<T, VEC>(du + base + c, whole);
+        mhc::load_streams<N>(xv + at * N, row, C, c, aligned);
+        yv[at] = mhc::load<T, VEC>(y + base + c, aligned);
+        dv[at] = mhc::load<T, VEC>(du + base + c, aligned);
       }
       UNROLL for (int e = 0; e < VEC; ++e) {
         if (NORM) {
@@ -86,10 +91,10 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         UNROLL for (int j = 0; j < N; ++j) xs[j] = static_cast<float>(xv[at * N + j].v[e]);
         float u = mhc::seam_channel<N, T>(out, xs, ys, pre, post, mix), da = static_cast<float>(dv[at].v[e]);
         if (NORM) {
-          if (ROUND) u = static_cast<float>(static_cast<T>(u));
-          const float unit = u * r, d = da * (ROUND ? static_cast<float>(static_cast<T>(unit)) : unit);
-          if (CACHED) g_weight[at * VEC + e] += d;  // sums here where the token is read twice
-          else mine[c + e] = (t < threadgroups_per_grid.x ? 0.0f : mine[c + e]) + d;
+          if (ROUND_U) u = static_cast<float>(static_cast<T>(u));
+          const float normed = u * r, d = da * (ROUND_U ? static_cast<float>(static_cast<T>(normed)) : normed);
+          if (CACHED) g_weight[at * VEC + e] += d;  // without CACHED the column of partial is the running sum
+          else group_partial[c + e] = (t < threadgroups_per_grid.x ? 0.0f : group_partial[c + e]) + d;
           da = r * (da * static_cast<float>(weight[c + e]) - u * slope);
         }
         float dys = 0.0f;
@@ -120,10 +125,10 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
 }
 
 if (NORM && CACHED) {
-  UNROLL for (int k = 0; k < KEPT; ++k) {
+  UNROLL for (int k = 0; k < CACHED_PASSES; ++k) {
     const int c = (k * THREADS + int(tid)) * VEC;
     if (c < C) {
-      UNROLL for (int e = 0; e < VEC; ++e) mine[c + e] = g_weight[k * VEC + e];
+      UNROLL for (int e = 0; e < VEC; ++e) group_partial[c + e] = g_weight[k * VEC + e];
     }
   }
 }

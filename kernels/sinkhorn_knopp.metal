@@ -1,18 +1,28 @@
-// sinkhorn_knopp: the truncated projection of M matrices, 2 * ITERS half-steps p = p / (p.sum() + eps).
+// sinkhorn_knopp: the truncated Sinkhorn-Knopp projection of M matrices of logits l.
 //
-// in   logits [M, N, N] any float, eps [1] float     out  h_res [M, N, N] float
-// own  lanes(N) neighbouring threads hold a matrix, a line each: rows, or columns where COLUMNS;
-//      OUT_COLUMNS says whether line i is column i of h_res
-// template  N, ITERS, START (sinkhorn.h), COLUMNS, OUT_COLUMNS, THREADS     grid  any number of threadgroups
+//   START_EXP       p = exp(l); the first two half-steps are made on l itself, without eps
+//   START_SOFTMAX   p = softmax(l) along the line + eps; this is the first half-step
+//   START_ADDITIVE  p = I + l
+//   half-step k: p = p / (p.sum() + eps), along the lines for even k and across them for odd k; 2 * ITERS with those of
+//   the start
+//
+// in   logits [M, N, N] any float, eps [1] float
+// out  h_res [M, N, N] float
+// COLUMNS: lines are columns, without COLUMNS rows. OUT_COLUMNS: line i becomes column i of h_res, without OUT_COLUMNS
+//      row i.
+// owners  matrix_lanes(N) neighbouring threads hold a matrix, a line each. A threadgroup takes as many matrices in turn
+//      as fit.
+// template  N, ITERS, START, COLUMNS, OUT_COLUMNS, THREADS
+// grid  any number of threadgroups
 #include "sinkhorn.h"
-constexpr int W = mhc::lanes(N);
+constexpr int MATRIX_LANES = mhc::matrix_lanes(N);
 threadgroup float scratch[N > 32 ? 2 * THREADS : 1];
-const uint lane = thread_position_in_threadgroup.x % W;
-const uint slot = thread_position_in_threadgroup.x / W;
+const uint lane = thread_position_in_threadgroup.x % MATRIX_LANES;
+const uint slot = thread_position_in_threadgroup.x / MATRIX_LANES;
 const size_t count = logits_shape[0];
 
-for (size_t first = threadgroup_position_in_grid.x * (THREADS / W); first < count;
-     first += threadgroups_per_grid.x * (THREADS / W)) {
+for (size_t first = threadgroup_position_in_grid.x * (THREADS / MATRIX_LANES); first < count;
+     first += threadgroups_per_grid.x * (THREADS / MATRIX_LANES)) {
   const size_t m = first + slot;
   const size_t base = (m < count ? m : first) * (N * N);
   float p[N];

@@ -1,28 +1,42 @@
-// sinkhorn_knopp_backward: the exact gradient of the truncated iteration (sinkhorn_backward.h).
+// sinkhorn_knopp_backward: the exact gradient of sinkhorn_knopp, the truncated projection of M matrices of logits l.
 //
-// in   logits [M, N, N], dh_res [M, N, N] any float, eps [1]     out  dlogits [M, N, N] of D
-// own, grid as sinkhorn_knopp     template  N, ITERS, START, COLUMNS, OUT_COLUMNS, THREADS, KEPT, D (dtype of dlogits)
+//   START_EXP       p = exp(l); the first two half-steps are made on l itself, without eps
+//   START_SOFTMAX   p = softmax(l) along the line + eps; this is the first half-step
+//   START_ADDITIVE  p = I + l
+//   half-step k: p = p / (p.sum() + eps), along the lines for even k and across them for odd k; 2 * ITERS with those of
+//   the start
+//   dlogits = the derivative of sum(p * dh_res) by l through all of these half-steps
+//
+// in   logits [M, N, N], dh_res [M, N, N] any float, eps [1] float
+// out  dlogits [M, N, N] DLOGITS_T
+// COLUMNS: lines are columns, without COLUMNS rows. OUT_COLUMNS: line i becomes column i of h_res, without OUT_COLUMNS
+//      row i.
+// owners  matrix_lanes(N) neighbouring threads hold a matrix, a line each. A threadgroup takes as many matrices in turn
+//      as fit. The divisors of STORED_STEPS half-steps stay in threadgroup memory; if there are more, the iteration is
+//      run again.
+// template  N, ITERS, START, COLUMNS, OUT_COLUMNS, THREADS, STORED_STEPS, DLOGITS_T
+// grid  any number of threadgroups
 #include "sinkhorn_backward.h"
-constexpr int W = mhc::lanes(N);
+constexpr int MATRIX_LANES = mhc::matrix_lanes(N);
 threadgroup float scratch[N > 32 ? 2 * THREADS : 1];
-threadgroup float divisors[KEPT * THREADS];
+threadgroup float divisors[STORED_STEPS * THREADS];
 const uint tid = thread_position_in_threadgroup.x;
-const uint lane = tid % W;
-const uint slot = tid / W;
-const uint exchange = slot * (N > 32 ? 128 : 0);
+const uint lane = tid % MATRIX_LANES;
+const uint slot = tid / MATRIX_LANES;
+const uint scratch_at = slot * (N > 32 ? 128 : 0);
 const size_t count = logits_shape[0];
-const bool live = lane < N;
+const bool in_range = lane < N;
 
-for (size_t first = threadgroup_position_in_grid.x * (THREADS / W); first < count;
-     first += threadgroups_per_grid.x * (THREADS / W)) {
+for (size_t first = threadgroup_position_in_grid.x * (THREADS / MATRIX_LANES); first < count;
+     first += threadgroups_per_grid.x * (THREADS / MATRIX_LANES)) {
   const size_t m = first + slot;
   const size_t base = (m < count ? m : first) * (N * N);
   float g[N];
   mhc::load_line<N, OUT_COLUMNS>(g, dh_res + base, lane);
-  UNROLL for (int j = 0; j < N; ++j) g[j] = live ? g[j] : 0.0f;
-  mhc::sinkhorn_gradient<N, START, COLUMNS, ITERS, KEPT, THREADS>(
-      g, logits + base, divisors + tid, static_cast<float>(eps[0]), lane, thread_index_in_simdgroup, scratch + exchange);
-  if (m < count && live) {
-    UNROLL for (int j = 0; j < N; ++j) dlogits[base + (COLUMNS ? j * N + lane : lane * N + j)] = static_cast<D>(g[j]);
+  UNROLL for (int j = 0; j < N; ++j) g[j] = in_range ? g[j] : 0.0f;
+  mhc::sinkhorn_gradient<N, START, COLUMNS, ITERS, STORED_STEPS, THREADS>(
+      g, logits + base, divisors + tid, static_cast<float>(eps[0]), lane, thread_index_in_simdgroup, scratch + scratch_at);
+  if (m < count && in_range) {
+    UNROLL for (int j = 0; j < N; ++j) dlogits[base + (COLUMNS ? j * N + lane : lane * N + j)] = static_cast<DLOGITS_T>(g[j]);
   }
 }

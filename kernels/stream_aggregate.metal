@@ -1,15 +1,18 @@
 // stream_aggregate: what a sublayer reads, u = sum_j h_pre[j] x[j].
 //
-// in   x [tokens, N, C] T, h_pre [N] or [tokens, N] any float     out  u [tokens, C] T
-// own  a threadgroup takes tokens in turn, a thread VEC neighbours of all streams: each element is read once
+// in   x [tokens, N, C] T; h_pre [tokens, N] any float (PER_TOKEN) or [N]
+// out  u [tokens, C] T
+// owners  A threadgroup takes tokens in turn. A thread takes VEC neighbours of all streams, so each element is read
+//      once.
 // template  T, N, VEC, THREADS, PER_TOKEN
+// grid  any number of threadgroups
 #include "common.h"
-constexpr int AHEAD = N <= 8 ? N : 4;  // streams loaded ahead
+constexpr int STREAM_UNROLL = N <= 8 ? N : 4;  // streams that are loaded before the first is used
 threadgroup float pre[PER_TOKEN ? 1 : N];
 const uint tid = thread_position_in_threadgroup.x;
 const int C = x_shape[2];
 const uint tokens = x_shape[0];
-const bool whole = mhc::aligned<VEC>(x);
+const bool x_aligned = mhc::is_aligned<VEC>(x);
 if constexpr (!PER_TOKEN) mhc::load_gates<N, THREADS, false, false>(h_pre, pre, h_pre, tid);
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -17,10 +20,10 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   const auto row = x + size_t(t) * size_t(N * C);
   for (int c = int(tid) * VEC; c < C; c += THREADS * VEC) {
     float acc[VEC] = {};
-#pragma unroll AHEAD
+#pragma unroll STREAM_UNROLL
     for (int j = 0; j < N; ++j) {
       const float h = PER_TOKEN ? static_cast<float>(h_pre[size_t(t) * N + j]) : pre[PER_TOKEN ? 0 : j];
-      const mhc::Pack<T, VEC> v = mhc::load<T, VEC>(row + j * C + c, whole);
+      const mhc::Pack<T, VEC> v = mhc::load<T, VEC>(row + j * C + c, x_aligned);
       UNROLL for (int e = 0; e < VEC; ++e) acc[e] += h * static_cast<float>(v.v[e]);
     }
     mhc::Pack<T, VEC> o;

@@ -11,17 +11,13 @@ from .conventions import (
     UNCONSTRAINED,
     Convention,
 )
-from .kernel import backend
+from .launch import backend
 from .layers import (
     HyperConnection,
     HyperHead,
     MHCBlock,
     MHCLayer,
     MHCLiteBlock,
-    expand_streams,
-    merge_streams,
-    reduce_streams,
-    split_streams,
 )
 from .ops import (
     mhc_coefficients,
@@ -40,6 +36,7 @@ from .ops import (
     stream_mix_add,
     vmap,
 )
+from .streams import expand_streams, merge_streams, reduce_streams, split_streams
 from .widening import widen
 
 __version__ = "0.1.0"

@@ -3,7 +3,9 @@
 import math
 from dataclasses import dataclass
 
-SINKHORN = ("exp", "softmax", "additive")  # starts of an iteration
+# The starts of an iteration, by the values of START_EXP, ... in kernels/include/sinkhorn.h.
+START_CODES = {"exp": 0, "softmax": 1, "additive": 2}
+SINKHORN = tuple(START_CODES)
 STARTS = (*SINKHORN, "unconstrained", "permutations", "kronecker", "identity")
 AXES = ("rows", "columns")
 EPS_LEAST, NUMBER_MOST = 2.0**-100, 2.0**127  # sums beside less lose it; float32 holds no more

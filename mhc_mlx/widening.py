@@ -12,14 +12,9 @@ from mlx.utils import tree_flatten
 
 from . import ops
 from .conventions import PAPER, Convention
-from .layers import (
-    HyperConnection,
-    check_options,
-    check_sizes,
-    expand_streams,
-    reduce_streams,
-)
-from .ops.dispatch import FLOATS, fail
+from .layers import HyperConnection, check_options
+from .ops.checks import FLOATS, check_sizes, fail
+from .streams import expand_streams, reduce_streams
 
 
 class _Widened(nn.Module):

@@ -231,7 +231,7 @@ def dynamic() -> list[Case]:
     f32, f16, bf16 = DTYPES
     P, R, V4, L, K = PAPER, ROW_FIRST, DEEPSEEK_V4, MHC_LITE, KRONECKER
     none, free = IDENTITY, UNCONSTRAINED
-    two, few, many, axes = (2,), (5,), (70,), (2, 3)  # two: few enough for mhc_sweep
+    two, few, many, axes = (2,), (5,), (70,), (2, 3)  # two: few enough for mhc_pre_partial_logits
     pre = [
         (few, 1, 8, f32, P, {}),
         (axes, 1, 31, bf16, none, {"norm": False}),
@@ -334,7 +334,7 @@ def single() -> list[Case]:
         (two, 32, 8, bf16, {"norm": False, "identity": True}),
         ((0,), 4, 8, f32, each),
     ]
-    whole = [  # one and two tokens: what mhc_sweep projects
+    whole = [  # one and two tokens: what mhc_pre_partial_logits projects
         ((), 4, 1280, bf16, DEEPSEEK_V4, {"rounded": True, "weights": bf16}),
         (two, 4, 129, f16, DEEPSEEK_V4, {"offset": 1}),
         (two, 8, 31, f32, ROW_FIRST, {"norm": False}),

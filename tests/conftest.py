@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from proof import missing, variants
 
-from mhc_mlx import kernel
+from mhc_mlx import launch
 
 
 def pytest_addoption(parser):
@@ -18,9 +18,9 @@ def pytest_addoption(parser):
 def alone():
     """A test draws the same numbers alone and among others, and leaves no executor behind."""
     mx.random.seed(1)
-    launch = kernel.launch
+    run = launch.run
     yield
-    assert kernel.launch is launch, "kernels are left to another executor"
+    assert launch.run is run, "kernels are left to another executor"
 
 
 @pytest.fixture
@@ -51,5 +51,5 @@ def pytest_terminal_summary(terminalreporter):
         line += f"most registers {most[0]} {figures[most]['registers']}"
         terminalreporter.write_line(line)
     terminalreporter.write_line(
-        f"kernels on this machine: {kernel.backend() or 'none'}, MLX {mx.__version__}"
+        f"kernels on this machine: {launch.backend() or 'none'}, MLX {mx.__version__}"
     )

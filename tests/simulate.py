@@ -33,7 +33,7 @@ from ops.test_traffic import words
 from proof import executor, simulator, standin
 from proof.compare import doubles, results
 
-from mhc_mlx import kernel, ops
+from mhc_mlx import launch, ops
 
 OPS = ("mhc_static", "mhc_layer", "stream_mix_add", "stream_aggregate_norm", "sinkhorn_knopp")
 OPS += ("stream_aggregate", *PROJECTED, *SEAMS)
@@ -66,7 +66,7 @@ def simulate(case: Case, source: bool, form: str = "simulator") -> bool:
     def both(name, inputs, outputs, groups, threads, template, verbose=False):
         nonlocal right
         call = (name, inputs, outputs, groups, threads, template)
-        want = standin.launch(*call)
+        want = standin.run(*call)
         mx.eval(want)
         options = ", ".join(f"{k}={v}" for k, v in template.items())
         print(f"  {name}.metal: {groups} threadgroups of {threads}; {options}")
@@ -74,7 +74,7 @@ def simulate(case: Case, source: bool, form: str = "simulator") -> bool:
             print(simulator.generated(*call))
         try:
             with simulator.recording() as records:
-                got = simulator.launch(*call)
+                got = simulator.run(*call)
         except simulator.SimulationError as error:
             right = False
             print(f"    BROKEN RULE {error}")
@@ -89,7 +89,7 @@ def simulate(case: Case, source: bool, form: str = "simulator") -> bool:
 
     print(case)
     with executor(form):
-        kernel.launch = both
+        launch.run = both
         results(getattr(ops, case.op), case, [a for a in case.arrays() if a is not None])
     print(f"  {'right, under every schedule' if right else 'WRONG: see above'}")
     return right

@@ -5,7 +5,7 @@ import statistics
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..ops.dispatch import check_bools
+from ..ops.checks import check_bools
 from .exact import random_inputs, site_errors, streams_dtype
 from .layers import SinglePassLayer
 from .patch import patch, unpatch
@@ -96,8 +96,8 @@ def _check(
     rows = []
     for k, (site, found) in enumerate(zip(sites, real, strict=True)):
         row = {"site": site.name, "patched": isinstance(site.hc, SinglePassConnection)}
-        for kind, given in (("random", random_inputs(site, dtype, 4, k)), ("real", found)):
-            row[kind], row[f"{kind}, mlx-lm"] = site_errors(site, *given)
+        for kind, inputs in (("random", random_inputs(site, dtype, 4, k)), ("real", found)):
+            row[kind], row[f"{kind}, mlx-lm"] = site_errors(site, *inputs)
         rows.append(row)
     kinds = ("random", "random, mlx-lm", "real", "real, mlx-lm")
     return {

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from .. import ops
 from ..layers import check_sizes
-from ..ops.dispatch import check_bools, check_number
+from ..ops.checks import check_bools, check_number
 from .exact import random_inputs, site_errors, streams_dtype
 from .gradients import TRAINED
 from .layers import Owner, SinglePassLayer

@@ -12,9 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 
-from .. import kernel, ops
+from .. import launch, ops
 from ..conventions import DEEPSEEK_V4, Convention
-from ..ops.dispatch import check_bools
+from ..ops.checks import check_bools
 
 OLDEST, BEFORE = (0, 32, 2), (0, 33)
 MODELS = "deepseek_v41 of mlx-lm >=0.32.2,<0.33"
@@ -117,7 +117,7 @@ class SinglePassConnection(stock.HyperConnection):
         compiles = self.use_metal and not self.differentiable and x.size > 0
         run = _site(
             *(
-                kernel.backend() if compiles and _comes_again(x.shape[-3]) else None,
+                launch.backend() if compiles and _comes_again(x.shape[-3]) else None,
                 norm is not None,
             ),
             *(self.iters, self.hc_eps, self.norm_eps, norm.eps if plain else 1.0),

@@ -13,9 +13,9 @@ import mlx.nn as nn
 import mlx_lm
 from mlx_lm.generate import generate_step
 
-from .. import kernel
+from .. import launch
 from ..layers import check_sizes
-from ..ops.dispatch import FLOATS, fail
+from ..ops.checks import FLOATS, fail
 from .exact import random_inputs, site_errors
 from .layers import SinglePassLayer
 from .patch import _fails, as_stock
@@ -46,7 +46,7 @@ def check_counts(op: str, **counts: tuple[int, ...]) -> None:
 def machine() -> dict:
     return {
         "device": mx.device_info().get("device_name", "cpu"),
-        "backend": kernel.backend() or "none: the reference runs",
+        "backend": launch.backend() or "none: the reference runs",
         "mlx": mx.__version__,
         "mlx-lm": mlx_lm.__version__,
         "date": datetime.date.today().isoformat(),
@@ -57,12 +57,12 @@ def _seconds(run: Callable) -> float:
     """Median time of an evaluation of what run() returns: 5 times, or more within 50 ms."""
     for _ in range(2):
         mx.eval(run())
-    taken = []
-    while len(taken) < 5 or (sum(taken) < 0.05 and len(taken) < 50):
+    times = []
+    while len(times) < 5 or (sum(times) < 0.05 and len(times) < 50):
         start = time.perf_counter()
         mx.eval(run())
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 @functools.cache
@@ -124,9 +124,9 @@ def time_line(t: dict) -> str:
 
 def _dispatches(run: Callable) -> dict:
     """Primitives that a further site of a chain adds to the graph, and how many of them launch."""
-    added = kernel.primitives(*run(3))
-    added.subtract(kernel.primitives(*run(2)))
-    launching = sum(count for name, count in added.items() if name not in kernel.VIEWS)
+    added = launch.primitives(*run(3))
+    added.subtract(launch.primitives(*run(2)))
+    launching = sum(count for name, count in added.items() if name not in launch.VIEWS)
     return {"primitives": sum(added.values()), "dispatches": launching}
 
 
@@ -143,7 +143,7 @@ def _peak(run: Callable) -> int:
 
 def random_sites(d: int, count: int) -> list[Site]:
     """Patched hyper-connections of hidden size d with random weights."""
-    args, made = stock.ModelArgs(hidden_size=d), []
+    args, sites = stock.ModelArgs(hidden_size=d), []
     for k in range(count):
         hc, norm = stock.HyperConnection(args), nn.RMSNorm(d, eps=args.rms_norm_eps)
         kf, kb, ks = mx.random.split(mx.random.key(k), 3)
@@ -152,8 +152,8 @@ def random_sites(d: int, count: int) -> list[Site]:
         hc.scale = mx.random.uniform(0.5, 1.5, (3,), key=ks)
         norm.weight = norm.weight.astype(mx.bfloat16)
         hc.__class__, hc.use_metal, hc.differentiable = SinglePassConnection, True, False
-        made.append(Site(f"random.{k}", hc, norm))
-    return made
+        sites.append(Site(f"random.{k}", hc, norm))
+    return sites
 
 
 def bench_sites(
@@ -201,10 +201,12 @@ def bench_sites(
     chains = _chains(sites, dtype, max(tokens))
     report["peak bytes"] = {"tokens": max(tokens)} | {k: _peak(run) for k, run in chains.items()}
     for count, graph in report["graph"].items():
-        each = ", ".join(f"{k} {v['dispatches']}" for k, v in graph.items())
-        print(f"{count:>5} tokens: dispatches per sublayer: {each}")
-    each = ", ".join(f"{k} {v >> 20} MiB" for k, v in report["peak bytes"].items() if k != "tokens")
-    print(f"{max(tokens):5} tokens: most memory: {each}", flush=True)
+        counts = ", ".join(f"{k} {v['dispatches']}" for k, v in graph.items())
+        print(f"{count:>5} tokens: dispatches per sublayer: {counts}")
+    peaks = ", ".join(
+        f"{k} {v >> 20} MiB" for k, v in report["peak bytes"].items() if k != "tokens"
+    )
+    print(f"{max(tokens):5} tokens: most memory: {peaks}", flush=True)
     return report
 
 

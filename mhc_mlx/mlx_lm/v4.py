@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from ..conventions import DEEPSEEK_V4
 from ..layers import HyperConnection, HyperHead
-from ..ops.dispatch import check_dtype, fail
+from ..ops.checks import check_dtype, fail
 
 
 def load_v4(

@@ -1,8 +1,57 @@
-"""The ops: every name of `reference`, fused where the default device has kernels."""
+"""The ops: every name of `reference`, fused where the default device has kernels.
 
-from . import dispatch, geometry
-from .dispatch import MAX_STREAMS, check_convention, check_eps, check_threads, vmap
-from .dynamic import mhc_coefficients, mhc_head, mhc_pre, stream_aggregate
-from .plain import gates, project, rms_norm, stream_distribute, stream_mix
-from .single_pass import mhc_seam, mhc_single_pass
-from .static import mhc_layer, mhc_static, sinkhorn_knopp, stream_aggregate_norm, stream_mix_add
+A room is a family of ops and reads from top to bottom: check, tile, launch, gradient, public
+function. Each imports those above it, and all the ground: `checks` of arguments, `tiling` of
+launches, `autodiff`, `arrays` and `sums`.
+
+    sinkhorn      from logits to mixing matrices
+    streams       read, mix and write back with ready coefficients
+    static        the self-contained layer
+    coefficients  what the next two share
+    pre           coefficients that each token makes for itself, and the read
+    seam          write-back and next read
+
+Every fused op takes the positional arguments of its namesake in `reference` and four keywords:
+
+    use_metal: Run the kernels where the default device has them (Metal or CUDA); otherwise, and on
+        a CPU, the reference runs.
+    threads_per_group: Threads in a threadgroup, a multiple of 32 from 32 to 1024; None picks.
+    verbose: Print the source of the kernels, without a GPU the Metal source.
+    differentiable: False calls the kernels bare, which `mx.export_function` can record; there is
+        then no gradient.
+"""
+
+from . import autodiff, tiling
+from .autodiff import vmap
+from .checks import MAX_STREAMS, check_convention, check_eps, check_threads
+from .pre import mhc_coefficients, mhc_head, mhc_pre
+from .seam import mhc_seam, mhc_single_pass
+from .sinkhorn import project, sinkhorn_knopp
+from .static import gates, mhc_layer, mhc_static, stream_aggregate_norm
+from .streams import rms_norm, stream_aggregate, stream_distribute, stream_mix, stream_mix_add
+
+__all__ = [
+    "MAX_STREAMS",
+    "autodiff",
+    "check_convention",
+    "check_eps",
+    "check_threads",
+    "gates",
+    "mhc_coefficients",
+    "mhc_head",
+    "mhc_layer",
+    "mhc_pre",
+    "mhc_seam",
+    "mhc_single_pass",
+    "mhc_static",
+    "project",
+    "rms_norm",
+    "sinkhorn_knopp",
+    "stream_aggregate",
+    "stream_aggregate_norm",
+    "stream_distribute",
+    "stream_mix",
+    "stream_mix_add",
+    "tiling",
+    "vmap",
+]

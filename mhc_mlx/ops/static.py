@@ -1,287 +1,157 @@
-"""Ops whose coefficients are shared or ready: launches, gradients, public names."""
+"""The self-contained layer, whose coefficients are parameters that all tokens share."""
 
 import math
+from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .. import kernel
-from ..conventions import ROW_FIRST, STARTS, Convention
-from . import geometry
-from .dispatch import (
-    KERNELS,
-    MAX_STREAMS,
-    Kernels,
-    check_array,
-    check_branch,
-    check_dtype,
-    check_eps,
-    check_half_steps,
-    check_streams,
-    constants,
-    fail,
-    flat,
-    fused_op,
-    identity,
-    unflat,
-)
+from .. import launch, reference
+from ..conventions import ROW_FIRST, Convention
+from . import tiling
+from .arrays import flat, fused_params
+from .autodiff import FusedOp, Options
+from .checks import check_convention, check_dtype, check_half_steps, check_static
+from .sinkhorn import HalfSteps, half_steps, launch_sinkhorn, launch_sinkhorn_backward
+from .streams import Layer, launch_fused_backward
+
+__all__ = ["gates", "mhc_layer", "mhc_static", "stream_aggregate_norm"]
 
 
-def check_layer(op: str, x: mx.array, eps: float, **arrays: mx.array) -> None:
-    """x, eps, coefficients shared by all tokens, and the weight."""
-    _, n, C = check_streams(op, x)
-    check_eps(op, eps)
-    shapes = {"pre": ("n", (n,)), "post": ("n", (n,)), "res": ("nn", (n, n)), "weight": ("C", (C,))}
-    for name, a in arrays.items():
-        check_array(op, name, a, *shapes[name.split("_")[-1]])
+@dataclass(frozen=True)
+class MhcFusedBody(launch.Body):
+    name = "mhc_fused"
+    T: mx.Dtype
+    N: int
+    VEC: int
+    THREADS: int
+    PASSES: int
+    CACHED: bool
+    MIX: bool
+    SINKHORN: bool
+    GATES: bool
+    half_steps: HalfSteps
 
 
-def projection(convention: Convention | None) -> dict[str, int | bool]:
-    """Template arguments of a projection; a lane holds a line of the first half-step's axis."""
-    c = convention or ROW_FIRST
-    columns = c.first == "columns"
-    orientation = {"COLUMNS": columns, "OUT_COLUMNS": columns != c.transposed}
-    start = "exp" if c.in_logs else c.start
-    return {"ITERS": c.iters, "START": STARTS.index(start), **orientation}
-
-
-def _params(eps: float, convention: Convention | None) -> mx.array:
-    c = convention or ROW_FIRST
-    return constants(eps, c.pre_eps, c.post_scale, c.post_eps, c.eps)
-
-
-def _sinkhorn_launch(name, inputs, dtype, convention, threads_per_group, verbose, backward):
-    """A lane per line of a matrix, a power of two of lanes; as many matrices as a group holds."""
-    logits = inputs["logits"]
-    n = logits.shape[-1]
-    whole = {k: flat(a, 3) for k, a in inputs.items()}
-    count, lanes = whole["logits"].shape[0], 1 << (n - 1).bit_length()
-    threads = max(threads_per_group or 128, lanes) // lanes * lanes  # whole matrices
-    template = {"N": n, **projection(convention), "THREADS": threads}
-    if backward:  # the divisors kept on chip, of 32 KiB threadgroup memory
-        kept = (30 << 10) // (4 * threads) - (2 if n > 32 else 0)
-        template |= {"KEPT": min(2 * convention.iters, kept), "D": dtype}
-    (result,) = kernel.launch(
-        name,
-        whole | {"eps": constants(convention.eps)},
-        {"dlogits" if backward else "h_res": (whole["logits"].shape, dtype)},
-        min(math.ceil(count / (threads // lanes)), geometry.MANY_GROUPS),
-        threads,
-        template,
-        verbose,
-    )
-    return unflat(result, logits.shape)
-
-
-def sinkhorn_forward(logits, *options):
-    return _sinkhorn_launch("sinkhorn_knopp", {"logits": logits}, mx.float32, *options, False)
-
-
-def sinkhorn_backward(logits, dh_res, *options):
-    inputs = {"logits": logits, "dh_res": dh_res}
-    return [_sinkhorn_launch("sinkhorn_knopp_backward", inputs, logits.dtype, *options, True)]
-
-
-def sum_rows(
-    partial: mx.array, verbose: bool, n: int = 0, shape: tuple[int, ...] = (), **gates
+def launch_fused(
+    x: mx.array,
+    layer: Layer,
+    *,
+    options: Options,
+    eps: float,
+    convention: Convention | None = None,
+    sinkhorn: bool = False,
 ) -> mx.array:
-    """The sum of the rows, in a fixed order, as an array of that shape; of gates' gradients those
-    of their n logits."""
-    shape = shape or partial.shape[1:]
-    if partial.shape[0] == 1 and not gates:
-        return partial.reshape(shape)
-    lines = geometry.of_sum(*partial.shape)
-    (total,) = kernel.launch(
-        "sum_partials",
-        {"partial": partial} | {k: gates.get(k) for k in ("H_pre", "H_post", "params")},
-        {"out": (shape, mx.float32)},
-        math.ceil(partial.shape[1] * lines / 256),
-        256,
-        {"T": mx.float32, "N": n if gates else 0, "GATES": bool(gates), "LINES": lines},
-        verbose,
-    )
-    return total
+    """out of the streams; without H_res what a sublayer reads, normalised.
 
-
-def _layer_forward(
-    x, H_pre, H_post, H_res, weight, eps, threads_per_group, verbose, convention=None, mix=True
-):
-    """mhc_static; with a convention mhc_layer; without mix stream_aggregate_norm."""
-    shape = x.shape if mix else (*x.shape[:-2], x.shape[-1])
-    x = flat(x, 3)
-    tokens, n, C = x.shape
-    g = geometry.of_token(n, C, x.dtype.size, 1, threads_per_group, kernel.backend())
-    sinkhorn = convention is not None and n <= 8 and tokens <= geometry.ONE_LAUNCH_TOKENS
-    if convention is not None and not sinkhorn:
-        H_res = sinkhorn_forward(H_res, convention, threads_per_group, verbose)
-    arrays = {"x": x, "H_pre": H_pre, "H_post": H_post, "H_res": H_res, "weight": weight}
-    template = {"T": x.dtype, "N": n, "VEC": g.vec, "THREADS": g.threads, "PASSES": g.passes}
-    template |= {"CACHED": g.fits, "MIX": mix, "SINKHORN": sinkhorn}
-    template |= {"GATES": convention is not None and convention.sigmoid, **projection(convention)}
-    (out,) = kernel.launch(
-        "mhc_fused",
-        arrays | {"params": _params(eps, convention)},
-        {"out": (shape, x.dtype)},
-        geometry.even(tokens, geometry.FORWARD_GROUPS),
-        g.threads,
-        template,
-        verbose,
-    )
-    return out
-
-
-def _layer_backward(
-    x, H_pre, H_post, H_res, weight, dout, eps, threads, verbose, convention=None, mix=True
-):
-    """Gradients of x, H_pre, H_post, H_res, weight."""
-    n, logits = x.shape[-2], H_res
-    if convention is not None and n > 8:
-        H_res = sinkhorn_forward(logits, convention, threads, verbose)
-    dx, _, *rest = _backward(
-        x, None, H_pre, H_post, H_res, weight, dout, eps, threads, verbose, convention, mix
-    )
-    if convention is not None:
-        rest[2] = sinkhorn_backward(logits, rest[2], convention, threads, verbose)[0]
-    primals = (H_pre, H_post, logits, weight)
-    rest = [g if a is None else g.astype(a.dtype) for g, a in zip(rest, primals, strict=True)]
-    return [dx, *rest]
-
-
-def mix_add_forward(x, y, h_post, h_res, threads_per_group, verbose):
-    shape, x = x.shape, flat(x, 3)
-    tokens, n, C = x.shape
-    g = geometry.of_token(n, C, x.dtype.size, 1, threads_per_group, kernel.backend())
-    template = {"T": x.dtype, "N": n, "VEC": g.vec, "THREADS": g.threads}
-    template |= {"POST_PER_TOKEN": h_post.ndim > 1, "RES_PER_TOKEN": h_res.ndim > 2}
-    (out,) = kernel.launch(
-        "stream_mix_add",
-        {"x": x, "y": y, "h_post": h_post, "h_res": h_res},
-        {"out": (shape, x.dtype)},
-        min(tokens, geometry.MANY_GROUPS),
-        g.threads,
-        template,
-        verbose,
-    )
-    return out
-
-
-def mix_add_backward(x, y, h_post, h_res, dout, threads_per_group, verbose):
-    """Gradients of x, y, h_post, h_res."""
-    dx, dy, _, dh_post, dh_res, _ = _backward(
-        x, y, None, h_post, h_res, None, dout, 1.0, threads_per_group, verbose, None, True
-    )
-    return [dx, dy, dh_post.astype(h_post.dtype), dh_res.astype(h_res.dtype)]
-
-
-def _backward(
-    x, y, H_pre, H_post, H_res, weight, dout, eps, threads_per_group, verbose, convention, mix
-):
-    """dx and dy in x's dtype, and dH_pre, dH_post, dh_res, dweight in float32, None where absent.
-
-    y is given for stream_mix_add, weight for the layers; a convention means gates, and for n <= 8
-    also that H_res is still to be projected: dh_res is the gradient of the projected matrix.
+    With a convention H_pre and H_post may be logits of gates; ``sinkhorn`` says that H_res holds
+    logits.
     """
-    shape, x = x.shape, flat(x, 3)
-    tokens, n, C = x.shape
-    norm, gates = y is None, convention is not None and convention.sigmoid
-    post_per_token, res_per_token = mix and H_post.ndim > 1, mix and H_res.ndim > 2
-    sinkhorn = convention is not None and n <= 8
-    g = geometry.of_token(n, C, x.dtype.size, 2, threads_per_group, kernel.backend())
-    name, threads = ("mhc_backward", g.threads) if n <= 8 else ("mhc_backward_tiled", 256)
-    threads = threads_per_group or threads
-    sums = [n * norm, n * (mix and not post_per_token), n * n * (mix and not res_per_token)]
-    sums.append(C * norm)
-    groups = min(
-        tokens, max(1, geometry.BACKWARD_THREADS // threads) if any(sums) else geometry.MANY_GROUPS
+    flat_x, mix, threads = flat(x, 3), layer.H_res is not None, options.threads_per_group
+    tokens, n, C = flat_x.shape
+    t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.backend())
+    body = MhcFusedBody(
+        T=x.dtype,
+        N=n,
+        VEC=t.vec,
+        THREADS=t.threads,
+        PASSES=t.passes,
+        CACHED=t.cached,
+        MIX=mix,
+        SINKHORN=sinkhorn,
+        GATES=convention is not None and convention.sigmoid,
+        half_steps=half_steps(convention),
     )
-    params = _params(eps, convention) if norm else None
-    template = {"T": x.dtype, "N": n, "THREADS": threads, "MIX": mix, "NORM": norm, "GATES": gates}
-    template |= {"POST_PER_TOKEN": post_per_token, "RES_PER_TOKEN": res_per_token}
-    if n <= 8:
-        template |= {"VEC": g.vec, "PASSES": g.passes, "CACHED": g.fits, "SINKHORN": sinkhorn}
-        template |= projection(convention)
-    inputs = {"x": x, "y": y, "dout": dout}
-    inputs |= {"H_pre": H_pre, "H_post": H_post, "H_res": H_res, "weight": weight, "params": params}
-    outputs = {
-        "dx": (shape, x.dtype),
-        "dy": None if norm else (y.shape, x.dtype),
-        "partial": ((groups, sum(sums)), mx.float32) if any(sums) else None,
-        "dh_post": (H_post.shape, mx.float32) if post_per_token else None,
-        "dh_res": (H_res.shape, mx.float32) if res_per_token else None,
-    }
-    results = kernel.launch(name, inputs, outputs, groups, threads, template, verbose)
-    made = dict(zip((k for k, v in outputs.items() if v is not None), results, strict=True))
-    if any(sums):
-        given = {k: inputs[k] for k in ("H_pre", "H_post", "params")} if gates else {}
-        total = sum_rows(made["partial"], verbose, n, **given)
-        ends = [sum(sums[: i + 1]) for i in range(4)]
-        parts = zip(("H_pre", "dh_post", "dh_res", "weight"), sums, ends, strict=True)
-        made |= {k: total[end - size : end] for k, size, end in parts if size}
-    dh_res = unflat(made["dh_res"], H_res.shape) if mix else None
-    rest = made.get("H_pre"), made.get("dh_post"), dh_res, made.get("weight")
-    return [made["dx"], made.get("dy"), *rest]
+    params = fused_params(eps=eps, convention=convention)
+    inputs = {"x": flat_x, **layer._asdict(), "params": params}
+    outputs = {"out": (x.shape if mix else (*x.shape[:-2], C), x.dtype)}
+    groups = tiling.even_groups(tokens, tiling.FORWARD_GROUPS)
+    return launch.launch(body, inputs, outputs, groups, options)["out"]
 
 
-def _reading(forward_or_backward):
-    """`_layer_forward` or `_layer_backward` with only what stream_aggregate_norm has."""
-
-    def read(x, h_pre, weight, *rest):
-        result = forward_or_backward(x, h_pre, None, None, weight, *rest, mix=False)
-        return [result[i] for i in (0, 1, 4)] if isinstance(result, list) else result
-
-    return read
+# ---- stream_aggregate_norm
 
 
-KERNELS |= {
-    "sinkhorn_knopp": Kernels((None,), sinkhorn_forward, sinkhorn_backward),
-    "stream_aggregate_norm": Kernels(
-        (None, 1, 1), _reading(_layer_forward), _reading(_layer_backward)
-    ),
-    "stream_mix_add": Kernels(
-        (None, None, 1, 2), mix_add_forward, mix_add_backward, absent=identity
-    ),
-    "mhc_static": Kernels((None, 1, 1, 2, 1), _layer_forward, _layer_backward, absent=identity),
-    "mhc_layer": Kernels(
-        (None, 1, 1, 2, 1),
-        lambda *a: _layer_forward(*a[:5], *a[6:], convention=a[5]),
-        lambda *a: _layer_backward(*a[:6], *a[7:], convention=a[6]),
-    ),
-}
+@dataclass(frozen=True)
+class StreamAggregateNorm(FusedOp):
+    eps: float
+
+    name = "stream_aggregate_norm"
+    shared_ndim = (None, 1, 1)
+
+    def fallback(self, x, h_pre, weight):
+        return reference.stream_aggregate_norm(x, h_pre, weight, self.eps)
+
+    def forward(self, x, h_pre, weight):
+        layer = Layer(H_pre=h_pre, weight=weight)
+        return launch_fused(x, layer, options=self.options, eps=self.eps)
+
+    def backward(self, arrays, cotangents, saved):
+        (x, h_pre, weight), (du,) = arrays, cotangents
+        layer, how = Layer(H_pre=h_pre, weight=weight), {"options": self.options, "eps": self.eps}
+        dx, _, d = launch_fused_backward(x, None, layer, du, **how)
+        return dx, d.H_pre, d.weight
 
 
-@fused_op
-def sinkhorn_knopp(logits: mx.array, convention: Convention = ROW_FIRST) -> mx.array:
-    op = "sinkhorn_knopp"
-    check_dtype(op, logits=logits)
-    n = logits.shape[-1] if logits.ndim else 0
-    if logits.shape[-2:] != (n, n) or not 1 <= n <= MAX_STREAMS:
-        must = f"have shape [..., n, n] with n from 1 to {MAX_STREAMS}"
-        raise ValueError(fail(op, "logits", must, list(logits.shape)))
-    check_half_steps(op, convention)
-    return (logits,), (convention,)
-
-
-@fused_op
 def stream_aggregate_norm(
-    x: mx.array, h_pre: mx.array, weight: mx.array, eps: float = 1e-5
+    x: mx.array,
+    h_pre: mx.array,
+    weight: mx.array,
+    eps: float = 1e-5,
+    *,
+    use_metal: bool = True,
+    threads_per_group: int | None = None,
+    verbose: bool = False,
+    differentiable: bool = True,
 ) -> mx.array:
-    check_layer("stream_aggregate_norm", x, eps, h_pre=h_pre, weight=weight)
-    return (x, h_pre, weight), (eps,)
+    """The normalised input of a sublayer: ``rms_norm(stream_aggregate(x, h_pre), weight, eps)``
+    (arXiv 2512.24880, eq. 3).
+
+    Args:
+        x: ``[..., n, C]`` float32, float16 or bfloat16.
+        h_pre: ``[n]``, of any of these dtypes.
+        weight: ``[C]``, of any of these dtypes.
+        eps: Added to the mean square, above 0.
+        use_metal: Run the kernels where the default device has them; otherwise the reference runs.
+        threads_per_group: Threads in a threadgroup, a multiple of 32 from 32 to 1024; None picks.
+        verbose: Print the source of the kernels, without a GPU the Metal source.
+        differentiable: False calls the kernels bare, as `mx.export_function` needs: no gradient.
+
+    Returns:
+        ``[..., C]`` in x's dtype, computed in float32 and rounded once.
+
+    Raises:
+        ValueError: Where a shape or a number does not fit.
+        TypeError: Where a dtype or a type does not.
+    """
+    check_static("stream_aggregate_norm", x, eps, h_pre=h_pre, weight=weight)
+    fused = StreamAggregateNorm(Options(threads_per_group, verbose), eps)
+    return fused(x, h_pre, weight, use_metal=use_metal, differentiable=differentiable)
 
 
-@fused_op
-def stream_mix_add(
-    x: mx.array, y: mx.array, h_post: mx.array, h_res: mx.array | None = None
-) -> mx.array:
-    op = "stream_mix_add"
-    lead, n, _ = check_streams(op, x)
-    check_branch(op, x, y)
-    check_array(op, "h_post", h_post, "n", (n,), lead)
-    if h_res is not None:
-        check_array(op, "h_res", h_res, "nn", (n, n), lead)
-    return (x, y, h_post, h_res), ()
+# ---- mhc_static
 
 
-@fused_op
+@dataclass(frozen=True)
+class MhcStatic(FusedOp):
+    eps: float
+
+    name = "mhc_static"
+    shared_ndim = (None, 1, 1, 2, 1)
+    h_res_index = 3
+
+    def fallback(self, *arrays):
+        return reference.mhc_static(*arrays, self.eps)
+
+    def forward(self, x, *layer):
+        return launch_fused(x, Layer(*layer), options=self.options, eps=self.eps)
+
+    def backward(self, arrays, cotangents, saved):
+        (x, *layer), (dout,) = arrays, cotangents
+        how = {"options": self.options, "eps": self.eps}
+        dx, _, d = launch_fused_backward(x, None, Layer(*layer), dout, **how)
+        return dx, *d
+
+
 def mhc_static(
     x: mx.array,
     h_pre: mx.array,
@@ -289,13 +159,75 @@ def mhc_static(
     h_res: mx.array | None,
     weight: mx.array,
     eps: float = 1e-5,
+    *,
+    use_metal: bool = True,
+    threads_per_group: int | None = None,
+    verbose: bool = False,
+    differentiable: bool = True,
 ) -> mx.array:
+    """The self-contained layer with ready coefficients (arXiv 2512.24880, eq. 3).
+
+    ``out[i] = sum_j h_res[i, j] x[j] + h_post[i] rms_norm(sum_j h_pre[j] x[j], weight, eps)``
+
+    Args:
+        x: ``[..., n, C]`` float32, float16 or bfloat16.
+        h_pre, h_post: ``[n]``, of any of these dtypes.
+        h_res: ``[n, n]``, of any of these dtypes, row = output; None is the identity.
+        weight: ``[C]``, of any of these dtypes.
+        eps: Added to the mean square, above 0.
+        use_metal: Run the kernels where the default device has them; otherwise the reference runs.
+        threads_per_group: Threads in a threadgroup, a multiple of 32 from 32 to 1024; None picks.
+        verbose: Print the source of the kernels, without a GPU the Metal source.
+        differentiable: False calls the kernels bare, as `mx.export_function` needs: no gradient.
+
+    Returns:
+        out ``[..., n, C]`` in x's dtype, computed in float32 and rounded once.
+
+    Raises:
+        ValueError: Where a shape or a number does not fit.
+        TypeError: Where a dtype or a type does not.
+    """
     mixing = {} if h_res is None else {"h_res": h_res}
-    check_layer("mhc_static", x, eps, h_pre=h_pre, h_post=h_post, **mixing, weight=weight)
-    return (x, h_pre, h_post, h_res, weight), (eps,)
+    check_static("mhc_static", x, eps, h_pre=h_pre, h_post=h_post, **mixing, weight=weight)
+    fused, arrays = MhcStatic(Options(threads_per_group, verbose), eps), (x, h_pre, h_post, h_res)
+    return fused(*arrays, weight, use_metal=use_metal, differentiable=differentiable)
 
 
-@fused_op
+# ---- mhc_layer
+
+
+@dataclass(frozen=True)
+class MhcLayer(FusedOp):
+    convention: Convention
+    eps: float
+
+    name = "mhc_layer"
+    shared_ndim = (None, 1, 1, 2, 1)
+
+    def fallback(self, *arrays):
+        return reference.mhc_layer(*arrays, self.convention, self.eps)
+
+    def forward(self, x, *parameters):
+        layer, options, c = Layer(*parameters), self.options, self.convention
+        *lead, n, _ = x.shape
+        sinkhorn = n <= 8 and math.prod(lead) <= tiling.ONE_LAUNCH_TOKENS
+        if not sinkhorn:
+            layer = layer._replace(H_res=launch_sinkhorn(layer.H_res, c, options))
+        how = {"options": options, "eps": self.eps, "convention": c, "sinkhorn": sinkhorn}
+        return launch_fused(x, layer, **how)
+
+    def backward(self, arrays, cotangents, saved):
+        (x, *parameters), (dout,) = arrays, cotangents
+        layer, options, c = Layer(*parameters), self.options, self.convention
+        logits = layer.H_res
+        if x.shape[-2] > 8:
+            layer = layer._replace(H_res=launch_sinkhorn(logits, c, options))
+        how = {"options": options, "eps": self.eps, "convention": c}
+        dx, _, d = launch_fused_backward(x, None, layer, dout, **how)
+        dH_res = launch_sinkhorn_backward(logits, d.H_res, c, options)
+        return dx, *d._replace(H_res=dH_res)
+
+
 def mhc_layer(
     x: mx.array,
     H_pre: mx.array,
@@ -304,7 +236,56 @@ def mhc_layer(
     weight: mx.array,
     convention: Convention = ROW_FIRST,
     eps: float = 1e-5,
+    *,
+    use_metal: bool = True,
+    threads_per_group: int | None = None,
+    verbose: bool = False,
+    differentiable: bool = True,
 ) -> mx.array:
-    check_layer("mhc_layer", x, eps, H_pre=H_pre, H_post=H_post, H_res=H_res, weight=weight)
+    """The self-contained layer from its parameters (arXiv 2512.24880, eq. 3, 8, 9, static part).
+
+    ``mhc_static`` with h_pre, h_post = gates(H_pre, H_post) and h_res = sinkhorn_knopp(H_res).
+
+    Args:
+        x: ``[..., n, C]`` float32, float16 or bfloat16.
+        H_pre, H_post: ``[n]``, of any of these dtypes.
+        H_res: ``[n, n]``, of any of these dtypes.
+        weight: ``[C]``, of any of these dtypes.
+        convention: How coefficients are made; one with half-steps.
+        eps: Of the RMSNorm, above 0.
+        use_metal: Run the kernels where the default device has them; otherwise the reference runs.
+        threads_per_group: Threads in a threadgroup, a multiple of 32 from 32 to 1024; None picks.
+        verbose: Print the source of the kernels, without a GPU the Metal source.
+        differentiable: False calls the kernels bare, as `mx.export_function` needs: no gradient.
+
+    Returns:
+        out ``[..., n, C]`` in x's dtype, computed in float32 and rounded once.
+
+    Raises:
+        ValueError: Where a shape or a number does not fit.
+        TypeError: Where a dtype or a type does not.
+    """
+    check_static("mhc_layer", x, eps, H_pre=H_pre, H_post=H_post, H_res=H_res, weight=weight)
     check_half_steps("mhc_layer", convention)
-    return (x, H_pre, H_post, H_res, weight), (convention, eps)
+    fused = MhcLayer(Options(threads_per_group, verbose), convention, eps)
+    arrays = (x, H_pre, H_post, H_res, weight)
+    return fused(*arrays, use_metal=use_metal, differentiable=differentiable)
+
+
+def gates(H_pre: mx.array, H_post: mx.array, convention: Convention) -> tuple[mx.array, mx.array]:
+    """h_pre = sigmoid(H_pre) + pre_eps, h_post = post_scale * sigmoid(H_post) + post_eps
+    (arXiv 2512.24880, eq. 8); without kernels.
+
+    Args:
+        H_pre, H_post: Each of any shape, float32, float16 or bfloat16.
+        convention: Its gates; without sigmoid both are used as they are.
+
+    Returns:
+        h_pre and h_post in their shapes, float32.
+
+    Raises:
+        TypeError: Where a dtype or a type does not fit.
+    """
+    check_convention("gates", convention)
+    check_dtype("gates", H_pre=H_pre, H_post=H_post)
+    return reference.gates(H_pre, H_post, convention)

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: its adapter is not tested")
 
-from mhc_mlx import kernel, ops  # noqa: E402
+from mhc_mlx import launch, ops  # noqa: E402
 from mhc_mlx import mlx_lm as adapter  # noqa: E402
 from mhc_mlx.mlx_lm.exact import random_inputs, streams_dtype  # noqa: E402
 from mhc_mlx.mlx_lm.sites import find_sites  # noqa: E402
@@ -20,9 +20,9 @@ def launches(monkeypatch):
     """Names of the bodies that Python launches, by the stand-in: none where a trace is used. On a
     GPU `mx.compile` would fuse the stand-in's own ops, and round them otherwise."""
     with mx.stream(mx.cpu), modules.running("stand-in"), monkeypatch.context() as context:
-        launch, names = kernel.launch, []
-        counted = lambda name, *rest, **k: names.append(name) or launch(name, *rest, **k)  # noqa: E731
-        context.setattr(kernel, "launch", counted)
+        run, names = launch.run, []
+        counted = lambda name, *rest, **k: names.append(name) or run(name, *rest, **k)  # noqa: E731
+        context.setattr(launch, "run", counted)
         yield names
 
 
@@ -109,7 +109,7 @@ def test_sites_that_are_not_compiled(launches, monkeypatch):
             *((rest, "metal", True, False, 2), (chunk, "metal", True, False, 1)),
             ((x, y), "metal", True, False, 1),
         ):
-            context.setattr(kernel, "backend", lambda backend=backend: backend)
+            context.setattr(launch, "backend", lambda backend=backend: backend)
             site.hc.use_metal, site.hc.differentiable = use_metal, differentiable
             calls.clear()
             for _ in range(2):
@@ -122,14 +122,14 @@ def test_a_trace_is_of_one_backend(launches, monkeypatch):
     site = find_sites(patched(tiny()).model)[1]
     x, y = random_inputs(site, mx.float32, 3)
     with monkeypatch.context() as wrong:  # so that a trace that is used shows
-        launch = kernel.launch
-        wrong.setattr(kernel, "launch", lambda *a, **k: [2 * made for made in launch(*a, **k)])
+        run = launch.run
+        wrong.setattr(launch, "run", lambda *a, **k: [2 * made for made in run(*a, **k)])
         doubled = run(site, x, y)
     right = uncompiled(site, x, y)
     assert not mx.array_equal(doubled[0], right[0]).item()
     with monkeypatch.context() as moved:
         for backend, want in (("metal", doubled), ("cuda", right), (None, right)):
-            moved.setattr(kernel, "backend", lambda backend=backend: backend)
+            moved.setattr(launch, "backend", lambda backend=backend: backend)
             for a, b in zip(run(site, x, y), want, strict=True):
                 within(a, b, mx.float32)
 

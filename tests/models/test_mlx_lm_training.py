@@ -16,7 +16,7 @@ from mlx_lm.models import deepseek_v41 as stock  # noqa: E402
 from mlx_lm.tuner import trainer  # noqa: E402
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters  # noqa: E402
 
-from mhc_mlx import kernel  # noqa: E402
+from mhc_mlx import launch  # noqa: E402
 from mhc_mlx import mlx_lm as adapter  # noqa: E402
 from mhc_mlx.mlx_lm.exact import random_inputs  # noqa: E402
 from mhc_mlx.mlx_lm.gradients import TRAINED  # noqa: E402
@@ -180,7 +180,7 @@ def test_lora_step(how, launched):
 @pytest.fixture
 def kernels():
     """Of this machine, or else the stand-in: MLX takes half a minute to compile the reference."""
-    with modules.running("here" if kernel.backend() else "stand-in") as found:
+    with modules.running("here" if launch.backend() else "stand-in") as found:
         yield found
 
 

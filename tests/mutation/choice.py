@@ -9,14 +9,14 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mhc_mlx import kernel
+from mhc_mlx import launch
 from mutation.operators import ROOT, Mutant, sources, without_comments
 
 # Seconds to compile a changed variant, by what launches it.
 COMPILE = {"simulator": 3.0, "simulator, CUDA": 4.0, "dialect": 0.4, "nvrtc": 1.2}
 FORMS = {"metal": ("simulator", "dialect"), "cuda": ("simulator, CUDA", "nvrtc")}
-FIRST_ON_CUDA = "cuda.h"
-ONLY_GPU = re.compile(r"/(ptx|cuda)\.h$")  # the simulator has its own in their place
+FIRST_ON_CUDA = "include/cuda/metal_words.h"
+ONLY_GPU = re.compile(r"/cuda/(ptx|metal_words)\.h$")  # the simulator has its own in their place
 # They quote bodies' texts, need a GPU, or compile every case before their first.
 SLOW = "tests/proof/test_nvrtc.py::test_compiles_without_spills"
 LEFT_OUT = re.compile(rf"tests/(mutation/|ops/test_gpu|proof/test_freeze)|{SLOW}")
@@ -138,15 +138,14 @@ def tree(file: str) -> ast.Module:
 
 def backends(file: str) -> tuple[str, ...]:
     """Those that a kernel text is for."""
-    if re.search(r"cuda|ptx", file):
-        return ("cuda",)
-    return ("metal",) if re.search(r"_metal\.h|/metal/", file) else ("metal", "cuda")
+    one = re.search("include/(metal|cuda)/", file)
+    return (one.group(1),) if one else ("metal", "cuda")
 
 
 @functools.cache
 def definitions(header: str) -> tuple[tuple[int, int, str, str], ...]:
     """(start, end, name, text) of what a header defines."""
-    code = without_comments(kernel._read(header))
+    code = without_comments(launch._read(header))
     found = []
     for piece in re.finditer(
         r"(?m)^(?:template|inline|constexpr|struct|enum|#define)\b.*?(?=^(?:template|inline|constexpr"
@@ -167,7 +166,7 @@ def definitions(header: str) -> tuple[tuple[int, int, str, str], ...]:
 @functools.cache
 def headers_of(body: str) -> frozenset[str]:
     """All that a body includes, on Metal or CUDA, and what is before all on CUDA."""
-    each = (kernel.headers(f"{body}.metal", backend) for backend in ("metal", "cuda"))
+    each = (launch.included_files(f"{body}.metal", backend) for backend in ("metal", "cuda"))
     return frozenset(name for names in each for name in names) | {FIRST_ON_CUDA}
 
 
@@ -178,7 +177,7 @@ def reached(body: str) -> frozenset[str]:
     for header in headers_of(body):
         for _, _, name, text in definitions(header):
             all_of[name] = all_of.get(name, "") + text
-    text = without_comments(kernel._read(f"{body}.metal"))
+    text = without_comments(launch._read(f"{body}.metal"))
     found, new = set(), set(re.findall(r"\w+", text)) & set(all_of)
     while new:
         name = new.pop()

@@ -92,13 +92,13 @@ class Recorder:
         self.open: list[float] = []  # seconds of shared fixtures within a context
         self.lines.start()
 
-    def launches(self, form: str, launch):
+    def launches(self, form: str, run):
         def recorded(name, inputs, outputs, groups, threads, template, verbose=False):
             from proof import simulator
 
             kind = f"{form}, CUDA" if form == "simulator" and simulator._cuda else form
             self.launched.add((kind, name, str(sorted(map(str, template.items())))))
-            return launch(name, inputs, outputs, groups, threads, template, verbose)
+            return run(name, inputs, outputs, groups, threads, template, verbose)
 
         return recorded
 
@@ -132,7 +132,7 @@ def pytest_configure(config):
     for form in FORMS:
         if missing(form) is None:
             module = importlib.import_module(f"proof.{form}")
-            module.launch = recorder.launches(form, module.launch)
+            module.run = recorder.launches(form, module.run)
 
 
 def wrapper(f):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = ("mhc_mlx/**/*.py", "kernels/*.metal", "kernels/**/*.h")
-SOURCES += ("benchmark.py", "benchmarks/*.py", "examples/*.py")
+SOURCES += ("benchmark.py", "benchmarks/*.py", "examples/**/*.py")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import functools
 import pytest
 from cases import Case
 
-from mhc_mlx import kernel
+from mhc_mlx import launch
 from mutation.bodies import executed, launches, refused_by_dialect, refused_by_nvrtc
 from mutation.choice import backends
 from mutation.planted import PLANTED, Mistake, planted
@@ -62,5 +62,5 @@ def test_nothing_to_catch(case, body, need_all):
 
 def test_enough():
     """Every body has mistakes, and every rung is the only one to catch some."""
-    assert {m.body for m in PLANTED} == {f.stem for f in kernel._FOLDERS[1].glob("*.metal")}
+    assert {m.body for m in PLANTED} == {f.stem for f in launch._FOLDERS[1].glob("*.metal")}
     assert {r for m in PLANTED if len(m.caught) == 1 for r in m.caught} == set(RUNGS)

@@ -12,7 +12,8 @@ import pytest
 from cases import DEEPSEEK_V4, PAPER, Case
 from proof import check, executor, results, simulator
 
-from mhc_mlx import kernel, ops
+from mhc_mlx import launch, ops
+from mhc_mlx.launch import included_files
 
 BACKENDS = ("metal", "cuda")
 EACH = {"per_token": (True, True)}
@@ -28,7 +29,10 @@ CALLS = {
         (Case("mhc_pre", (7,), 4, 8, "bfloat16", PAPER, weights="bfloat16"), None),
         (Case("mhc_pre", (3,), 4, 1280, "bfloat16", PAPER), 96),  # u is made twice
         (Case("mhc_pre", (3,), 12, 8, "float16", PAPER), None),
-        (Case("mhc_single_pass", (2,), 4, 8, "bfloat16", DEEPSEEK_V4), None),  # mhc_sweep
+        (
+            Case("mhc_single_pass", (2,), 4, 8, "bfloat16", DEEPSEEK_V4),
+            None,
+        ),  # mhc_pre_partial_logits
         (Case("mhc_seam", (2,), 4, 8, **EACH), None),
         (Case("mhc_seam", (2,), 4, 8, "bfloat16", **EACH), None),
     ],
@@ -53,15 +57,15 @@ def function_arguments(text: str) -> list[str]:
 
 
 def asked(body: str, backend: str) -> set[str]:
-    """The inputs of which a body asks `aligned`, itself or through a function of its headers."""
-    text = kernel.text(f"{body}.metal")
-    found = re.findall(r"\baligned<[^;]*?>\((\w+)\)", text)
-    for header in kernel.headers(f"{body}.metal", backend):
-        functions = re.split(r"\binline\b[^;{]*?(?=\b\w+\()", kernel.text(header))[1:]
+    """The inputs of which a body asks `is_aligned`, itself or through a function of its headers."""
+    text = launch.text(f"{body}.metal")
+    found = re.findall(r"\bis_aligned<[^;]*?>\((\w+)\)", text)
+    for header in included_files(f"{body}.metal", backend):
+        functions = re.split(r"\binline\b[^;{]*?(?=\b\w+\()", launch.text(header))[1:]
         for function in functions:
             name, rest = re.match(r"(\w+)(\(.*)", function, re.S).groups()
             names = [re.search(r"\w*$", a.strip()).group() for a in function_arguments(rest)]
-            for parameter in re.findall(r"\baligned<[^;]*?>\((\w+)\)", rest):
+            for parameter in re.findall(r"\bis_aligned<[^;]*?>\((\w+)\)", rest):
                 for call in re.finditer(rf"\bmhc::{name}\b(?:<[^;()]*>)?(?=\()", text):
                     argument = function_arguments(text[call.end() :])[names.index(parameter)]
                     found.append(re.match(r"\w+", argument).group())
@@ -70,7 +74,7 @@ def asked(body: str, backend: str) -> set[str]:
 
 def pairs(form: str) -> set[tuple[str, str]]:
     backend = "cuda" if form.endswith("CUDA") else "metal"
-    bodies = sorted(p.stem for p in kernel._FOLDERS[1].glob("*.metal"))
+    bodies = sorted(p.stem for p in launch._FOLDERS[1].glob("*.metal"))
     return {(body, name) for body in bodies for name in asked(body, backend)}
 
 
@@ -88,10 +92,10 @@ def test_what_is_asked():
     metal, cuda = pairs("simulator"), pairs("simulator, CUDA")
     assert metal >= {
         *(("stream_mix_add", k) for k in ("x", "y", "h_post", "h_res")),
-        *(("mhc_backward", k) for k in ("x", "y", "dout", "weight")),
-        *(("mhc_pre_backward", k) for k in ("x", "phi", "du", "dx_out", "weight")),
+        *(("mhc_fused_backward", k) for k in ("x", "y", "dout", "weight")),
+        *(("mhc_pre_backward_generic", k) for k in ("x", "phi", "du", "dx_out", "weight")),
     }
-    assert cuda - metal == {("mhc_projection_backward", "dp")}
+    assert cuda - metal == {("mhc_pre_backward_projection", "dp")}
     assert metal - cuda == set() and len({body for body, _ in metal}) >= 12
 
 
@@ -102,24 +106,24 @@ def test_an_input_decides_for_itself_alone(form, need):
     shifted = run(form, CALLS[form])
     must = pairs(form)
     if form != "simulator":  # the others have the same text
-        own = {b for b, _ in must if len({kernel.headers(f"{b}.metal", k) for k in BACKENDS}) > 1}
+        own = {b for b, _ in must if len({included_files(f"{b}.metal", k) for k in BACKENDS}) > 1}
         must = {pair for pair in must if pair[0] in own}
-        assert {"mhc_pre", "mhc_sweep", "mhc_projection_backward"} <= own
+        assert {"mhc_pre", "mhc_pre_partial_logits", "mhc_pre_backward_projection"} <= own
     steps = {pair: {s for *p, s in shifted if tuple(p) == pair} for pair in must}
     assert all(8 in s and s & {2, 4} for s in steps.values()), steps
 
 
 MISTAKES = [
-    ("mhc_backward", " && mhc::aligned<VEC>(dout)", "", CALLS["simulator"][0]),
-    ("mhc_seam_backward", " && mhc::aligned<VEC>(du)", "", CALLS["simulator"][-1]),
-    ("stream_mix_add", "+ c, y_whole)", "+ c, whole)", CALLS["simulator"][2]),
+    ("mhc_fused_backward", " && mhc::is_aligned<VEC>(dout)", "", CALLS["simulator"][0]),
+    ("mhc_seam_backward", " && mhc::is_aligned<VEC>(du)", "", CALLS["simulator"][-1]),
+    ("stream_mix_add", "+ c, y_aligned)", "+ c, x_aligned)", CALLS["simulator"][2]),
 ]
 
 
 @pytest.mark.parametrize("body, old, new, call", MISTAKES, ids=lambda a: str(a)[:24])
 def test_an_input_that_decides_for_another_is_caught(body, old, new, call, need, monkeypatch):
     need("simulator")
-    text = kernel.text
+    text = launch.text
 
     def mistaken(file: str) -> str:
         if file != f"{body}.metal":
@@ -127,8 +131,8 @@ def test_an_input_that_decides_for_another_is_caught(body, old, new, call, need,
         assert old in text(file)
         return text(file).replace(old, new, 1)
 
-    monkeypatch.setattr(kernel, "text", mistaken)
-    kernel._build.cache_clear()
+    monkeypatch.setattr(launch, "text", mistaken)
+    launch._build.cache_clear()
     with pytest.raises(simulator.SimulationError, match="misaligned|differs"):
         run("simulator", [call])
-    kernel._build.cache_clear()
+    launch._build.cache_clear()

@@ -23,7 +23,7 @@ from mhc_mlx import (
     UNCONSTRAINED,
     HyperHead,
     MHCLayer,
-    kernel,
+    launch,
     ops,
     reference,
     vmap,
@@ -512,14 +512,14 @@ def test_in_another_thread():
         return made
 
     with executor("stand-in"), ThreadPoolExecutor(1) as pool:
-        ops.dispatch.identity.cache_clear()
+        ops.autodiff.identity.cache_clear()
         want = run(mx.compile(op))
         assert mx.allclose(pool.submit(run, op).result(), want).item()
-        ops.dispatch.identity.cache_clear()
+        ops.autodiff.identity.cache_clear()
         pool.submit(op, x, y, h).result()
         assert mx.allclose(run(op), want).item()
 
 
 def test_backend_says_what_runs():
-    assert kernel.backend() in (None, "metal", "cuda")
-    assert (kernel.backend() is None) == (mx.default_device().type == mx.DeviceType.cpu)
+    assert launch.backend() in (None, "metal", "cuda")
+    assert (launch.backend() is None) == (mx.default_device().type == mx.DeviceType.cpu)

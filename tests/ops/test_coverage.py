@@ -7,7 +7,7 @@ import pytest
 from cases import COVERING, DYNAMIC, SINGLE
 from proof import results
 
-from mhc_mlx import kernel, ops
+from mhc_mlx import launch, ops
 
 BODIES = {p.stem for p in (Path(__file__).parents[2] / "kernels").glob("*.metal")}
 
@@ -27,8 +27,8 @@ def uncovered(monkeypatch):
             results(getattr(ops, case.op), case, [a for a in case.arrays() if a is not None])
         return bodies - launched
 
-    monkeypatch.setattr(kernel, "launch", record)
-    monkeypatch.setattr(kernel, "backend", lambda: "metal")
+    monkeypatch.setattr(launch, "run", record)
+    monkeypatch.setattr(launch, "backend", lambda: "metal")
     return uncovered
 
 
@@ -41,4 +41,4 @@ def test_every_body_has_a_case(uncovered):
 
 def test_a_body_without_a_case_is_named(uncovered):
     few_streams = [case for case in COVERING + DYNAMIC + SINGLE if case.n <= 8]
-    assert uncovered(few_streams, BODIES | {"made_up"}) == {"made_up", "mhc_backward_tiled"}
+    assert uncovered(few_streams, BODIES | {"made_up"}) == {"made_up", "mhc_fused_backward_wide"}

@@ -5,7 +5,7 @@ import functools
 import mlx.core as mx
 import pytest
 from cases import DYNAMIC, PROJECTED, RINGED, SINGLE, UNUSUAL, Case
-from proof import check, executor, results, set_geometry
+from proof import check, executor, results, set_tiling
 
 from mhc_mlx import DEEPSEEK_V4, ops
 
@@ -19,14 +19,16 @@ def test_outputs_and_gradients(case, need):
     with executor("simulator, CUDA") as launched:
         check(case, results(getattr(ops, case.op), case, given))
     rings = [
-        dict(template).get("RING", 0) for _, name, template, _ in launched if name == "mhc_pre"
+        dict(template).get("RING_BYTES", 0)
+        for _, name, template, _ in launched
+        if name == "mhc_pre"
     ]
     assert case not in RINGED or min(rings) > 0
 
 
 @pytest.mark.parametrize("threads", [32, 384, 512])
 def test_threads_per_group(threads, need):
-    """What mhc_token_backward keeps on chip does not grow with them."""
+    """What mhc_pre_backward_coefficients keeps on chip does not grow with them."""
     need("simulator, CUDA")
     case = RINGED[0]
     with executor("simulator, CUDA"):
@@ -36,10 +38,10 @@ def test_threads_per_group(threads, need):
 
 @pytest.fixture
 def long_rows():
-    before = ops.geometry.LONG
-    set_geometry(LONG=1024)
+    before = ops.tiling.LONG_ROW
+    set_tiling(LONG_ROW=1024)
     yield
-    set_geometry(LONG=before)
+    set_tiling(LONG_ROW=before)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

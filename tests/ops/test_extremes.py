@@ -182,7 +182,7 @@ def test_saturated_gates_of_the_reference():
 
 @pytest.mark.parametrize("rung", ["simulator", "gpu"])
 def test_saturated_gates_of_kernels(rung, need):
-    """In sum_partials, mhc_pre_backward and mhc_token_backward, gate by gate."""
+    """In sum_partials, mhc_pre_backward_generic and mhc_pre_backward_coefficients, gate by gate."""
     need(rung)
     z = np.array([-17.0, 10, 17, 25], np.float32)
     layer = Case("mhc_layer", (2,), 4, 16, convention=replace(PAPER, iters=2))

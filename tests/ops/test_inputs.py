@@ -13,7 +13,7 @@ from cases import COVERING, DYNAMIC, SINGLE
 
 import mhc_mlx as m
 from mhc_mlx import ops
-from mhc_mlx.ops.dispatch import KERNELS
+from mhc_mlx.ops.autodiff import FUSED_OPS
 
 x, y, n, C = mx.zeros((2, 4, 8)), mx.zeros((2, 8)), 4, 8
 gate, mix, weight = mx.zeros(4), mx.zeros((4, 4)), mx.ones(8)
@@ -725,13 +725,13 @@ def test_which_arrays_all_tokens_may_share():
         )
         pairs = zip(one, six, strict=True)
         want = tuple(a.ndim if a.shape == b.shape else None for a, b in pairs)
-        assert KERNELS[case.op].shared_ndim == want, case.op
+        assert FUSED_OPS[case.op].shared_ndim == want, case.op
 
 
 def test_options_of_every_op():
     """Keywords that all ops share, wrong once in each way."""
     calls = {case.op: case for case in (*COVERING, *DYNAMIC, *SINGLE)}
-    assert calls.keys() == KERNELS.keys()
+    assert calls.keys() == FUSED_OPS.keys()
     for op, case in calls.items():
         arrays = case.arrays()
         wrong = dict.fromkeys(("use_metal", "verbose", "differentiable"), BOOL)

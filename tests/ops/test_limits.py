@@ -9,11 +9,11 @@ import re
 import mlx.core as mx
 import numpy as np
 import pytest
-from proof import executor, set_geometry, simulator
+from proof import executor, set_tiling, simulator
 
-from mhc_mlx import PAPER, kernel, ops
+from mhc_mlx import PAPER, launch, ops
 from mhc_mlx.conventions import KRONECKER, MHC_LITE
-from mhc_mlx.ops.dispatch import KERNELS
+from mhc_mlx.ops.autodiff import FUSED_OPS
 
 # ---- threadgroup memory: what a body declares, by g++, of the launches of every op
 
@@ -29,16 +29,16 @@ constexpr size_t bytes = 0{sizes};
 def declared_bytes(launches: list[tuple[str, dict]], backend: str) -> list[int]:
     """Bytes of threadgroup memory that the bodies declare with these template arguments."""
     files = dict.fromkeys(
-        h for name, _ in launches for h in kernel.headers(f"{name}.metal", backend)
+        h for name, _ in launches for h in launch.included_files(f"{name}.metal", backend)
     )
-    headers = "".join(map(kernel.text, files)).replace(
-        kernel.text("ptx.h"), '\n#include "ptx.hpp"\n'
+    headers = "".join(map(launch.text, files)).replace(
+        launch.text("include/cuda/ptx.h"), '\n#include "ptx.hpp"\n'
     )
     source = '#include "body.hpp"\n' + re.sub(
         r"\b(device|constant|thread|threadgroup)\b", "", headers
     )
     for k, (name, template) in enumerate(launches):
-        body = kernel.text(f"{name}.metal")
+        body = launch.text(f"{name}.metal")
         constants = "".join(
             f"typedef {WORDS[v]} {word};\n"
             if isinstance(v, mx.Dtype)
@@ -63,21 +63,21 @@ def declared_bytes(launches: list[tuple[str, dict]], backend: str) -> list[int]:
 
 
 class Launches:
-    """Calls of `kernel.launch`, which returns zeros that nobody evaluates."""
+    """Calls of `launch.run`, which returns zeros that nobody evaluates."""
 
     def __init__(self, backend: str):
         self.calls, self.backend = [], backend
 
     def __enter__(self):
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(kernel, "launch", self.launch)
-        self.patch.setattr(kernel, "backend", lambda: self.backend)
+        self.patch.setattr(launch, "run", self.run)
+        self.patch.setattr(launch, "backend", lambda: self.backend)
         return self
 
     def __exit__(self, *_):
         self.patch.undo()
 
-    def launch(self, name, inputs, outputs, groups, threads, template, verbose=False):
+    def run(self, name, inputs, outputs, groups, threads, template, verbose=False):
         self.calls.append((name, inputs, outputs, groups, threads, template))
         return [mx.zeros(*spec) for spec in outputs.values() if spec is not None]
 
@@ -135,7 +135,7 @@ def test_threadgroup_memory_of_long_rows(backend, need):
     few and many streams, few and many tokens, any number of threads: 1024 too."""
     need("simulator")
     with Launches(backend) as launches:
-        for op, (C, n), (dtype, threads, tokens) in itertools.product(KERNELS, LONG, OPTIONS):
+        for op, (C, n), (dtype, threads, tokens) in itertools.product(FUSED_OPS, LONG, OPTIONS):
             if op in MADE and (2 * n + n * n) * n * C > WIDEST:
                 C = 2049
             called(op, tokens, n, C, dtype, threads)
@@ -143,9 +143,9 @@ def test_threadgroup_memory_of_long_rows(backend, need):
                 called(op, tokens, n, C, dtype, threads, norm=False)
     variants = {str((c[0], c[5])): (c[0], c[5]) for c in launches.calls}
     assert {name for name, _ in variants.values()} >= {
-        "mhc_sweep",
+        "mhc_pre_partial_logits",
         "mhc_seam",
-        "mhc_token_backward",
+        "mhc_pre_backward_coefficients",
     }
     found = declared_bytes(list(variants.values()), backend)
     for bytes_, variant in zip(found, variants, strict=True):
@@ -156,21 +156,21 @@ def test_threadgroup_memory_of_long_rows(backend, need):
 def test_threadgroup_memory_that_grows_is_caught(need, monkeypatch):
     """As the simulator counts it, too."""
     need("simulator")
-    text, old = kernel.text, "threadgroup float partial[2 * SIMDS];"
+    text, old = launch.text, "threadgroup float scratch[2 * SIMDS];"
     new = old.replace("2 * SIMDS", "PASSES * THREADS * VEC")
     template = {"T": mx.float32, "N": 4, "VEC": 1, "THREADS": 256, "PASSES": 36, "CACHED": False}
     template |= {"MIX": True, "SINKHORN": False, "GATES": False, "ITERS": 20, "START": 0}
     template |= {"COLUMNS": False, "OUT_COLUMNS": False}
     before = declared_bytes([("mhc_fused", template)], "metal")
     assert before == [4 * (4 + 4 + 16 + 16)]
-    monkeypatch.setattr(kernel, "text", lambda f: text(f).replace(old, new))
+    monkeypatch.setattr(launch, "text", lambda f: text(f).replace(old, new))
     assert declared_bytes([("mhc_fused", template)], "metal") == [4 * (4 + 4 + 16 + 9216)]
 
 
 # ---- 2^32 elements: the last threadgroups of launches whose buffers are virtual
 
 TOKENS = 3 << 29  # of a call: four floats of each are 1.5 times 2^32
-SWEEP_TOKENS = ops.geometry.SWEEP_TOKENS
+SWEEP_TOKENS = ops.tiling.PARTIAL_LOGITS_TOKENS
 SEEN = 128  # the last tokens, which the threadgroups that run take
 NO_RESERVE = 0x4000  # mmap's flag on Linux: pages exist once they are touched
 
@@ -198,22 +198,22 @@ def shares(name: str, template: dict, C: int) -> tuple[int, int, int]:
     n = t["N"]
     if name == "mhc_pre":
         return 8 * t["TILES"] * (simds // t["SLICES"]), t["SPLITS"], 0
-    if name == "mhc_pre_backward":
+    if name == "mhc_pre_backward_generic":
         return t["TILE"], t["SPLITS"], 1
-    if name == "mhc_token_backward":
+    if name == "mhc_pre_backward_coefficients":
         return t["BATCH"] * simds, 1, 1 if t["NORM"] else simds
-    if name == "mhc_projection_backward":
+    if name == "mhc_pre_backward_projection":
         return SEEN, math.ceil(n * math.ceil(C / t["SPAN"]) / simds), 1
-    if name == "mhc_phi_gradient":
+    if name == "mhc_pre_backward_phi":
         spans = math.ceil(n * C / (t["THREADS"] * t["VEC"]))
-        return SEEN, spans * math.ceil(t["OUTS"] / t["EACH"]), 1
-    if name == "mhc_sweep":
+        return SEEN, spans * math.ceil(t["NUM_LOGITS"] / t["LOGITS_PER_THREAD"]), 1
+    if name == "mhc_pre_partial_logits":
         return 8, math.ceil(math.ceil(n * C / 32) / simds), 0
     if name.startswith("sinkhorn_knopp"):
         return t["THREADS"] // (1 << (n - 1).bit_length()), 1, 0
     if name.startswith("mixing_matrix"):
         return t["THREADS"], n if name == "mixing_matrix" else 1, 0
-    return (256 // t["LINES"], 1, 0) if name == "sum_partials" else (1, 1, 1)
+    return (256 // t["THREADS_PER_COLUMN"], 1, 0) if name == "sum_partials" else (1, 1, 1)
 
 
 def far_apart(form: str, call: tuple) -> None:
@@ -235,7 +235,7 @@ def far_apart(form: str, call: tuple) -> None:
     if name == "sum_partials":
         made["out"] = ((SEEN,), mx.float32)
     given = inputs | values
-    small = simulator.launch(name, given, outputs | made, few, threads, template)
+    small = simulator.run(name, given, outputs | made, few, threads, template)
 
     source, names = simulator.cpp(
         name, simulator.generated(name, given, outputs | made, few, threads, template)
@@ -264,7 +264,7 @@ def far_apart(form: str, call: tuple) -> None:
     table = (simulator._Buffer * len(names))(*(w.entry(k) for k, w in watched.items()))
     where, run = ctypes.c_uint64(), simulator.runtime()
     run.sim_skip(many - few)
-    ring = ctypes.c_size_t(template.get("RING", 0))
+    ring = ctypes.c_size_t(template.get("RING_BYTES", 0))
     error = run.simulate(entry, table, len(names), many, threads, 0, ring, ctypes.byref(where))
     run.sim_skip(0)
     if error:
@@ -298,9 +298,9 @@ def far_calls(form: str) -> list[tuple]:
         for op, n, dtype, options in FAR:
             if form == "simulator" or op == "mhc_pre" and n == 4:
                 called(op, SEEN, n, 8, dtype, **options)
-        set_geometry(SWEEP_TOKENS=SEEN)
+        set_tiling(PARTIAL_LOGITS_TOKENS=SEEN)
         called("mhc_pre", SEEN, 4, 8, mx.float32)
-        set_geometry(SWEEP_TOKENS=SWEEP_TOKENS)
+        set_tiling(PARTIAL_LOGITS_TOKENS=SWEEP_TOKENS)
     return list({str((c[0], c[5])): c for c in launches.calls}.values())
 
 
@@ -308,24 +308,31 @@ def far_calls(form: str) -> list[tuple]:
 def test_buffers_of_more_than_two_to_the_32_elements(form, need):
     """Every array that has a token's is indexed beyond 2^32 by every body."""
     need(form)
-    calls, own = far_calls(form), ("mhc_pre", "mhc_projection_backward", "mhc_sweep")
+    calls, own = (
+        far_calls(form),
+        ("mhc_pre", "mhc_pre_backward_projection", "mhc_pre_partial_logits"),
+    )
     with executor(form):
         for call in calls:
             if form == "simulator" or call[0] in own:
                 far_apart(form, call)
-    bodies = {p.stem for p in kernel._FOLDERS[1].glob("*.metal")}
+    bodies = {p.stem for p in launch._FOLDERS[1].glob("*.metal")}
     assert form != "simulator" or {call[0] for call in calls} == bodies
 
 
 NARROW = [
     ("stream_mix_add", "size_t(t) * size_t(N * C)", "t * uint(N * C)"),
     ("mhc_seam", "h_res + size_t(t) * (N * N)", "h_res + t * (N * N)"),
-    ("mhc_token_backward", "const size_t t = first + uint(i);", "const uint t = first + uint(i);"),
-    ("mhc_phi_gradient", "size_t(t0) * size_t(K)", "t0 * uint(K)"),
     (
-        "mhc_phi_gradient",
-        "(size_t(chunk) * OUTS + size_t(o0 + o)) * size_t(K)",
-        "uint(chunk * OUTS + o0 + o) * uint(K)",
+        "mhc_pre_backward_coefficients",
+        "const size_t t = first + uint(i);",
+        "const uint t = first + uint(i);",
+    ),
+    ("mhc_pre_backward_phi", "size_t(t0) * size_t(K)", "t0 * uint(K)"),
+    (
+        "mhc_pre_backward_phi",
+        "(size_t(chunk) * NUM_LOGITS + size_t(o0 + o)) * size_t(K)",
+        "uint(chunk * NUM_LOGITS + o0 + o) * uint(K)",
     ),
     ("sum_partials", "size_t(g) * columns", "g * columns"),
 ]
@@ -334,22 +341,23 @@ NARROW = [
 @pytest.mark.parametrize("body, old, new", NARROW)
 def test_a_product_of_32_bits_is_caught(body, old, new, need, monkeypatch):
     need("simulator")
-    calls, text = [c for c in far_calls("simulator") if c[0] == body], kernel.text
+    calls, text = [c for c in far_calls("simulator") if c[0] == body], launch.text
     assert calls and old in text(f"{body}.metal")
     changed = {f"{body}.metal": text(f"{body}.metal").replace(old, new)}
-    monkeypatch.setattr(kernel, "text", lambda file: changed.get(file) or text(file))
-    kernel._build.cache_clear()
+    monkeypatch.setattr(launch, "text", lambda file: changed.get(file) or text(file))
+    launch._build.cache_clear()
     with executor("simulator"), pytest.raises((AssertionError, simulator.SimulationError)):
         for call in calls:
             far_apart("simulator", call)
-    kernel._build.cache_clear()
+    launch._build.cache_clear()
 
 
 # ---- the same by the texts, also of what no case of FAR launches
 
 CONVERTED = r"\buint\((?:[^()]|\([^()]*\))*\)\)* *\*|\* *uint\("  # a factor of 32 bits
 # Not of a token: spans and chunks, lines of a matrix, rows of phi, places in threadgroup memory.
-FEW = ("uint(chunk) * each", "/ uint(spans) * 8", "* uint(N)", "* uint(c.K) * uint(sizeof(")
+FEW = ("uint(chunk) * tokens_per_chunk", "/ uint(groups_per_tile) * 8", "* uint(N)")
+FEW += ("* uint(runs.K) * uint(sizeof(",)
 FEW += ("* 16u", "* 512u")
 
 
@@ -369,7 +377,7 @@ def narrow_products(text: str) -> list[str]:
 
 
 def test_no_text_multiplies_tokens_in_32_bits():
-    texts = {p.name: kernel.text(p.name) for p in kernel._FOLDERS[1].iterdir()}
+    texts = {file: launch.text(file) for file in simulator.kernel_files()}
     assert {name: narrow_products(text) for name, text in texts.items()} == dict.fromkeys(texts, [])
     for body, old, new in NARROW:
         assert narrow_products(texts[f"{body}.metal"].replace(old, new)), (body, new)

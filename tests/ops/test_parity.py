@@ -27,7 +27,7 @@ from proof.compare import check_bounds, doubles, several
 
 from mhc_mlx import PAPER, ops, reference
 from mhc_mlx.conventions import SINKHORN
-from mhc_mlx.ops.dispatch import KERNELS
+from mhc_mlx.ops.autodiff import FUSED_OPS
 
 LISTS = (COVERING, DYNAMIC, SINGLE, UNUSUAL)
 CASES = [case for cases in LISTS for case in cases]
@@ -37,7 +37,7 @@ QUICK = [
         (c for c in CASES if c.op == op and min(c.tokens, c.n, c.C) > 1),
         key=lambda c: c.tokens * c.n * c.C,
     )
-    for op in KERNELS
+    for op in FUSED_OPS
 ]
 MARKED = [pytest.param(c, marks=pytest.mark.quick if c in QUICK else ()) for c in CASES]
 compiled: set = set()  # (rung, list of cases, variant)
@@ -47,8 +47,7 @@ def test_dynamic_covers():
     """Each op with every dtype, and over all ops each of what DYNAMIC lists."""
     seen = {op: {c.dtype for c in DYNAMIC if c.op == op} for op in (*PROJECTED, "stream_aggregate")}
     assert all(kinds == set(DTYPES) for kinds in seen.values()), seen
-    names = {"PAPER", "ROW_FIRST", "ADDITIVE", "DEEPSEEK_V4", *EXACT}
-    assert {c.convention.name for c in DYNAMIC if c.convention} == names
+    assert {c.convention.name for c in DYNAMIC if c.convention} == {*CONVENTIONS, *EXACT}
     assert {c.n for c in DYNAMIC} == {1, 2, 3, 4, 5, 8, 12, 16, 32}
     assert {c.C for c in DYNAMIC} == {1, 8, 31, 64, 129, 264, 1026, 1280}
     assert {c.phi for c in DYNAMIC} == {c.weights for c in DYNAMIC} == set(DTYPES)
@@ -58,7 +57,7 @@ def test_dynamic_covers():
 
 def test_unusual_covers():
     """Every op that has a constant, each of its constants unlike every preset's and default's."""
-    assert {c.op for c in UNUSUAL} == {*KERNELS} - {"stream_aggregate", "stream_mix_add"}
+    assert {c.op for c in UNUSUAL} == {*FUSED_OPS} - {"stream_aggregate", "stream_mix_add"}
     odd = {c.convention for c in UNUSUAL if c.convention}
     for name in ("eps", "pre_eps", "post_scale", "post_eps"):
         usual = {getattr(c, name) for c in (CONVENTIONS | EXACT).values()}
@@ -195,8 +194,12 @@ def test_tokens_that_simdgroups_share(C, threads, form, need):
         for few in (x[4:8], x[4:5]):  # a small tile, and swept
             for a, b in zip(many, ops.mhc_pre(few, *rest, *case.statics), strict=True):
                 assert mx.array_equal(a[4 : 4 + len(few)], b)
-    forms = [dict(t) for _, name, t, _ in launched if name in ("mhc_pre", "mhc_token_backward")]
-    shared = {(t["TEAM"] > 1, t["HELD"] > 0) for t in forms if "TEAM" in t}
+    forms = [
+        dict(t)
+        for _, name, t, _ in launched
+        if name in ("mhc_pre", "mhc_pre_backward_coefficients")
+    ]
+    shared = {(t["U_SIMDGROUPS"] > 1, t["U_PACKS"] > 0) for t in forms if "U_SIMDGROUPS" in t}
     kept = {(t["THREADS"] > 32, t["PASSES"], t["CACHED"]) for t in forms if "CACHED" in t}
     metal = form == "simulator"
     assert kept == {(threads > 32, math.ceil(C / 8 / threads), C < 8 * threads or not metal)}

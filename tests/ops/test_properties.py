@@ -7,9 +7,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from cases import CONVENTIONS, EXACT
-from proof import executor, oracle, set_geometry
+from proof import executor, oracle, set_tiling
 
-from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, kernel, ops
+from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, launch, ops
 
 
 @pytest.fixture(params=["reference", "simulator", "gpu"], autouse=True)
@@ -17,7 +17,7 @@ def runs(request, need):
     """Each test runs with kernels by this executor, and the same random arrays each time."""
     mx.random.seed(0)
     if request.param == "reference":
-        if kernel.backend():
+        if launch.backend():
             pytest.skip("reference: the default device has kernels")
         yield request.param
         return
@@ -156,10 +156,10 @@ def test_a_token_does_not_depend_on_its_neighbours(op, n, dtype, monkeypatch):
 
     More than four tokens are many here: they share threadgroups and a launch of the projection.
     """
-    monkeypatch.setattr(ops.geometry, "ONE_LAUNCH_TOKENS", 4)
-    monkeypatch.setattr(ops.geometry, "FORWARD_GROUPS", 4)
-    monkeypatch.setattr(ops.geometry, "MANY_GROUPS", 4)
-    monkeypatch.setattr(ops.geometry, "BACKWARD_THREADS", 4 * 128)
+    monkeypatch.setattr(ops.tiling, "ONE_LAUNCH_TOKENS", 4)
+    monkeypatch.setattr(ops.tiling, "FORWARD_GROUPS", 4)
+    monkeypatch.setattr(ops.tiling, "MANY_GROUPS", 4)
+    monkeypatch.setattr(ops.tiling, "BACKWARD_THREADS", 4 * 128)
     f, arrays = per_token(n, 72, 9, dtype)[op]
     cotangent = mx.random.normal(f(*arrays).shape).astype(f(*arrays).dtype)
 
@@ -189,10 +189,10 @@ def few_tokens(runs):
     """Nine tokens are many, and of less than three the projection is a sweep."""
     if runs == "reference":
         pytest.skip("reference: MLX's products of matrices depend on their size")
-    before = {k: getattr(ops.geometry, k) for k in ("FEW_TOKENS", "SWEEP_TOKENS")}
-    set_geometry(FEW_TOKENS=4, SWEEP_TOKENS=2)
+    before = {k: getattr(ops.tiling, k) for k in ("FEW_TOKENS", "PARTIAL_LOGITS_TOKENS")}
+    set_tiling(FEW_TOKENS=4, PARTIAL_LOGITS_TOKENS=2)
     yield
-    set_geometry(**before)
+    set_tiling(**before)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
@@ -226,7 +226,7 @@ def test_speculative_tokens_are_decoded_ones(n, dtype, few_tokens):
 
     whole = run(list(range(9)), True)
     for sweep in (2, 16):  # a token a threadgroup, and several in turn
-        set_geometry(SWEEP_TOKENS=sweep)
+        set_tiling(PARTIAL_LOGITS_TOKENS=sweep)
         for tokens in FEW:
             for differentiable in (False, True):
                 for part, all_of_it in zip(run(tokens, differentiable), whole, strict=True):
@@ -466,8 +466,8 @@ def test_few_variants_for_any_number_of_tokens(n, C):
     """Each is compiled while a program runs."""
     outs, tokens = 2 * n + n * n, [*range(1, 1300), *range(1300, 9000, 37)]
     shape = (n, C, mx.bfloat16, outs)
-    projections = {ops.geometry.of_projection(*shape, t, None, 0) for t in tokens}
-    spreads = {ops.geometry.of_spread(n, C, outs, t, None) for t in tokens}
+    projections = {ops.tiling.logits_tiling(*shape, t, None, 0) for t in tokens}
+    spreads = {ops.tiling.generic_gradient_tiling(n, C, outs, t, None) for t in tokens}
     assert len(projections) <= 8 and len(spreads) <= 10
     for g in projections:  # the first threadgroup makes all of h_pre
         blocks = -(-outs // (8 * g.block))

@@ -4,14 +4,14 @@ import ctypes
 
 import pytest
 
-from mhc_mlx import kernel
+from mhc_mlx import launch
 
 ENTRY = """
 extern "C" int {name}(int fetches, int i, int lane) {{
   return fetches == 1 ? {function}<1>(i, lane) : {function}<2>(i, lane);
 }}
 """
-FUNCTIONS = {"row": "fetched_row", "bytes": "fetched_bytes", "place": "place_of"}
+FUNCTIONS = {"row": "fetch_row", "bytes": "fetch_bytes", "place": "slot_offset"}
 
 
 @pytest.fixture
@@ -19,8 +19,8 @@ def ring(need) -> ctypes.CDLL:
     need("simulator")
     from proof import simulator
 
-    text = kernel.text("ring_cuda.h")
-    functions = text[text.index("template <int FETCHES>") : text.index("template <int OUTS")]
+    text = launch.text("include/cuda/phi_product_ring.h")
+    functions = text[text.index("template <int FETCHES>") : text.index("template <int NUM_LOGITS")]
     source = "typedef unsigned int uint;\n" + functions
     source += "".join(ENTRY.format(name=k, function=v) for k, v in FUNCTIONS.items())
     return ctypes.CDLL(str(simulator.build(source, ["-std=c++20", "-O1", "-fPIC", "-c"], source)))

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from mhc_mlx import kernel
+from mhc_mlx import launch
 
 ROOT = Path(__file__).parents[2]
-READ = "from mhc_mlx import kernel; print(kernel.text('common.h'))"
+READ = "from mhc_mlx import launch; print(launch.text('include/common.h'))"
 
 
 def read(folder) -> str:
@@ -30,7 +30,7 @@ def read(folder) -> str:
 def test_a_checkout_reads_its_own_folder(tmp_path):
     for name in ("mhc_mlx", "kernels"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    with open(tmp_path / "kernels/common.h", "a") as f:
+    with open(tmp_path / "kernels/include/common.h", "a") as f:
         f.write("struct Edited {};\n")
     assert "struct Edited" in read(tmp_path)
 
@@ -42,8 +42,8 @@ def test_an_editable_install_reads_the_checkout():
         pytest.skip("mhc-metal is not installed: a plain checkout")
     if not origin or not json.loads(origin).get("dir_info", {}).get("editable"):
         pytest.skip("mhc-metal is not installed in editable mode")
-    assert Path(kernel.__file__).parent.parent == ROOT
-    assert kernel.text("common.h") in read(ROOT)
+    assert Path(launch.__file__).parent.parent == ROOT
+    assert launch.text("include/common.h") in read(ROOT)
 
 
 def test_a_wheel_holds_the_kernels(tmp_path):
@@ -53,7 +53,8 @@ def test_a_wheel_holds_the_kernels(tmp_path):
     assert run.returncode == 0, run.stderr
     (wheel,) = tmp_path.glob("mhc_metal-*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    names = {p.name for p in (tmp_path / "site/mhc_mlx/kernels").iterdir()}
-    assert names == {p.name for p in (ROOT / "kernels").iterdir()}
+    folders = (tmp_path / "site/mhc_mlx/kernels", ROOT / "kernels")
+    packed, ours = ({p.relative_to(f) for p in f.rglob("*")} for f in folders)
+    assert packed == ours
     assert (tmp_path / "site/mhc_mlx/py.typed").exists()
     assert "namespace mhc" in read(tmp_path / "site")

@@ -6,6 +6,6 @@ check(case, outputs_and_gradients)
 """
 
 from proof.compare import check, errors, results
-from proof.executors import executor, missing, set_geometry, variants
+from proof.executors import executor, missing, set_tiling, variants
 
-__all__ = ["check", "errors", "executor", "missing", "results", "set_geometry", "variants"]
+__all__ = ["check", "errors", "executor", "missing", "results", "set_tiling", "variants"]

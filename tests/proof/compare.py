@@ -168,10 +168,10 @@ def roundings(case) -> dict:
     plain, made, round_to = vars(oracle).copy(), {}, rounding(rounded(case))
     outs = 2 * case.n + (case.convention.res_size(case.n) if case.convention else 0)
     outs = case.n if case.op == "mhc_head" else outs
-    multiplied = ops.geometry.multiplied(outs, DTYPES[case.dtype])
+    multiplied = ops.tiling.use_matrix_gradient(outs, DTYPES[case.dtype])
 
     def token_logits(x, phi, norm_eps):
-        """mhc_projection_backward, on CUDA: dx's products are of two parts of bfloat16."""
+        """mhc_pre_backward_projection, on CUDA: dx's products are of two parts of bfloat16."""
         logits, back = plain["token_logits"](x, phi, norm_eps)
         v, size = bounded(x).v.reshape(*x.shape[:-2], -1), x.shape[-1] * x.shape[-2]
         r = 1 / np.sqrt((v * v).mean(-1, keepdims=True) + norm_eps)
@@ -185,7 +185,7 @@ def roundings(case) -> dict:
         return logits, backward
 
     def stream_aggregate(x, h_pre):
-        """mhc_token_backward writes du' of a norm in x's dtype."""
+        """mhc_pre_backward_coefficients writes du' of a norm in x's dtype."""
         u, back = plain["stream_aggregate"](x, h_pre)
         return u, lambda du: (back(round_to(du))[0], back(du)[1])
 

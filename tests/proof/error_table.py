@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # mhc_mlx
 from cases import DTYPES, PROJECTED, SEAMS, Case
 from tqdm import tqdm
 
-from mhc_mlx import DEEPSEEK_V4, PAPER, ROW_FIRST, kernel, ops, reference
+from mhc_mlx import DEEPSEEK_V4, PAPER, ROW_FIRST, launch, ops, reference
 from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE, UNCONSTRAINED
 from proof import errors, executor, missing, results
 
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         padded = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
         print(f"| {' | '.join(padded)} |" if options.markdown else "  ".join(padded).rstrip())
     said = [f"{rung}: {reason}" for rung, reason in absent.items() if reason]
-    said.append(f"kernels on this machine: {kernel.backend() or 'none'}, MLX {mx.__version__}")
+    said.append(f"kernels on this machine: {launch.backend() or 'none'}, MLX {mx.__version__}")
     print("\n" + "; ".join(said), file=sys.stderr)
     return rows
 

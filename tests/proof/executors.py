@@ -10,19 +10,20 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 import mlx.core as mx
 
-from mhc_mlx import kernel, ops
+from mhc_mlx import launch, ops
 
 variants: set = set()
 # In the simulator: so few threadgroups that each takes several of a case's tokens or matrices.
 FEW_GROUPS = {"FORWARD_GROUPS": 2, "MANY_GROUPS": 2, "BACKWARD_THREADS": 64}
-FEW_GROUPS |= {"TOKEN_SIMDGROUPS": 4}
-FEW_TOKENS = {"FEW_TOKENS": 6, "SWEEP_TOKENS": 2}  # so few that cases have both sizes of tile
+FEW_GROUPS |= {"COEFFICIENT_GRADIENT_SIMDGROUPS": 4}
+# So few that cases have both sizes of tile.
+FEW_TOKENS = {"FEW_TOKENS": 6, "PARTIAL_LOGITS_TOKENS": 2}
 
 
-def set_geometry(**literals) -> None:
-    """Set literals of ops/geometry.py, which caches what follows from them."""
-    vars(ops.geometry).update(literals)
-    for f in vars(ops.geometry).values():
+def set_tiling(**literals) -> None:
+    """Set literals of ops/tiling.py, which caches what follows from them."""
+    vars(ops.tiling).update(literals)
+    for f in vars(ops.tiling).values():
         if hasattr(f, "cache_clear"):
             f.cache_clear()
 
@@ -32,7 +33,7 @@ def missing(rung: str) -> str | None:
     if rung == "stand-in":
         return None
     if rung == "gpu":
-        return None if kernel.backend() else "no Metal or CUDA device"
+        return None if launch.backend() else "no Metal or CUDA device"
     if rung.startswith("simulator"):
         if not sys.platform.startswith("linux"):
             return "the simulator runs on Linux"
@@ -59,38 +60,38 @@ def executor(rung: str, few_groups: bool = True):
 
     Yields the set of the variants that were launched.
     """
-    launch, backend = kernel.launch, kernel.backend
-    literals = {k: getattr(ops.geometry, k) for k in (*FEW_GROUPS, *FEW_TOKENS)}
-    set_geometry(**FEW_TOKENS)
+    real_run, backend = launch.run, launch.backend
+    literals = {k: getattr(ops.tiling, k) for k in (*FEW_GROUPS, *FEW_TOKENS)}
+    set_tiling(**FEW_TOKENS)
     forget_traces()
     stack = contextlib.ExitStack()
     if rung.startswith("simulator"):
         from proof import simulator
 
         mx.disable_compile()  # it evaluates what it is given
-        run = simulator.launch
-        set_geometry(**(FEW_GROUPS if few_groups else {}))
-        kernel.backend = lambda: "metal"
+        run = simulator.run
+        set_tiling(**(FEW_GROUPS if few_groups else {}))
+        launch.backend = lambda: "metal"
         if rung == "simulator, CUDA":
             stack.enter_context(simulator.cuda_form())
-            kernel.backend = lambda: "cuda"
+            launch.backend = lambda: "cuda"
     elif rung == "stand-in":
         from proof import standin
 
-        run = standin.launch
-        kernel.backend = lambda: "metal"
+        run = standin.run
+        launch.backend = lambda: "metal"
     elif rung == "dialect":
         from proof import dialect
 
-        run = dialect.launch
-        kernel.backend = lambda: "metal"
+        run = dialect.run
+        launch.backend = lambda: "metal"
     elif rung == "nvrtc":
         from proof import nvrtc
 
-        run = nvrtc.launch
-        kernel.backend = lambda: "cuda"
+        run = nvrtc.run
+        launch.backend = lambda: "cuda"
     else:
-        run = launch
+        run = real_run
 
     launched = set()
 
@@ -99,13 +100,13 @@ def executor(rung: str, few_groups: bool = True):
         launched.add((rung, name, tuple(template.items()), kinds))
         return run(name, inputs, outputs, groups, threads, template, verbose)
 
-    kernel.launch = counted
+    launch.run = counted
     try:
         yield launched
     finally:
         variants.update(launched)
-        kernel.launch, kernel.backend = launch, backend
-        set_geometry(**literals)
+        launch.run, launch.backend = real_run, backend
+        set_tiling(**literals)
         forget_traces()
         stack.close()
         if rung.startswith("simulator"):

@@ -19,7 +19,8 @@ The PTX and sources lie, compressed, by digest in the folder freeze-texts beside
 saves compiling a source again: `compare --diff` prints how the PTX of a changed launch differs.
 A case is known by its name. `compare` fails where anything changed or is gone and --allow, a
 regular expression searched in the lines "kind key" that it prints, does not match it; what is new
-is printed alone.
+is printed alone. --renamed FILE says how names of bodies, template arguments and arrays in OLD are
+called in NEW: each line is "old new", or "old new body..." where only these bodies of OLD have it.
 """
 
 import argparse
@@ -177,18 +178,18 @@ def launch_words(name, groups, threads, template) -> str:
 
 def sources(case) -> list[tuple[str, str, str]]:
     """Per launch of a case on CUDA: the body, the launch in words, the source."""
-    from mhc_mlx import kernel, ops
+    from mhc_mlx import launch, ops
     from proof import executor, nvrtc, results
 
     found = []
 
-    def launch(name, inputs, outputs, groups, threads, template, verbose=False):
+    def run(name, inputs, outputs, groups, threads, template, verbose=False):
         source = nvrtc.cuda_source(name, inputs, outputs, threads, template)
         found.append((name, launch_words(name, groups, threads, template), source))
         return [mx.zeros(*spec) for spec in outputs.values() if spec is not None]
 
     with executor("nvrtc"):
-        kernel.launch = launch
+        launch.run = run
         results(getattr(ops, case.op), case, [a for a in case.arrays() if a is not None])
     return found
 
@@ -204,14 +205,14 @@ def counts(buffer) -> str:
 
 def simulated(case, form: str) -> dict:
     """Launches of a case in the simulator, and the bits of its results."""
-    from mhc_mlx import kernel, ops
+    from mhc_mlx import launch, ops
     from proof import executor, results, simulator
 
     launches, schedules = [], simulator.SCHEDULES
 
-    def launch(name, inputs, outputs, groups, threads, template, verbose=False):
+    def run(name, inputs, outputs, groups, threads, template, verbose=False):
         with simulator.recording() as records:
-            out = simulator.launch(name, inputs, outputs, groups, threads, template)
+            out = simulator.run(name, inputs, outputs, groups, threads, template)
         made = [k for k, spec in outputs.items() if spec is not None]
         buffers = records[0].buffers.items()
         launches.append(
@@ -226,7 +227,7 @@ def simulated(case, form: str) -> dict:
     simulator.SCHEDULES = schedules[:1]
     try:
         with executor(form):
-            kernel.launch = launch
+            launch.run = run
             given = [a for a in case.arrays() if a is not None]
             out = results(getattr(ops, case.op), case, given)
     finally:
@@ -312,14 +313,14 @@ def record(cases: dict, folder: Path, workers: int = 0) -> dict[str, dict[str, s
         found["launch"][f"{case}, CUDA"] = ", ".join(names)
         for form in (form for form in FORMS if form in one):
             names = []
-            for k, launch in enumerate(one[form]["launches"]):
-                name = launch["launch"].partition(",")[0]
+            for k, one_launch in enumerate(one[form]["launches"]):
+                name = one_launch["launch"].partition(",")[0]
                 names.append(name)
                 key = f"{case} / {k} {name}, {form}"
-                found["launch"][key] = launch["launch"]
-                for buffer, text in launch["traffic"].items():
+                found["launch"][key] = one_launch["launch"]
+                for buffer, text in one_launch["traffic"].items():
                     found["traffic"][f"{key} / {buffer}"] = text
-                for output, bits in launch["bits"].items():
+                for output, bits in one_launch["bits"].items():
                     found["bits"][f"{key} / {output}"] = bits
             found["launch"][f"{case}, {form}"] = ", ".join(names)
             for k, bits in enumerate(one[form]["results"]):
@@ -331,6 +332,25 @@ def jobs_of(made: dict, folder: Path) -> list[tuple[str, str, str]]:
     """What NVRTC must compile, each once."""
     each = [(name, s, str(folder)) for one in made.values() for name, _, s in one.get("cuda", [])]
     return list(dict.fromkeys(each))
+
+
+def renamed(recording: dict, lines: str) -> dict:
+    """A recording with new names in its keys, behind the case's, and in its launches."""
+    rules = [line.split() for line in lines.splitlines() if line.strip()]
+
+    def renew(text: str) -> str:
+        found = re.search(r"^(?:\d+ )?(\w*)", text)
+        names = {old: k for old, k, *bodies in rules if not bodies or found[1] in bodies}
+        return re.sub(r"\w+", lambda word: names.get(word.group(), word.group()), text)
+
+    def of_key(key: str) -> str:
+        case, slash, rest = key.partition(" / ")
+        return case + slash + (renew(rest) if rest else "")
+
+    return {
+        kind: {of_key(k): renew(v) if kind == "launch" else v for k, v in each.items()}
+        for kind, each in recording.items()
+    }
 
 
 def compared(old: dict, new: dict) -> dict[str, dict[str, list[str]]]:
@@ -390,6 +410,7 @@ def main() -> None:
     comparer.add_argument("new", type=Path)
     comparer.add_argument("--case", default="", help="part of the names of the cases")
     comparer.add_argument("--allow", help="regular expression: lines 'kind key' that may differ")
+    comparer.add_argument("--renamed", type=Path, help="file: lines 'old new' or 'old new body...'")
     comparer.add_argument("--most", type=int, default=20, help="lines printed of each sort")
     comparer.add_argument("--diff", action="store_true", help="print how the PTX differs")
     args = parser.parse_args()
@@ -411,6 +432,8 @@ def main() -> None:
         }
         for path in (args.old, args.new)
     )
+    if args.renamed:
+        old = renamed(old, args.renamed.read_text())
     folders = (args.old.parent / "freeze-texts", args.new.parent / "freeze-texts")
     sys.exit(not report(old, new, args.allow, args.most, folders if args.diff else None))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mhc_mlx import kernel
+from mhc_mlx import launch
 
 UTILS = b"""#include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -64,7 +64,7 @@ def toolkit():
 
 def cuda_source(name, inputs, outputs, threads, template) -> str:
     """What MLX's cuda_kernel would compile for this launch."""
-    body = kernel.absent_pointers(inputs, outputs) + kernel.text(f"{name}.metal")
+    body = launch.absent_pointers(inputs, outputs) + launch.text(f"{name}.metal")
     parameters = []
     for k, a in inputs.items():
         if a is not None:
@@ -81,7 +81,7 @@ def cuda_source(name, inputs, outputs, threads, template) -> str:
                 f"constexpr {'bool' if isinstance(v, bool) else 'int'} {k} = {int(v)};"
             )
     return WRAPPER.format(
-        header=kernel.cuda_header(name, threads),
+        header=launch.cuda_header(name, threads),
         name=name,
         parameters=", ".join(parameters),
         constants="\n".join(constants),
@@ -157,10 +157,10 @@ def compile_program(name: str, sources: tuple[str, ...], arch: str) -> tuple[str
     return (log or "failed without a message") if failed else "", log, ptx
 
 
-def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> list[mx.array]:
-    """`kernel.launch` that compiles, for two architectures, and runs nothing."""
+def run(name, inputs, outputs, groups, threads, template, verbose=False) -> list[mx.array]:
+    """`launch.run` that compiles, for two architectures, and runs nothing."""
     key = (name, cuda_source(name, inputs, outputs, threads, template))
-    rings[key] = template.get("RING", 0)
+    rings[key] = template.get("RING_BYTES", 0)
     if _collecting is not None:
         _collecting.append(key)
     else:

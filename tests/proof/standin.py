@@ -11,13 +11,24 @@ from types import SimpleNamespace
 import mlx.core as mx
 
 from mhc_mlx import reference
-from mhc_mlx.conventions import STARTS, Convention
+from mhc_mlx.conventions import START_CODES, Convention
 
 COEFFICIENTS = ("h_pre", "h_post", "h_res", "weight")  # in the order of the columns of `partial`
 
 SAME = {"x", "y", "dout", "du", "dx_out", "partial"}  # of dtype T
-START_OF = {STARTS.index(k): {"start": k, "eps": 1.0} for k in ("softmax", "additive")}
-FLOAT32 = {"params", "eps", "l", "dz_res", "dp", "runs", "side", "dh_pre", "dh_post"}
+STARTS = {code: start for start, code in START_CODES.items()}
+START_OF = {START_CODES[k]: {"start": k, "eps": 1.0} for k in ("softmax", "additive")}
+FLOAT32 = {
+    "params",
+    "eps",
+    "l",
+    "dz_res",
+    "dp",
+    "partial_logits",
+    "token_factors",
+    "dh_pre",
+    "dh_post",
+}
 
 
 def opaque(a: mx.array) -> mx.array:
@@ -87,7 +98,7 @@ def partials(rows: int, *sums: mx.array) -> mx.array:
     return mx.pad(total[None], [(0, rows - 1), (0, 0)])
 
 
-def mhc_backward(t, groups, dout, params=None, **arrays):
+def mhc_fused_backward(t, groups, dout, params=None, **arrays):
     f, arrays = layer(t, params, arrays)
     gradients = mx.vjp(f, list(arrays.values()), [dout])[1]
     made = {f"d{k}": g for k, g in zip(arrays, gradients, strict=True)}
@@ -132,7 +143,7 @@ def mixing_matrix_backward(t, groups, logits, dh_res):
 def of_outputs(t: dict, alpha: mx.array) -> mx.array:
     """The alpha of each row of phi."""
     n = t["N"]
-    sizes = [n] if t["HEAD"] else [n, n, t["OUTS"] - 2 * n]
+    sizes = [n] if t["HEAD"] else [n, n, t["NUM_LOGITS"] - 2 * n]
     return mx.concatenate([mx.broadcast_to(alpha[i], (k,)) for i, k in enumerate(sizes)])
 
 
@@ -151,18 +162,18 @@ def mhc_pre(t, groups, x, phi, bias, alpha, params, weight=None):
     unit = reference._logits(x, phi, params[3])
     z, made = logits(unit), {}
     h_pre = pre(z[:, :n])
-    if t["SAVE"]:
+    if t["SAVE_LOGITS"]:
         scale = mx.rsqrt((x * x).mean((1, 2)) + params[3])
         made["l"] = mx.concatenate([unit, scale[:, None]], -1)
-    if t["READ"]:
+    if t["WRITE_U"]:
         u = reference.stream_aggregate(x, h_pre)
         made["u"] = reference.rms_norm(u, weight, params[4]) if t["NORM"] else u
-    made |= {"h_pre": h_pre} if t["WRITE_PRE"] else {}
+    made |= {"h_pre": h_pre} if t["WRITE_H_PRE"] else {}
     made |= {} if t["HEAD"] else {"h_post": post(z[:, n : 2 * n])}
     if t["PROJECT"]:
         c = convention(t, params[5])
         made["h_res"] = reference.sinkhorn_knopp(z[:, 2 * n :].reshape(-1, n, n), c)
-    elif not t["HEAD"] and t["OUTS"] > 2 * n:
+    elif not t["HEAD"] and t["NUM_LOGITS"] > 2 * n:
         made["logits"] = z[:, 2 * n :]
     return made
 
@@ -182,7 +193,7 @@ def coefficient_gradients(t, x, bias, alpha, params, weight, d):
         return reference.rms_norm(u, *weight, eps) if weight else u
 
     dx, dz, sums = 0, [], []
-    if t["READ"]:
+    if t["HAS_DU"]:
         given = [x, z[:, :n]] + ([weight] if t["NORM"] else [])
         dx, dz_pre, *sums = mx.vjp(read, given, [d["du"]])[1]
         dz = [dz_pre]
@@ -193,7 +204,7 @@ def coefficient_gradients(t, x, bias, alpha, params, weight, d):
         given = {"logits": z[:, gated:].reshape(-1, n, n), "dh_res": d["dh_res"]}
         res = sinkhorn_knopp_backward(t, 0, **given, eps=params[5:])["dlogits"]
         dz.append(res.reshape(len(x), -1))
-    elif t["OUTS"] > gated:
+    elif t["NUM_LOGITS"] > gated:
         dz.append(d["dz_res"])
     dz = mx.concatenate(dz, -1)
     dl = of_outputs(t, alpha) * dz
@@ -201,10 +212,10 @@ def coefficient_gradients(t, x, bias, alpha, params, weight, d):
     return pre(z[:, :n]), scale * dl, pull, dx, [dz.sum(0), (dz * unit).sum(0), *sums]
 
 
-def mhc_token_backward(t, groups, x, bias, alpha, params, weight=None, **d):
+def mhc_pre_backward_coefficients(t, groups, x, bias, alpha, params, weight=None, **d):
     h_pre, dp, pull, _, sums = coefficient_gradients(t, x, bias, alpha, params, weight, d)
     made = {"dp": dp, "partial": partials(groups * (1 if t["NORM"] else t["THREADS"] // 32), *sums)}
-    made["side"] = mx.concatenate([h_pre, pull], -1)
+    made["token_factors"] = mx.concatenate([h_pre, pull], -1)
     if t["NORM"]:
         u = reference.stream_aggregate(x, h_pre)
         norm = [lambda u: reference.rms_norm(u, weight, params[4]), [u], [d["du"]]]
@@ -212,42 +223,45 @@ def mhc_token_backward(t, groups, x, bias, alpha, params, weight=None, **d):
     return made
 
 
-def mhc_pre_backward(t, groups, x, bias, alpha, params, phi, weight=None, **d):
+def mhc_pre_backward_generic(t, groups, x, bias, alpha, params, phi, weight=None, **d):
     _, dp, pull, dx, sums = coefficient_gradients(t, x, bias, alpha, params, weight, d)
     dx += (dp[..., None] * phi).sum(1).reshape(x.shape) + pull[..., None] * x
     made = {"dp": dp, "partial": partials(groups // t["SPLITS"], *sums)}
-    return made | {"dx": dx + d["dx_out"] if t["PASS"] else dx}
+    return made | {"dx": dx + d["dx_out"] if t["HAS_DX_OUT"] else dx}
 
 
-def mhc_projection_backward(t, groups, x, phi, dp, side, du=None, dx_out=None):
+def mhc_pre_backward_projection(t, groups, x, phi, dp, token_factors, du=None, dx_out=None):
     units = t["N"] * -(-x.shape[2] // t["SPAN"])
     chunks, left = divmod(groups, -(-units // (t["THREADS"] // 32)))
-    agree("mhc_projection_backward", {"threadgroups left": left}, {"threadgroups left": 0})
-    dx = (dp[..., None] * phi).sum(1).reshape(x.shape) + side[:, -1, None, None] * x
-    dx = dx + side[:, :-1, None] * du[:, None] if t["READ"] else dx
+    agree("mhc_pre_backward_projection", {"threadgroups left": left}, {"threadgroups left": 0})
+    dx = (dp[..., None] * phi).sum(1).reshape(x.shape) + token_factors[:, -1, None, None] * x
+    dx = dx + token_factors[:, :-1, None] * du[:, None] if t["HAS_DU"] else dx
     dphi = (dp[..., None] * x.reshape(len(x), 1, -1)).sum(0)
-    return {"dx": dx + dx_out if t["PASS"] else dx, "partial": partials(chunks, dphi)}
+    return {"dx": dx + dx_out if t["HAS_DX_OUT"] else dx, "partial": partials(chunks, dphi)}
 
 
-def mhc_phi_gradient(t, groups, x, dp):
+def mhc_pre_backward_phi(t, groups, x, dp):
     v = x.reshape(x.shape[0], -1)
-    spans, blocks = -(-v.shape[1] // (t["THREADS"] * t["VEC"])), -(-t["OUTS"] // t["EACH"])
+    spans, blocks = (
+        -(-v.shape[1] // (t["THREADS"] * t["VEC"])),
+        -(-t["NUM_LOGITS"] // t["LOGITS_PER_THREAD"]),
+    )
     chunks = groups // (spans * blocks)
     return {"partial": partials(chunks, (dp[..., None] * v[:, None]).sum(0))}
 
 
-def mhc_sweep(t, groups, x, phi):
+def mhc_pre_partial_logits(t, groups, x, phi):
     v = x.reshape(len(x), -1)
     fill = -v.shape[1] % 32
     v, phi = (mx.pad(a, [(0, 0), (0, fill)]).reshape(len(a), -1, 32) for a in (v, phi))
     products = (v[:, None] * phi).sum(-1).swapaxes(1, 2)
     shares = (v * v).reshape(*v.shape[:-1], 4, 8).sum(-1)
-    return {"runs": mx.concatenate([products, shares], -1)}
+    return {"partial_logits": mx.concatenate([products, shares], -1)}
 
 
 def seam(t, params):
     """The function of a launch with ready coefficients, whose last argument is the weight."""
-    inside = t["T"] if t["ROUND"] else mx.float32
+    inside = t["T"] if t["ROUND_U"] else mx.float32
 
     def f(x, y, h_pre, h_post, h_res, weight=None):
         out = reference._rounded(reference.stream_mix_add(x, y, h_post, h_res), t["T"])
@@ -256,26 +270,31 @@ def seam(t, params):
     return f
 
 
-def mhc_seam(t, groups, x, params, runs=None, bias=None, alpha=None, y=None, weight=None, **h):
+def mhc_seam(
+    t, groups, x, params, partial_logits=None, bias=None, alpha=None, y=None, weight=None, **h
+):
     n, made = t["N"], {}
-    if t["SWEPT"]:
-        sums = runs.sum(1)
-        scale = mx.rsqrt(sums[:, t["OUTS"] :].sum(-1, keepdims=True) / x[0].size + params[3])
-        unit, (logits, pre, post) = scale * sums[:, : t["OUTS"]], pre_parts(t, alpha, bias, params)
+    if t["FROM_PARTIAL_LOGITS"]:
+        sums = partial_logits.sum(1)
+        scale = mx.rsqrt(sums[:, t["NUM_LOGITS"] :].sum(-1, keepdims=True) / x[0].size + params[3])
+        unit, (logits, pre, post) = (
+            scale * sums[:, : t["NUM_LOGITS"]],
+            pre_parts(t, alpha, bias, params),
+        )
         z = logits(unit)
         h = {"h_pre": pre(z[:, :n]), "h_post": post(z[:, n : 2 * n])}
-        made |= {"l": mx.concatenate([unit, scale], -1)} if t["SAVE"] else {}
-        made |= {"made_pre": h["h_pre"]} if t["WRITE_PRE"] else {}
-        made |= {} if t["HEAD"] or t["BACK"] else {"made_post": h["h_post"]}
+        made |= {"l": mx.concatenate([unit, scale], -1)} if t["SAVE_LOGITS"] else {}
+        made |= {"new_h_pre": h["h_pre"]} if t["WRITE_H_PRE"] else {}
+        made |= {} if t["HEAD"] or t["WRITE_BACK"] else {"new_h_post": h["h_post"]}
         if t["PROJECT"]:
             c = convention(t, params[5])
             h["h_res"] = reference.sinkhorn_knopp(z[:, 2 * n :].reshape(-1, n, n), c)
-            made |= {} if t["BACK"] else {"made_res": h["h_res"]}
-        elif not t["HEAD"] and t["OUTS"] > 2 * n:
+            made |= {} if t["WRITE_BACK"] else {"new_h_res": h["h_res"]}
+        elif not t["HEAD"] and t["NUM_LOGITS"] > 2 * n:
             made["logits"] = z[:, 2 * n :]
-    if t["BACK"]:
+    if t["WRITE_BACK"]:
         made["out"], made["u"] = seam(t, params)(x, y, h["h_pre"], h["h_post"], h["h_res"], weight)
-    elif t["READ"]:
+    elif t["WRITE_U"]:
         made["u"] = reference._read(x, h["h_pre"], weight, params[4], mx.float32)
     return made
 
@@ -287,14 +306,14 @@ def mhc_seam_backward(t, groups, dout, du, params, **arrays):
 
 
 BODIES = {f.__name__: f for f in (sinkhorn_knopp, sinkhorn_knopp_backward, stream_mix_add)}
-BODIES |= {f.__name__: f for f in (mhc_fused, mhc_backward, sum_partials)}
+BODIES |= {f.__name__: f for f in (mhc_fused, mhc_fused_backward, sum_partials)}
 BODIES |= {f.__name__: f for f in (stream_aggregate, stream_aggregate_backward, mixing_matrix)}
-BODIES |= {f.__name__: f for f in (mixing_matrix_backward, mhc_pre, mhc_pre_backward)}
-BODIES |= {f.__name__: f for f in (mhc_sweep, mhc_seam, mhc_seam_backward)}
-BODIES["mhc_projection_backward"] = mhc_projection_backward
-BODIES["mhc_token_backward"] = mhc_token_backward
-BODIES["mhc_phi_gradient"] = mhc_phi_gradient
-BODIES["mhc_backward_tiled"] = mhc_backward
+BODIES |= {f.__name__: f for f in (mixing_matrix_backward, mhc_pre, mhc_pre_backward_generic)}
+BODIES |= {f.__name__: f for f in (mhc_pre_partial_logits, mhc_seam, mhc_seam_backward)}
+BODIES["mhc_pre_backward_projection"] = mhc_pre_backward_projection
+BODIES["mhc_pre_backward_coefficients"] = mhc_pre_backward_coefficients
+BODIES["mhc_pre_backward_phi"] = mhc_pre_backward_phi
+BODIES["mhc_fused_backward_wide"] = mhc_fused_backward
 
 
 def promised(t: dict, given: dict) -> dict:
@@ -305,12 +324,21 @@ def promised(t: dict, given: dict) -> dict:
     if "logits" in given:
         count = given["logits"].shape[0]
         shape = (count, t["N"], t["N"])
-        return {"logits": (count, t["R"]) if "R" in t else shape, "dh_res": shape, "eps": (1,)}
+        return {
+            "logits": (count, t["NUM_LOGITS"]) if "NUM_LOGITS" in t else shape,
+            "dh_res": shape,
+            "eps": (1,),
+        }
     tokens, n, C = given["x"].shape
-    seam = "ROUND" in t  # its coefficients are per token
-    outs, gated = t.get("OUTS"), n if t.get("HEAD") else 2 * n
-    made = {"phi": (outs, n * C), "bias": (outs,), "dp": (tokens, outs), "side": (tokens, n + 1)}
-    made |= {"runs": (tokens, -(-n * C // 32), outs + 4)} if outs else {}
+    seam = "ROUND_U" in t  # its coefficients are per token
+    outs, gated = t.get("NUM_LOGITS"), n if t.get("HEAD") else 2 * n
+    made = {
+        "phi": (outs, n * C),
+        "bias": (outs,),
+        "dp": (tokens, outs),
+        "token_factors": (tokens, n + 1),
+    }
+    made |= {"partial_logits": (tokens, -(-n * C // 32), outs + 4)} if outs else {}
     made |= {"dz_res": (tokens, outs - gated), "l": (tokens, outs + 1)} if outs else {}
     return made | {
         "x": (tokens, t["N"], C),
@@ -335,8 +363,8 @@ def agree(name: str, got: dict, want: dict) -> None:
         raise ValueError(f"[{name}] got {got} but the body has {want}.")
 
 
-def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> list[mx.array]:
-    """`kernel.launch` by the reference: float32 inside, one rounding at the end."""
+def run(name, inputs, outputs, groups, threads, template, verbose=False) -> list[mx.array]:
+    """`launch.run` by the reference: float32 inside, one rounding at the end."""
     given = {k.lower(): a for k, a in inputs.items() if a is not None}
     shapes = promised(template, given)
     for k, a in given.items():  # of all but x the leading axes are as they come
@@ -350,7 +378,7 @@ def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> l
     agree(name, {"THREADS": threads}, {"THREADS": template.get("THREADS", 256)})
     if "VEC" in template:
         C, vec = given["x"].shape[2], template["VEC"]
-        loops = name == "mhc_token_backward" and not template["NORM"]
+        loops = name == "mhc_pre_backward_coefficients" and not template["NORM"]
         most = threads * vec * (C if loops else template.get("PASSES", C))
         agree(name, {"C % VEC": C % vec, "C": min(C, most)}, {"C % VEC": 0, "C": C})
     made = BODIES[name](template, groups, **{k: a.astype(mx.float32) for k, a in given.items()})

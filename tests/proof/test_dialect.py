@@ -28,8 +28,9 @@ def source(dtype: mx.Dtype) -> str:
 
 
 BODY = "const uint tid = thread_position_in_threadgroup.x;"  # its first statement
-HEADER = "inline float sigmoid(float v) {"  # the first function of common.h that is no template
-LOAD = "mhc::load_floats<VEC>(w, weight + c, w_whole);"
+# The first function of include/common.h that is no template.
+HEADER = "inline float sigmoid(float v) {"
+LOAD = "mhc::load_floats<VEC>(w, weight + c, weight_aligned);"
 STORE = "static_cast<T>(MIX ?"
 SPACE = "needs an address space"
 MATRIX = BODY + " simdgroup_float8x8 m(0.0f); const simdgroup_float8x8 k = m; "
@@ -63,7 +64,11 @@ MISTAKES = {
     "float to half": (BODY, BODY + " half h = H_pre[0];", "loses floating-point precision"),
     "float to int": (BODY, BODY + " int i = H_pre[0];", "into integer"),
     "int to float": (BODY, BODY + " float f = x_shape[0];", "may lose precision"),
-    "double literal": ("float ss[1] = {};", "float ss[1] = {0.0};", "double precision constant"),
+    "double literal": (
+        "float squares[1] = {};",
+        "float squares[1] = {0.0};",
+        "double precision constant",
+    ),
     "double": (BODY, BODY + " double d = 1.0f;", "use of type 'double'"),
     "in what a ternary chose": (
         "const float f = static_cast<float>(v.v[e + q]);",

@@ -6,7 +6,7 @@ import sys
 
 from cases import Case
 
-from mhc_mlx import kernel
+from mhc_mlx import launch
 from proof import freeze
 
 CASE = Case("stream_aggregate", (2,), 4, 8)
@@ -15,12 +15,12 @@ BODY = "stream_aggregate.metal"
 
 def recorded(folder, monkeypatch, edit=lambda text: text) -> dict:
     """CASE with its body edited."""
-    plain = kernel.text
+    plain = launch.text
     with monkeypatch.context() as m:
-        m.setattr(kernel, "text", lambda file: edit(plain(file)) if file == BODY else plain(file))
-        kernel._build.cache_clear()
+        m.setattr(launch, "text", lambda file: edit(plain(file)) if file == BODY else plain(file))
+        launch._build.cache_clear()
         found = freeze.record(freeze.named([CASE]), folder)
-    kernel._build.cache_clear()
+    launch._build.cache_clear()
     assert not found["error"]
     return json.loads(json.dumps(found))
 
@@ -54,6 +54,29 @@ def test_what_is_gone_fails_and_what_is_new_does_not():
     assert freeze.report(old, {"bits": {"a": "1", "b": "2", "c": "3"}}, None, 9, None)
     assert not freeze.report(old, {"bits": {"a": "1"}}, None, 9, None)
     assert not freeze.report(old, {"bits": {"a": "1", "b": "3"}}, None, 9, None)
+
+
+def test_names_may_change(tmp_path):
+    words = "stream, 2 threadgroups of 32: T=float32, {}=True, READER=1"
+    old = {"launch": {"READ / 0 stream, CUDA": words.format("READ"), "READ, CUDA": "stream, other"}}
+    old["bits"] = {"READ / 0 stream, simulator / made": "made", "READ / 1 other, CUDA / made": "2"}
+    lines = "stream flow\nREAD HAS_DU stream\nREAD WRITE_U other\n\nmade result stream"
+    new = freeze.renamed(old, lines)
+    assert new["launch"] == {
+        "READ / 0 flow, CUDA": words.format("HAS_DU").replace("stream", "flow"),
+        "READ, CUDA": "flow, other",
+    }
+    assert new["bits"] == {
+        "READ / 0 flow, simulator / result": "made",
+        "READ / 1 other, CUDA / made": "2",
+    }
+    for name, recording in (("old", old), ("new", new)):
+        (tmp_path / name).write_text(json.dumps(recording))
+    (tmp_path / "names").write_text(lines)
+    command = [sys.executable, freeze.__file__, "compare", "old", "new"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 1
+    command += ["--renamed", "names"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
 
 
 def test_signatures():

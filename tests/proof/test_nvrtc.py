@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 from cases import COVERING, DYNAMIC, SINGLE, Case
 
-from mhc_mlx import PAPER, kernel, ops
+from mhc_mlx import PAPER, launch, ops
 from mhc_mlx.conventions import IDENTITY, MHC_LITE
 from proof import executor, results
 
@@ -75,19 +75,19 @@ def test_a_ring_fits_its_device(capability, ring, need, monkeypatch):
         zip(("compute_capability_major", "compute_capability_minor"), capability, strict=True)
     )
     monkeypatch.setattr(mx, "device_info", lambda device: info)
-    kernel._cuda_room.cache_clear()
-    room = kernel.room("cuda")
-    kernel._cuda_room.cache_clear()
+    launch._cuda_limit.cache_clear()
+    room = launch.threadgroup_memory_limit()
+    launch._cuda_limit.cache_clear()
     shape = (4, 4096, mx.bfloat16)
-    g = ops.geometry.of_projection(*shape, 24, 4096, None, room)
-    size = ops.geometry.of_ring(g, *shape, mx.float32, 24, room)
+    g = ops.tiling.logits_tiling(*shape, 24, 4096, None, room)
+    size = ops.tiling.ring_bytes(g, *shape, mx.float32, 24, room)
     assert (g.threads, g.slices, size) == (4 * ring, ring // 8, ring << 10)
     assert size < room
 
 
 def test_rings_of_many_threads_fit_their_device():
-    """Beside the 24 KiB of mhc_projection_backward's own."""
-    ring = ops.geometry.of_product_ring
+    """Beside the 24 KiB of mhc_pre_backward_projection's own."""
+    ring = ops.tiling.projection_gradient_ring_bytes
     assert [ring(32, 128, 6, r << 10) >> 10 for r in (0, 99, 227)] == [0, 24, 24]
     assert [ring(32, 512, 6, r << 10) >> 10 for r in (0, 99, 227)] == [0, 0, 96]
     assert ring(16, 128, 6, 227 << 10) == 0
@@ -99,10 +99,10 @@ def test_a_ring_raises_the_limit_of_its_kernel(monkeypatch):
     monkeypatch.setattr(
         mx.fast, "cuda_kernel", lambda **given: asked.append(given["shared_memory"])
     )
-    kernel._build.cache_clear()
+    launch._build.cache_clear()
     for ring in (0, 32 << 10, 40 << 10, 80 << 10):
-        kernel._build("cuda", "mhc_pre", (), (), "", 256, ring)
-    kernel._build.cache_clear()
+        launch._build("cuda", "mhc_pre", (), (), "", 256, ring)
+    launch._build.cache_clear()
     assert asked == [0, 32 << 10, 48 << 10, 80 << 10]
 
 
@@ -130,7 +130,7 @@ def test_instructions_of_ptx(need):
     need("nvrtc")
     from proof import nvrtc
 
-    wanted = {"mhc_head": "mhc_pre", "mhc_pre": "mhc_projection_backward"}
+    wanted = {"mhc_head": "mhc_pre", "mhc_pre": "mhc_pre_backward_projection"}
     sources: dict[str, list[str]] = {}
     for case in (
         Case("mhc_head", (17,), 1, 32, "float32", IDENTITY),
@@ -148,9 +148,9 @@ def test_instructions_of_ptx(need):
         assert not error, error[:2000]
         found.update({name: ptx.count(f"{name} ") + ptx.count(f"{name};") for name in INSTRUCTIONS})
         rows = [int(size) / (3 * 64 * 16) for size in re.findall(r"staged\[(\d+)\];", ptx)]
-        assert rows == ([3, 3, 5] if body == "mhc_projection_backward" else [])
+        assert rows == ([3, 3, 5] if body == "mhc_pre_backward_projection" else [])
     assert not [name for name in INSTRUCTIONS if not found[name]]
-    named = re.findall(r'asm(?: volatile)?\("([\w.:]+)', kernel.text("ptx.h"))
+    named = re.findall(r'asm(?: volatile)?\("([\w.:]+)', launch.text("include/cuda/ptx.h"))
     assert sorted(named) == sorted(INSTRUCTIONS)
 
 
@@ -165,8 +165,8 @@ def test_a_mistake_is_caught(need, monkeypatch):
         seen.append(nvrtc.cuda_source(name, inputs, outputs, threads, template))
         return [mx.zeros(*spec) for spec in outputs.values() if spec is not None]
 
-    monkeypatch.setattr(kernel, "launch", keep)
-    monkeypatch.setattr(kernel, "backend", lambda: "cuda")
+    monkeypatch.setattr(launch, "run", keep)
+    monkeypatch.setattr(launch, "backend", lambda: "cuda")
     ops.stream_mix_add(*case.arrays())
     mistaken = seen[0].replace("static_cast<T>(acc", "statik_cast<T>(acc")
     assert "statik_cast" in nvrtc.compile_cuda("stream_mix_add", mistaken)[0]

@@ -11,7 +11,7 @@ import simulate
 from cases import Case
 from mutation.planted import PLANTED, planted
 
-from mhc_mlx import kernel
+from mhc_mlx import launch
 from proof import executor, simulator
 
 X = mx.arange(64, dtype=mx.float32) - 20.5
@@ -23,18 +23,18 @@ BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
 def run(need, monkeypatch):
     """run(body, ...) simulates a body that is not in kernels/."""
     need("simulator")
-    plain, headers = kernel.text, kernel.headers("mhc_pre.metal", "metal")
+    plain, headers = launch.text, launch.included_files("mhc_pre.metal", "metal")
 
     def run(body, inputs=None, size=64, dtype=mx.float32, threads=64, groups=1, **template):
-        monkeypatch.setattr(kernel, "text", lambda f: body if f == "toy.metal" else plain(f))
-        monkeypatch.setattr(kernel, "headers", lambda f, backend: headers)
-        kernel._build.cache_clear()
+        monkeypatch.setattr(launch, "text", lambda f: body if f == "toy.metal" else plain(f))
+        monkeypatch.setattr(launch, "included_files", lambda f, backend: headers)
+        launch._build.cache_clear()
         given, made = {"x": X} if inputs is None else inputs, {"out": ((size,), dtype)}
         with executor("simulator"):
-            return simulator.launch("toy", given, made, groups, threads, template | {"T": dtype})[0]
+            return simulator.run("toy", given, made, groups, threads, template | {"T": dtype})[0]
 
     yield run
-    kernel._build.cache_clear()
+    launch._build.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
@@ -234,11 +234,14 @@ def test_debugging_command(need, capsys):
     case = Case("mhc_static", (5,), 4, 64)
     assert simulate.simulate(case, False)
     assert "right, under every schedule" in capsys.readouterr().out
-    wrong, broken = (m for m in PLANTED if m.body == "mhc_backward")
+    wrong, broken = (m for m in PLANTED if m.body == "mhc_fused_backward")
     with planted(wrong.file, wrong.edit):
         assert not simulate.simulate(case, False)
     out = capsys.readouterr().out
-    assert "WRONG dx[0, 0, 0] is" in out and "stored by thread 0 of threadgroup 0 at mhc_b" in out
+    assert "WRONG dx[0, 0, 0] is" in out and "stored by thread 0 of threadgroup 0 at mhc_f" in out
     with planted(broken.file, broken.edit):
         assert not simulate.simulate(case, False)
-    assert "BROKEN RULE mhc_backward.metal, lock-step: nobody writes dx[" in capsys.readouterr().out
+    assert (
+        "BROKEN RULE mhc_fused_backward.metal, lock-step: nobody writes dx["
+        in capsys.readouterr().out
+    )

@@ -6,7 +6,7 @@ That it computes what the kernels do, test_parity says.
 import mlx.core as mx
 import pytest
 
-from mhc_mlx import MHC_LITE, ROW_FIRST, kernel, ops, vmap
+from mhc_mlx import MHC_LITE, ROW_FIRST, launch, ops, vmap
 from proof import executor, standin
 
 N, C = 4, 8
@@ -48,10 +48,11 @@ def test_an_op_without_its_rules_is_noticed(name, transform):
 
 
 def test_a_gradient_without_its_rules_is_noticed():
-    """The kernels of the backward have no gradient either: ops.py gives them the reference's."""
+    """A backward's kernels have no gradient either: autodiff.py gives them the reference's."""
 
     def first(a):
-        return ops.dispatch.KERNELS["sinkhorn_knopp"][2](a, a, ROW_FIRST, None, False)[0].sum()
+        op = ops.autodiff.FUSED_OPS["sinkhorn_knopp"](launch.Options(), ROW_FIRST)
+        return op.backward([a], [a], ())[0].sum()
 
     with executor("stand-in"):
         assert mx.isfinite(first(MIX))
@@ -70,7 +71,7 @@ def test_vmap_runs_kernels_where_it_may(per_token):
     with executor("stand-in") as launched:
         mx.eval(vmap(gradient, in_axes=axes)(*arrays))
     bodies = {variant[1] for variant in launched}
-    assert bodies == {"stream_mix_add", *["mhc_backward"] * per_token}
+    assert bodies == {"stream_mix_add", *["mhc_fused_backward"] * per_token}
 
 
 @pytest.mark.parametrize("name", ["mhc_coefficients", "mhc_pre", "mhc_head"])
@@ -96,11 +97,11 @@ def test_vmap_of_streams_runs_kernels(name):
     assert {variant[1] for variant in launched} == forward
 
 
-def launch(groups=3, threads=32, out=(X.shape, mx.float32), template=(), **inputs):
+def mix_add(groups=3, threads=32, out=(X.shape, mx.float32), template=(), **inputs):
     whole = {"T": mx.float32, "N": N, "VEC": 4, "THREADS": threads}
     whole |= {"POST_PER_TOKEN": True, "RES_PER_TOKEN": False} | dict(template)
     arrays = {"x": X, "y": Y, "h_post": EACH, "h_res": MIX} | inputs
-    return standin.launch("stream_mix_add", arrays, {"out": out}, groups, threads, whole)
+    return standin.run("stream_mix_add", arrays, {"out": out}, groups, threads, whole)
 
 
 @pytest.mark.parametrize(
@@ -121,9 +122,9 @@ def launch(groups=3, threads=32, out=(X.shape, mx.float32), template=(), **input
     ids=str,
 )
 def test_a_wrong_launch_is_noticed(wrong):
-    assert launch()[0].shape == X.shape
+    assert mix_add()[0].shape == X.shape
     with pytest.raises(ValueError, match=r"\[stream_mix_add\] got"):
-        launch(**wrong)
+        mix_add(**wrong)
 
 
 @pytest.mark.parametrize("name", list(CALLS))
@@ -133,24 +134,24 @@ def test_a_wrong_array_of_any_launch_is_noticed(name, monkeypatch):
 
     def recorded(*args):
         launches.append(args)
-        return standin.launch(*args)
+        return standin.run(*args)
 
     arrays = [a for a in CALLS[name] if isinstance(a, mx.array)]
     statics = CALLS[name][len(arrays) :]
     with executor("stand-in"), monkeypatch.context() as patch:
-        patch.setattr(kernel, "launch", recorded)
+        patch.setattr(launch, "run", recorded)
         out = getattr(ops, name)(*CALLS[name])
         cotangents = list(out) if isinstance(out, tuple) else [out]
         made = mx.vjp(lambda *a: getattr(ops, name)(*a, *statics), arrays, cotangents)[1]
         mx.eval(made)
-    assert len({launch[0] for launch in launches}) >= 2
+    assert len({one[0] for one in launches}) >= 2
     for body, inputs, *rest in launches:
         for key, a in inputs.items():
             if a is None or key == "partial":  # whose rows are any
                 continue
             with pytest.raises(ValueError, match=rf"\[{body}\] got"):
                 longer = mx.concatenate([a, a[:1]])
-                standin.launch(body, inputs | {key: longer}, *rest)
+                standin.run(body, inputs | {key: longer}, *rest)
             if key.lower() in standin.SAME | standin.FLOAT32:
                 with pytest.raises(ValueError, match=rf"\[{body}\] got"):
-                    standin.launch(body, inputs | {key: a.astype(mx.float16)}, *rest)
+                    standin.run(body, inputs | {key: a.astype(mx.float16)}, *rest)

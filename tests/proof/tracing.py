@@ -9,13 +9,13 @@ from unittest import mock
 
 import mlx.core as mx
 
-from mhc_mlx import kernel
+from mhc_mlx import launch
 
 
 def metal_source(f: Callable, *arrays: mx.array) -> str:
     """What MLX prints on this process's standard output while it records f for export.
 
-    f launches with ``verbose=True``. Ops in it run by `kernel.launch`, for Metal.
+    f launches with ``verbose=True``. Ops in it run by `launch.run`, for Metal.
     """
     sys.stdout.flush()
     saved = os.dup(1)
@@ -23,7 +23,7 @@ def metal_source(f: Callable, *arrays: mx.array) -> str:
         stack.callback(os.close, saved)
         out = stack.enter_context(tempfile.TemporaryFile())
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(mock.patch.object(kernel, "backend", lambda: "metal"))
+        stack.enter_context(mock.patch.object(launch, "backend", lambda: "metal"))
         os.dup2(out.fileno(), 1)
         try:
             mx.export_function(os.path.join(folder, "f.mlxfn"), f, *arrays)

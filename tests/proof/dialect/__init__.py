@@ -65,7 +65,7 @@ def parse(source: str):
     source = re.sub(r"(?m)^threadgroup ([\w:]+(?:<[^;=]*?>)?) ([^;=]*);", references, source)
     lines = source.split("\n")
     for _ in range(20):
-        unit = _index().parse("kernel.metal", FLAGS, [("kernel.metal", "\n".join(lines))])
+        unit = _index().parse("launch.metal", FLAGS, [("launch.metal", "\n".join(lines))])
         alike = next(filter(_alike, unit.diagnostics), None)
         if alike is None:
             break
@@ -90,7 +90,7 @@ def _compiler(unit):
         message = re.sub("__private ?", "", "; ".join([d.spelling, *notes[:1]]))
         for word, space in SPACES.items():
             message = message.replace(word, space)
-        here = d.location.file and d.location.file.name == "kernel.metal"
+        here = d.location.file and d.location.file.name == "launch.metal"
         yield (d.location.line if here else 0), message
 
 
@@ -107,7 +107,7 @@ def _text_lint(source: str):
 def _declarations(cursor):
     """What the source declares, in namespaces too."""
     for c in cursor.get_children():
-        if c.location.file and c.location.file.name == "kernel.metal":
+        if c.location.file and c.location.file.name == "launch.metal":
             yield from _declarations(c) if c.kind.name == "NAMESPACE" else (c,)
 
 
@@ -199,8 +199,8 @@ def refusals(source: str) -> list[str]:
 _checked: set[str] = set()
 
 
-def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> list[mx.array]:
-    """`kernel.launch` that checks, and runs nothing."""
+def run(name, inputs, outputs, groups, threads, template, verbose=False) -> list[mx.array]:
+    """`launch.run` that checks, and runs nothing."""
     source = simulator.generated(name, inputs, outputs, groups, threads, template)
     if source not in _checked:
         found = refusals(source)

@@ -1,6 +1,6 @@
 """Runs the exact Metal source that MLX generates for a launch, on the CPU; sees every access.
 
-Linux, with g++ >= 12 or clang >= 15. `launch` stands in for `kernel.launch`: it runs the kernel
+Linux, with g++ >= 12 or clang >= 15. `run` stands in for `launch.run`: it runs the kernel
 under every schedule and raises SimulationError, naming body, line, thread and element, for an
 access out of bounds or misaligned, a read of memory that nobody wrote, a race, an output element
 written twice or never, lanes that part before a simd operation or a barrier, a limit of Metal's
@@ -23,7 +23,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mhc_mlx import kernel
+from mhc_mlx import launch
 from proof import tracing
 
 HERE = Path(__file__).parent
@@ -206,19 +206,25 @@ def source_line(library: Path, offset: int) -> str:
     return ", from ".join(dict.fromkeys(lines)) or "an unknown line"
 
 
+def kernel_files() -> list[str]:
+    """The files of kernels/ by the names that `launch.text` takes."""
+    folder = launch._FOLDERS[1]
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.*"))
+
+
 def generated(name, inputs, outputs, groups, threads, template) -> str:
     """The Metal source that MLX generates for a launch."""
     arrays = {k: v for k, v in inputs.items() if v is not None}
 
     def traced(*values):
         given = inputs | dict(zip(arrays, values, strict=True))
-        return _launch(name, given, outputs, groups, threads, template, True)
+        return _run(name, given, outputs, groups, threads, template, True)
 
     stand_ins = [mx.zeros(a.shape, a.dtype) for a in arrays.values()]
     return re.findall(r"```\n(.*?)```", tracing.metal_source(traced, *stand_ins), re.S)[-1]
 
 
-_launch = kernel.launch
+_run = launch.run
 _cuda = False  # headers of CUDA instead of Metal's
 
 
@@ -226,14 +232,14 @@ _cuda = False  # headers of CUDA instead of Metal's
 def cuda_form():
     """Launches run the text of kernels/ that CUDA gets, PTX by `ptx.hpp`, in MLX's Metal kernel."""
     global _cuda
-    header = kernel._header
-    _cuda, kernel._header = True, lambda name, backend: header(name, "cuda")
-    kernel._build.cache_clear()
+    header = launch._header
+    _cuda, launch._header = True, lambda name, backend: header(name, "cuda")
+    launch._build.cache_clear()
     try:
         yield
     finally:
-        _cuda, kernel._header = False, header
-        kernel._build.cache_clear()
+        _cuda, launch._header = False, header
+        launch._build.cache_clear()
 
 
 def cpp(name: str, source: str) -> tuple[str, list[str]]:
@@ -251,11 +257,11 @@ def cpp(name: str, source: str) -> tuple[str, list[str]]:
             arguments.append(POSITIONS[attribute])
     instance = re.search(r"decltype\((\w+<.*?>)\)", source)
     instance = instance or re.search(r"\[\[kernel\]\] void (\w+)", source)
-    headers = sorted(p.name for p in kernel._FOLDERS[1].glob("*.h"))
+    headers = [file for file in kernel_files() if file.endswith(".h")]
     if _cuda:
-        source = source.replace(kernel.text("ptx.h"), '\n#include "ptx.hpp"\n')
+        source = source.replace(launch.text("include/cuda/ptx.h"), '\n#include "ptx.hpp"\n')
     for file in (*headers, f"{name}.metal"):  # so that errors name our lines
-        text = kernel.text(file)
+        text = launch.text(file)
         source = source.replace(text, f'\n#line 1 "{file}"\n{text}\n#line 1 "generated"\n')
     source = re.sub(r"(?m)^template \[\[host_name.*$", "", source)
     source = re.sub(r" \[\[[^\]]*\]\]|\[\[kernel\]\]", "", source)
@@ -301,8 +307,8 @@ def place(arrays: dict[str, np.ndarray], offsets: dict[str, int]) -> dict[str, n
     return placed
 
 
-def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> list[mx.array]:
-    """`kernel.launch` on the CPU, under every schedule."""
+def run(name, inputs, outputs, groups, threads, template, verbose=False) -> list[mx.array]:
+    """`launch.run` on the CPU, under every schedule."""
     body = f"{name}.metal"
     if not 1 <= threads <= MAX_THREADS or threads % 32 or groups * threads >= 1 << 31:
         raise SimulationError(f"{body}: {groups} groups of {threads} threads")
@@ -332,7 +338,7 @@ def launch(name, inputs, outputs, groups, threads, template, verbose=False) -> l
         where = ctypes.c_uint64()
         error = runtime().simulate(
             *(entry, table, len(names), groups, threads, order),
-            *(ctypes.c_size_t(template.get("RING", 0)), ctypes.byref(where)),
+            *(ctypes.c_size_t(template.get("RING_BYTES", 0)), ctypes.byref(where)),
         )
         if error:
             place_of = f" at {source_line(library, where.value)}" if where.value else ""

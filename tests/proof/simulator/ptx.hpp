@@ -1,4 +1,4 @@
-// kernels/ptx.h for the CPU: the PTX ISA's layouts of matrices over lanes, g = lane / 4 and q = lane % 4.
+// kernels/include/cuda/ptx.h for the CPU: the PTX ISA's layouts of matrices over lanes, g = lane / 4 and q = lane % 4.
 struct uint2 { uint x, y; };
 struct alignas(16) uint4 { uint x, y, z, w; };
 inline uint2 make_uint2(uint x, uint y) { return {x, y}; }
@@ -86,7 +86,7 @@ inline void copy_16(uint to, const void* from) { sim_copy(to, from); }
 inline void commit_copies() { sim_commit(); }
 template <int LEFT> inline void wait_for_copies() { sim_wait(LEFT); }
 inline void simdgroup_sync(HERE) { sim_simdgroup_sync(file, line); }
-template <typename P> inline void fetch(P) {}
+template <typename P> inline void prefetch(P) {}
 #define dynamic_threadgroup (static_cast<uint4*>(sim_dynamic()))
 #undef HERE
 }  // namespace mhc

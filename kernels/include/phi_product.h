@@ -1,0 +1,77 @@
+// The phi product, sums over k of products of matrices: tiles of 8 tokens x 32 k by 8 logits x 32 k.
+#include "BACKEND/matrices.h"
+
+namespace mhc {
+
+// A lane's elements of a run: of TILES tiles of tokens and BLOCK tiles of logits.
+template <typename T, typename PHI_T, int TILES, int BLOCK> struct LaneRuns {
+  Run<T, 8> xs[TILES];
+  Run<PHI_T, 8 / PHI_ROWS> ps[BLOCK][PHI_ROWS];
+};
+
+// Where a lane reads them. Rows past the last are clamped to row 0; their sums are discarded.
+template <typename XP, typename PP, int TILES, int BLOCK> struct RunPointers {
+  XP x[TILES];
+  PP phi[BLOCK][PHI_ROWS];
+};
+// The pointers at k, for tokens from `token` on and logits from `logit` on.
+template <int TILES, int BLOCK, int NUM_LOGITS, typename XP, typename PP>
+inline RunPointers<XP, PP, TILES, BLOCK> run_pointers(XP x, PP phi, uint tokens, int K, uint token, int logit, int k, int lane) {
+  RunPointers<XP, PP, TILES, BLOCK> pointers;
+  UNROLL for (int m = 0; m < TILES; ++m) {
+    const uint t = token + uint(m * 8 + x_row(lane));
+    pointers.x[m] = x + (size_t(t < tokens ? t : 0u) * size_t(K) + size_t(k + x_k(lane)));
+  }
+  UNROLL for (int b = 0; b < BLOCK; ++b) {
+    UNROLL for (int q = 0; q < PHI_ROWS; ++q) {
+      const int o = logit + b * 8 + phi_row(lane) + q;
+      pointers.phi[b][q] = phi + (size_t(NUM_LOGITS % (8 * BLOCK) == 0 || o < NUM_LOGITS ? o : 0) * size_t(K) + size_t(k + phi_k(lane)));
+    }
+  }
+  return pointers;
+}
+
+// sum[token, logit] += x phi^T and squares[token] += sum(x ** 2) over the run in lane_runs. LOAD_NEXT: lane_runs then
+// holds the run that lies `step` further on and has `remaining` elements; each register is loaded again as soon as it
+// has been used.
+template <bool ALIGNED, bool LOAD_NEXT, typename T, typename PHI_T, int TILES, int BLOCK, typename XP, typename PP>
+inline void multiply_run(thread float (&sum)[TILES][BLOCK][2], thread float (&squares)[TILES], thread LaneRuns<T, PHI_T, TILES, BLOCK>& lane_runs,
+                 thread RunPointers<XP, PP, TILES, BLOCK>& pointers, int step, int remaining, int lane) {
+  XTile<T> xt[TILES];
+  UNROLL for (int m = 0; m < TILES; ++m) {
+    to_tile(xt[m], lane_runs.xs[m]);
+    add_squares(squares[m], xt[m], lane_runs.xs[m]);
+    if (LOAD_NEXT) load_run<ALIGNED>(lane_runs.xs[m], pointers.x[m] += step, remaining - x_k(lane));
+  }
+  UNROLL for (int b = 0; b < BLOCK; ++b) {
+    PhiTile<PHI_T> pt;
+    to_tile(pt, lane_runs.ps[b]);
+    multiply_add(sum, b, xt, pt);
+    UNROLL for (int q = 0; q < PHI_ROWS && LOAD_NEXT; ++q) load_run<ALIGNED>(lane_runs.ps[b][q], pointers.phi[b][q] += step, remaining - phi_k(lane));
+  }
+}
+
+// The runs of a simdgroup lie at k = first, first + step, ... < K.
+struct Runs {
+  uint tokens;
+  int K, first, step, lane, simd;
+};
+
+// The sums over these runs, for tokens from `token` on and logits from `logit` on. ALIGNED: x and phi are aligned, and
+// K % 32 == 0.
+template <bool ALIGNED, int NUM_LOGITS, typename T, typename PHI_T, int TILES, int BLOCK, typename XP, typename PP>
+inline void accumulate_runs(thread float (&sum)[TILES][BLOCK][2], thread float (&squares)[TILES], XP x, PP phi, const thread Runs& runs, uint token, int logit) {
+  if (runs.first < runs.K) {
+    LaneRuns<T, PHI_T, TILES, BLOCK> lane_runs;
+    auto pointers = run_pointers<TILES, BLOCK, NUM_LOGITS>(x, phi, runs.tokens, runs.K, token, logit, runs.first, runs.lane);
+    const int remaining = runs.K - runs.first;
+    UNROLL for (int m = 0; m < TILES; ++m) load_run<ALIGNED>(lane_runs.xs[m], pointers.x[m], remaining - x_k(runs.lane));
+    UNROLL for (int b = 0; b < BLOCK; ++b) {
+      UNROLL for (int q = 0; q < PHI_ROWS; ++q) load_run<ALIGNED>(lane_runs.ps[b][q], pointers.phi[b][q], remaining - phi_k(runs.lane));
+    }
+    for (int k = runs.first + runs.step; k < runs.K; k += runs.step) multiply_run<ALIGNED, true>(sum, squares, lane_runs, pointers, runs.step, runs.K - k, runs.lane);
+    multiply_run<ALIGNED, false>(sum, squares, lane_runs, pointers, runs.step, 0, runs.lane);
+  }
+}
+
+}  // namespace mhc

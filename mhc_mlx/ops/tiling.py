@@ -1,0 +1,383 @@
+"""How launches are cut: pure functions of shapes, and the literals that measurements gave.
+
+Measurements are of one H100, in bfloat16; (65536, 4, 1024) means tokens, streams and channels.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import mlx.core as mx
+
+# Bytes of registers in which a thread keeps parts of a token, by backend and copies of the token: 1
+# is x, 2 is x and dout. A thread of an Apple GPU has 128 registers, hence the smaller limit there.
+REGISTER_BYTES = {("metal", 1): 256, ("cuda", 1): 256, ("metal", 2): 256, ("cuda", 2): 512}
+FORWARD_GROUPS = 4096  # fills any GPU; fewer threadgroups than tokens share coefficients
+MANY_GROUPS = 1 << 16  # for a threadgroup that fetches next to nothing before its first token
+BACKWARD_THREADS = 132 * 512  # an H100 holds these at 128 registers; a group leaves a row of sums
+# Up to here `mhc_pre` takes tiles of 8 tokens: at (2048, 4, 4096) they take 60 us, of 16 43 us.
+FEW_TOKENS = 1024
+# From this n * C on 16 slices share a row: at (2048, 4, 4096) they take 35 us, 8 slices 43 us.
+LONG_ROW = 1 << 14
+# Up to these tokens many threadgroups share a token's phi product: write-back and read then take
+# 4.0 us with `mhc_pre_partial_logits`, 8.2 us with `mhc_pre`.
+PARTIAL_LOGITS_TOKENS = 16
+# Runs on their way into threadgroup memory: `mhc_pre` takes 354 us at (65536, 4, 1024) with two,
+# 384 us with three and 408 us with loads into registers.
+RING_STAGES = 2
+FILLING_GROUPS = 264  # two for each multiprocessor of an H100
+ONE_LAUNCH_TOKENS = 1024  # up to here every threadgroup of `mhc_layer` projects H_res itself
+
+
+class TokenTiling(NamedTuple):
+    vec: int  # neighbours per load
+    threads: int
+    passes: int  # how often the threads go over a stream
+    cached: bool  # whether a token's values stay in registers
+
+
+@functools.cache
+def token_tiling(
+    n: int, C: int, size: int, copies: int, threads_per_group: int | None, backend: str
+) -> TokenTiling:
+    """How a threadgroup takes a token of n x C elements of ``size`` bytes.
+
+    vec: Up to 16 bytes, dividing C, few enough for the sums of n streams.
+    threads: One per vec, a multiple of 32, at most 256 (128 where sums fill the registers).
+    cached: Where ``copies`` of a token fit in registers; n > 8 would unroll n * n loops.
+    """
+    vec = math.gcd(C, 16 // size)
+    while n * vec > 64:
+        vec //= 2
+    crowded = copies == 2 and 4 < n <= 8
+    widths, most = (vec, min(vec, 4)) if crowded else (vec,), 128 if crowded and size == 4 else 256
+    for vec in widths:
+        packs = C // vec
+        threads = threads_per_group or even_threads(packs, most)
+        passes = math.ceil(packs / threads)
+        pack_bytes = max(4, vec * size) if copies == 1 else 4 * vec
+        cached = n <= 8 and passes * copies * n * pack_bytes <= REGISTER_BYTES[backend, copies]
+        if cached:
+            break
+    return TokenTiling(vec, threads, passes, cached)
+
+
+def even_threads(packs: int, most: int) -> int:
+    """The fewest threads, a multiple of 32, that take so many packs in as few passes as ``most``
+    threads would."""
+    return 32 * math.ceil(packs / math.ceil(packs / most) / 32)
+
+
+def seam_tiling(
+    n: int, C: int, size: int, threads_per_group: int | None, backend: str
+) -> TokenTiling:
+    """How a threadgroup takes a token in `mhc_seam`: on CUDA by up to 320 threads, which take 85 us
+    instead of 99 us at (2048, 4, 5120), and 114 us instead of 122 us at C = 7168."""
+    tiling = token_tiling(n, C, size, 1, threads_per_group, backend)
+    if threads_per_group or backend != "cuda":
+        return tiling
+    packs = C // tiling.vec
+    threads = even_threads(packs, 320)
+    return tiling._replace(threads=threads, passes=math.ceil(packs / threads))
+
+
+def seam_backward_tiling(n: int, C: int, size: int, threads_per_group: int | None) -> TokenTiling:
+    """How a threadgroup takes a token in `mhc_seam_backward`, whose n (n + 2) sums leave registers
+    for few channels at once: for 128 in all, what a GPU wants, where n <= 4."""
+    vec = math.gcd(C, 16 // size)
+    while n * vec > 16:
+        vec //= 2
+    packs = C // vec
+    threads = threads_per_group or even_threads(packs, 256)
+    passes = math.ceil(packs / threads)
+    return TokenTiling(vec, threads, passes, passes == 1)
+
+
+def even_groups(count: int, most: int) -> int:
+    """At most ``most`` threadgroups, each with as many turns."""
+    return math.ceil(count / max(1, math.ceil(count / most)))
+
+
+def many_groups(count: int) -> int:
+    """A threadgroup for each of so many tokens or tiles, as far as a grid reaches."""
+    return min(count, MANY_GROUPS)
+
+
+def backward_groups(tokens: int, threads: int) -> int:
+    """Threadgroups of a body that leaves a row of sums for each of them."""
+    return min(tokens, max(1, BACKWARD_THREADS // threads))
+
+
+def threads_per_column(rows: int, columns: int) -> int:
+    """Threads that share a column in `sum_partials`: many only where there are few columns."""
+    return 64 if rows >= 64 and columns < 1 << 14 else 8
+
+
+class MatrixTiling(NamedTuple):
+    threads: int
+    groups: int
+
+
+def sinkhorn_tiling(n: int, matrices: int, threads_per_group: int | None) -> MatrixTiling:
+    """How `sinkhorn_knopp` and its gradient take matrices: each by a power of two of lanes, one for
+    each line, and as many matrices as a threadgroup holds."""
+    lanes = 1 << (n - 1).bit_length()
+    threads = max(threads_per_group or 128, lanes) // lanes * lanes
+    return MatrixTiling(threads, many_groups(math.ceil(matrices / (threads // lanes))))
+
+
+def stored_steps(n: int, iters: int, threads: int) -> int:
+    """Half-steps whose divisors `sinkhorn_knopp_backward` stores in 30 KiB of threadgroup memory;
+    for n > 32 two others lie there as well."""
+    return min(2 * iters, (30 << 10) // (4 * threads) - (2 if n > 32 else 0))
+
+
+def _power(most: int) -> int:
+    """The largest power of two up to that: bodies are compiled for how many threadgroups share
+    work, so that few numbers must occur."""
+    return 1 << (most.bit_length() - 1)
+
+
+class LogitsTiling(NamedTuple):
+    vec: int
+    threads: int
+    slices: int  # of k, each a simdgroup's
+    tiles: int  # of 8 tokens, of a simdgroup
+    block: int  # tiles of 8 logits at once
+    splits: int  # threadgroups that share the logits of a token
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a threadgroup."""
+        return 8 * self.tiles * (self.threads // 32 // self.slices)
+
+
+@functools.cache
+def logits_tiling(
+    n: int, C: int, dtype: mx.Dtype, num_logits: int, tokens: int, threads: int | None, limit: int
+) -> LogitsTiling:
+    """How `mhc_pre` multiplies. Slices, and so the order of sums, are the same for all tokens.
+
+    limit: Bytes of threadgroup memory of a threadgroup with a ring:
+        `launch.threadgroup_memory_limit`.
+    """
+    vec = math.gcd(C, 16 // dtype.size)
+    logit_tiles = math.ceil(num_logits / 8)
+    most_tiles = 2 if n * C % 32 else 3  # single elements take more registers
+    block = math.ceil(logit_tiles / math.ceil(logit_tiles / most_tiles))
+
+    def cut(threads: int, most_slices: int) -> LogitsTiling:
+        most = 2 if threads <= 512 else 1  # or registers spill
+        tiles = most if tokens > (FEW_TOKENS if n <= 8 else 8) else 1  # phi is long for n > 8
+        simds, floats = threads // 32, n + 1 + (n * n if n <= 8 else 0)  # that stay of a token
+
+        def fits(slices: int) -> bool:
+            sums = 8 * most * simds  # of a token and slice, for 8 * block logits and one more
+            return 4 * (sums * (8 * block + 1) + sums // slices * floats) <= 30 << 10
+
+        counts = range(min(most_slices, simds), simds + 1)
+        slices = next(s for s in counts if simds % s == 0 and fits(s))
+        return LogitsTiling(vec, threads, slices, tiles, block, 1)
+
+    tiling = cut(threads or 256, 8)
+    if threads is None and n * C >= LONG_ROW:
+        long = cut(512, 16)
+        if ring_bytes(long._replace(tiles=2), n, C, dtype, mx.float32, num_logits, limit):
+            tiling = long
+    splits = 1
+    if n > 8:
+        blocks, groups = math.ceil(logit_tiles / block), math.ceil(tokens / (8 * tiling.tiles))
+        h_pre_blocks = math.ceil(n / (8 * block))  # the first threadgroup makes all of h_pre
+        share = max(h_pre_blocks, math.ceil(blocks * groups / FILLING_GROUPS))
+        splits = _power(math.ceil(blocks / share))
+    return tiling._replace(splits=splits)
+
+
+def ring_bytes(
+    tiling: LogitsTiling,
+    n: int,
+    C: int,
+    dtype: mx.Dtype,
+    phi_dtype: mx.Dtype,
+    num_logits: int,
+    limit: int,
+) -> int:
+    """Bytes in which runs of `mhc_pre` wait, 8 elements of each row that a lane has of a tile:
+    where all logits, more than 8, are made in one pass over x, and this fits beside its sums."""
+    row = tiling.tiles * dtype.size + tiling.block * phi_dtype.size
+    size = RING_STAGES * 8 * tiling.threads * row
+    sums = 4 * tiling.tokens * (tiling.slices * (8 * tiling.block + 1) + n + n * n)
+    gains = n <= 4 and n * C % 32 == 0 and 8 < num_logits <= 8 * tiling.block
+    return size if gains and size + sums <= limit else 0
+
+
+U_FLOATS_PER_LANE = {"metal": 32, "cuda": 64}  # of u, that a lane of `mhc_pre` keeps for its norm
+
+
+class UTiling(NamedTuple):
+    simdgroups: int = 1  # that share a token's u
+    packs: int = 0  # of u that a lane keeps until its norm is known
+
+
+def u_tiling(tiling: LogitsTiling, n: int, C: int, backend: str) -> UTiling:
+    """How `mhc_pre` makes u with a norm; it keeps none where the squares of u, which lie where sums
+    did, do not fit."""
+    packs, chunk = math.ceil(C / (32 * tiling.vec)), 4 if n <= 2 else 2 if n <= 4 else 1
+    simds, most, sharing = tiling.threads // 32, U_FLOATS_PER_LANE[backend] // tiling.vec, 1
+    while sharing * most < packs:
+        sharing *= 2
+    lane_packs = chunk * math.ceil(packs / sharing / chunk)
+    sums = tiling.slices * tiling.tokens * (8 * tiling.block + 1)
+    fits = sharing == 1 or simds % sharing == 0 and 32 * simds * lane_packs <= sums
+    return UTiling(sharing, lane_packs) if fits else UTiling()
+
+
+def use_partial_logits(
+    n: int,
+    C: int,
+    dtype: mx.Dtype,
+    num_logits: int,
+    tokens: int,
+    threads: int | None,
+    backend: str,
+    limit: int,
+) -> bool:
+    """Whether `mhc_pre_partial_logits` multiplies by phi, and `mhc_seam` does what else `mhc_pre`
+    would: for few tokens, as far as what `mhc_seam` adds up, a square of each load of u and each
+    slice's sums, fits threadgroup memory."""
+    if n > 8 or tokens > PARTIAL_LOGITS_TOKENS:
+        return False
+    seam = seam_tiling(n, C, dtype.size, threads, backend)
+    slices = logits_tiling(n, C, dtype, num_logits, tokens, threads, limit).slices
+    return 4 * (seam.passes * seam.threads + slices * (num_logits + 4)) <= 28 << 10
+
+
+class GenericGradientTiling(NamedTuple):
+    threads: int
+    tile: int  # tokens
+    vec: int
+    splits: int  # threadgroups that share a tile, each a range of channels
+    rows: int  # of sums: one for all threadgroups that share their tiles
+
+
+def generic_gradient_tiling(
+    n: int, C: int, num_logits: int, tokens: int, threads: int | None
+) -> GenericGradientTiling:
+    """How `mhc_pre_backward_generic` takes tokens."""
+    vec, splits = math.gcd(C, 8), 1
+    tile = 4 if tokens > FEW_TOKENS else 2  # 8 leave room for one threadgroup, not two
+    while tile > 1 and 4 * tile * (num_logits + n + 3) > 30 << 10:
+        tile //= 2
+    if n > 8:  # phi is longer than a tile of tokens
+        filling = math.ceil(FILLING_GROUPS / math.ceil(tokens / tile))
+        splits = _power(min(filling, math.ceil(C / (32 * vec))))
+    threads = threads or min(128, 32 * math.ceil(C / splits / vec / 32))
+    rows = min(math.ceil(tokens / tile), max(1, BACKWARD_THREADS // threads // splits))
+    return GenericGradientTiling(threads, tile, vec, splits, rows)
+
+
+COEFFICIENT_GRADIENT_SIMDGROUPS = 132 * 16  # an H100 holds these at 128 registers
+# Bytes of x that a thread of `mhc_pre_backward_coefficients` keeps with a norm: at (65536, 4, 1024)
+# it takes 408 us with 128 bytes and 460 us with 64.
+COEFFICIENT_GRADIENT_X_BYTES = {"metal": 64, "cuda": 128}
+STORED_HALF_STEPS = {"metal": 8, "cuda": 40}  # 128 bytes each of a simdgroup's threadgroup memory
+
+
+class CoefficientGradientTiling(NamedTuple):
+    threads: int
+    vec: int
+    passes: int  # with a norm
+    cached: bool
+    batch: int  # tokens that a simdgroup takes at once
+    groups: int
+    rows: int  # of sums: one for each simdgroup, or with a norm for each threadgroup
+
+
+def coefficient_gradient_tiling(
+    n: int, C: int, tokens: int, norm: bool, threads: int | None, backend: str
+) -> CoefficientGradientTiling:
+    """How `mhc_pre_backward_coefficients` takes tokens of 2-byte elements: each by a simdgroup, or
+    with a norm by a threadgroup, which keeps it in registers as far as they reach."""
+    vec = math.gcd(C, 8)
+    while n > 8 and n * vec > 32:
+        vec //= 2
+    packs, passes, cached = C // vec, 0, False
+    if norm:  # more in registers would spill
+        most = min(8, COEFFICIENT_GRADIENT_X_BYTES[backend] // (2 * vec * n)) if n <= 4 else 0
+        limit = 256 if backend == "metal" else 512
+        threads = threads or min(limit, 32 * math.ceil(packs / max(1, most) / 32))
+        passes = math.ceil(packs / threads)
+        cached = passes <= most
+    threads = threads or 128
+    batch = min(8, 32 >> (n - 1).bit_length())  # a lane per line of each matrix
+    if tokens < batch * COEFFICIENT_GRADIENT_SIMDGROUPS:
+        batch = max(1, batch // 4)
+    simds = threads // 32
+    most_groups = max(1, COEFFICIENT_GRADIENT_SIMDGROUPS // simds)
+    groups = min(math.ceil(tokens / (batch * simds)), most_groups)
+    rows = groups * (1 if norm else simds)
+    return CoefficientGradientTiling(threads, vec, passes, cached, batch, groups, rows)
+
+
+def stored_half_steps(iters: int, threads: int, backend: str) -> int:
+    """Half-steps whose divisors `mhc_pre_backward_coefficients` stores: 20 KiB at most."""
+    return min(2 * iters, STORED_HALF_STEPS[backend], (20 << 10) // (4 * threads))
+
+
+# `mhc_pre_backward_projection` takes 639 us at (65536, 4, 1024), also with 8 simdgroups.
+PROJECTION_GRADIENT_STAGE = 64  # tokens between barriers: their dp and factors take up to 24 KiB
+PROJECTION_GRADIENT_SIMDS = 4  # in a threadgroup: others work while these wait for each other
+PROJECTION_GRADIENT_RING = 2  # tiles of a simdgroup on their way; three take 743 us
+PROJECTION_GRADIENT_SIMDGROUPS = 132 * 16  # an H100 holds these at 128 registers
+
+
+def use_matrix_gradient(num_logits: int, dtype: mx.Dtype) -> bool:
+    """Whether `mhc_pre_backward_projection` makes dx and dphi: as far as its registers reach."""
+    return dtype == mx.bfloat16 and num_logits <= 32
+
+
+class ProjectionGradientTiling(NamedTuple):
+    threads: int
+    span: int  # channels of a stream that a simdgroup takes
+    chunks: int  # of tokens
+    groups_per_chunk: int
+
+
+def projection_gradient_tiling(
+    n: int, C: int, num_logits: int, tokens: int, threads: int | None
+) -> ProjectionGradientTiling:
+    """How `mhc_pre_backward_projection` shares its work; chunks leave as little of a GPU idle as
+    they can."""
+    span = 32 if num_logits <= 24 else 16  # as far as registers hold phi and dphi
+    units, most = n * math.ceil(C / span), PROJECTION_GRADIENT_SIMDGROUPS
+    simds = threads // 32 if threads else min(PROJECTION_GRADIENT_SIMDS, units)
+    turns = max(range(1, 5), key=lambda turns: turns * most // units / turns)
+    chunks = max(1, min(turns * most // units, tokens // 64))
+    return ProjectionGradientTiling(32 * simds, span, chunks, math.ceil(units / simds))
+
+
+def projection_gradient_ring_bytes(span: int, threads: int, size: int, limit: int) -> int:
+    """Bytes in which tiles of `mhc_pre_backward_projection` wait, of 16 tokens and a span's
+    channels, ``size`` bytes of each in all arrays: of 32 channels, where they fit beside 24 KiB."""
+    ring = PROJECTION_GRADIENT_RING * (threads // 32) * 16 * span * size
+    return ring if span == 32 and ring + (24 << 10) <= limit else 0
+
+
+class PhiGradientTiling(NamedTuple):
+    threads: int
+    vec: int
+    logits_per_thread: int
+    chunks: int  # of tokens
+    groups_per_chunk: int
+
+
+def phi_gradient_tiling(
+    K: int, C: int, num_logits: int, tokens: int, threads: int | None
+) -> PhiGradientTiling:
+    """How `mhc_pre_backward_phi` shares its work: at most 48 sums a thread, and enough threadgroups
+    to fill a GPU."""
+    vec, threads = math.gcd(C, 2), threads or 128
+    logits = math.ceil(num_logits / math.ceil(num_logits / 24))
+    parts = math.ceil(K / (threads * vec)) * math.ceil(num_logits / logits)
+    chunks = max(1, min(math.ceil(528 / parts), math.ceil(tokens / 64)))
+    return PhiGradientTiling(threads, vec, logits, chunks, parts)
