@@ -154,10 +154,6 @@ def test_a_mutant_is_caught(file, operator, need):
         assert bodies.objection(choice.backends(file)[0], case), f"{m} is not caught"
 
 
-def test_every_body_is_in_the_sample():
-    assert {p.name for p in sources() if p.suffix == ".metal"} <= set(SAMPLE)
-
-
 class Named:
     """A map that knows the tests of two files."""
 
