@@ -96,8 +96,8 @@ def _check(
     rows = []
     for k, (site, found) in enumerate(zip(sites, real, strict=True)):
         row = {"site": site.name, "patched": isinstance(site.hc, SinglePassConnection)}
-        for kind, given in (("random", random_inputs(site, dtype, 4, k)), ("real", found)):
-            row[kind], row[f"{kind}, mlx-lm"] = site_errors(site, *given)
+        for kind, inputs in (("random", random_inputs(site, dtype, 4, k)), ("real", found)):
+            row[kind], row[f"{kind}, mlx-lm"] = site_errors(site, *inputs)
         rows.append(row)
     kinds = ("random", "random, mlx-lm", "real", "real, mlx-lm")
     return {

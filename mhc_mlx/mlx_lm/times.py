@@ -57,12 +57,12 @@ def _seconds(run: Callable) -> float:
     """Median time of an evaluation of what run() returns: 5 times, or more within 50 ms."""
     for _ in range(2):
         mx.eval(run())
-    taken = []
-    while len(taken) < 5 or (sum(taken) < 0.05 and len(taken) < 50):
+    times = []
+    while len(times) < 5 or (sum(times) < 0.05 and len(times) < 50):
         start = time.perf_counter()
         mx.eval(run())
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 @functools.cache
@@ -143,7 +143,7 @@ def _peak(run: Callable) -> int:
 
 def random_sites(d: int, count: int) -> list[Site]:
     """Patched hyper-connections of hidden size d with random weights."""
-    args, made = stock.ModelArgs(hidden_size=d), []
+    args, sites = stock.ModelArgs(hidden_size=d), []
     for k in range(count):
         hc, norm = stock.HyperConnection(args), nn.RMSNorm(d, eps=args.rms_norm_eps)
         kf, kb, ks = mx.random.split(mx.random.key(k), 3)
@@ -152,8 +152,8 @@ def random_sites(d: int, count: int) -> list[Site]:
         hc.scale = mx.random.uniform(0.5, 1.5, (3,), key=ks)
         norm.weight = norm.weight.astype(mx.bfloat16)
         hc.__class__, hc.use_metal, hc.differentiable = SinglePassConnection, True, False
-        made.append(Site(f"random.{k}", hc, norm))
-    return made
+        sites.append(Site(f"random.{k}", hc, norm))
+    return sites
 
 
 def bench_sites(
@@ -201,10 +201,12 @@ def bench_sites(
     chains = _chains(sites, dtype, max(tokens))
     report["peak bytes"] = {"tokens": max(tokens)} | {k: _peak(run) for k, run in chains.items()}
     for count, graph in report["graph"].items():
-        each = ", ".join(f"{k} {v['dispatches']}" for k, v in graph.items())
-        print(f"{count:>5} tokens: dispatches per sublayer: {each}")
-    each = ", ".join(f"{k} {v >> 20} MiB" for k, v in report["peak bytes"].items() if k != "tokens")
-    print(f"{max(tokens):5} tokens: most memory: {each}", flush=True)
+        counts = ", ".join(f"{k} {v['dispatches']}" for k, v in graph.items())
+        print(f"{count:>5} tokens: dispatches per sublayer: {counts}")
+    peaks = ", ".join(
+        f"{k} {v >> 20} MiB" for k, v in report["peak bytes"].items() if k != "tokens"
+    )
+    print(f"{max(tokens):5} tokens: most memory: {peaks}", flush=True)
     return report
 
 
