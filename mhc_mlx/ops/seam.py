@@ -53,7 +53,7 @@ def per_token(tokens: int, h_pre: mx.array, h_post: mx.array, h_res: mx.array) -
 class MhcSeam(FusedOp):
     eps: float
     round_aggregate: bool
-    has_h_res: bool  # otherwise it is the identity, whose gradient nobody wants
+    has_h_res: bool  # otherwise it is the identity, and its gradient is not made
 
     name = "mhc_seam"
     shared_ndim = (None, None, 1, 1, 2, 1)
