@@ -212,7 +212,7 @@ PINNED = [
     (
         Case("mhc_pre", **TILES | {"lead": (2,)}, norm=False),
         "mhc_pre_partial_logits: x 2048 in all; phi 1, partial_logits 1",
-        "mhc_seam: x 1, u 1; partial_logits 1, bias 2, made_post 1, made_res 1, l 1",
+        "mhc_seam: x 1, u 1; partial_logits 1, bias 2, new_h_post 1, new_h_res 1, l 1",
         "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
         "mhc_pre_backward_generic: x 2, du 2, dx_out 1, dx 1; phi 1, bias 16 in all, l 162 in all, "
         "dz_res 1, dh_post 1, dp 1, partial 1",
@@ -221,7 +221,7 @@ PINNED = [
     (
         Case("mhc_single_pass", **TILES | {"lead": (2,)}),
         "mhc_pre_partial_logits: x 2048 in all; phi 1, partial_logits 1",
-        "mhc_seam: x 0; partial_logits 1, bias 2, made_pre 1, made_post 1, made_res 1, l 1",
+        "mhc_seam: x 0; partial_logits 1, bias 2, new_h_pre 1, new_h_post 1, new_h_res 1, l 1",
         "mhc_seam: x 1, y 1, out 1, u 1; h_pre 1, h_post 1, h_res 1, weight 2",
         "mhc_seam_backward: x 1, y 1, dout 1, du 1, dx 1, dy 1; h_pre 1, h_post 1, h_res 1, weight "
         "4, dh_pre 1, dh_post 1, dh_res 1, partial 1",
@@ -231,7 +231,7 @@ PINNED = [
         "dz_res 1, dh_pre 1, dh_post 1, dp 1, partial 1",
         "mhc_pre_backward_phi: x 1; dp 1, partial 1",
         "mhc_pre_partial_logits: x 2048 in all; phi 1, partial_logits 1",
-        "mhc_seam: x 1, y 1, out 1, u 1; weight 2, partial_logits 1, bias 2, made_pre 1",
+        "mhc_seam: x 1, y 1, out 1, u 1; weight 2, partial_logits 1, bias 2, new_h_pre 1",
     ),
 ]
 
