@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -180,6 +181,14 @@ def scaled(case: Case, rng: np.random.Generator, shape: tuple[int, ...]) -> np.n
     return np.float32(case.scale) * rng.normal(size=shape).astype(np.float32)
 
 
+def never(case: Case) -> bool:
+    return False
+
+
+def always(case: Case) -> bool:
+    return True
+
+
 class Array(NamedTuple):
     """An array of a call.
 
@@ -192,14 +201,14 @@ class Array(NamedTuple):
     axes: str
     draw: Draw
     dtype: str = "weights"
-    per_token: Callable[[Case], bool] = lambda case: False
+    per_token: Callable[[Case], bool] = never
 
     def shape(self, lead: tuple[int, ...], sizes: dict[str, int]) -> tuple[int, ...]:
         return (*lead, *(sizes[k] if k in sizes else int(k) for k in self.axes.split()))
 
 
 ARRAYS = {  # by the names that arguments have in every op, in the order in which they are drawn
-    "x": Array("n C", normal(), "dtype", lambda case: True),
+    "x": Array("n C", normal(), "dtype", always),
     "weight": Array("C", uniform(0.5), "other_weights"),
     "phi": Array("L K", normal(lambda case: (case.n * case.C) ** -0.5), "phi"),
     "bias": Array("L", logits(normal(half)), "other_weights"),
@@ -209,9 +218,9 @@ ARRAYS = {  # by the names that arguments have in every op, in the order in whic
     "h_res": Array("n n", normal(), per_token=lambda case: case.per_token[1]),
     "h_pre": Array("n", uniform(0.2), "other_weights", lambda case: any(case.per_token)),
     "H_pre": Array("n", uniform(0.2), "other_weights"),
-    "y": Array("C", normal(), "dtype", lambda case: True),
+    "y": Array("C", normal(), "dtype", always),
     "H_res": Array("n n", logits(scaled)),
-    "logits": Array("n n", logits(scaled), per_token=lambda case: True),
+    "logits": Array("n n", logits(scaled), per_token=always),
 }
 
 
@@ -232,6 +241,16 @@ class Op(NamedTuple):
     statics: tuple[str, ...]
     drawn: tuple[str, ...]
 
+    @property
+    def per_token(self) -> tuple[bool, bool]:
+        """Which of `Case.per_token` say something of its arrays."""
+
+        def forms(*flags):
+            return [a.per_token(SimpleNamespace(per_token=flags)) for a in self.arrays.values()]
+
+        shared = forms(False, False)
+        return forms(True, False) != shared, forms(False, True) != shared
+
 
 def op(arrays: str, rows, statics: str = "", also: str = "", **special: Array) -> Op:
     """A row of OPS: names, those of arrays that may be None with a ?; `also` is drawn and left;
@@ -243,19 +262,20 @@ def op(arrays: str, rows, statics: str = "", also: str = "", **special: Array) -
     return Op(found, optional, rows, tuple(statics.split()), tuple(drawn))
 
 
+SHARED = {k: ARRAYS[k]._replace(per_token=never) for k in ("h_pre", "h_post", "h_res")}
 HEAD = {name: ARRAYS[name]._replace(axes=axes) for name, axes in (("phi", "n K"), ("bias", "n"))}
 OPS = {
     "sinkhorn_knopp": op("logits", None, "convention"),
     "project": op("logits", None, "n convention", logits=ARRAYS["logits"]._replace(axes="R")),
     "stream_aggregate_norm": op(
-        "x h_pre weight", lambda n: (n, 1, n + 1, n), "eps", also="h_post h_res"
+        "x h_pre weight", lambda n: (n, 1, n + 1, n), "eps", also="h_post h_res", **SHARED
     ),
     "stream_mix_add": op("x y h_post h_res?", lambda n: (n + 1, n, 2 * n + 1, n + 1)),
-    "mhc_static": op("x h_pre h_post h_res? weight", lambda n: (n, n, 2 * n, n), "eps"),
+    "mhc_static": op("x h_pre h_post h_res? weight", lambda n: (n, n, 2 * n, n), "eps", **SHARED),
     "mhc_layer": op(
         "x H_pre H_post H_res weight", lambda n: (n, n, 2 * n, n), "convention eps", also="h_res"
     ),
-    "stream_aggregate": op("x h_pre", lambda n: (n, 1, n + 1, n)),
+    "stream_aggregate": op("x h_pre", lambda n: (n, 1, n + 1, n), h_pre=ARRAYS["h_post"]),
     "mhc_coefficients": op("x phi bias alpha", lambda n: (n, 0, n, n), "convention norm_eps"),
     "mhc_pre": op(
         "x phi bias alpha weight?", lambda n: (n, 1, 2 * n + 1, n), "convention norm_eps eps"

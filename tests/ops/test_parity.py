@@ -14,6 +14,7 @@ from cases import (
     DYNAMIC,
     EXACT,
     MAX_VARIANTS,
+    OF_LOGITS,
     OUTPUT_ULPS,
     PROJECTED,
     REFERENCE,
@@ -63,7 +64,7 @@ def test_unusual_covers():
         usual = {getattr(c, name) for c in (CONVENTIONS | EXACT).values()}
         users = [c for c in odd if name != "eps" or c.start in SINKHORN]
         assert min(abs(getattr(c, name) - v) for c in users for v in usual) >= 0.01, name
-    made = [c for c in UNUSUAL if c.op in (*PROJECTED, "mhc_single_pass")]
+    made = [c for c in UNUSUAL if c.op in OF_LOGITS]
     assert {c.norm_eps for c in made} == {0.25}
     assert {c.eps for c in UNUSUAL if c.op != "sinkhorn_knopp"} == {0.5}
     forms = {(c.start, c.first, c.transposed) for c in odd}
