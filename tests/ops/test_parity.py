@@ -15,10 +15,12 @@ from cases import (
     EXACT,
     MAX_VARIANTS,
     OF_LOGITS,
+    OPS,
     OUTPUT_ULPS,
     PROJECTED,
     REFERENCE,
     SINGLE,
+    STANDARD,
     ULP,
     UNUSUAL,
     Case,
@@ -30,7 +32,7 @@ from mhc_mlx import PAPER, ops, reference
 from mhc_mlx.conventions import SINKHORN
 from mhc_mlx.ops.autodiff import FUSED_OPS
 
-LISTS = (COVERING, DYNAMIC, SINGLE, UNUSUAL)
+LISTS = (COVERING, DYNAMIC, SINGLE, UNUSUAL, STANDARD)
 CASES = [case for cases in LISTS for case in cases]
 # The smallest call of each op that has several tokens, streams and channels: pytest -m quick.
 QUICK = [
@@ -58,7 +60,8 @@ def test_dynamic_covers():
 
 def test_unusual_covers():
     """Every op that has a constant, each of its constants unlike every preset's and default's."""
-    assert {c.op for c in UNUSUAL} == {*FUSED_OPS} - {"stream_aggregate", "stream_mix_add"}
+    constant = {op for op in FUSED_OPS if OPS[op].statics}
+    assert {c.op for c in UNUSUAL} == constant - {c.op for c in STANDARD}
     odd = {c.convention for c in UNUSUAL if c.convention}
     for name in ("eps", "pre_eps", "post_scale", "post_eps"):
         usual = {getattr(c, name) for c in (CONVENTIONS | EXACT).values()}
