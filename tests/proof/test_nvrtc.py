@@ -5,13 +5,11 @@ from collections import Counter
 
 import mlx.core as mx
 import pytest
-from cases import COVERING, DYNAMIC, SINGLE, Case
+from cases import CASES, COVERING, Case
 
 from mhc_mlx import PAPER, launch, ops
 from mhc_mlx.conventions import IDENTITY, MHC_LITE
 from proof import executor, results
-
-CASES = COVERING + DYNAMIC + SINGLE
 
 
 @pytest.fixture(scope="module")
