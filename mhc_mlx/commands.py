@@ -15,8 +15,21 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+
+__all__ = [
+    "Output",
+    "check_strings",
+    "is_stream",
+    "make_parser",
+    "memory",
+    "open_to_append",
+    "read",
+    "text",
+    "write_all",
+]
 
 _OPEN_FILE = re.compile(r"/dev/(fd/|std(in|out|err)$)|/proc/")  # these lead to open files
 
@@ -31,7 +44,7 @@ def make_parser(command: str, description: str | None, **options) -> argparse.Ar
 
 def memory() -> int:
     """Return the bytes that the default device has."""
-    info = mx.device_info() if mx.default_device().type == mx.gpu else {}
+    info: dict[str, Any] = mx.device_info() if mx.default_device().type == mx.gpu else {}
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return info.get("memory_size", info.get("total_memory", physical))
 
@@ -158,7 +171,8 @@ class Output:
     """
 
     def __init__(self, option: str, file: str | None, what: str, check, reader: Callable = read):
-        self.option, self.file, self.failed = option, file, False
+        self.option, self.failed = option, False
+        self.file: Any = file  # a str, or None
         if file is None:
             return
         self.target = os.path.realpath(file)

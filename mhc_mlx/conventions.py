@@ -3,6 +3,22 @@
 import math
 from dataclasses import dataclass
 
+__all__ = [
+    "ADDITIVE",
+    "AXES",
+    "DEEPSEEK_V4",
+    "IDENTITY",
+    "KRONECKER",
+    "MHC_LITE",
+    "PAPER",
+    "ROW_FIRST",
+    "SINKHORN",
+    "STARTS",
+    "START_CODES",
+    "UNCONSTRAINED",
+    "Convention",
+]
+
 # The starts of an iteration, by the values of START_EXP, ... in kernels/include/sinkhorn.h.
 START_CODES = {"exp": 0, "softmax": 1, "additive": 2}
 SINKHORN = tuple(START_CODES)

@@ -13,7 +13,7 @@ def _runs(values, kind: type | tuple, called: str, argument: str) -> dict[str, l
     if not isinstance(values, dict):
         got = type(values).__name__
         raise TypeError(f"[plot] {argument} must be a dict by name of run but got {got}.")
-    runs = {k: v if isinstance(v, (list, tuple)) else [v] for k, v in values.items()}
+    runs = {k: list(v) if isinstance(v, (list, tuple)) else [v] for k, v in values.items()}
     for name, each in runs.items():
         for v in each:
             if not isinstance(v, kind):
@@ -200,7 +200,7 @@ def _draw_matrices(Figure, runs: dict):
     for row, (name, seeds) in zip(grid, runs.items(), strict=True):
         found = seeds[0].connections
         shown = _some(len(found))
-        top = _top([found[k].h_res for k in shown])
+        top, image = _top([found[k].h_res for k in shown]), None
         for axes, k in zip(row, shown, strict=False):
             image = _draw_matrix(axes, found[k].h_res, top)
             axes.set_title(f"{name}, h_res {k + 1}", fontsize=9)

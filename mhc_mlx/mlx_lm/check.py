@@ -1,6 +1,7 @@
 """`check`: errors and times of every site of a model, with its weights on this machine."""
 
 import statistics
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -56,10 +57,11 @@ def check(
             times is not positive.
     """
     text = text_model("check", model)
+    configuration: Any = model.args
     check_bools("check", verbose=verbose)
     check_counts("check", times=times)
     if tokens is not None:
-        _check_tokens(tokens, model.args.vocab_size)
+        _check_tokens(tokens, configuration.vocab_size)
     patched = any(isinstance(layer, SinglePassLayer) for layer in stage_layers(text))
     if not patched:
         patch(model, verify=False)
@@ -80,14 +82,15 @@ def _check_tokens(tokens: mx.array, vocabulary: int) -> None:
     if tokens.ndim not in (1, 2) or tokens.size == 0:
         must = "have shape [length] or [batch, length], not empty,"
         raise ValueError(f"[check] tokens must {must} but got {list(tokens.shape)}.")
-    least, most = tokens.min().item(), tokens.max().item()
+    least: Any = tokens.min().item()
+    most: Any = tokens.max().item()
     if least < 0 or most >= vocabulary:  # MLX would read what is not there
         got = f"{least} to {most}"
         raise ValueError(f"[check] tokens must be from 0 to {vocabulary - 1} but got {got}.")
 
 
 def _check(
-    model: nn.Module, text: stock.TextModel, tokens: mx.array | None, times: tuple[int, ...]
+    model: Any, text: stock.TextModel, tokens: mx.array | None, times: tuple[int, ...]
 ) -> dict:
     dtype, sites = streams_dtype(text), find_sites(text)
     if tokens is None:
@@ -96,8 +99,8 @@ def _check(
     rows = []
     for k, (site, found) in enumerate(zip(sites, real, strict=True)):
         row = {"site": site.name, "patched": isinstance(site.hc, SinglePassConnection)}
-        for kind, inputs in (("random", random_inputs(site, dtype, 4, k)), ("real", found)):
-            row[kind], row[f"{kind}, mlx-lm"] = site_errors(site, *inputs)
+        for kind, (x, y) in (("random", random_inputs(site, dtype, 4, k)), ("real", found)):
+            row[kind], row[f"{kind}, mlx-lm"] = site_errors(site, x, y)
         rows.append(row)
     kinds = ("random", "random, mlx-lm", "real", "real, mlx-lm")
     return {

@@ -37,7 +37,9 @@ def _with_names(f: types.FunctionType, names: dict) -> types.FunctionType:
 def _differentiable_names() -> dict:
     core = types.ModuleType(mx.__name__)
     vars(core).update(vars(mx))
-    core.argpartition = _constant(mx.argpartition)  # indices of experts and of compressed keys
+    vars(core)["argpartition"] = _constant(
+        mx.argpartition
+    )  # indices of experts and of compressed keys
     names = {**vars(stock), "mx": core, "_sinkhorn_kernel": None}  # it has no vjp
     names["_sinkhorn"] = _with_names(stock._sinkhorn, names)
     for name in ("_fake_quant_fp8", "_fake_quant_fp4"):

@@ -7,6 +7,7 @@ import statistics
 import time
 import types
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -47,7 +48,7 @@ def machine() -> dict:
     return {
         "device": mx.device_info().get("device_name", "cpu"),
         "backend": launch.backend() or "none: the reference runs",
-        "mlx": mx.__version__,
+        "mlx": mx.__version__,  # pyright: ignore[reportAttributeAccessIssue]
         "mlx-lm": mlx_lm.__version__,
         "date": datetime.date.today().isoformat(),
     }
@@ -90,7 +91,7 @@ def _chains(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict[str, Callab
 
     def chain(step: Callable) -> Callable:
         def run(count: int = len(sites)):
-            streams, u = x, y
+            streams, u, h_pre = x, y, None
             for site in sites[:count]:
                 streams, u, h_pre = step(site, streams, u)
             return streams, u, h_pre
@@ -210,7 +211,7 @@ def bench_sites(
     return report
 
 
-def _model_times(model: nn.Module, lengths: tuple[int, ...], steps: int) -> dict:
+def _model_times(model: Any, lengths: tuple[int, ...], steps: int) -> dict:
     """Tokens per second of prefill by length, and of mlx-lm's generator after the first of them."""
 
     def prompt(length: int) -> mx.array:

@@ -232,9 +232,17 @@ class CoefficientOp(FusedOp):
         h = made.new_h_pre, made.new_h_post, made.new_h_res
         return Coefficients(made.u, *h, made.logits, made.l)
 
-    def _launch_pre(self, x, phi, bias, alpha, weight, wanted: Coefficients):
+    def _launch_pre(
+        self,
+        x: mx.array,
+        phi: mx.array,
+        bias: mx.array,
+        alpha: mx.array,
+        weight: mx.array | None,
+        wanted: Coefficients,
+    ) -> Coefficients:
         (tokens, n, C), num_logits = x.shape, phi.shape[0]
-        backend, limit = launch.backend(), launch.threadgroup_memory_limit()
+        backend, limit = launch.kernel_backend(), launch.threadgroup_memory_limit()
         threads, norm = self.options.threads_per_group, weight is not None
         t = tiling.logits_tiling(n, C, x.dtype, num_logits, tokens, threads, limit)
         u = tiling.u_tiling(t, n, C, backend) if norm else tiling.UTiling()
@@ -291,7 +299,7 @@ class CoefficientOp(FusedOp):
         x, num_gate_logits = flat(x, 3), n if self.head else 2 * n
         matrices = tiling.use_matrix_gradient(num_logits, x.dtype)
         projects, dz_res = matrices and self.projects(n), None
-        if num_logits > num_gate_logits and not projects:
+        if dh_res is not None and num_logits > num_gate_logits and not projects:
             slope, offset = alpha[2].astype(mx.float32), bias[num_gate_logits:].astype(mx.float32)
             logits, dh_res = slope * l[:, num_gate_logits:num_logits] + offset, flat(dh_res, 3)
             dz_res = launch_projection_backward(logits, dh_res, n, self.convention, self.options)
@@ -318,10 +326,10 @@ class CoefficientOp(FusedOp):
 
     def _launch_backward_coefficients(
         self, x: mx.array, arrays: TokenArrays, dh_res: mx.array | None
-    ) -> dict[str, mx.array | None]:
+    ) -> dict[str, mx.array | Any]:
         """token_factors, dp, with a norm dread, and sums; it projects where dh_res is given."""
         (tokens, n, C), num_logits, norm = x.shape, arrays.bias.shape[0], arrays.weight is not None
-        backend, threads = launch.backend(), self.options.threads_per_group
+        backend, threads = launch.kernel_backend(), self.options.threads_per_group
         t = tiling.coefficient_gradient_tiling(n, C, tokens, norm, threads, backend)
         steps = half_steps(None if dh_res is None else self.convention)
         body = MhcPreBackwardCoefficientsBody(
@@ -381,7 +389,7 @@ class CoefficientOp(FusedOp):
 
     def _launch_backward_generic(
         self, x, shape, phi, arrays: TokenArrays, dx_out
-    ) -> dict[str, mx.array | None]:
+    ) -> dict[str, mx.array | Any]:
         """dx in that shape, dp, and sums over tokens."""
         (tokens, n, C), num_logits, norm = x.shape, phi.shape[0], arrays.weight is not None
         threads = self.options.threads_per_group
@@ -446,8 +454,10 @@ class MhcCoefficients(CoefficientOp):
         return (made.h_pre, made.h_post, made.h_res), (made.l,)
 
     def backward(self, arrays, cotangents, saved):
-        (dh_pre, dh_post, dh_res), (l,) = cotangents, saved  # noqa: E741
-        d = self.gradients(*arrays, None, l, dh_pre=dh_pre, dh_post=dh_post, dh_res=dh_res)
+        (x, phi, bias, alpha), (dh_pre, dh_post, dh_res) = arrays, cotangents
+        d = self.gradients(
+            x, phi, bias, alpha, None, *saved, dh_pre=dh_pre, dh_post=dh_post, dh_res=dh_res
+        )
         return d.x, d.phi, d.bias, d.alpha
 
 
@@ -509,15 +519,17 @@ class MhcPre(CoefficientOp):
         return None if self.convention.res_size(n) else 2
 
     def fallback(self, *arrays):
-        return reference.mhc_pre(*arrays, self.convention, self.norm_eps, self.eps)
+        numbers = {"norm_eps": self.norm_eps, "eps": self.eps}
+        return reference.mhc_pre(*arrays, convention=self.convention, **numbers)
 
     def forward(self, x, phi, bias, alpha, weight, save=False):
         made = self.make(x, phi, bias, alpha, weight, save=save)
         return (made.u, made.h_post, made.h_res, x), (made.l,)
 
     def backward(self, arrays, cotangents, saved):
-        (du, dh_post, dh_res, dx), (l,) = cotangents, saved  # noqa: E741
-        return self.gradients(*arrays, l, du=du, dh_post=dh_post, dh_res=dh_res, dx_out=dx)
+        (x, phi, bias, alpha, weight), (du, dh_post, dh_res, dx) = arrays, cotangents
+        dh = {"dh_post": dh_post, "dh_res": dh_res}
+        return self.gradients(x, phi, bias, alpha, weight, *saved, du=du, **dh, dx_out=dx)
 
 
 def mhc_pre(
@@ -583,7 +595,8 @@ class MhcHead(CoefficientOp):
         return made.u, (made.l,)
 
     def backward(self, arrays, cotangents, saved):
-        d = self.gradients(*arrays, None, *saved, du=cotangents[0])
+        (x, phi, bias, alpha), (du,) = arrays, cotangents
+        d = self.gradients(x, phi, bias, alpha, None, *saved, du=du)
         return d.x, d.phi, d.bias, d.alpha
 
 

@@ -52,7 +52,9 @@ def launch_fused(
     shape = x.shape if mix else (*x.shape[:-2], x.shape[-1])
     x = flat(x, 3)
     tokens, n, C = x.shape
-    t = tiling.token_tiling(n, C, x.dtype.size, 1, options.threads_per_group, launch.backend())
+    t = tiling.token_tiling(
+        n, C, x.dtype.size, 1, options.threads_per_group, launch.kernel_backend()
+    )
     body = MhcFusedBody(
         T=x.dtype,
         N=n,
@@ -147,7 +149,7 @@ class MhcStatic(FusedOp):
     h_res_index = 3
 
     def fallback(self, *arrays):
-        return reference.mhc_static(*arrays, self.eps)
+        return reference.mhc_static(*arrays, eps=self.eps)
 
     def forward(self, x, h_pre, h_post, h_res, weight):
         layer = {"H_pre": h_pre, "H_post": h_post, "H_res": h_res, "weight": weight}
@@ -213,7 +215,7 @@ class MhcLayer(FusedOp):
     shared_ndim = (None, 1, 1, 2, 1)
 
     def fallback(self, *arrays):
-        return reference.mhc_layer(*arrays, self.convention, self.eps)
+        return reference.mhc_layer(*arrays, convention=self.convention, eps=self.eps)
 
     def forward(self, x, H_pre, H_post, H_res, weight):
         n, tokens = x.shape[-2], flat(x, 3).shape[0]

@@ -1,7 +1,7 @@
 """How streams are read, mixed and written back with ready coefficients."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -45,7 +45,7 @@ class StreamAggregate(FusedOp):
     def forward(self, x, h_pre):
         tokens, n, C = flat(x, 3).shape
         threads = self.options.threads_per_group
-        t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.backend())
+        t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.kernel_backend())
         return launch.launch(
             StreamAggregateBody(
                 T=x.dtype, N=n, VEC=t.vec, THREADS=t.threads, PER_TOKEN=h_pre.ndim > 1
@@ -60,7 +60,7 @@ class StreamAggregate(FusedOp):
         (x, h_pre), (du,) = arrays, cotangents
         tokens, n, C = flat(x, 3).shape
         threads, per_token = self.options.threads_per_group, h_pre.ndim > 1
-        t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.backend())
+        t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.kernel_backend())
         groups = tiling.backward_groups(tokens, t.threads)
         groups = tiling.many_groups(tokens) if per_token else groups
         made = launch.launch(
@@ -156,7 +156,7 @@ class FusedGradients(NamedTuple):
     y: mx.array | None
     H_pre: mx.array | None
     H_post: mx.array | None
-    h_res: mx.array | None  # of the projected matrix
+    h_res: mx.array | Any  # of the projected matrix
     weight: mx.array | None
 
 
@@ -187,11 +187,13 @@ def launch_fused_backward(
         "MIX": mix,
         "NORM": norm,
         "GATES": convention is not None and convention.sigmoid,
-        "POST_PER_TOKEN": mix and H_post.ndim > 1,
-        "RES_PER_TOKEN": mix and H_res.ndim > 2,
+        "POST_PER_TOKEN": H_post is not None and H_post.ndim > 1,
+        "RES_PER_TOKEN": H_res is not None and H_res.ndim > 2,
     }
     if n <= 8:
-        t = tiling.token_tiling(n, C, x.dtype.size, 2, options.threads_per_group, launch.backend())
+        t = tiling.token_tiling(
+            n, C, x.dtype.size, 2, options.threads_per_group, launch.kernel_backend()
+        )
         body = MhcFusedBackwardBody(
             **arguments,
             VEC=t.vec,
@@ -213,21 +215,23 @@ def launch_fused_backward(
     groups = tiling.backward_groups(tokens, body.THREADS) if size else tiling.many_groups(tokens)
     params = fused_params(eps=eps, convention=convention) if norm else None
     layer = {"H_pre": H_pre, "H_post": H_post, "H_res": H_res, "weight": weight, "params": params}
+    post_spec, res_spec = (a if a is None else (a.shape, mx.float32) for a in (H_post, H_res))
     made = launch.launch(
         body,
         {"x": x, "y": y, "dout": dout, **layer},
         {
             "dx": (shape, x.dtype),
-            "dy": None if norm else (y.shape, x.dtype),
+            "dy": None if y is None else (y.shape, x.dtype),
             "partial": ((groups, size), mx.float32) if size else None,
-            "dh_post": (H_post.shape, mx.float32) if body.POST_PER_TOKEN else None,
-            "dh_res": (H_res.shape, mx.float32) if body.RES_PER_TOKEN else None,
+            "dh_post": post_spec if body.POST_PER_TOKEN else None,
+            "dh_res": res_spec if body.RES_PER_TOKEN else None,
         },
         groups,
         options,
     )
     if size:
-        gates = {"H_pre": H_pre, "H_post": H_post, "params": params} if body.GATES else {}
+        gates: dict[str, Any] = {"H_pre": H_pre, "H_post": H_post, "params": params}
+        gates = gates if body.GATES else {}
         sums, start = sum_partials(made["partial"], options, **gates), 0
         for name, width in columns.items():
             if width:
@@ -238,7 +242,7 @@ def launch_fused_backward(
         y=made["dy"],
         H_pre=made.get("dH_pre"),
         H_post=made["dh_post"],
-        h_res=unflat(made["dh_res"], H_res.shape) if mix else None,
+        h_res=None if H_res is None else unflat(made["dh_res"], H_res.shape),
         weight=made.get("dweight"),
     )
 
@@ -255,7 +259,7 @@ class StreamMixAdd(FusedOp):
     def forward(self, x, y, h_post, h_res):
         tokens, n, C = flat(x, 3).shape
         threads = self.options.threads_per_group
-        t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.backend())
+        t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.kernel_backend())
         body = StreamMixAddBody(
             T=x.dtype,
             N=n,
