@@ -198,7 +198,7 @@ class Body:
     name: ClassVar[str]
     THREADS: int  # in a threadgroup
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):  # type: ignore[arg-type]
             must: Any = field.type
             if type(value := getattr(self, field.name)) is not must:

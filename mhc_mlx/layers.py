@@ -130,6 +130,20 @@ class HyperConnection(nn.Module):
             and it has no gradient. Like the two before, an attribute that may be set later.
     """
 
+    dim: int
+    num_streams: int
+    dynamic: bool
+    norm_eps: float
+    use_metal: bool
+    threads_per_group: int | None
+    differentiable: bool
+    phi: mx.array
+    bias: mx.array
+    alpha: mx.array
+    H_pre: mx.array
+    H_post: mx.array
+    H_res: mx.array
+
     def __init__(
         self,
         dim: int,
@@ -266,6 +280,9 @@ class MHCLayer(HyperConnection):
             threads_per_group, differentiable.
     """
 
+    eps: float
+    rms_weight: mx.array
+
     def __init__(
         self,
         n: int,
@@ -323,6 +340,14 @@ class HyperHead(nn.Module):
         init_scale, norm_eps, use_metal, threads_per_group, differentiable: As in `HyperConnection`.
     """
 
+    norm_eps: float
+    use_metal: bool
+    threads_per_group: int | None
+    differentiable: bool
+    phi: mx.array
+    bias: mx.array
+    alpha: mx.array
+
     def __init__(
         self,
         dim: int,
@@ -379,6 +404,10 @@ class MHCBlock(nn.Module):
         options: Of `HyperConnection`.
     """
 
+    connection: HyperConnection
+    norm: Callable[[mx.array], mx.array] | None
+    layer: Callable[..., Any]
+
     def __init__(
         self,
         layer: Callable[..., Any],
@@ -422,6 +451,8 @@ class MHCLiteBlock(MHCBlock):
         subtract_input: Write back ``h_post[i] (F(u) - u)`` instead of ``h_post[i] F(u)``, as
             flash-mHC does: for weights trained with it.
     """
+
+    subtract_input: bool
 
     def __init__(
         self,

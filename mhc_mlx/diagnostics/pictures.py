@@ -4,6 +4,7 @@ import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .report import StabilityReport
 
@@ -28,7 +29,7 @@ def plot(
     reports: dict[str, "StabilityReport | list[StabilityReport]"],
     folder: str | Path,
     *,
-    logs: dict[str, "str | Path | list"] | None = None,
+    logs: dict[str, "str | Path | list[Any]"] | None = None,
     column: str = "bits_per_byte",
 ) -> list[Path]:
     """Draw runs side by side into PNG files of a folder. Needs matplotlib, the extra ``plot``.

@@ -259,8 +259,8 @@ def _plain(a: Any) -> Any:
 
 def stability_report(
     model: nn.Module,
-    batch: mx.array | tuple,
-    loss_fn: Callable | None = None,
+    batch: mx.array | tuple[Any, ...],
+    loss_fn: Callable[..., Any] | None = None,
     *,
     before: StabilityReport | None = None,
 ) -> StabilityReport:

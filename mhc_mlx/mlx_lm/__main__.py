@@ -171,7 +171,7 @@ def _measures(args: argparse.Namespace):
         yield "bench", functools.partial(bench, model, args.lengths or (512, 2048))
 
 
-def main(argv: list[str] | None = None) -> dict:
+def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run ``python -m mhc_mlx.mlx_lm``."""
     argv = sys.argv[1:] if argv is None else argv
     args = _parse(argv)

@@ -22,7 +22,7 @@ from .sites import (
 from .times import check_counts, machine, site_times, time_line
 
 
-def _summary(sites: list[Site], errors: list[float]) -> dict:
+def _summary(sites: list[Site], errors: list[float]) -> dict[str, Any]:
     worst = max(range(len(errors)), key=errors.__getitem__)
     return {
         "max": errors[worst],
@@ -36,7 +36,7 @@ def check(
     tokens: mx.array | None = None,
     times: tuple[int, ...] = (1, 512),
     verbose: bool = True,
-) -> dict:
+) -> dict[str, Any]:
     """Run every hyper-connection of a model, patched and mlx-lm's, with its weights on this
     machine: errors of both against float64 NumPy on random and on real tokens, and times of both.
 
@@ -91,7 +91,7 @@ def _check_tokens(tokens: mx.array, vocabulary: int) -> None:
 
 def _check(
     model: Any, text: stock.TextModel, tokens: mx.array | None, times: tuple[int, ...]
-) -> dict:
+) -> dict[str, Any]:
     dtype, sites = streams_dtype(text), find_sites(text)
     if tokens is None:
         tokens = mx.random.randint(0, model.args.vocab_size, (64,), key=mx.random.key(0))
@@ -113,7 +113,7 @@ def _check(
     }
 
 
-def _print_check(report: dict) -> None:
+def _print_check(report: dict[str, Any]) -> None:
     print(f"{report['device']}, kernels: {report['backend']}, MLX {report['mlx']}, ", end="")
     print(f"mlx-lm {report['mlx-lm']}, {report['date']}")
     count = len(report["sites"])

@@ -59,10 +59,10 @@ def _differentiable(cls: type) -> type:
     return type(f"Differentiable{cls.__name__}", (cls,), methods | {"__module__": __name__})
 
 
-DifferentiableRouter = _differentiable(stock.Router)
-DifferentiableIndexer = _differentiable(stock.Indexer)
-DifferentiableAttention = _differentiable(stock.Attention)
-DifferentiableHyperConnection = _differentiable(stock.HyperConnection)
+DifferentiableRouter: type = _differentiable(stock.Router)
+DifferentiableIndexer: type = _differentiable(stock.Indexer)
+DifferentiableAttention: type = _differentiable(stock.Attention)
+DifferentiableHyperConnection: type = _differentiable(stock.HyperConnection)
 
 TRAINED = {
     stock.Router: DifferentiableRouter,

@@ -44,7 +44,7 @@ class FusedOp:
     h_res_index: ClassVar[int | None] = None
     saves: ClassVar[bool] = False
 
-    def __init_subclass__(cls):
+    def __init_subclass__(cls) -> None:
         if "name" in vars(cls):
             FUSED_OPS[cls.name] = cls
 
