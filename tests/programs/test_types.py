@@ -86,7 +86,7 @@ def test_a_users_program_passes(name, checker, installed, tmp_path):
 
 
 def test_public_names_have_complete_types(checker, installed, tmp_path):
-    """As pyright judges a package that ships py.typed; what MLX's classes leave open is excepted."""
+    """As pyright judges a package that ships py.typed; what MLX's classes leave open is allowed."""
     pytest.importorskip("mlx_lm", reason="mlx-lm, whose classes have types, is not installed")
     verify = ("--verifytypes", "mhc_mlx", "--ignoreexternal", "--outputjson")
     _, printed = checker("pyright", *verify, folder=tmp_path, path=str(installed))
