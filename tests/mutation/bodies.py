@@ -37,7 +37,7 @@ GROUPS = {k: getattr(ops.tiling, k) for k in executors.FEW_GROUPS}
 
 
 def every_case() -> dict[str, cases.Case]:
-    lists = [cases.COVERING, cases.DYNAMIC, cases.SINGLE, cases.RINGED]
+    lists = [cases.CASES, cases.RINGED]
     lists += [[c for c, *_ in PINNED], [m.case for m in PLANTED]]
     return {str(c): c for one in lists for c in one if c.tokens}
 

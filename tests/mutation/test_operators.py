@@ -154,6 +154,12 @@ def test_a_mutant_is_caught(file, operator, need):
         assert bodies.objection(choice.backends(file)[0], case), f"{m} is not caught"
 
 
+def test_every_body_has_mutants_in_the_fixed_set():
+    """Also one that nobody named in SAMPLE: `run.py bodies` judges them."""
+    fixed = {m.file for m in sampler.of_kernels()}
+    assert {f"kernels/{p.name}" for p in sources() if p.suffix == ".metal"} <= fixed
+
+
 class Named:
     """A map that knows the tests of two files."""
 

@@ -6,11 +6,12 @@ backward pass only one.
 """
 
 import pytest
-from cases import Case
+from cases import OF_LOGITS, OPS, PROJECTED, Case
 from proof import executor, results, simulator
 
 from mhc_mlx import PAPER, ROW_FIRST, ops
 from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE
+from mhc_mlx.ops.autodiff import FUSED_OPS
 
 STREAMS = ("x", "y", "dout", "out", "dx", "dy", "u", "du", "dx_out")
 SCALARS = ("params", "eps", "alpha", "rows", "_shape")  # a few numbers in registers
@@ -264,23 +265,31 @@ def test_loads_and_stores(case, lines, need):
     assert [words(r) for r in launches(case)] == lines
 
 
-@pytest.mark.parametrize(
-    "op, forward, backward",
-    [
-        ("mhc_static", 8, 12),
-        ("stream_aggregate", 5, 9),
-        ("stream_aggregate_norm", 5, 9),
-        ("stream_mix_add", 9, 14),
-        ("mhc_seam", 10, 15),
-    ],
-)
+def rows(records: list[simulator.Record], size: int, once: bool) -> float:
+    """How many rows launches move, where all tokens have `size` elements of a row: each time, or
+    each array once."""
+    moved: dict[str, int] = {}
+    for name, b in [item for record in records for item in record.buffers.items()]:
+        if name != "partial" and b.array.size and b.array.size % size == 0:
+            count, before = int((b.loads + b.stores).sum()), moved.get(name, 0)
+            moved[name] = max(before, min(count, b.array.size)) if once else before + count
+    return sum(moved.values()) / size
+
+
+@pytest.mark.parametrize("op", [op for op in FUSED_OPS if OPS[op].rows])
 @pytest.mark.parametrize("C, dtype", [(1024, "bfloat16"), (129, "float32")])
-def test_rows_of_design(op, forward, backward, C, dtype, need):
-    """Rows of C elements per token at n = 4, ragged or not: the floor, exactly."""
+def test_rows_of_design(op, C, dtype, need):
+    """Rows of C elements per token at n = 4, ragged or not: the floor of cases.py, exactly. Ops
+    whose tokens make logits read x again for what they read with these, from the cache, and in the
+    next launch: of these each array counts once, and mhc_single_pass, which has x twice in its
+    floor, may stay below it."""
     need("simulator")
-    records = [r for r in launches(Case(op, (5,), 4, C, dtype)) if r.name != "sum_partials"]
-    moved = [
-        sum(int((b.loads + b.stores).sum()) for k, b in r.buffers.items() if k in STREAMS)
-        for r in records
-    ]
-    assert moved == [forward * 5 * C, backward * 5 * C]
+    convention = PAPER if "convention" in OPS[op].statics else None
+    records = launches(Case(op, (5,), 4, C, dtype, convention, norm=op not in PROJECTED))
+    backward = [r for r in records if "backward" in r.name]
+    forward = [r for r in records if "backward" not in r.name]
+    moved = [rows(of, 5 * C, op in OF_LOGITS) for of in (forward, backward)]
+    floor = OPS[op].rows(4)
+    floor = [sum(floor[:2]), sum(floor[2:])]
+    below = op == "mhc_single_pass" and moved[0] <= floor[0] and moved[1] <= floor[1]
+    assert moved == floor or below, (moved, floor)
