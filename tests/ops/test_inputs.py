@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from cases import CASES, OF_LOGITS, OPS, Case
+from cases import CASES, FUSED, OF_LOGITS, OPS, Case
 
 import mhc_mlx as m
 from mhc_mlx import ops
@@ -639,7 +639,7 @@ def wrong_values(op: str, right: tuple) -> list[tuple]:
     return found + [(k, v, (TypeError, ValueError)) for k in constants for v in wrong[k]]
 
 
-@pytest.mark.parametrize("op", FUSED_OPS)
+@pytest.mark.parametrize("op", FUSED)
 def test_every_argument_of_every_op(op):
     """Wrong once in each way, the others right."""
     f, case = getattr(m, op), Case(op, (2,), 4, 8, convention=m.PAPER)
