@@ -11,6 +11,7 @@ import numpy as np
 
 from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, Convention
 from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE, UNCONSTRAINED
+from mhc_mlx.ops.autodiff import FUSED_OPS
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 CONVENTIONS = {c.name: c for c in (PAPER, ROW_FIRST, ADDITIVE, DEEPSEEK_V4)}
@@ -298,6 +299,7 @@ OPS = {
         "convention norm_eps eps rounded",
     ),
 }
+FUSED = tuple(name for name in OPS if name in FUSED_OPS)
 SEAMS = tuple(name for name, row in OPS.items() if "rounded" in row.statics)
 OF_LOGITS = tuple(name for name, row in OPS.items() if "phi" in row.arrays)  # that tokens make
 PROJECTED = tuple(name for name in OF_LOGITS if name not in SEAMS)  # of x, phi, bias and alpha

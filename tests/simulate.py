@@ -20,6 +20,7 @@ from cases import (
     CONVENTIONS,
     DTYPES,
     EXACT,
+    FUSED,
     OPS,
     OUTPUT_ULPS,
     RINGED,
@@ -31,7 +32,6 @@ from proof import executor, simulator, standin
 from proof.compare import doubles, results
 
 from mhc_mlx import launch, ops
-from mhc_mlx.ops.autodiff import FUSED_OPS
 
 
 def first_wrong(record: simulator.Record, name: str, got: mx.array, want: mx.array) -> str | None:
@@ -94,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("op", nargs="?", choices=FUSED_OPS, default="mhc_static")
+    parser.add_argument("op", nargs="?", choices=FUSED, default="mhc_static")
     parser.add_argument("--case", help="part of the name of cases in tests/cases.py")
     parser.add_argument("--tokens", type=int, default=1)
     parser.add_argument("--n", type=int, default=4)

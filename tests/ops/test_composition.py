@@ -9,7 +9,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from cases import OPS, Case
+from cases import FUSED, OPS, Case
 from mlx.utils import tree_flatten
 from proof import executor
 
@@ -29,7 +29,6 @@ from mhc_mlx import (
     reference,
     vmap,
 )
-from mhc_mlx.ops.autodiff import FUSED_OPS
 
 LEAD, N, C = (6,), 4, 40
 DYNAMIC = (PAPER, ROW_FIRST, DEEPSEEK_V4, MHC_LITE, KRONECKER, IDENTITY, UNCONSTRAINED)
@@ -190,7 +189,7 @@ def calls(lead=LEAD, dtype=mx.float32):
         if c in (DEEPSEEK_V4, MHC_LITE, IDENTITY):
             made[f"single pass {c.name}"] = ("mhc_single_pass", [x, y, phi, bias, alpha, weight], c)
     made["head"] = ("mhc_head", [x, phi[:N], bias[:N], alpha[:1]], DEEPSEEK_V4)
-    for op in [op for op in FUSED_OPS if op not in {name for name, *_ in made.values()}]:
+    for op in [op for op in FUSED if op not in {name for name, *_ in made.values()}]:
         c = [PAPER] if "convention" in OPS[op].statics else []
         case = Case(op, lead, N, C, str(dtype).split(".")[-1], *c, per_token=(True, True))
         made[op] = (op, case.arrays(), *c)

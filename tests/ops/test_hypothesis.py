@@ -10,6 +10,7 @@ import pytest
 from cases import (
     DRAWS,
     DTYPES,
+    FUSED,
     GRADIENT,
     LAYOUTS,
     OF_LOGITS,
@@ -26,7 +27,6 @@ from proof.compare import case_output, check, doubles, exact, results
 
 from mhc_mlx import PAPER, Convention, ops, reference
 from mhc_mlx.conventions import AXES, SINKHORN, STARTS
-from mhc_mlx.ops.autodiff import FUSED_OPS
 
 EXAMPLES = 12  # of each op; each compiles two to five kernels, in a fifth of a second each
 SENSITIVITY = 0.15  # of the bound: a kernel rounds several times on the way
@@ -162,7 +162,7 @@ def test_calls_that_failed_once(call, need):
     compare(*call)
 
 
-@pytest.mark.parametrize("op", FUSED_OPS)
+@pytest.mark.parametrize("op", FUSED)
 def test_any_call(op, request, need):
     need("simulator")
     examples = request.config.getoption("--examples")

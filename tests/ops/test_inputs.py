@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from cases import CASES, OF_LOGITS, OPS, Case
+from cases import CASES, FUSED, OF_LOGITS, OPS, Case
 
 import mhc_mlx as m
 from mhc_mlx import ops
@@ -58,20 +58,7 @@ BAD = [
     (lambda: m.mhc_static(*changed(0, mx.zeros((2, 0, 8)))), ValueError, "n from 1 to 64"),
     (lambda: m.mhc_static(*changed(0, mx.zeros((2, 65, 8)))), ValueError, "n from 1 to 64"),
     (lambda: m.mhc_static(*changed(0, mx.zeros((2, 4, 0)))), ValueError, "C at least 1"),
-    (
-        lambda: m.mhc_static(*changed(0, x.astype(mx.int32))),
-        TypeError,
-        "x must be float32, float16 or bfloat16",
-    ),
-    (lambda: m.mhc_static(*changed(0, x.astype(mx.complex64))), TypeError, "x must be float32"),
-    (lambda: m.mhc_static(*changed(0, [1.0])), TypeError, "x must be an mx.array but got list"),
-    (
-        lambda: m.mhc_static(*changed(4, weight.astype(mx.int8))),
-        TypeError,
-        "weight must be float32",
-    ),
     (lambda: m.mhc_static(*layer, eps=0.0), ValueError, "eps must be finite and above 0"),
-    (lambda: m.mhc_static(*layer, eps=-1.0), ValueError, "eps must be finite and above 0"),
     (lambda: m.mhc_static(*layer, eps=float("nan")), ValueError, "eps must be finite"),
     (lambda: m.mhc_static(*layer, eps="1"), TypeError, "eps must be a number"),
     (
@@ -80,21 +67,10 @@ BAD = [
         "multiple of 32 from 32 to 1024",
     ),
     (
-        lambda: m.mhc_static(*layer, threads_per_group=0),
-        ValueError,
-        "multiple of 32 from 32 to 1024",
-    ),
-    (
-        lambda: m.mhc_static(*layer, threads_per_group=2048),
-        ValueError,
-        "multiple of 32 from 32 to 1024",
-    ),
-    (
         lambda: m.mhc_static(*layer, threads_per_group=64.0),
         TypeError,
         "threads_per_group must be None or an int",
     ),
-    (lambda: m.mhc_layer(*changed(3, None)), TypeError, r"\[mhc_layer\] H_res must be an mx.array"),
     (
         lambda: m.mhc_layer(*layer, "PAPER"),
         TypeError,
@@ -212,9 +188,6 @@ BAD = [
     (lambda: m.mhc_seam(**seam | {"h_post": mx.zeros(5)}), ValueError, r"\[mhc_seam\] h_post must"),
     (lambda: m.mhc_seam(**seam | {"h_res": gate}), ValueError, r"\[mhc_seam\] h_res must have"),
     (lambda: m.mhc_seam(**seam | {"weight": gate}), ValueError, r"\[mhc_seam\] weight must have"),
-    (lambda: m.mhc_static(*layer, 1e-60), ValueError, "eps must be finite and above 0 in float32"),
-    (lambda: m.mhc_static(*layer, 1e300), ValueError, "eps must be finite and above 0 in float32"),
-    (lambda: m.mhc_static(*layer, 10**400), ValueError, "eps must be finite"),
     *(
         (
             lambda c=c: m.sinkhorn_knopp(mix, c),
@@ -294,11 +267,6 @@ BAD = [
         r"\[mhc_single_pass\] weight must have shape \[C=8\]",
     ),
     (
-        lambda: m.mhc_single_pass(**single | {"convention": m.ADDITIVE}),
-        ValueError,
-        r"\[mhc_single_pass\] convention must have gates of logits",
-    ),
-    (
         lambda: m.mhc_head(**head | {"phi": mx.zeros((24, 32))}),
         ValueError,
         r"\[mhc_head\] phi must have shape \[n=4, \(n\*C\)=32\] but got \[24",
@@ -312,11 +280,6 @@ BAD = [
         lambda: m.mhc_head(**head | {"alpha": mx.zeros(3)}),
         ValueError,
         r"alpha must have shape \[parts=1\] but got \[3\]",
-    ),
-    (
-        lambda: m.mhc_head(**head | {"convention": m.ADDITIVE}),
-        ValueError,
-        r"\[mhc_head\] convention must have gates of logits",
     ),
     (
         lambda: m.mhc_pre(**six, convention=m.MHC_LITE),
@@ -399,7 +362,7 @@ def test_bad_input(case):
 
 NAN, ARRAY = float("nan"), mx.array(4)
 INT = ("4", 4.0, True, 0, -1, None, np.int64(4), np.float32(4), ARRAY, [4])
-NUMBER = ("1", True, None, NAN, float("inf"), 1e300, 1j, np.float32(1), ARRAY, [1.0])
+NUMBER = ("1", True, None, NAN, float("inf"), 1e300, 10**400, 1j, np.float32(1), ARRAY, [1.0])
 BOOL = (1, 0, None, "False", 1.0, np.True_, mx.array(True))
 CONVENTION = ("PAPER", None, m.Convention, {})
 WRONG = {
@@ -629,22 +592,23 @@ def wrong_values(op: str, right: tuple) -> list[tuple]:
     what is raised."""
     row, names, found = OPS[op], list(inspect.signature(getattr(m, op)).parameters), []
     for name, a in zip(row.arrays, right, strict=False):
-        others = [[1.0], *(a.astype(d) for d in (mx.int8, mx.int32, mx.complex64))]
-        others += [None] * (name not in row.optional)
-        found += [(name, other, TypeError) for other in others]
-        found.append((name, mx.concatenate([a.flatten(), a.flatten()]), ValueError))
+        for other in [[1.0], *[None] * (name not in row.optional)]:
+            found.append((name, other, TypeError, f"be an mx.array but got {type(other).__name__}"))
+        for dtype in (mx.int8, mx.int32, mx.complex64):
+            found.append((name, a.astype(dtype), TypeError, "be float32, float16 or bfloat16 but"))
+        found.append((name, mx.concatenate([a.flatten()] * 2), ValueError, "have shape .* but got"))
     wrong = WRONG | {"eps": LAYER["eps"], "round_aggregate": BOOL, "verbose": BOOL}
     wrong["convention"] = (*CONVENTION, m.ADDITIVE if op in OF_LOGITS else m.MHC_LITE)
-    constants = names[len(row.arrays) :]
-    return found + [(k, v, (TypeError, ValueError)) for k in constants for v in wrong[k]]
+    constants = [(name, value) for name in names[len(row.arrays) :] for value in wrong[name]]
+    return found + [(*constant, (TypeError, ValueError), ".* but got") for constant in constants]
 
 
-@pytest.mark.parametrize("op", FUSED_OPS)
+@pytest.mark.parametrize("op", FUSED)
 def test_every_argument_of_every_op(op):
     """Wrong once in each way, the others right."""
     f, case = getattr(m, op), Case(op, (2,), 4, 8, convention=m.PAPER)
     right, names = (*case.arrays(), *case.statics), inspect.signature(f).parameters
     f(*right)
-    for name, value, kind in wrong_values(op, right):
-        with pytest.raises(kind, match=rf"^\[{op}\] {name} must .* but got"):
+    for name, value, kind, must in wrong_values(op, right):
+        with pytest.raises(kind, match=rf"^\[{op}\] {name} must {must}"):
             f(**dict(zip(names, right, strict=False)) | {name: value})

@@ -13,6 +13,7 @@ from cases import (
     DTYPES,
     DYNAMIC,
     EXACT,
+    FUSED,
     MAX_VARIANTS,
     OF_LOGITS,
     OPS,
@@ -30,7 +31,6 @@ from proof.compare import check_bounds, doubles, several
 
 from mhc_mlx import PAPER, ops, reference
 from mhc_mlx.conventions import SINKHORN
-from mhc_mlx.ops.autodiff import FUSED_OPS
 
 LISTS = (COVERING, DYNAMIC, SINGLE, UNUSUAL, STANDARD)
 CASES = [case for cases in LISTS for case in cases]
@@ -40,7 +40,7 @@ QUICK = [
         (c for c in CASES if c.op == op and min(c.tokens, c.n, c.C) > 1),
         key=lambda c: c.tokens * c.n * c.C,
     )
-    for op in FUSED_OPS
+    for op in FUSED
 ]
 MARKED = [pytest.param(c, marks=pytest.mark.quick if c in QUICK else ()) for c in CASES]
 compiled: set = set()  # (rung, list of cases, variant)
@@ -60,7 +60,7 @@ def test_dynamic_covers():
 
 def test_unusual_covers():
     """Every op that has a constant, each of its constants unlike every preset's and default's."""
-    constant = {op for op in FUSED_OPS if OPS[op].statics}
+    constant = {op for op in FUSED if OPS[op].statics}
     assert {c.op for c in UNUSUAL} == constant - {c.op for c in STANDARD}
     odd = {c.convention for c in UNUSUAL if c.convention}
     for name in ("eps", "pre_eps", "post_scale", "post_eps"):

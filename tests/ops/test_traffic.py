@@ -6,12 +6,11 @@ backward pass only one.
 """
 
 import pytest
-from cases import OF_LOGITS, OPS, PROJECTED, Case
+from cases import FUSED, OF_LOGITS, OPS, PROJECTED, Case
 from proof import executor, results, simulator
 
 from mhc_mlx import PAPER, ROW_FIRST, ops
 from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE
-from mhc_mlx.ops.autodiff import FUSED_OPS
 
 STREAMS = ("x", "y", "dout", "out", "dx", "dy", "u", "du", "dx_out")
 SCALARS = ("params", "eps", "alpha", "rows", "_shape")  # a few numbers in registers
@@ -276,7 +275,7 @@ def rows(records: list[simulator.Record], size: int, once: bool) -> float:
     return sum(moved.values()) / size
 
 
-@pytest.mark.parametrize("op", [op for op in FUSED_OPS if OPS[op].rows])
+@pytest.mark.parametrize("op", [op for op in FUSED if OPS[op].rows])
 @pytest.mark.parametrize("C, dtype", [(1024, "bfloat16"), (129, "float32")])
 def test_rows_of_design(op, C, dtype, need):
     """Rows of C elements per token at n = 4, ragged or not: the floor of cases.py, exactly. Ops

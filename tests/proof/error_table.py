@@ -19,15 +19,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, from a checkout
 sys.path.insert(0, str(Path(__file__).parents[2]))  # mhc_mlx
 
-from cases import DTYPES, OPS, PROJECTED, Case
+from cases import DTYPES, FUSED, OPS, PROJECTED, Case
 from tqdm import tqdm
 
 from mhc_mlx import DEEPSEEK_V4, PAPER, ROW_FIRST, launch, ops, reference
 from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE, UNCONSTRAINED
-from mhc_mlx.ops.autodiff import FUSED_OPS
 from proof import errors, executor, missing, results
 
-FUSED = tuple(name for name in OPS if name in FUSED_OPS)  # in the order of cases.py
 RUNGS = ("reference", "simulator", "gpu")
 QUANTITIES = ("output", "gradient")
 TOKENS = 12  # in two axes: enough values for a percentile, and sums over tokens that round

@@ -5,7 +5,7 @@ That it computes what the kernels do, test_parity says.
 
 import mlx.core as mx
 import pytest
-from cases import OF_LOGITS, Case
+from cases import FUSED, OF_LOGITS, Case
 
 from mhc_mlx import MHC_LITE, ROW_FIRST, launch, ops, vmap
 from mhc_mlx.ops.autodiff import FUSED_OPS
@@ -23,7 +23,7 @@ def call(op: str) -> tuple:
     return (*case.arrays(), *case.statics)
 
 
-CALLS = {op: call(op) for op in FUSED_OPS}
+CALLS = {op: call(op) for op in FUSED}
 
 
 @pytest.mark.parametrize("transform", ["vjp", "jvp", "vmap"])
