@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, get_type_hints
 
 import mlx.core as mx
 
@@ -203,7 +203,8 @@ class Arguments:
 
 @functools.cache
 def _field_types(cls: type) -> tuple[type, ...]:
-    return tuple(field.type for field in fields(cls))
+    types = get_type_hints(cls)
+    return tuple(types[field.name] for field in fields(cls))
 
 
 class Body(Arguments):
@@ -233,8 +234,8 @@ def launch(
     outputs: Mapping[str, Spec | None],
     groups: int,
     options: Options,
-) -> dict[str, mx.array | Any]:
-    """Launch a body; returns its outputs by name, None where this variant has none.
+) -> dict[str, mx.array]:
+    """Launch a body; returns the outputs that this variant has, by name.
 
     Args:
         body: Its template arguments.
@@ -244,8 +245,8 @@ def launch(
         options: Whether to print the source.
     """
     arguments = (body.name, inputs, outputs, groups, body.THREADS, body.template)
-    results = iter(run(*arguments, options.verbose))
-    return {k: None if spec is None else next(results) for k, spec in outputs.items()}
+    names = [k for k, spec in outputs.items() if spec is not None]
+    return dict(zip(names, run(*arguments, options.verbose), strict=True))
 
 
 def run(

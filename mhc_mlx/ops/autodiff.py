@@ -193,12 +193,12 @@ class _Functions:
     def _present_only(self, values: Sequence) -> tuple:
         return tuple(v for v, here in zip(values, self.present, strict=True) if here)
 
-    def _kernel_arguments(self, inputs: Sequence) -> list:
+    def _kernel_arguments(self, inputs: Sequence) -> tuple:
         """The op's arrays, h_res always an array."""
         arrays, k = self._arguments(inputs), self.op.h_res_index
         if k is not None and arrays[k] is None:
             arrays[k] = identity(arrays[0].shape[-2])
-        return arrays
+        return tuple(arrays)
 
     def _num_results(self, x: mx.array) -> int:
         return self.op.num_results - (self.op.absent_result(x.shape[-2]) is not None)
@@ -222,7 +222,8 @@ class _Functions:
         absent = self.op.absent_result(arrays[0].shape[-2])
         if absent is not None:
             cotangents = [*cotangents[:absent], None, *cotangents[absent:]]
-        gradients = self.op.backward(self._kernel_arguments(arrays), cotangents, saved)
+        inputs = self._kernel_arguments(arrays)
+        gradients = self.op.backward(inputs, tuple(cotangents), tuple(saved))
         pairs = zip(self._present_only(gradients), arrays, strict=True)
         return tuple(gradient.astype(a.dtype) for gradient, a in pairs)
 
