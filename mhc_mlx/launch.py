@@ -154,10 +154,12 @@ def _build(
     name: str,
     inputs: tuple[str, ...],
     outputs: tuple[str, ...],
-    absent: str,
+    absent_inputs: tuple[str, ...],
+    absent_outputs: tuple[str, ...],
     threads: int,
     ring: int,
 ) -> Any:
+    absent = absent_pointers(dict.fromkeys(absent_inputs), dict.fromkeys(absent_outputs))
     source = absent + text(f"{name}.metal")
     names = {"name": name, "input_names": inputs, "output_names": outputs}
     if backend == "metal":
@@ -216,7 +218,7 @@ class Body(Arguments):
     name: ClassVar[str]
     THREADS: int  # in a threadgroup
 
-    @property
+    @functools.cached_property
     def template(self) -> dict[str, int | bool | mx.Dtype]:
         """The arguments by name."""
         found: dict[str, int | bool | mx.Dtype] = {}
@@ -267,13 +269,12 @@ def run(
         specs = {k: None if a is None else (a.shape, a.dtype) for k, a in inputs.items()}
         launches.append(Launch(name, specs, outputs, groups, threads, template))
         return [mx.zeros(*spec) for spec in outputs.values() if spec is not None]
-    absent = absent_pointers(inputs, outputs)
     arrays = {k: v for k, v in inputs.items() if v is not None}
     specs = {k: v for k, v in outputs.items() if v is not None}
-    ring_bytes = template.get("RING_BYTES", 0)
-    kernel = _build(
-        kernel_backend(), name, tuple(arrays), tuple(specs), absent, threads, ring_bytes
-    )
+    absent_inputs = tuple([k for k in inputs if k not in arrays])
+    absent_outputs = tuple([k for k in outputs if k not in specs])
+    names = (tuple(arrays), tuple(specs), absent_inputs, absent_outputs)
+    kernel = _build(kernel_backend(), name, *names, threads, template.get("RING_BYTES", 0))
     return kernel(
         inputs=list(arrays.values()),
         output_shapes=[shape for shape, _ in specs.values()],

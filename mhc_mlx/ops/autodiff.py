@@ -68,12 +68,11 @@ class FusedOp:
         self, x: mx.array, *others: mx.array | None, use_metal: bool, differentiable: bool
     ) -> Any:
         """The results, by kernels where the default device has them."""
-        verbose, threads = self.options.verbose, self.options.threads_per_group
-        bools = {"use_metal": use_metal, "verbose": verbose, "differentiable": differentiable}
-        check_bools(self.name, **bools)
-        check_threads(self.name, threads)
+        op, verbose = self.name, self.options.verbose
+        check_bools(op, use_metal=use_metal, verbose=verbose, differentiable=differentiable)
+        check_threads(op, self.options.threads_per_group)
         arrays = (x, *others)
-        present = tuple(a is not None for a in arrays)
+        present = tuple([a is not None for a in arrays])
         place = launch.place() if use_metal and x.size > 0 else None
         inputs = [a for a in arrays if a is not None]
         if place is None:
