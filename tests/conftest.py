@@ -15,7 +15,17 @@ def pytest_addoption(parser):
     parser.addoption("--examples", type=int, help="new random calls of each op")
 
 
+# A file is one worker's: those that take minutes start first, or the other worker waits at the end.
+LONGEST = ("test_hypothesis", "test_nvrtc", "test_cuda_form", "test_parity", "test_mlx_lm")
+LONGEST += ("test_mlx_lm_training", "test_models", "test_planted", "test_operators")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda i: LONGEST.index(i.path.stem) if i.path.stem in LONGEST else len(LONGEST))
+
+
 def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist's: by the number of tests, not by their time
     if not hasattr(config, "workerinput"):  # once, before xdist's workers start
         precompile_mlx_header()
 
