@@ -12,7 +12,6 @@ import numpy as np
 from mhc_mlx import Convention
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-OPS: dict[str, "Op"] = {}  # cases.py has the rows
 LAYOUTS = ("plain", "transposed", "strided", "broadcast")
 
 
@@ -63,7 +62,7 @@ class Case:
             if self.convention and self.convention.iters != 20
             else []
         )
-        first = "post" if "h_post" in OPS[self.op].arrays else "pre"
+        first = "post" if "h_post" in self.row.arrays else "pre"
         marks += [n for n, flag in zip((first, "res"), self.per_token, strict=True) if flag]
         marks += ["identity"] * self.identity + [f"offset{self.offset}"] * bool(self.offset)
         marks += [self.weights] * (self.weights != "float32")
@@ -76,19 +75,27 @@ class Case:
         return "-".join([self.op, lead, f"n{self.n}", f"C{self.C}", self.dtype, *marks])
 
     @property
+    def row(self) -> "Op":
+        """What tests know of the op."""
+        import cases  # which imports this
+
+        return cases.OPS[self.op]
+
+    @property
     def tokens(self) -> int:
         return int(np.prod(self.lead, initial=1))
 
     @property
     def statics(self) -> tuple:
         """What a call has after its arrays."""
-        return tuple(getattr(self, name) for name in OPS[self.op].statics)
+        return tuple(getattr(self, name) for name in self.row.statics)
 
     @property
     def absent(self) -> list[int]:
         """Which of the arrays are None."""
-        row, gone = OPS[self.op], lambda name: self.identity if name != "weight" else not self.norm
-        return [k for k, name in enumerate(row.arrays) if name in row.optional and gone(name)]
+        gone = {name: self.identity for name in self.row.optional}
+        gone |= {"weight": not self.norm} if "weight" in gone else {}
+        return [k for k, name in enumerate(self.row.arrays) if gone.get(name)]
 
     def arrays(self, seed: int = 0) -> list[mx.array | None]:
         """The inputs, laid out in memory as the case says."""
@@ -98,7 +105,7 @@ class Case:
 
     def plain_arrays(self, seed: int = 0) -> list[mx.array | None]:
         """Non-symmetric random inputs; each slice starts ``offset`` elements into its buffer."""
-        row, rng = OPS[self.op], np.random.default_rng([seed, self.n, self.C, len(self.op)])
+        row, rng = self.row, np.random.default_rng([seed, self.n, self.C, len(self.op)])
         drawn = {}
         for name, array in row.drawn.items():
             if not (name == "h_res" and self.identity):

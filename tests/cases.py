@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from calls import (
     DTYPES,
-    OPS,
     Array,
     Case,
     Op,
@@ -68,7 +67,7 @@ def op(arrays: str, rows, statics: str = "", also: str = "", **special: Array) -
 
 SHARED = {k: ARRAYS[k]._replace(per_token=never) for k in ("h_pre", "h_post", "h_res")}
 HEAD = {name: ARRAYS[name]._replace(axes=axes) for name, axes in (("phi", "n K"), ("bias", "n"))}
-OPS |= {
+OPS = {
     "sinkhorn_knopp": op("logits", None, "convention"),
     "project": op("logits", None, "n convention", logits=ARRAYS["logits"]._replace(axes="R")),
     "stream_aggregate_norm": op(
