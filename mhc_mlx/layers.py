@@ -431,7 +431,7 @@ class MHCBlock(nn.Module):
     def _branch(self, u: mx.array, *args: Any, **kwargs: Any) -> Any:
         return self.layer(u if self.norm is None else self.norm(u), *args, **kwargs)
 
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array | Any:
         """``[..., n, C] -> [..., n, C]``. The other arguments are the layer's; where it returns
         (y, ...), this returns (out, ...).
         """

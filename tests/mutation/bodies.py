@@ -104,7 +104,7 @@ def chosen(known: dict, forms: list[str], bodies: set[str]) -> list[tuple[str, s
                 options = [*((k, str(v)) for k, v in template.items()), ("form", form)]
                 pairs |= {(body, *p) for p in combinations(options + kinds(case), 2)}
             corner = [(k, n) for k, true in corners(case) if true for n in range(CORNER)]
-            shows[form, name] = pairs | {(b, c) for b in bodies for c in corner}
+            shows[form, name] = pairs | {(b, c) for b, _ in of_bodies for c in corner}
             cost[form, name] = 1 + COMPILE * len(of_bodies) + len(variants) / 4
     found, seen = [], set()
     while shows and len(found) < MOST:

@@ -14,7 +14,7 @@ from cases import Case
 from proof import results
 
 from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, launch, ops
-from mhc_mlx.conventions import IDENTITY, KRONECKER
+from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE
 
 
 @contextlib.contextmanager
@@ -109,6 +109,7 @@ ADD = Case("stream_mix_add", (5,), 4, 64)
 ADD_FOUR = replace(ADD, per_token=(True, True))
 SINKHORN = Case("sinkhorn_knopp", (101,), 4, 4, convention=ROW_FIRST)
 SINKHORN_3 = Case("sinkhorn_knopp", (101,), 3, 3, convention=DEEPSEEK_V4)
+SINKHORN_64 = Case("sinkhorn_knopp", (3,), 64, 64, convention=replace(PAPER, iters=2))
 ADDITIVE_4 = replace(SINKHORN, convention=ADDITIVE)
 READ = Case("stream_aggregate", (5,), 4, 64)
 READ_EACH = Case("stream_aggregate", (5,), 3, 129, per_token=(True, False))
@@ -124,6 +125,7 @@ ONE_CHUNK = Call("mhc_pre", (129,), 4, 8, convention=PAPER, one_chunk=True)
 MADE_TWICE = Call("mhc_pre", (5,), 4, 1280, convention=PAPER, threads=96)  # u, not kept
 SHARED_U = Case("mhc_pre", (19,), 4, 1280, "bfloat16", PAPER)  # two simdgroups share u
 IDENTITY_32 = Case("mhc_pre", (20,), 32, 8, convention=IDENTITY)  # three blocks, two shares
+TRANSPOSED = Case("mhc_pre", (5,), 3, 31, convention=replace(MHC_LITE, transposed=True))
 FACTORS = Case("mhc_pre", (5,), 4, 31, convention=KRONECKER)
 RINGED = Case("mhc_pre", (17,), 4, 256, "bfloat16", PAPER, norm=False)  # several runs a slice
 MULTIPLIED = replace(RINGED, C=64)  # three tiles
@@ -182,6 +184,7 @@ TABLE = {
         (SINKHORN_3, "orientation ignored", WRONG, "OUT_COLUMNS ? j", "false ? j"),
     ],
     "sinkhorn_knopp sinkhorn.h": [
+        (SINKHORN_64, "the first half's sums alone", WRONG, "scratch[64 + lane]", "scratch[lane]"),
         (SINKHORN, "halves exchanged", WRONG, "high ? v[j] : v[j + O]", "high ? v[j + O] : v[j]"),
     ],
     "sinkhorn_knopp_backward": [
@@ -201,6 +204,7 @@ TABLE = {
         (READ, "du of the first token", f"{WRONG}; {MOVED}", "du + size_t(t) * size_t(C)", "du"),
     ],
     "mixing_matrix": [
+        (TRANSPOSED, "transposes by rows", WRONG, "TRANSPOSED ?", "false ?"),
         (FACTORS, "factors in another order", WRONG, "NUM_LOGITS / 2 - 1 - b", "b"),
     ],
     "mixing_matrix_backward": [

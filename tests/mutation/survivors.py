@@ -26,6 +26,12 @@ EQUIVALENT = {
          "one place for coefficients and one barrier more do the same as two places"),
         ("r = 1.0f;", "r = 1.5f;", "without a norm r is not read"),
     ],
+    "streams.h": [
+        ("8 ? N : 1;", "8 ? 1 : N;", UNROLLED),
+    ],
+    "mixing_matrix_backward.metal": [
+        ("static_cast<DLOGITS_T>(-", "(-", CAST),
+    ],
     "coefficients.h": [
         ("projection_lanes(N, START,", "projection_lanes(START, N,",
          "one lane and a line per lane give the same matrix"),
