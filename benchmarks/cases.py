@@ -10,16 +10,15 @@ from benchmarks.timing import array_limit
 from mhc_mlx import launch
 from mhc_mlx.commands import memory
 
-OTHERS = ("stream_aggregate_norm", "mhc_coefficients", "mhc_dynamic", "mhc_head", "mhc_seam")
-OTHERS += ("single_pass",)
+USUAL = [(16384, 4, 1024)]
 DEFAULT = {
     "mhc_static": [(16384, 4, 1024), (8192, 8, 1024), (64, 32, 1280)],
     "mhc_layer": [(320, 4, 1280)],
-    "stream_mix_add": [(16384, 4, 1024)],
+    "stream_mix_add": USUAL,
     "sinkhorn_knopp": [(65536, 4, 4)],
     **dict.fromkeys((*TARGETS, "mhc_pre_norm"), LARGE),
-    **dict.fromkeys(OTHERS, [(16384, 4, 1024)]),
 }
+DEFAULT |= {op: USUAL for op in OPS if op not in DEFAULT}
 FLOAT32_TOO = ("mhc_static",)  # the default list times float32 of these
 SEEDS = [(320, 4, 1280), (512, 4, 1920), (1280, 4, 2560), (2560, 4, 1280), (128, 8, 1280)]
 SEEDS += [(256, 8, 1280), (32, 32, 1280), (64, 32, 1280), (128, 32, 1280), (128, 4, 1280)]

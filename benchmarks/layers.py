@@ -4,7 +4,7 @@ import statistics
 
 import mlx.core as mx
 
-from benchmarks.suite import DTYPES, case_row, phi_parameters, single_pass, sublayer
+from benchmarks.suite import DTYPES, OPS, case_row, function, make_array, sublayer
 from benchmarks.timing import call_times, dispatches, gpu_time, launches, race, spread
 from mhc_mlx import DEEPSEEK_V4, HyperConnection, MHCLayer, ops, reference
 
@@ -14,7 +14,8 @@ LAYERS, PLAIN_LAYERS = 61, 8  # a stack has so many; plain ops are slow to compi
 def quiet_parameters(x: mx.array) -> list[mx.array]:
     """Return parameters of a sublayer that adds little: else a stack without norms would
     overflow."""
-    n, (phi, bias, alpha) = x.shape[1], phi_parameters(x)
+    n, names = x.shape[1], ("phi", "bias", "alpha")
+    phi, bias, alpha = (make_array(OPS["sublayer"], k, x.shape, x.dtype) for k in names)
     gate = (mx.arange(bias.size) >= n) & (mx.arange(bias.size) < 2 * n)
     return [phi, mx.where(gate, -4.0, bias), alpha]
 
@@ -30,7 +31,8 @@ def stack(op: str, module):
             if op == "sublayer":
                 x = sublayer(module, x, *parameters[i : i + 3], **options)
             else:
-                x, u, _ = single_pass(module, x, u, *parameters[i : i + 3], None, **options)
+                run_op = function(module, "single_pass", **options)
+                x, u, _ = run_op(x, u, *parameters[i : i + 3], None)
         return x
 
     return run

@@ -1,49 +1,46 @@
 """These ops are timed, with these inputs; each can move so few bytes."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from mhc_mlx import DEEPSEEK_V4, ROW_FIRST, reference
+from mhc_mlx import DEEPSEEK_V4, ROW_FIRST, ops, reference
+from mhc_mlx.ops.autodiff import FUSED_OPS
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 DIRECTIONS = ("forward", "backward", "forward+backward")
 
 
-def uniform(*shape: int, low: float = 0.1, high: float = 1.0) -> mx.array:
-    return mx.random.uniform(low, high, shape)
+def uniform(low: float, high: float) -> Callable:
+    return lambda shape: mx.random.uniform(low, high, shape)
 
 
-def matrices(*shape: int) -> mx.array:
-    return mx.softmax(mx.random.normal(shape), axis=-1)
+def rows_of_phi(shape: tuple[int, int]) -> mx.array:
+    return mx.random.normal(shape) * shape[1] ** -0.5
 
 
-def weight(x: mx.array) -> mx.array:
-    return uniform(x.shape[-1], low=0.5, high=1.5)
+# The axes of arrays, and what draws them: B tokens, n, C, K = n * C, L logits, P parts of alpha.
+ARRAYS = {
+    "x": ("B n C", mx.random.normal),
+    "logits": ("B n C", mx.random.normal),
+    "y": ("B C", mx.random.normal),
+    "weight": ("C", uniform(0.5, 1.5)),
+    "h_res": ("n n", lambda shape: mx.softmax(mx.random.normal(shape), axis=-1)),
+    "H_res": ("n n", mx.random.normal),
+    "phi": ("L K", rows_of_phi),
+    "bias": ("L", mx.random.normal),
+    "alpha": ("P", uniform(0.5, 1.5)),
+}
 
 
-def logits(x: mx.array) -> mx.array:
-    return mx.random.normal((x.shape[1], x.shape[1]))
-
-
-def branch(x: mx.array) -> mx.array:
-    """Make an array such as y, which has one row of C elements for each token."""
-    return mx.random.normal((x.shape[0], x.shape[2])).astype(x.dtype)
-
-
-def phi_parameters(x: mx.array, parts: int = 3) -> list[mx.array]:
-    """Make phi, bias and alpha, which give each token coefficients; one part is the head's."""
-    _, n, C = x.shape
-    num_logits = 2 * n + n * n if parts == 3 else n
-    phi = mx.random.normal((num_logits, n * C)) * (n * C) ** -0.5
-    return [phi, mx.random.normal((num_logits,)), uniform(parts, low=0.5, high=1.5)]
-
-
-def static_coefficients(x: mx.array) -> list[mx.array]:
-    """Make h_pre, h_post and h_res, which all tokens share."""
-    n = x.shape[1]
-    return [uniform(n), uniform(n), matrices(n, n)]
+def axes(name: str, shared_ndim: int | None) -> str:
+    """Return the axes of an array, by its name or by how many it has where all tokens share it."""
+    if name in ARRAYS:
+        return ARRAYS[name][0]
+    return "B n" if shared_ndim is None else " ".join("n" * shared_ndim)
 
 
 def sublayer(module, *arrays, **options):
@@ -58,75 +55,87 @@ def dynamic_layer(module, *arrays, **options):
     return module.stream_mix_add(x, u, h_post, h_res, **options)
 
 
-def single_pass(module, x, y, *parameters, **options):
-    """Run a sublayer of DeepSeek V4.1 but for its F."""
-    return module.mhc_single_pass(x, y, *parameters, DEEPSEEK_V4, 1e-6, 1e-6, True, **options)
-
-
 class Op(NamedTuple):
     """An op says what is timed under its name.
 
-    inputs: A function of x, which returns x and the other arrays of a call.
-    forward, backward: The fewest rows of C elements per token that move: (a, b) is a * n + b.
-        None stands for an op whose tokens have no such rows.
+    arrays: The axes of the arrays of a call, by name, in order; the first is x.
+    drawn: The names in the order in which they are drawn, of which a call need not take all.
     statics: The arguments that follow the arrays in a call.
-    call: A function of a module, the arrays and options, or another op's name.
+    call: A function of a module, the arrays and options, or the name of an op.
     saves: Whether its forward saves for its gradients, which then cannot run alone.
+    rows: The fewest rows of C elements per token that move forward and backward: (a, b) is
+        a * n + b. Without it they are counted from what the call takes and returns.
+    head: Whether phi makes the logits of h_pre alone.
     """
 
-    inputs: Callable
-    forward: tuple[int, int] | None = None
-    backward: tuple[int, int] | None = None
-    statics: tuple = ()
-    call: Callable | str | None = None
-    saves: bool = False
+    arrays: dict[str, str]
+    drawn: tuple[str, ...]
+    statics: tuple
+    call: Callable | str
+    saves: bool
+    rows: tuple | None = None
+    head: bool = False
 
 
-def mix_inputs(x: mx.array) -> list[mx.array]:
-    return [x, branch(x), uniform(*x.shape[:2]), matrices(*x.shape[:2], x.shape[1])]
+def fused(call: str, arrays: str = "", drawn: str = "", per_token=False, statics=(), **more) -> Op:
+    """Return what is timed of an op: all its arrays, or those that are named."""
+    op, names = FUSED_OPS[call], list(inspect.signature(getattr(ops, call)).parameters)
+    of_name = {k: axes(k, ndim) for k, ndim in zip(names, op.shared_ndim, strict=False)}
+    of_name = {k: of_name[k] for k in arrays.split() or of_name}
+    if per_token:
+        of_name = {k: f"B {v}" if k.startswith("h_") else v for k, v in of_name.items()}
+    order = tuple(drawn.split()) or tuple(of_name)
+    return Op(of_name, order, statics, call, op.saves, **more)
 
 
-def seam_inputs(x: mx.array) -> list[mx.array]:
-    x, y, h_post, h_res = mix_inputs(x)
-    return [x, y, uniform(*x.shape[:2]), h_post, h_res, weight(x)]
+def composed(call: Callable, arrays: str) -> Op:
+    """Return what is timed of a layer that several ops make up."""
+    names = tuple(arrays.split())
+    return Op({k: axes(k, None) for k in names}, names, (), call, True, ((3, 2), (6, 3)))
 
 
-def single_pass_inputs(x: mx.array) -> list[mx.array]:
-    return [x, branch(x), *phi_parameters(x), weight(x)]
-
-
-V4 = (DEEPSEEK_V4,)
-OPS = {
-    "sinkhorn_knopp": Op(lambda logits: [logits]),
-    "mhc_static": Op(lambda x: [x, *static_coefficients(x), weight(x)], (2, 0), (3, 0)),
-    "mhc_layer": Op(
-        lambda x: [x, *static_coefficients(x)[:2], logits(x), weight(x)], (2, 0), (3, 0)
+V4, SINGLE_PASS = (DEEPSEEK_V4,), (DEEPSEEK_V4, 1e-6, 1e-6, True)
+SPECIAL = {  # unlike the defaults, or several under names of their own
+    "mhc_layer": fused("mhc_layer", drawn="x H_pre H_post h_res H_res weight"),
+    "stream_mix_add": fused("stream_mix_add", drawn="x y h_pre h_post h_res"),
+    "stream_mix_add_per_token": fused("stream_mix_add", per_token=True),
+    "stream_aggregate": fused("stream_aggregate", per_token=True),
+    "mhc_coefficients": fused("mhc_coefficients", statics=V4),
+    "mhc_pre": fused("mhc_pre", "x phi bias alpha", statics=(None, *V4)),
+    "mhc_pre_norm": fused("mhc_pre", statics=V4),
+    "mhc_head": fused("mhc_head", statics=V4, head=True),
+    "sublayer": composed(sublayer, "x phi bias alpha"),
+    "mhc_seam": fused(
+        "mhc_seam", drawn="x y h_post h_res h_pre weight", per_token=True, statics=(1e-6, True)
     ),
-    "stream_mix_add": Op(lambda x: [x, branch(x), *static_coefficients(x)[1:]], (2, 1), (3, 2)),
-    "stream_mix_add_per_token": Op(mix_inputs, (2, 1), (3, 2), call="stream_mix_add"),
-    "stream_aggregate": Op(lambda x: [x, uniform(*x.shape[:2])], (1, 1), (2, 1)),  # per token
-    "stream_aggregate_norm": Op(lambda x: [x, uniform(x.shape[1]), weight(x)], (1, 1), (2, 1)),
-    "mhc_coefficients": Op(lambda x: [x, *phi_parameters(x)], (1, 0), (2, 0), V4, saves=True),
-    "mhc_pre": Op(lambda x: [x, *phi_parameters(x)], (1, 1), (3, 1), (None, *V4), saves=True),
-    "mhc_pre_norm": Op(
-        lambda x: [x, *phi_parameters(x), weight(x)], (1, 1), (3, 1), V4, call="mhc_pre", saves=True
-    ),
-    "mhc_head": Op(lambda x: [x, *phi_parameters(x, 1)], (1, 1), (2, 1), V4, saves=True),
-    "sublayer": Op(lambda x: [x, *phi_parameters(x)], (3, 2), (6, 3), call=sublayer, saves=True),
-    "mhc_seam": Op(seam_inputs, (2, 2), (3, 3), (1e-6, True)),
-    "single_pass": Op(single_pass_inputs, (3, 2), (4, 3), call=single_pass, saves=True),
-    "mhc_dynamic": Op(
-        lambda x: [x, *phi_parameters(x), weight(x)], (3, 2), (6, 3), call=dynamic_layer, saves=True
-    ),
+    "single_pass": fused("mhc_single_pass", statics=SINGLE_PASS, rows=((3, 2), (4, 3))),
+    "mhc_dynamic": composed(dynamic_layer, "x phi bias alpha weight"),
 }
+TIMED = {op.call for op in SPECIAL.values()}
+OPS = {name: fused(name) for name in FUSED_OPS if name not in TIMED} | SPECIAL
 
 TARGETS = ("stream_mix_add_per_token", "stream_aggregate", "mhc_pre", "sublayer")
 LARGE = [(65536, 4, 1024), (16384, 4, 4096)]
 
 
+def shape_of(op: Op, name: str, shape: tuple[int, int, int]) -> tuple[int, ...]:
+    B, n, C = shape
+    sizes = {"B": B, "n": n, "C": C, "K": n * C, "P": 1 if op.head else 3}
+    sizes["L"] = n if op.head else 2 * n + n * n
+    return tuple(sizes[axis] for axis in (op.arrays.get(name) or axes(name, None)).split())
+
+
+def make_array(op: Op, name: str, shape: tuple[int, int, int], dtype: mx.Dtype) -> mx.array:
+    """Draw one array; streams and y have that dtype."""
+    draw = ARRAYS[name][1] if name in ARRAYS else uniform(0.1, 1.0)
+    a = draw(shape_of(op, name, shape))
+    return a.astype(dtype) if name in ("x", "y", "logits") else a
+
+
 def make_inputs(op: str, shape: tuple[int, int, int], dtype: mx.Dtype) -> list[mx.array]:
     """Make random arrays for one call."""
-    return OPS[op].inputs(mx.random.normal(shape).astype(dtype))
+    found = {name: make_array(OPS[op], name, shape, dtype) for name in OPS[op].drawn}
+    return [found[name] for name in OPS[op].arrays]
 
 
 def function(module, op: str, **options):
@@ -134,7 +143,7 @@ def function(module, op: str, **options):
     call, statics = OPS[op].call, OPS[op].statics
     if callable(call):
         return lambda *arrays: call(module, *arrays, *statics, **options)
-    return lambda *arrays: getattr(module, call or op)(*arrays, *statics, **options)
+    return lambda *arrays: getattr(module, call)(*arrays, *statics, **options)
 
 
 def as_list(results) -> list[mx.array]:
@@ -154,12 +163,29 @@ def case_row(op: str, direction: str, shape: tuple[int, int, int], name: str) ->
     return {"op": op, "direction": direction, "dtype": name, "shape": list(shape)}
 
 
+@functools.cache
+def rows(op: str) -> tuple:
+    """Return the fewest rows of C elements per token that move forward and backward, a and b of
+    a * n + b: each array of a call, of its results and of their cotangents and gradients once."""
+    if OPS[op].rows:
+        return OPS[op].rows
+    shape = (5, 2, 3)  # sizes that differ; nothing is evaluated
+    arrays = [mx.zeros(shape_of(OPS[op], name, shape)) for name in OPS[op].arrays]
+    results = [a for a in as_list(function(reference, op)(*arrays)) if a is not None]
+
+    def count(*lists):
+        shapes = [a.shape for arrays in lists for a in arrays]
+        return shapes.count(shape), shapes.count((shape[0], shape[2]))
+
+    written = [a for a in results if all(a is not b for b in arrays)]  # not x passed through
+    return count(arrays, written), count(arrays, results, arrays)
+
+
 def mandatory_bytes(op: str, direction: str, shape: tuple[int, int, int], dtype: mx.Dtype) -> int:
     """Return the fewest bytes that an op can move."""
     B, n, C = shape
     if op == "sinkhorn_knopp":  # logits, h_res float32; logits, dh_res float32, dlogits
         forward, backward = B * n * C * (dtype.size + 4), B * n * C * (2 * dtype.size + 4)
     else:
-        rows = OPS[op].forward, OPS[op].backward
-        forward, backward = ((a * n + b) * B * C * dtype.size for a, b in rows)
+        forward, backward = ((a * n + b) * B * C * dtype.size for a, b in rows(op))
     return {"forward": forward, "backward": backward}.get(direction, forward + backward)

@@ -15,13 +15,26 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+
+__all__ = [
+    "Output",
+    "check_strings",
+    "is_stream",
+    "make_parser",
+    "memory",
+    "open_to_append",
+    "read",
+    "text",
+    "write_all",
+]
 
 _OPEN_FILE = re.compile(r"/dev/(fd/|std(in|out|err)$)|/proc/")  # these lead to open files
 
 
-def make_parser(command: str, description: str | None, **options) -> argparse.ArgumentParser:
+def make_parser(command: str, description: str | None, **options: Any) -> argparse.ArgumentParser:
     """Make a parser that takes no abbreviations, and whose help has the description as it is."""
     kind = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(
@@ -31,7 +44,7 @@ def make_parser(command: str, description: str | None, **options) -> argparse.Ar
 
 def memory() -> int:
     """Return the bytes that the default device has."""
-    info = mx.device_info() if mx.default_device().type == mx.gpu else {}
+    info: dict[str, Any] = mx.device_info() if mx.default_device().type == mx.gpu else {}
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return info.get("memory_size", info.get("total_memory", physical))
 
@@ -40,7 +53,9 @@ def _refuse(constant: str):
     raise ValueError(f"it holds {constant}, which is no number")
 
 
-def read(option: str, file: str, what: str = "", check: Callable = lambda data: None):
+def read(
+    option: str, file: str, what: str = "", check: Callable[[Any], object] = lambda data: None
+) -> Any:
     """Return what a JSON file holds, if check, which raises ValueError with the reason, lets it
     pass.
 
@@ -64,7 +79,7 @@ def read(option: str, file: str, what: str = "", check: Callable = lambda data: 
     return data
 
 
-def check_strings(report, *names: str) -> None:
+def check_strings(report: Any, *names: str) -> None:
     """Raise ValueError unless a report is an object with these strings, such as device and date."""
     if not isinstance(report, dict):
         raise ValueError(f"it holds {type(report).__name__}, not an object")
@@ -98,7 +113,7 @@ def _lines(value, margin: str = "\n") -> str:
     return left + ",".join(f"{margin} {entry}" for entry in entries) + margin + right
 
 
-def text(report: dict) -> str:
+def text(report: dict[str, Any]) -> str:
     """Return the report as JSON: each of its entries stands on a line, and so does each row, an
     object in a list; infinities and NaN are the strings "inf", "-inf", "nan"."""
     return _lines(_finite(report)) + "\n"
@@ -157,7 +172,21 @@ class Output:
         ValueError: "{option} must be ... but ...": it cannot be written.
     """
 
-    def __init__(self, option: str, file: str | None, what: str, check, reader: Callable = read):
+    option: str
+    file: Any  # a str, or None
+    failed: bool
+    target: str
+    unfinished: str
+    stream: bool
+
+    def __init__(
+        self,
+        option: str,
+        file: str | None,
+        what: str,
+        check: Callable[[Any], object],
+        reader: Callable[..., object] = read,
+    ):
         self.option, self.file, self.failed = option, file, False
         if file is None:
             return
@@ -198,7 +227,7 @@ class Output:
             must = f"{self.option} must be a file, a pipe or a character device"
             raise ValueError(f"{must} but is {self.file}")
 
-    def _write(self, report: dict) -> None:
+    def _write(self, report: dict[str, Any]) -> None:
         if self.stream:
             descriptor = open_to_append(Path(self.file))
             try:
@@ -217,7 +246,7 @@ class Output:
                 os.remove(self.unfinished)
             raise
 
-    def update(self, report: dict) -> None:
+    def update(self, report: dict[str, Any]) -> None:
         """Write a report that is not complete yet; a failure is told once, and `finish` tries
         again."""
         if self.file is None or self.stream:
@@ -229,7 +258,7 @@ class Output:
                 print(f"{self.option} {self.file} cannot be written now: {error}", file=sys.stderr)
             self.failed = True
 
-    def finish(self, report: dict) -> str | None:
+    def finish(self, report: dict[str, Any]) -> str | None:
         """Write the report, or else print it and say why it could not be written."""
         if self.file is None:
             return None
@@ -242,7 +271,9 @@ class Output:
         return None
 
     @contextlib.contextmanager
-    def finishing(self, report: dict, measured: Callable[[], object]) -> Iterator[list[str]]:
+    def finishing(
+        self, report: dict[str, Any], measured: Callable[[], object]
+    ) -> Iterator[list[str]]:
         """Write the report at the end, or at an exception if something was measured until then.
 
         Yields:

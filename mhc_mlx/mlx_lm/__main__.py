@@ -5,7 +5,9 @@ import functools
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -41,7 +43,8 @@ def _random_model(d: int, layers: int) -> nn.Module:
         index_head_dim=64,
     )
     model = stock.Model(args)
-    for k, hc in enumerate(m for m in model.modules() if isinstance(m, stock.HyperConnection)):
+    sites: list[Any] = [m for m in model.modules() if isinstance(m, stock.HyperConnection)]
+    for k, hc in enumerate(sites):
         hc.fn = random_sites(d, 1)[0].hc.fn
         hc.base = mx.random.normal(hc.base.shape, key=mx.random.key(k))
     keep = model.cast_predicate
@@ -76,7 +79,7 @@ def _numbers(option: str, text: str) -> list[int]:
     return numbers
 
 
-def _check_tokens(tokens: tuple[int, ...], d: int) -> None:
+def _check_tokens(tokens: Sequence[int], d: int) -> None:
     """Check the memory: for 4 streams mlx-lm makes 32 float32 arrays of the size of x."""
     needed, size = 4 * 4 * d * 32 * max(tokens), memory()
     if needed > size:
@@ -146,7 +149,7 @@ def _load(args: argparse.Namespace) -> nn.Module:
     try:
         return mlx_lm.load(args.model)[0]
     except (OSError, ValueError) as error:
-        args.error(f"--model must be what mlx_lm.load takes but is {args.model}: {error}")
+        return args.error(f"--model must be what mlx_lm.load takes but is {args.model}: {error}")
 
 
 def _measures(args: argparse.Namespace):
@@ -168,7 +171,7 @@ def _measures(args: argparse.Namespace):
         yield "bench", functools.partial(bench, model, args.lengths or (512, 2048))
 
 
-def main(argv: list[str] | None = None) -> dict:
+def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run ``python -m mhc_mlx.mlx_lm``."""
     argv = sys.argv[1:] if argv is None else argv
     args = _parse(argv)

@@ -4,15 +4,17 @@
     python tests/mutation/bodies.py run launches.json metal,cuda mhc_pre mhc_seam
     python tests/mutation/bodies.py run launches.json nvrtc mhc_pre        compile alone
 
-The cases of test_traffic.py, whose loads and stores are pinned, and those of cases.py: as many as
-show every template argument of the bodies, for the least compiling. The rungs are the simulator's
-rules, parity and traffic on Metal's and CUDA's text, then the dialect, then NVRTC.
+The cases of test_traffic.py, whose loads and stores are pinned, and those of cases.py: those
+that show most pairs of template arguments of the bodies, for the least compiling, then those on
+which planted.py has mistakes in the bodies. The rungs are the simulator's rules, parity and traffic
+on Metal's and CUDA's text, then the dialect, then NVRTC.
 """
 
 import functools
 import json
 import sys
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, from a checkout
@@ -27,15 +29,15 @@ from mhc_mlx import launch, ops  # noqa: E402
 from mutation.planted import PLANTED, run  # noqa: E402
 
 FORMS = {"metal": "simulator", "cuda": "simulator, CUDA"}
-MOST, ALIKE = 14, 2  # cases in all; of the dialect and of NVRTC, variants of a body
-CORNER = 8  # what a corner of a body is worth, in kinds
+MOST, ALIKE = 16, 2  # cases in all; of the dialect and of NVRTC, variants of a body
+CORNER = 64  # what a corner of a body is worth, in pairs
 COMPILE = 3.0  # seconds for a variant; running a case takes about one
 PINNED_CASES = {str(case): lines for case, *lines in PINNED}
 GROUPS = {k: getattr(ops.tiling, k) for k in executors.FEW_GROUPS}
 
 
 def every_case() -> dict[str, cases.Case]:
-    lists = [cases.COVERING, cases.DYNAMIC, cases.SINGLE, cases.RINGED]
+    lists = [cases.CASES, cases.RINGED]
     lists += [[c for c, *_ in PINNED], [m.case for m in PLANTED]]
     return {str(c): c for one in lists for c in one if c.tokens}
 
@@ -44,12 +46,12 @@ def launches(case: cases.Case, form: str) -> list[tuple]:
     """The arguments of each launch, computed by nobody."""
     found = []
 
-    def run(name, inputs, outputs, groups, threads, template, verbose=False):
+    def recorded(name, inputs, outputs, groups, threads, template, verbose=False):
         found.append((name, inputs, outputs, groups, threads, template))
         return [mx.zeros(*spec) for spec in outputs.values() if spec is not None]
 
     with executor("nvrtc"):
-        launch.run = run
+        launch.run = recorded
         launch.backend = lambda: form
         executors.set_tiling(**executors.FEW_GROUPS)
         try:
@@ -89,19 +91,21 @@ def corners(case: cases.Case) -> list[tuple[str, bool]]:
 
 
 def chosen(known: dict, forms: list[str], bodies: set[str]) -> list[tuple[str, str]]:
-    """(form, case): first what shows most that is new of the bodies for the compiling it takes."""
+    """(form, case): first what shows most that is new of the bodies for the compiling it takes. New
+    is each pair of what launches differ in. Then the cases of mistakes planted by hand."""
     shows, cost, each = {}, {}, every_case()
     for form in forms:
         for name, variants in known[form].items():
-            mine = [(body, json.loads(t)) for body, t in variants if body in bodies]
-            if mine and name in each:
-                shows[form, name] = {(b, k, str(v)) for b, t in mine for k, v in t.items()}
-                shows[form, name] |= {(b, *kind) for b, _ in mine for kind in kinds(each[name])}
-                rare = [kind for kind, true in corners(each[name]) if true]
-                shows[form, name] |= {
-                    (b, kind, k) for b, _ in mine for kind in rare for k in range(CORNER)
-                }
-                cost[form, name] = 1 + COMPILE * len(mine) + len(variants) / 4
+            of_bodies = [(body, json.loads(t)) for body, t in variants if body in bodies]
+            if not of_bodies or name not in each:
+                continue
+            case, pairs = each[name], set()
+            for body, template in of_bodies:
+                options = [*((k, str(v)) for k, v in template.items()), ("form", form)]
+                pairs |= {(body, *p) for p in combinations(options + kinds(case), 2)}
+            corner = [(k, n) for k, true in corners(case) if true for n in range(CORNER)]
+            shows[form, name] = pairs | {(b, c) for b, _ in of_bodies for c in corner}
+            cost[form, name] = 1 + COMPILE * len(of_bodies) + len(variants) / 4
     found, seen = [], set()
     while shows and len(found) < MOST:
         best = max(
@@ -110,7 +114,8 @@ def chosen(known: dict, forms: list[str], bodies: set[str]) -> list[tuple[str, s
         )
         seen |= shows.pop(best)
         found.append(best)
-    return found
+    planted_on = [str(m.case) for m in PLANTED if m.body in bodies]
+    return list(dict.fromkeys(found + [(forms[0], name) for name in planted_on]))
 
 
 def executed(case: cases.Case, form: str) -> tuple[dict[str, str], list[str]]:

@@ -15,8 +15,8 @@ from mutation.operators import ROOT, Mutant, sources, without_comments
 # Seconds to compile a changed variant, by what launches it.
 COMPILE = {"simulator": 3.0, "simulator, CUDA": 4.0, "dialect": 0.4, "nvrtc": 1.2}
 FORMS = {"metal": ("simulator", "dialect"), "cuda": ("simulator, CUDA", "nvrtc")}
-FIRST_ON_CUDA = "cuda.h"
-ONLY_GPU = re.compile(r"/(ptx|cuda)\.h$")  # the simulator has its own in their place
+FIRST_ON_CUDA = "include/cuda/metal_words.h"
+ONLY_GPU = re.compile(r"/cuda/(ptx|metal_words)\.h$")  # the simulator has its own in their place
 # They quote bodies' texts, need a GPU, or compile every case before their first.
 SLOW = "tests/proof/test_nvrtc.py::test_compiles_without_spills"
 LEFT_OUT = re.compile(rf"tests/(mutation/|ops/test_gpu|proof/test_freeze)|{SLOW}")
@@ -138,9 +138,8 @@ def tree(file: str) -> ast.Module:
 
 def backends(file: str) -> tuple[str, ...]:
     """Those that a kernel text is for."""
-    if re.search(r"cuda|ptx", file):
-        return ("cuda",)
-    return ("metal",) if re.search(r"_metal\.h|/metal/", file) else ("metal", "cuda")
+    one = re.search("include/(metal|cuda)/", file)
+    return (one.group(1),) if one else ("metal", "cuda")
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from cases import Case
 from proof import results
 
 from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, launch, ops
-from mhc_mlx.conventions import IDENTITY, KRONECKER
+from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE
 
 
 @contextlib.contextmanager
@@ -109,6 +109,7 @@ ADD = Case("stream_mix_add", (5,), 4, 64)
 ADD_FOUR = replace(ADD, per_token=(True, True))
 SINKHORN = Case("sinkhorn_knopp", (101,), 4, 4, convention=ROW_FIRST)
 SINKHORN_3 = Case("sinkhorn_knopp", (101,), 3, 3, convention=DEEPSEEK_V4)
+SINKHORN_64 = Case("sinkhorn_knopp", (3,), 64, 64, convention=replace(PAPER, iters=2))
 ADDITIVE_4 = replace(SINKHORN, convention=ADDITIVE)
 READ = Case("stream_aggregate", (5,), 4, 64)
 READ_EACH = Case("stream_aggregate", (5,), 3, 129, per_token=(True, False))
@@ -124,6 +125,7 @@ ONE_CHUNK = Call("mhc_pre", (129,), 4, 8, convention=PAPER, one_chunk=True)
 MADE_TWICE = Call("mhc_pre", (5,), 4, 1280, convention=PAPER, threads=96)  # u, not kept
 SHARED_U = Case("mhc_pre", (19,), 4, 1280, "bfloat16", PAPER)  # two simdgroups share u
 IDENTITY_32 = Case("mhc_pre", (20,), 32, 8, convention=IDENTITY)  # three blocks, two shares
+TRANSPOSED = Case("mhc_pre", (5,), 3, 31, convention=replace(MHC_LITE, transposed=True))
 FACTORS = Case("mhc_pre", (5,), 4, 31, convention=KRONECKER)
 RINGED = Case("mhc_pre", (17,), 4, 256, "bfloat16", PAPER, norm=False)  # several runs a slice
 MULTIPLIED = replace(RINGED, C=64)  # three tiles
@@ -143,7 +145,7 @@ SEAM_LONG = Case("mhc_seam", (3,), 2, 8224, "bfloat16", per_token=(True, True)) 
 # fmt: off
 TABLE = {
     "mhc_fused common.h": [
-        (STATIC, "unaligned slices in packs", UNALIGNED, "if (whole) return", "return"),
+        (STATIC, "unaligned slices in packs", UNALIGNED, "if (aligned) return", "return"),
         (RAGGED, "a barrier that orders nothing", f"{RACE}; dialect: mem_none; nvrtc: mem_none",
          BARRIER, BARRIER.replace("_threadgroup)", "_none)")),
         (RAGGED, "half a simdgroup at a simd operation", "rules: not all threads reach one barrier",
@@ -167,7 +169,7 @@ TABLE = {
          "float pre[N]", "float pre[N + 8192]"),
     ],
     "stream_mix_add": [
-        (ADD_FOUR, "wrong stride of h_res", f"{WRONG}; {MOVED}", "(t) * MIXES", "(t) * N"),
+        (ADD_FOUR, "wrong stride of h_res", f"{WRONG}; {MOVED}", "(t) * TOKEN_MIXES", "(t) * N"),
         (ADD, "y of the first token", f"{WRONG}; {MOVED}", "y + size_t(t) * size_t(C)", "y"),
     ],
     "mhc_fused_backward": [
@@ -182,17 +184,18 @@ TABLE = {
         (SINKHORN_3, "orientation ignored", WRONG, "OUT_COLUMNS ? j", "false ? j"),
     ],
     "sinkhorn_knopp sinkhorn.h": [
+        (SINKHORN_64, "the first half's sums alone", WRONG, "scratch[64 + lane]", "scratch[lane]"),
         (SINKHORN, "halves exchanged", WRONG, "high ? v[j] : v[j + O]", "high ? v[j + O] : v[j]"),
     ],
     "sinkhorn_knopp_backward": [
         (SINKHORN, "a divisor for all lanes", RACE, "divisors + tid", "divisors"),
     ],
     "sinkhorn_knopp_backward sinkhorn_backward.h": [
-        (SINKHORN, "p not restored", WRONG, "p[j] *= shared", "shared"),
+        (SINKHORN, "p not restored", WRONG, "p[j] *= published", "published"),
         (ADDITIVE_4, "its own divisor for all", WRONG, "RECIPROCAL(all[j])", "RECIPROCAL(d)"),
     ],
     "sum_partials": [
-        (MANY, "a column too many", BOUNDS, "tid < COLUMNS", "tid < COLUMNS + 1"),
+        (MANY, "a column too many", BOUNDS, "PER_GROUP && p <", "PER_GROUP + 1 && p <"),
     ],
     "stream_aggregate": [
         (READ_EACH, "wrong stride of h_pre", f"{WRONG}; {MOVED}", "(t) * N + j", "(t) + j"),
@@ -201,10 +204,11 @@ TABLE = {
         (READ, "du of the first token", f"{WRONG}; {MOVED}", "du + size_t(t) * size_t(C)", "du"),
     ],
     "mixing_matrix": [
-        (FACTORS, "factors in another order", WRONG, "R / 2 - 1 - b", "b"),
+        (TRANSPOSED, "transposes by rows", WRONG, "TRANSPOSED ?", "false ?"),
+        (FACTORS, "factors in another order", WRONG, "NUM_LOGITS / 2 - 1 - b", "b"),
     ],
     "mixing_matrix_backward": [
-        (FACTORS, "sigmoid's slope dropped", WRONG, " * mhc::sigmoid(-own)", ""),
+        (FACTORS, "sigmoid's slope dropped", WRONG, " * mhc::sigmoid(-z_b)", ""),
     ],
     "mhc_pre": [
         (PRE_4, "ragged rows loaded whole", OUTSIDE, "K % 32 == 0", "K % 4 == 0"),
@@ -212,7 +216,7 @@ TABLE = {
         (MADE_TWICE, "h_pre of another token", DIFFER, "pre + i * N, C, C - c0", "pre, C, C - c0"),
         (IDENTITY_32, "a tile for each of its shares", NOBODY, "grid.x / SPLITS *", "grid.x *", 1),
         (IDENTITY_32, "a share past the last output", "traffic: x",
-         "begin + SHARE < OUTS ?", "true ?"),
+         "= logit_begin + LOGITS_PER_GROUP <", "= -1 <"),
         (SHARED_U, "no barrier after squares are added", RACE, BARRIER, "", 3),
     ],
     "mhc_pre coefficients.h": [
@@ -221,12 +225,12 @@ TABLE = {
     "mhc_pre streams.h": [
         (PRE_RUNS, "a lane's second pack its first", DIFFER, "+ j) * C + k * 32 * VEC", "+ j) * C"),
     ],
-    "mhc_pre tiles.h": [
+    "mhc_pre phi_product.h": [
         (PRE_LONG, "tokens past the last", OUTSIDE, "t < tokens ? t", "true ? t"),
         (PRE, "half a simdgroup at a product", "rules: simd operations",
          "multiply_add(sum", "if (lane < 16) multiply_add(sum"),
     ],
-    "mhc_pre tiles_metal.h": [
+    "mhc_pre metal/matrices.h": [
         (PRE, "sums transposed", RACE,
          "sum_token(int lane) { return matrix_row", "sum_token(int lane) { return matrix_column"),
         (PRE, "lanes in another order", RACE, "lane / 2 % 4", "lane / 4 % 4"),
@@ -234,20 +238,20 @@ TABLE = {
          "(md, ma, mb, md)", "(md, ma, mb, d[0])"),
         (PRE, "a tile in no address space", "dialect: address space", "(thread XTile", "(XTile"),
     ],
-    "mhc_pre ptx.h": [
+    "mhc_pre cuda/ptx.h": [
         (PRE, "a longer instruction", "nvrtc: mma", "m16n8k8", "m16n8k16"),
     ],
-    "mhc_pre tiles_cuda.h": [
+    "mhc_pre cuda/matrices.h": [
         (PRE, "the last bits of phi", WRONG, "phi, PHI)", "phi, 0)"),
         (RINGED, "an element for two", WRONG, "= w << 16", "= w & 0xffff0000u"),
     ],
-    "mhc_pre ring_cuda.h": [
-        (RINGED, "a run before it is there", UNWRITTEN, "<STAGES - 1>", "<STAGES>"),
-        (RINGED, "a ring for all simdgroups", RACE, "c.simd * STAGES", "0 * STAGES"),
+    "mhc_pre cuda/phi_product_ring.h": [
+        (RINGED, "a run before it is there", UNWRITTEN, "<SLOTS - 1>", "<SLOTS>"),
+        (RINGED, "a ring for all simdgroups", RACE, "runs.simd * SLOTS", "0 * SLOTS"),
         (PRE, "odd rows as even ones", DIFFER, "(lane / 4 & 1)", "0"),
     ],
     "mhc_pre_backward_generic": [
-        (PRE_12, "dp by every share", TWO, "if (begin == 0) dp", "dp"),
+        (PRE_12, "dp by every share", TWO, "if (channel_begin == 0) dp", "dp"),
         (PRE, "phi of the first stream", f"{WRONG}; traffic: phi", "phi + (j * C + c)", "phi + c"),
     ],
     "mhc_pre_backward_phi": [
@@ -259,35 +263,37 @@ TABLE = {
     ],
     "mhc_seam": [
         (SEAM, "no barrier before ready coefficients", UNWRITTEN,
-         "if (BACK || !SWEPT) thr", "if (false) thr"),
-        (SEAM_LONG, "u kept where it is made twice", f"{WRONG}; traffic: x 1", " || !KEPT)", ")"),
+         "  if (WRITE_BACK || !FROM_PARTIAL_LOGITS) thr", "  if (false) thr"),
+        (SEAM_ROUNDED, "u not rounded", "parity: times what", "ROUND_U && NORM", "false"),
+        (SEAM_LONG, "u cached where it is made twice", f"{WRONG}; traffic: x 1",
+         " || !U_CACHED)", ")"),
     ],
     "mhc_seam_backward": [
-        (SEAM_ROUNDED, "dweight of unrounded units", WRONG, "(ROUND ? st", "(false ? st"),
+        (SEAM_ROUNDED, "dweight of unrounded units", WRONG, "(ROUND_U ? st", "(false ? st"),
     ],
-    "mhc_seam_backward seam.h": [
+    "mhc_seam_backward seam_channel.h": [
         (SEAM_RAGGED, "out not rounded", WRONG, "static_cast<float>(static_cast<T>(o))", "o"),
     ],
     "mhc_pre_backward_coefficients": [
-        (MULTIPLIED, "another line's entry", WRONG, "place == j ? v", "line == j ? v"),
+        (MULTIPLIED, "another line's entry", WRONG, "entry_in_line == j", "line == j"),
         (TWICE, "dweight of the last token", f"{WRONG}; traffic: partial",
-         "i > 0 || first != self * OWN", "false"),
+         "i > 0 || first != team * TOKENS_PER_TURN", "false"),
     ],
     "mhc_pre_backward_projection": [
-        (CHUNKS, "sums of all chunks in one row", TWO, "(id / groups) * OUTS", "(0) * OUTS"),
+        (CHUNKS, "sums of all chunks in one row", TWO, "(id / groups_per_chunk) *", "(0) *"),
         (MULTIPLIED, "another stream's phi", f"{WRONG}; {MOVED}", "phi + (j * C + c0)", "phi + c0"),
     ],
-    "mhc_pre_backward_projection products.h": [
-        (RAGGED_PRODUCTS, "channels past the last", TWO, "if (e < left) to", "to"),
+    "mhc_pre_backward_projection phi_gradient.h": [
+        (RAGGED_PRODUCTS, "channels past the last", TWO, "if (e < remaining) to", "to"),
     ],
-    "mhc_pre_backward_projection products_metal.h": [
+    "mhc_pre_backward_projection metal/phi_gradient_matrices.h": [
         (MULTIPLIED, "the last tile's sums alone", WRONG, "[p][e] +=", "[p][e] ="),
     ],
-    "mhc_pre_backward_projection ptx.h": [
+    "mhc_pre_backward_projection cuda/ptx.h": [
         (MULTIPLIED, "a transpose of bytes", "nvrtc: movmatrix", "m8n8.trans.b16 %0",
          "m8n8.trans.b8 %0"),
     ],
-    "mhc_pre_backward_projection products_cuda.h": [
+    "mhc_pre_backward_projection cuda/phi_gradient_matrices.h": [
         (MULTIPLIED, "dx_out in du's place", UNWRITTEN, "PASSED, from.dx_out", "DU, from.dx_out"),
         (MULTIPLIED, "tokens not in pairs", WRONG, "= transposed(reint", "= (reint"),
         (STAGES, "a tile too late", UNWRITTEN, "copies<SLOTS - 1>", "copies<SLOTS>"),
@@ -299,7 +305,8 @@ TABLE = {
 def mistake(place: str, case: Case, what: str, caught: str, *edit) -> Mistake:
     body, _, header = place.partition(" ")
     rungs = dict(one.split(": ") for one in caught.split("; "))
-    return Mistake(what, body, header or f"{body}.metal", case, rungs, *edit)
+    file = f"include/{header}" if header else f"{body}.metal"
+    return Mistake(what, body, file, case, rungs, *edit)
 
 
 PLANTED = [mistake(place, *row) for place, rows in TABLE.items() for row in rows]

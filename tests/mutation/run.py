@@ -60,7 +60,7 @@ from mutation.survivors import why  # noqa: E402
 
 MAP = ROOT / ".mutation" / "map.json.gz"
 COPIED = ("mhc_mlx", "kernels", "tests", "benchmarks", "examples", "benchmark.py")
-COPIED += ("pyproject.toml", "README.md", "ONBOARDING.md", "LICENSE", ".ci", ".gitignore")
+COPIED += ("docs", "pyproject.toml", "README.md", "ONBOARDING.md", "LICENSE", ".ci", ".gitignore")
 FACTOR = 5  # how much longer than without a mutant tests take before they count as hanging
 BODIES = 300.0  # seconds for bodies.py, at most
 WITHOUT_GPU = ["tests/proof/test_nvrtc.py::test_instructions_of_ptx"]  # can see some of that

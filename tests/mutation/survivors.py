@@ -6,37 +6,77 @@ An entry is of all mutants of the file that only make the first words of a line 
 
 from mutation.operators import Mutant
 
+CAST = "C++ converts the value to the same without the cast"
+SET_LATER = "it is set before it is read"
+SLOWER = "single loads give the same as packs"
+LEAST = "where both are equal either is the least"
 PREFETCHED = "it only prefetches: what is loaded is the same"
 UNROLLED = "it is how far a loop is unrolled"
 BYTES = "an element has 2 or 4 bytes: 17 // of that is the same"
 
 # fmt: off
 EQUIVALENT = {
+    "mhc_pre_partial_logits.metal": [
+        ("8 / mhc::PHI_ROWS>()", "9 / mhc::PHI_ROWS>()", "a pack has at most 16 bytes either way"),
+        ("o0 < NUM_LOGITS;", "o0 < NUM_LOGITS - 1;",
+         "for n <= 8 the logits are never one more than whole blocks"),
+    ],
+    "mhc_seam.metal": [
+        ("BUFFERS = N <= 8", "BUFFERS = N < 8",
+         "one place for coefficients and one barrier more do the same as two places"),
+        ("r = 1.0f;", "r = 1.5f;", "without a norm r is not read"),
+    ],
+    "streams.h": [
+        ("8 ? N : 1;", "8 ? 1 : N;", UNROLLED),
+    ],
+    "mixing_matrix_backward.metal": [
+        ("static_cast<DLOGITS_T>(-", "(-", CAST),
+    ],
+    "coefficients.h": [
+        ("projection_lanes(N, START,", "projection_lanes(START, N,",
+         "one lane and a line per lane give the same matrix"),
+    ],
+    "mhc_fused_backward.metal": [
+        ("STREAMS + i]);", "STREAMS - i]);",
+         "STAY_PACKED only tells NVRTC to keep registers packed"),
+        ("du[CHANNEL_STEP] = {}", "du[CHANNEL_STEP]", SET_LATER),
+    ],
     "mhc_fused_backward_wide.metal": [
-        ("< 8 ? LINES", "< 9 ? LINES", "of 8 lines both branches are 8"),
+        ("MIX && N <= 32", "MIX && N < 32",
+         "h_res of 32 streams is read from device memory instead"),
+        ("SIMDGROUP < 8 ?", "SIMDGROUP < 9 ?", "of 8 lines both branches are 8"),
         ("i0 + q : 0) * PITCH", "i0 + q : 1) * PITCH",
          "a row past the last is any other, R >= 9: what it adds to g_res is not stored"),
     ],
     "mhc_pre.metal": [
+        ("PER_GROUP < NUM_LOGITS ?", "PER_GROUP <= NUM_LOGITS ?", LEAST),
+        ("(phase == 0) mhc::read", "(phase != 0) mhc::read",
+         "it is a hint to the cache which loads are the last"),
         ("LANES + 31", "LANES",
          "a simdgroup that projects makes u of some tokens too: another makes the same"),
     ],
     "mhc_pre_backward_generic.metal": [
+        ("C / VEC + SPLITS", "C * VEC + SPLITS",
+         "the first threadgroups take more channels: each is still one's"),
         ("+ SPLITS - 1", "+ SPLITS",
          "the last threadgroup has fewer channels: each is still one's"),
         ("8 ? N : 1;", "8 ? N : 2;", UNROLLED),
     ],
     "mhc_pre_backward_projection.metal": [
-        ("tokens, C - own", "tokens, C + own", PREFETCHED),
+        ("(!HAS_DU || mhc", "(!HAS_DU && mhc", SLOWER),
+        ("RING_BYTES > 0 &&", "RING_BYTES >= 0 &&",
+         "without a ring asking for a tile does nothing"),
+        ("tokens, C - first", "tokens, C + first", PREFETCHED),
     ],
     "mhc_seam_backward.metal": [
         ("at * N,", "at,", "at is 0: what is CACHED takes one pass"),
     ],
     "mhc_pre_backward_coefficients.metal": [
+        ("u_dot_x = 0.0f", "u_dot_x", SET_LATER),
         ("= 2 * N + 2;", "= 2 * N + 3;",
          "rows of sums lie one float further apart, which no one reads"),
     ],
-    "products_cuda.h": [
+    "cuda/phi_gradient_matrices.h": [
         ("<__nv_bfloat16> = 1;", "<__nv_bfloat16> = 2;",
          "the second part of a bfloat16 is zero: work more, the same sums"),
         ("[SPAN / 8][", "[SPAN * 8][", "elements that no one uses take no registers"),
@@ -64,7 +104,7 @@ EQUIVALENT = {
         ("classes, strict=True)", "classes, strict=False)",
          "the classes are listed one per module, so lengths never differ"),
     ],
-    "ops/geometry.py": [
+    "ops/tiling.py": [
         ("16 // size", "17 // size", BYTES),
         ("16 // dtype.size", "17 // dtype.size", BYTES),
         ("n * vec > 64", "n * vec > 65",
@@ -78,11 +118,8 @@ EQUIVALENT = {
         ("block, 1)", "block, 2)",
          "the last line of the function sets splits, which nothing reads before"),
         ("32 >> (n", "33 >> (n", "of one stream both are more than 8, of others the same"),
-        ("held <= room", "held < room",
-         "both sides divided by 8 * simds: 4 * held is no odd number times one or two tiles"),
-    ],
-    "ops/static.py": [
-        ("n: int = 0,", "n: int = 1,", "n is read with gates alone, and their caller passes it"),
+        ("lane_packs <= sums", "lane_packs < sums",
+         "both sides divided by 8 * simds: 4 * lane_packs is no odd number times one or two tiles"),
     ],
 }
 # fmt: on

@@ -61,6 +61,6 @@ def test_nothing_to_catch(case, body, need_all):
 
 
 def test_enough():
-    """Every body has mistakes, and every rung is the only one to catch some."""
-    assert {m.body for m in PLANTED} == {f.stem for f in launch._FOLDERS[1].glob("*.metal")}
+    """Every rung is the only one to catch some; a body without any has its mutants by operators."""
+    assert {m.body for m in PLANTED} <= {f.stem for f in launch._FOLDERS[1].glob("*.metal")}
     assert {r for m in PLANTED if len(m.caught) == 1 for r in m.caught} == set(RUNGS)

@@ -13,11 +13,15 @@ from cases import (
     DTYPES,
     DYNAMIC,
     EXACT,
+    FUSED,
     MAX_VARIANTS,
+    OF_LOGITS,
+    OPS,
     OUTPUT_ULPS,
     PROJECTED,
     REFERENCE,
     SINGLE,
+    STANDARD,
     ULP,
     UNUSUAL,
     Case,
@@ -27,9 +31,8 @@ from proof.compare import check_bounds, doubles, several
 
 from mhc_mlx import PAPER, ops, reference
 from mhc_mlx.conventions import SINKHORN
-from mhc_mlx.ops.autodiff import FUSED_OPS
 
-LISTS = (COVERING, DYNAMIC, SINGLE, UNUSUAL)
+LISTS = (COVERING, DYNAMIC, SINGLE, UNUSUAL, STANDARD)
 CASES = [case for cases in LISTS for case in cases]
 # The smallest call of each op that has several tokens, streams and channels: pytest -m quick.
 QUICK = [
@@ -37,7 +40,7 @@ QUICK = [
         (c for c in CASES if c.op == op and min(c.tokens, c.n, c.C) > 1),
         key=lambda c: c.tokens * c.n * c.C,
     )
-    for op in FUSED_OPS
+    for op in FUSED
 ]
 MARKED = [pytest.param(c, marks=pytest.mark.quick if c in QUICK else ()) for c in CASES]
 compiled: set = set()  # (rung, list of cases, variant)
@@ -57,13 +60,14 @@ def test_dynamic_covers():
 
 def test_unusual_covers():
     """Every op that has a constant, each of its constants unlike every preset's and default's."""
-    assert {c.op for c in UNUSUAL} == {*FUSED_OPS} - {"stream_aggregate", "stream_mix_add"}
+    constant = {op for op in FUSED if OPS[op].statics}
+    assert {c.op for c in UNUSUAL} == constant - {c.op for c in STANDARD}
     odd = {c.convention for c in UNUSUAL if c.convention}
     for name in ("eps", "pre_eps", "post_scale", "post_eps"):
         usual = {getattr(c, name) for c in (CONVENTIONS | EXACT).values()}
         users = [c for c in odd if name != "eps" or c.start in SINKHORN]
         assert min(abs(getattr(c, name) - v) for c in users for v in usual) >= 0.01, name
-    made = [c for c in UNUSUAL if c.op in (*PROJECTED, "mhc_single_pass")]
+    made = [c for c in UNUSUAL if c.op in OF_LOGITS]
     assert {c.norm_eps for c in made} == {0.25}
     assert {c.eps for c in UNUSUAL if c.op != "sinkhorn_knopp"} == {0.5}
     forms = {(c.start, c.first, c.transposed) for c in odd}
