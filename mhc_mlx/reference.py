@@ -197,7 +197,7 @@ def project(logits: mx.array, n: int, convention: Convention = PAPER) -> mx.arra
         p = mx.stack([_sigmoid(z), _sigmoid(-z)], axis=-1)
         pair = mx.stack([p, p[..., ::-1]], axis=-2)
         size = 2 * h_res.shape[-1]
-        # Each index adds one new axis, because vmap of MLX 0.32 misplaces two of one index.
+        # Each index adds one axis: with two, vmap of MLX 0.32 errs where it maps the last axis.
         h_res = h_res[..., :, None, :][..., None] * pair[..., None, :, :][..., None, :]
         h_res = h_res.reshape(*lead, size, size)
     return h_res
