@@ -136,21 +136,21 @@ def sinkhorn_knopp(logits: mx.array, convention: Convention = ROW_FIRST) -> mx.a
     if p.size == 0:
         return p
     if convention.in_logs:
-        p, done = _log_softmax(_log_softmax(p, axes[0]), axes[1]), 2
+        p, first_step = _log_softmax(_log_softmax(p, axes[0]), axes[1]), 2
     elif convention.start == "softmax":
-        p, done = _softmax(p) + eps, 1
+        p, first_step = _softmax(p) + eps, 1
     else:
-        p, done = mx.eye(p.shape[-1]) + p, 0
+        p, first_step = mx.eye(p.shape[-1]) + p, 0
     eps_part = 0.0  # eps over the divisor of the last half-step
     if convention.in_range(p.shape[-1]):
         p = mx.exp(p) if convention.in_logs else p
-        for k in range(done, half_steps):
+        for k in range(first_step, half_steps):
             d = _line_sum(p, axes[k % 2]) + eps
             p, eps_part = p / d, eps / d
     else:
         p = p if convention.in_logs else mx.log(p)
         log_d: list[float | mx.array] = [0.0, 0.0]  # logs of all divisors along axes[0], axes[1]
-        for k in range(done, half_steps):
+        for k in range(first_step, half_steps):
             a = p - log_d[0] - log_d[1]
             m = mx.stop_gradient(a.max(axis=axes[k % 2], keepdims=True))
             d = _line_sum(mx.exp(a - m), axes[k % 2]) + eps * mx.exp(-m)

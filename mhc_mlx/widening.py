@@ -114,8 +114,8 @@ class WidenedPipeline(WidenedStack):
 
 
 _STREAMS = "between which streams would have to travel"
-_LLAMA = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-_ADDED = ("connections", "enters", "leaves", "is_first", "is_last")
+_LLAMA = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}  # children of a block
+_ADDED = ("connections", "enters", "leaves", "is_first", "is_last")  # attributes of a WidenedBlock
 
 
 def _listed(module: nn.Module) -> list[Any]:

@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np  # mlx-lm needs it
 
-from .sites import Site, SiteOutputs, own_coefficients, run_site, stock, stock_site
+from .sites import Site, SiteOutputs, run_site, stock, stock_coefficients, stock_site
 
 
 def streams_dtype(text: stock.TextModel) -> mx.Dtype:
@@ -76,5 +76,5 @@ def site_errors(site: Site, x: mx.array, y: mx.array, repeats: int = 1) -> tuple
         return max(_error(got[k], a, x.dtype) for k, a in exact.items())
 
     ours = run_site(site.hc, x, y, site.norm)
-    theirs = stock_site(own_coefficients(site.hc), x, y, site.norm)
+    theirs = stock_site(stock_coefficients(site.hc), x, y, site.norm)
     return largest(ours), largest(theirs)

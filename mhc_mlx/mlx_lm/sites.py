@@ -142,7 +142,7 @@ class SinglePassConnection(stock.HyperConnection):
         return out, u if fuses_norm or norm is None else norm(u), h_pre
 
 
-def own_coefficients(hc: Any) -> Callable[..., Any]:
+def stock_coefficients(hc: Any) -> Callable[..., Any]:
     """mlx-lm's function of streams to coefficients, with the parameters of hc, patched or not."""
     return functools.partial(stock.HyperConnection.__call__, hc)
 

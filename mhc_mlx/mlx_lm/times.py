@@ -26,10 +26,10 @@ from .patch import _fails, as_stock
 from .sites import (
     SinglePassConnection,
     Site,
-    own_coefficients,
     run_site,
     stage_layers,
     stock,
+    stock_coefficients,
     stock_site,
     text_model,
 )
@@ -80,7 +80,7 @@ def _compiled_stock(n: int, iters: int, hc_eps: float, norm_eps: float, eps: flo
     fixed |= {"_eps": mx.array([hc_eps]), "_scale_ids": mx.array([0] * n + [1] * n + [2] * n * n)}
 
     def run(x, y, fn, base, scale, weight):
-        hc = own_coefficients(types.SimpleNamespace(**fixed, fn=fn, base=base, scale=scale))
+        hc = stock_coefficients(types.SimpleNamespace(**fixed, fn=fn, base=base, scale=scale))
         return stock_site(hc, x, y, lambda u: mx.fast.rms_norm(u, weight, eps))
 
     return mx.compile(run)
@@ -113,7 +113,9 @@ def _chains(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict[str, Callab
 
     return {
         "patched": chain(lambda site, x, y: run_site(site.hc, x, y, site.norm)),
-        "mlx-lm": chain(lambda site, x, y: stock_site(own_coefficients(site.hc), x, y, site.norm)),
+        "mlx-lm": chain(
+            lambda site, x, y: stock_site(stock_coefficients(site.hc), x, y, site.norm)
+        ),
         "mlx-lm, compiled": chain(lambda site, x, y: compiled(x, y, *arrays(site))),
     }
 
