@@ -13,7 +13,8 @@ import math
 from types import SimpleNamespace
 
 import mlx.core as mx
-from cases import ARRAYS, OPS, always, never
+from calls import always, never
+from cases import ARRAYS, OPS
 
 from mhc_mlx import reference
 from mhc_mlx.conventions import START_CODES, Convention
@@ -320,8 +321,8 @@ def promised(t: dict, given: dict, row: dict) -> dict:
         flag = f"{k.split('_')[-1]}_per_token".upper()  # a seam's coefficients are per token
         return (tokens,) * t.get(flag, t.get("PER_TOKEN", seam))
 
-    sizes = {"n": n, "C": C, "K": n * C, "L": L}
-    shapes = {k: a.shape(lead(k), sizes) for k, a in row.items()}
+    sizes = {"n": n, "C": C, "K": n * C, "L": L, "1": 1, "3": 3}
+    shapes = {k: a.shape(lead(k), sizes.get) for k, a in row.items()}
     each = {"dp": (L,), "token_factors": (n + 1,), "l": (L + 1,), "dz_res": (L - gates,)}
     each |= {"partial_logits": (-(-n * C // 32), L + 4), "dx_out": (n, C), "du": (C,)}
     each |= {"dout": (n, C) if t.get("MIX") or seam else (C,), "partial": (C,)}
