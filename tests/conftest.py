@@ -1,4 +1,4 @@
-"""Options, fixtures that every test may use, and the count of compiled kernel variants."""
+"""Options of pytest, fixtures for every test, and a summary of the kernel variants that ran."""
 
 import sys
 
@@ -32,7 +32,7 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def alone():
-    """A test draws the same numbers alone and among others, and leaves no executor behind."""
+    """Each test starts with the same seed, and must put `launch.run` back before it ends."""
     mx.random.seed(1)
     run = launch.run
     yield
@@ -41,7 +41,7 @@ def alone():
 
 @pytest.fixture
 def need(request):
-    """need(rung) skips, or with --all-rungs fails, where the rung cannot run."""
+    """need(rung) skips the test, or with --all-rungs fails it, if the rung cannot run here."""
 
     def need(rung: str) -> None:
         reason = missing(rung)
