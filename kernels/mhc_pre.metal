@@ -7,7 +7,8 @@
 //
 // in   x [tokens, N, C] T; phi [NUM_LOGITS, N * C] PHI_T, bias [NUM_LOGITS], alpha [parts], weight [C] any float,
 //      NUM_LOGITS = 2 N + R, with HEAD N, whose only part is pre;
-//      params [6] float: pre_eps, post_scale, post_eps, norm_eps, eps, the projection's eps
+//      params [6] float, by mhc::param: PRE_EPS, NORM_EPS; without HEAD POST_SCALE, POST_EPS; with PROJECT
+//      PROJECTION_EPS; with NORM EPS
 // out  h_pre [tokens, N] float (WRITE_H_PRE), h_post [tokens, N] float (without HEAD), h_res [tokens, N, N] float
 //      (PROJECT), logits [tokens, R] float (without PROJECT), u [tokens, C] T (WRITE_U),
 //      l [tokens, NUM_LOGITS + 1] float (SAVE_LOGITS): l, then the token's rsqrt(mean(x**2) + norm_eps)
@@ -77,7 +78,7 @@ for (uint first = threadgroup_position_in_grid.x / SPLITS * TILE_TOKENS; first <
       UNROLL for (int w = 0; w < SLICES; ++w) s += lane < PITCH ? sums[(w * TILE_TOKENS + i) * PITCH + lane] : 0.0f;
       const float x_dot_x = simd_shuffle(s, ushort(LOGITS_AT_ONCE));
       if (t < tokens && lane < LOGITS_AT_ONCE && o < NUM_LOGITS) {
-        const float scale = metal::precise::rsqrt(x_dot_x / static_cast<float>(K) + static_cast<float>(params[3]));
+        const float scale = metal::precise::rsqrt(x_dot_x / static_cast<float>(K) + static_cast<float>(params[mhc::param::NORM_EPS]));
         const float logit = scale * s;
         const float z = static_cast<float>(alpha[part]) * logit + static_cast<float>(bias[o]);
         if (SAVE_LOGITS) l[t * (NUM_LOGITS + 1) + o] = logit;
@@ -104,7 +105,7 @@ for (uint first = threadgroup_position_in_grid.x / SPLITS * TILE_TOKENS; first <
       const size_t t = first + uint(m);
       const bool in_range = m < TILE_TOKENS && t < tokens;
       mhc::project_token<N, START, COLUMNS, OUT_COLUMNS, ITERS>(
-          mix + (in_range ? m : 0) * N * N, h_res + (in_range ? t : 0) * (N * N), in_range, static_cast<float>(params[5]), lane);
+          mix + (in_range ? m : 0) * N * N, h_res + (in_range ? t : 0) * (N * N), in_range, static_cast<float>(params[mhc::param::PROJECTION_EPS]), lane);
     }
   }
 
@@ -134,7 +135,7 @@ for (uint first = threadgroup_position_in_grid.x / SPLITS * TILE_TOKENS; first <
         UNROLL for (int k = 0; k < U_SIMDGROUPS * LANE_PACKS; ++k) u_dot_u += sums[(simd / U_SIMDGROUPS * U_SIMDGROUPS * LANE_PACKS + k) * 32 + lane];
         threadgroup_barrier(mem_flags::mem_threadgroup);
       }
-      const float r = metal::precise::rsqrt(simd_sum(u_dot_u) / static_cast<float>(C) + static_cast<float>(params[4]));
+      const float r = metal::precise::rsqrt(simd_sum(u_dot_u) / static_cast<float>(C) + static_cast<float>(params[mhc::param::EPS]));
       UNROLL for (int k = 0; k < LANE_PACKS; ++k) {
         const int c = c0 + k * 32 * VEC;
         if (in_range && c < C) {
@@ -176,7 +177,7 @@ for (uint first = threadgroup_position_in_grid.x / SPLITS * TILE_TOKENS; first <
           }
         }
       }
-      if (phase == 0) r = metal::precise::rsqrt(simd_sum(u_dot_u) / static_cast<float>(C) + static_cast<float>(params[4]));
+      if (phase == 0) r = metal::precise::rsqrt(simd_sum(u_dot_u) / static_cast<float>(C) + static_cast<float>(params[mhc::param::EPS]));
     }
   }
 }

@@ -13,7 +13,8 @@
 //   dbias[o] = sum_t dz[o];   dalpha of a part = the sum of dz l over its logits and tokens
 //
 // in   x [tokens, N, C] T; bias [NUM_LOGITS], alpha [parts], weight [C] any float; l [tokens, NUM_LOGITS + 1] float: l,
-//      scale; params [6] float: pre_eps, post_scale, post_eps, norm_eps, eps, the projection's eps;
+//      scale; params [6] float, by mhc::param: PRE_EPS; without HEAD POST_SCALE; with PROJECT PROJECTION_EPS; with NORM
+//      EPS;
 //      du [tokens, C] T (HAS_DU) or dh_pre [tokens, N] float; dh_post [tokens, N] float (without HEAD);
 //      dh_res [tokens, N, N] float (PROJECT) or dz_res [tokens, R] float
 // out  token_factors [tokens, N + 1] float: h_pre, pull; dread [tokens, C] T (NORM): du'; dp [tokens, NUM_LOGITS]
@@ -69,7 +70,7 @@ for (uint first = team * TOKENS_PER_TURN; first < tokens; first += threadgroups_
     UNROLL for (int j = 0; j < N; ++j) g_res[j] = lane % MATRIX_LANES < N ? g_res[j] : 0.0f;
     const auto z = mhc::logits_of(l + (size_t(t) * (NUM_LOGITS + 1) + NUM_GATE_LOGITS), bias + NUM_GATE_LOGITS, static_cast<float>(alpha[2]));
     mhc::sinkhorn_gradient<N, START, COLUMNS, ITERS, STORED_STEPS, THREADS>(
-        g_res, z, divisors + tid, static_cast<float>(params[5]), uint(lane % MATRIX_LANES), uint(lane), divisors);
+        g_res, z, divisors + tid, static_cast<float>(params[mhc::param::PROJECTION_EPS]), uint(lane % MATRIX_LANES), uint(lane), divisors);
   }
 
   for (int i = 0; i < TOKENS_PER_TURN && first + uint(i) < tokens; ++i) {
@@ -77,7 +78,7 @@ for (uint first = team * TOKENS_PER_TURN; first < tokens; first += threadgroups_
     const auto row = x + t * size_t(K);
     const auto du_row = du + t * size_t(C);
     const float logit = static_cast<float>(l[t * (NUM_LOGITS + 1) + o]), scale = static_cast<float>(l[t * (NUM_LOGITS + 1) + NUM_LOGITS]);
-    const float z = alpha_o * logit + bias_o, s = mhc::sigmoid(z), h = s + static_cast<float>(params[0]);
+    const float z = alpha_o * logit + bias_o, s = mhc::sigmoid(z), h = s + static_cast<float>(params[mhc::param::PRE_EPS]);
     mhc::Dots<N> dots = {};
     if constexpr (NORM) {
       UNROLL for (int j = 0; j < N; ++j) dots.pre[j] = simd_shuffle(h, ushort(j));
@@ -123,7 +124,7 @@ for (uint first = team * TOKENS_PER_TURN; first < tokens; first += threadgroups_
     }
     float r = 1.0f, slope = 0.0f;
     if constexpr (NORM) {
-      r = metal::precise::rsqrt(u_dot_u / static_cast<float>(C) + static_cast<float>(params[4]));
+      r = metal::precise::rsqrt(u_dot_u / static_cast<float>(C) + static_cast<float>(params[mhc::param::EPS]));
       slope = r * r * (du_dot_u / static_cast<float>(C));
 #pragma unroll CACHED_PASSES
       for (int k = 0; k < PASSES; ++k) {
@@ -160,7 +161,7 @@ for (uint first = team * TOKENS_PER_TURN; first < tokens; first += threadgroups_
         cotangent = part == 2 && entry_in_line == j ? v : cotangent;
       }
       if (!HAS_DU && part == 0) cotangent = static_cast<float>(dh_pre[t * N + o]);
-      if (!HEAD && part == 1) cotangent = static_cast<float>(params[1]) * static_cast<float>(dh_post[t * N + (o - N)]);
+      if (!HEAD && part == 1) cotangent = static_cast<float>(params[mhc::param::POST_SCALE]) * static_cast<float>(dh_post[t * N + (o - N)]);
       if (part == 2) {
         d = 1.0f;
         if (!PROJECT && NUM_RES_LOGITS > 0) cotangent = static_cast<float>(dz_res[t * NUM_RES_LOGITS + entry]);

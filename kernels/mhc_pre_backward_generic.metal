@@ -13,7 +13,7 @@
 //   dbias[o] = sum_t dz[o];   dalpha of a part = the sum of dz l over its logits and tokens
 //
 // in   x [tokens, N, C] T; phi [NUM_LOGITS, N * C], bias [NUM_LOGITS], alpha [parts], weight [C] any float;
-//      params [6] float: pre_eps, post_scale, post_eps, norm_eps, eps, the projection's eps;
+//      params [6] float, by mhc::param: PRE_EPS; without HEAD POST_SCALE; with NORM EPS;
 //      l [tokens, NUM_LOGITS + 1] float: l, scale; dz_res [tokens, R] float; du [tokens, C] T (HAS_DU) or dh_pre
 //      [tokens, N] float; dh_post [tokens, N] float (without HEAD); dx_out [tokens, N, C] T (HAS_DX_OUT): the cotangent
 //      of the x that was passed through
@@ -60,8 +60,8 @@ for (uint tile = tile_group; tile < tiles; tile += threadgroups_per_grid.x / SPL
         const float z = static_cast<float>(alpha[o < N ? 0 : 1]) * static_cast<float>(l[t * (NUM_LOGITS + 1) + o]) + static_cast<float>(bias[o]);
         const float s = mhc::sigmoid(z);
         g = s * mhc::sigmoid(-z);
-        h = s + static_cast<float>(params[0]);
-        if (!HEAD && o >= N) g *= static_cast<float>(params[1]) * static_cast<float>(dh_post[t * N + (o - N)]);
+        h = s + static_cast<float>(params[mhc::param::PRE_EPS]);
+        if (!HEAD && o >= N) g *= static_cast<float>(params[mhc::param::POST_SCALE]) * static_cast<float>(dh_post[t * N + (o - N)]);
         else if (!HAS_DU) g *= static_cast<float>(dh_pre[t * N + o]);
       } else if (NUM_RES_LOGITS > 0) {
         g = static_cast<float>(dz_res[t * NUM_RES_LOGITS + (o - NUM_GATE_LOGITS)]);
@@ -104,7 +104,7 @@ for (uint tile = tile_group; tile < tiles; tile += threadgroups_per_grid.x / SPL
     }
     float r = 1.0f, slope = 0.0f;
     if (NORM) {
-      r = metal::precise::rsqrt(simd_sum(u_dot_u) / static_cast<float>(C) + static_cast<float>(params[4]));
+      r = metal::precise::rsqrt(simd_sum(u_dot_u) / static_cast<float>(C) + static_cast<float>(params[mhc::param::EPS]));
       slope = r * r * (simd_sum(du_dot_u) / static_cast<float>(C));
     }
 #pragma unroll STREAM_UNROLL

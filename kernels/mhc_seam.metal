@@ -12,7 +12,8 @@
 //      h_pre [tokens, N], h_post [tokens, N], h_res [tokens, N, N] any float, or with FROM_PARTIAL_LOGITS, N <= 8,
 //      partial_logits [tokens, ceil(N * C / 32), NUM_LOGITS + 4] float: of each run its phi products, four shares of
 //      sum(x**2); bias [NUM_LOGITS], alpha [parts] any float, NUM_LOGITS = 2 N + R, with HEAD N, whose only part is
-//      pre; params [6] float: pre_eps, post_scale, post_eps, norm_eps, eps, the projection's eps
+//      pre; params [6] float, by mhc::param: with NORM EPS, with PROJECT PROJECTION_EPS, with FROM_PARTIAL_LOGITS
+//      PRE_EPS, POST_SCALE, POST_EPS, NORM_EPS
 // out  out [tokens, N, C] T (WRITE_BACK), u [tokens, C] T (WRITE_U);
 //      FROM_PARTIAL_LOGITS: new_h_pre [tokens, N] float (WRITE_H_PRE); without WRITE_BACK new_h_post [tokens, N] float
 //      (without HEAD), new_h_res [tokens, N, N] float (PROJECT); logits [tokens, R] float (without PROJECT);
@@ -69,7 +70,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         squares += (sums[row + NUM_LOGITS] + sums[row + NUM_LOGITS + 1]) + (sums[row + NUM_LOGITS + 2] + sums[row + NUM_LOGITS + 3]);
       }
       const int part = mhc::part_of<N>(o);
-      const float scale = metal::precise::rsqrt(squares / static_cast<float>(N * C) + static_cast<float>(params[3]));
+      const float scale = metal::precise::rsqrt(squares / static_cast<float>(N * C) + static_cast<float>(params[mhc::param::NORM_EPS]));
       const float logit = scale * s;
       const float v = static_cast<float>(alpha[part]) * logit + static_cast<float>(bias[o]);
       if (SAVE_LOGITS) l[size_t(t) * (NUM_LOGITS + 1) + o] = logit;
@@ -91,7 +92,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     if constexpr (PROJECT) {
       const bool in_range = lane < mhc::projection_lanes(N, START, ITERS);
       if (simd == SIMDS - 1) {
-        const float eps = static_cast<float>(params[5]);
+        const float eps = static_cast<float>(params[mhc::param::PROJECTION_EPS]);
         if constexpr (WRITE_BACK) mhc::project_token<N, START, COLUMNS, !OUT_COLUMNS, ITERS>(z, mix + at * N, in_range, eps, lane);
         else mhc::project_token<N, START, COLUMNS, OUT_COLUMNS, ITERS>(z, new_h_res + size_t(t) * (N * N), in_range, eps, lane);
       }
@@ -174,7 +175,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
       } else {
         mhc::sum_everywhere<SIMDS>(squares, scratch, parity, uint(simd), uint(lane));
       }
-      r = metal::precise::rsqrt(squares[0] / static_cast<float>(C) + static_cast<float>(params[4]));
+      r = metal::precise::rsqrt(squares[0] / static_cast<float>(C) + static_cast<float>(params[mhc::param::EPS]));
     }
   }
   parity ^= 1;

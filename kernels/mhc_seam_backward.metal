@@ -8,8 +8,7 @@
 //   dh_pre[i] = sum da out[i];   dh_post[i] = sum ds[i] y;   dh_res[i, j] = sum ds[i] x[j]
 //
 // in   x, dout [tokens, N, C] T, y, du [tokens, C] T, h_pre, h_post [tokens, N], h_res [tokens, N, N], weight [C]
-//      (NORM) any float; params [6] float: pre_eps, post_scale, post_eps, norm_eps, eps, the projection's eps, of which
-//      only eps is used
+//      (NORM) any float; params [6] float, by mhc::param: EPS
 // out  dx [tokens, N, C] T, dy [tokens, C] T; dh_pre, dh_post [tokens, N], dh_res [tokens, N, N] float;
 //      partial [threadgroups, C] float (NORM): the sum of dweight over this threadgroup's tokens
 // CACHED: x, y and du of a token stay in registers between the sums of the norm and dx; without CACHED they are read
@@ -67,7 +66,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     }
     mhc::sum_everywhere<SIMDS>(dots, sums, parity, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
     parity ^= 1;
-    r = metal::precise::rsqrt(dots[0] / static_cast<float>(C) + static_cast<float>(params[4]));
+    r = metal::precise::rsqrt(dots[0] / static_cast<float>(C) + static_cast<float>(params[mhc::param::EPS]));
     slope = r * r * (dots[1] / static_cast<float>(C));
   }
 

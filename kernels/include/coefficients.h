@@ -3,14 +3,6 @@
 
 namespace mhc {
 
-template <int N> inline int part_of(int o) { return o < N ? 0 : o < 2 * N ? 1 : 2; }  // pre, post, res
-
-// h_pre = sigmoid(z) + pre_eps and h_post = post_scale * sigmoid(z) + post_eps; params holds these three numbers.
-template <typename Q> inline float gate(float z, int part, Q params) {
-  const float scale = part == 0 ? 1.0f : static_cast<float>(params[1]);
-  return scale * sigmoid(z) + static_cast<float>(params[part == 0 ? 0 : 2]);
-}
-
 // A token's logits alpha l + bias, which are read like an array.
 template <typename L, typename B> struct Logits {
   L l;

@@ -10,7 +10,7 @@ import mlx.core as mx
 from .. import launch, reference
 from ..conventions import PAPER, Convention
 from . import tiling
-from .arrays import flat, pre_params, unflat
+from .arrays import body_params, flat, unflat
 from .autodiff import FusedOp, Options
 from .checks import check_array, check_dynamic, check_eps
 from .coefficients import (
@@ -168,7 +168,7 @@ class CoefficientOp(FusedOp):
 
     @property
     def params(self) -> mx.array:
-        return pre_params(convention=self.convention, norm_eps=self.norm_eps, eps=self.eps)
+        return body_params(self.convention, norm_eps=self.norm_eps, eps=self.eps)
 
     def projects(self, n: int) -> bool:
         return not self.head and use_fused_projection(n, self.convention)

@@ -8,7 +8,7 @@ import mlx.core as mx
 from .. import launch, reference
 from ..conventions import DEEPSEEK_V4, Convention
 from . import tiling
-from .arrays import flat, identity, pre_params, unflat
+from .arrays import body_params, flat, identity, unflat
 from .autodiff import FusedOp, Options
 from .checks import check_array, check_dynamic, check_seam
 from .coefficients import (
@@ -60,7 +60,7 @@ class MhcSeam(FusedOp):
 
     @property
     def params(self) -> mx.array:
-        return pre_params(convention=DEEPSEEK_V4, eps=self.eps)
+        return body_params(None, eps=self.eps)
 
     def fallback(self, *arrays):
         return reference.mhc_seam(*arrays, self.eps, self.round_aggregate)
@@ -241,7 +241,7 @@ class MhcSinglePass(FusedOp):
             partial_logits=partial.products,
             bias=bias,
             alpha=alpha,
-            params=pre_params(convention=c, norm_eps=self.norm_eps, eps=self.eps),
+            params=body_params(c, norm_eps=self.norm_eps, eps=self.eps),
         )
         made = launch_seam(
             flat_x,

@@ -8,7 +8,7 @@ import mlx.core as mx
 from .. import launch, reference
 from ..conventions import PAPER, ROW_FIRST, SINKHORN, START_CODES, Convention
 from . import tiling
-from .arrays import constants, flat, unflat
+from .arrays import body_params, flat, unflat
 from .autodiff import FusedOp, Options
 from .checks import MAX_STREAMS, check_convention, check_dtype, check_half_steps, check_rows, fail
 
@@ -61,7 +61,7 @@ def launch_sinkhorn(logits: mx.array, convention: Convention, options: Options) 
     t = tiling.sinkhorn_tiling(n, matrices.shape[0], options.threads_per_group)
     h_res = launch.launch(
         SinkhornKnoppBody(N=n, half_steps=half_steps(convention), THREADS=t.threads),
-        {"logits": matrices, "eps": constants(convention.eps)},
+        {"logits": matrices, "params": body_params(convention)},
         {"h_res": (matrices.shape, mx.float32)},
         t.groups,
         options,
@@ -84,7 +84,7 @@ def launch_sinkhorn_backward(
     )
     dlogits = launch.launch(
         body,
-        {"logits": matrices, "dh_res": flat(dh_res, 3), "eps": constants(convention.eps)},
+        {"logits": matrices, "dh_res": flat(dh_res, 3), "params": body_params(convention)},
         {"dlogits": (matrices.shape, logits.dtype)},
         t.groups,
         options,

@@ -7,7 +7,7 @@ import mlx.core as mx
 from .. import launch, reference
 from ..conventions import ROW_FIRST, Convention
 from . import tiling
-from .arrays import flat, fused_params
+from .arrays import body_params, flat
 from .autodiff import FusedOp, Options
 from .checks import check_convention, check_dtype, check_half_steps, check_static
 from .sinkhorn import HalfSteps, half_steps, launch_sinkhorn, launch_sinkhorn_backward
@@ -65,7 +65,7 @@ def launch_fused(
         SINKHORN=sinkhorn,
         half_steps=half_steps(convention),
     )
-    params = fused_params(eps=eps, convention=convention)
+    params = body_params(convention, eps=eps)
     layer = {"H_pre": H_pre, "H_post": H_post, "H_res": H_res, "weight": weight, "params": params}
     return launch.launch(
         body,

@@ -8,7 +8,7 @@ import mlx.core as mx
 from .. import launch, reference
 from ..conventions import Convention
 from . import tiling
-from .arrays import flat, fused_params, unflat
+from .arrays import body_params, flat, unflat
 from .autodiff import FusedOp, Options
 from .checks import check_array, check_branch, check_eps, check_rows, check_streams
 from .sinkhorn import HalfSteps, half_steps
@@ -211,7 +211,7 @@ def launch_fused_backward(
     }
     size = sum(columns.values())
     groups = tiling.backward_groups(tokens, body.THREADS) if size else tiling.many_groups(tokens)
-    params = fused_params(eps=eps, convention=convention) if norm else None
+    params = body_params(convention, eps=eps) if norm else None
     layer = {"H_pre": H_pre, "H_post": H_post, "H_res": H_res, "weight": weight, "params": params}
     made = launch.launch(
         body,

@@ -114,7 +114,7 @@ SHARED = [
         "if (simd_lane < 16) v[a] = simd_sum(v[a]);",
         rules="not all threads reach one barrier",
     ),
-    common("post's scale dropped", LAYER, "scale * sigmoid(h[i])", "sigmoid(h[i])", parity=WRONG),
+    common("post's scale dropped", LAYER, "scale * sigmoid(z)", "sigmoid(z)", parity=WRONG),
     common(
         "h_res loaded transposed",
         STATIC,
@@ -208,7 +208,9 @@ SHARED = [
         rules="has returned",
         dialect="return",
     ),
-    fused("eps dropped", RAGGED, " + params[0]", "", parity=WRONG),
+    fused(
+        "eps dropped", RAGGED, " + static_cast<float>(params[mhc::param::EPS])", "", parity=WRONG
+    ),
     fused(
         "mean over all streams",
         STATIC,

@@ -135,7 +135,7 @@ PRE_FORWARD = [
     pre("r dropped", PRE, "[e] * r * w[e]", "[e] * w[e]", parity=WRONG),
     pre("norm forgotten", PRE, "logit = scale * s", "logit = s", parity=WRONG),
     pre("mean over a stream", PRE, "static_cast<float>(K)", "static_cast<float>(C)", parity=WRONG),
-    pre("norm_eps dropped", NORM_EPS, "params[3]", "params[0]", parity=WRONG),
+    pre("norm_eps dropped", NORM_EPS, "param::NORM_EPS", "param::PRE_EPS", parity=WRONG),
     pre(
         "the last slice of k left out",
         PRE,
@@ -196,7 +196,13 @@ PRE_FORWARD = [
         parity=WRONG,
     ),
     pre("alpha of pre alone", PRE, "alpha[part]", "alpha[0]", parity=WRONG),
-    made("post_eps of pre", PRE_EPS, "part == 0 ? 0 : 2", "0", parity=WRONG),
+    runs(
+        "post_eps of pre",
+        PRE_EPS,
+        "part == 0 ? param::PRE_EPS : param::POST_EPS",
+        "param::PRE_EPS",
+        parity=WRONG,
+    ),
     pre("bias saved", PRE, "+ o] = logit;", "+ o] = z;", parity=WRONG),
     pre(
         "the token's norm not saved",

@@ -39,10 +39,18 @@ PRE_BACKWARD = [
     ),
     pre_back("sigmoid's slope dropped", PRE, "g = s * mhc::sigmoid(-z)", "g = s", parity=WRONG),
     pre_back(
-        "pre_eps dropped", PRE_EPS, "h = s + static_cast<float>(params[0])", "h = s", parity=WRONG
+        "pre_eps dropped",
+        PRE_EPS,
+        "h = s + static_cast<float>(params[mhc::param::PRE_EPS])",
+        "h = s",
+        parity=WRONG,
     ),
     pre_back(
-        "post_scale dropped", PRE, "g *= static_cast<float>(params[1]) *", "g *=", parity=WRONG
+        "post_scale dropped",
+        PRE,
+        "g *= static_cast<float>(params[mhc::param::POST_SCALE]) *",
+        "g *=",
+        parity=WRONG,
     ),
     pre_back(
         "dh_pre dropped",

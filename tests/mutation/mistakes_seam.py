@@ -83,7 +83,7 @@ SEAMS = [
     ),
     seam("the first slice", PRE, "w < SLICES; ++w", "w < 1; ++w", parity=WRONG),
     seam("three shares", PRE, " + sums[row + NUM_LOGITS + 3]", "", parity=WRONG),
-    seam("norm_eps dropped", NORM_EPS, "params[3]", "params[0]", parity=WRONG),
+    seam("norm_eps dropped", NORM_EPS, "param::NORM_EPS", "param::PRE_EPS", parity=WRONG),
     seam(
         "mean over a stream",
         PRE,
@@ -136,8 +136,8 @@ SEAMS = [
     seam(
         "eps dropped",
         Case("mhc_seam", (5,), 4, 64, eps=0.5, **EACH),
-        "params[4]",
-        "params[0]",
+        "param::EPS",
+        "param::PRE_EPS",
         parity=WRONG,
     ),
     seam(

@@ -13,7 +13,7 @@ from mhc_mlx import PAPER, ROW_FIRST, ops
 from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE
 
 STREAMS = ("x", "y", "dout", "out", "dx", "dy", "u", "du", "dx_out")
-SCALARS = ("params", "eps", "alpha", "rows", "_shape")  # a few numbers in registers
+SCALARS = ("params", "alpha", "rows", "_shape")  # a few numbers in registers
 HERE = {"lead": (5,), "n": 4, "C": 64}  # one pass, a token in registers
 WIDE = {"lead": (2,), "n": 8, "C": 4096, "dtype": "float16"}  # backward: not in registers
 TILED = HERE | {"n": 12}

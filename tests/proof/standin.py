@@ -12,15 +12,16 @@ import mlx.core as mx
 
 from mhc_mlx import reference
 from mhc_mlx.conventions import START_CODES, Convention
+from mhc_mlx.ops.arrays import Params
 
 COEFFICIENTS = ("h_pre", "h_post", "h_res", "weight")  # in the order of the columns of `partial`
 
+PARAMS = (len(Params._fields),)
 SAME = {"x", "y", "dout", "du", "dx_out", "partial"}  # of dtype T
 STARTS = {code: start for start, code in START_CODES.items()}
 START_OF = {START_CODES[k]: {"start": k, "eps": 1.0} for k in ("softmax", "additive")}
 FLOAT32 = {
     "params",
-    "eps",
     "l",
     "dz_res",
     "dp",
@@ -41,9 +42,9 @@ def opaque(a: mx.array) -> mx.array:
     return mx.as_strided(bits).view(a.dtype).reshape(a.shape)
 
 
-def convention(t: dict, eps: mx.array, gates=(0, 1, 0)) -> SimpleNamespace:
+def convention(t: dict, params: mx.array) -> SimpleNamespace:
     """What `reference` reads of a Convention, from the template and the arrays of a launch."""
-    columns = t.get("COLUMNS", False)
+    columns, p = t.get("COLUMNS", False), Params(*params)
     return SimpleNamespace(
         start=STARTS[t.get("START", 0)],
         in_logs=t.get("START", 0) == 0,
@@ -54,17 +55,19 @@ def convention(t: dict, eps: mx.array, gates=(0, 1, 0)) -> SimpleNamespace:
         iters=t.get("ITERS"),
         transposed=columns != t.get("OUT_COLUMNS", columns),
         sigmoid=t.get("GATES", False),
-        eps=eps,
-        **dict(zip(("pre_eps", "post_scale", "post_eps"), gates, strict=True)),
+        eps=p.projection_eps,
+        pre_eps=p.pre_eps,
+        post_scale=p.post_scale,
+        post_eps=p.post_eps,
     )
 
 
-def sinkhorn_knopp(t, groups, logits, eps):
-    return {"h_res": reference.sinkhorn_knopp(logits, convention(t, eps[0]))}
+def sinkhorn_knopp(t, groups, logits, params):
+    return {"h_res": reference.sinkhorn_knopp(logits, convention(t, params))}
 
 
-def sinkhorn_knopp_backward(t, groups, logits, dh_res, eps):
-    c = convention(t, eps[0])
+def sinkhorn_knopp_backward(t, groups, logits, dh_res, params):
+    c = convention(t, params)
     _, (dlogits,) = mx.vjp(lambda a: reference.sinkhorn_knopp(a, c), [logits], [dh_res])
     return {"dlogits": dlogits}
 
@@ -77,8 +80,7 @@ def layer(t: dict, params: mx.array | None, arrays: dict):
     """The function of a layer's bodies, and its arrays by name: coefficients as they are used."""
     if not t.get("NORM", True):
         return reference.stream_mix_add, arrays
-    eps, *gates, projection = params
-    c = convention(t, projection, gates)
+    c, eps = convention(t, params), Params(*params).eps
     h_pre, h_post = reference.gates(arrays["h_pre"], arrays.get("h_post", mx.zeros(1)), c)
     if not t["MIX"]:
         return lambda *a: reference.stream_aggregate_norm(*a, eps), arrays | {"h_pre": h_pre}
@@ -112,7 +114,7 @@ def mhc_fused_backward(t, groups, dout, params=None, **arrays):
 def sum_partials(t, groups, partial, h_pre=None, h_post=None, params=None):
     total, n = partial.sum(0), t["N"]
     if t["GATES"]:
-        c = convention(t, params[4], params[1:4])
+        c = convention(t, params)
         dgates = [total[:n], total[n : 2 * n]]
         logits = mx.vjp(lambda *a: reference.gates(*a, c), [h_pre, h_post], dgates)[1]
         total = mx.concatenate([*logits, total[2 * n :]])
@@ -149,7 +151,7 @@ def of_outputs(t: dict, alpha: mx.array) -> mx.array:
 
 def pre_parts(t, alpha, bias, params):
     """Logits of l, and h_pre and h_post of logits."""
-    c = convention({"GATES": True}, None, params[:3])
+    c = convention({"GATES": True}, params)
     return (
         lambda unit: of_outputs(t, alpha) * unit + bias,
         lambda z: reference.gates(z, z, c)[0],
@@ -159,19 +161,19 @@ def pre_parts(t, alpha, bias, params):
 
 def mhc_pre(t, groups, x, phi, bias, alpha, params, weight=None):
     n, (logits, pre, post) = t["N"], pre_parts(t, alpha, bias, params)
-    unit = reference._logits(x, phi, params[3])
+    unit = reference._logits(x, phi, Params(*params).norm_eps)
     z, made = logits(unit), {}
     h_pre = pre(z[:, :n])
     if t["SAVE_LOGITS"]:
-        scale = mx.rsqrt((x * x).mean((1, 2)) + params[3])
+        scale = mx.rsqrt((x * x).mean((1, 2)) + Params(*params).norm_eps)
         made["l"] = mx.concatenate([unit, scale[:, None]], -1)
     if t["WRITE_U"]:
         u = reference.stream_aggregate(x, h_pre)
-        made["u"] = reference.rms_norm(u, weight, params[4]) if t["NORM"] else u
+        made["u"] = reference.rms_norm(u, weight, Params(*params).eps) if t["NORM"] else u
     made |= {"h_pre": h_pre} if t["WRITE_H_PRE"] else {}
     made |= {} if t["HEAD"] else {"h_post": post(z[:, n : 2 * n])}
     if t["PROJECT"]:
-        c = convention(t, params[5])
+        c = convention(t, params)
         made["h_res"] = reference.sinkhorn_knopp(z[:, 2 * n :].reshape(-1, n, n), c)
     elif not t["HEAD"] and t["NUM_LOGITS"] > 2 * n:
         made["logits"] = z[:, 2 * n :]
@@ -181,7 +183,7 @@ def mhc_pre(t, groups, x, phi, bias, alpha, params, weight=None):
 def coefficient_gradients(t, x, bias, alpha, params, weight, d):
     """What a token's coefficients give: h_pre, dp, pull, the gradient of x where it is read, and
     the sums over tokens."""
-    n, gated, eps = t["N"], t["N"] if t["HEAD"] else 2 * t["N"], params[4]
+    n, gated, eps = t["N"], t["N"] if t["HEAD"] else 2 * t["N"], Params(*params).eps
     (logits, pre, post), (unit, scale) = (
         pre_parts(t, alpha, bias, params),
         mx.split(d["l"], [-1], -1),
@@ -202,7 +204,7 @@ def coefficient_gradients(t, x, bias, alpha, params, weight, d):
     dz = list(dz) + ([] if t["HEAD"] else mx.vjp(post, [z[:, n:gated]], [d["dh_post"]])[1])
     if t.get("PROJECT"):
         given = {"logits": z[:, gated:].reshape(-1, n, n), "dh_res": d["dh_res"]}
-        res = sinkhorn_knopp_backward(t, 0, **given, eps=params[5:])["dlogits"]
+        res = sinkhorn_knopp_backward(t, 0, **given, params=params)["dlogits"]
         dz.append(res.reshape(len(x), -1))
     elif t["NUM_LOGITS"] > gated:
         dz.append(d["dz_res"])
@@ -218,7 +220,7 @@ def mhc_pre_backward_coefficients(t, groups, x, bias, alpha, params, weight=None
     made["token_factors"] = mx.concatenate([h_pre, pull], -1)
     if t["NORM"]:
         u = reference.stream_aggregate(x, h_pre)
-        norm = [lambda u: reference.rms_norm(u, weight, params[4]), [u], [d["du"]]]
+        norm = [lambda u: reference.rms_norm(u, weight, Params(*params).eps), [u], [d["du"]]]
         made["dread"] = mx.vjp(*norm)[1][0]
     return made
 
@@ -265,7 +267,7 @@ def seam(t, params):
 
     def f(x, y, h_pre, h_post, h_res, weight=None):
         out = reference._rounded(reference.stream_mix_add(x, y, h_post, h_res), t["T"])
-        return out, reference._read(out, h_pre, weight, params[4], inside)
+        return out, reference._read(out, h_pre, weight, Params(*params).eps, inside)
 
     return f
 
@@ -276,7 +278,9 @@ def mhc_seam(
     n, made = t["N"], {}
     if t["FROM_PARTIAL_LOGITS"]:
         sums = partial_logits.sum(1)
-        scale = mx.rsqrt(sums[:, t["NUM_LOGITS"] :].sum(-1, keepdims=True) / x[0].size + params[3])
+        scale = mx.rsqrt(
+            sums[:, t["NUM_LOGITS"] :].sum(-1, keepdims=True) / x[0].size + Params(*params).norm_eps
+        )
         unit, (logits, pre, post) = (
             scale * sums[:, : t["NUM_LOGITS"]],
             pre_parts(t, alpha, bias, params),
@@ -287,7 +291,7 @@ def mhc_seam(
         made |= {"new_h_pre": h["h_pre"]} if t["WRITE_H_PRE"] else {}
         made |= {} if t["HEAD"] or t["WRITE_BACK"] else {"new_h_post": h["h_post"]}
         if t["PROJECT"]:
-            c = convention(t, params[5])
+            c = convention(t, params)
             h["h_res"] = reference.sinkhorn_knopp(z[:, 2 * n :].reshape(-1, n, n), c)
             made |= {} if t["WRITE_BACK"] else {"new_h_res": h["h_res"]}
         elif not t["HEAD"] and t["NUM_LOGITS"] > 2 * n:
@@ -295,7 +299,7 @@ def mhc_seam(
     if t["WRITE_BACK"]:
         made["out"], made["u"] = seam(t, params)(x, y, h["h_pre"], h["h_post"], h["h_res"], weight)
     elif t["WRITE_U"]:
-        made["u"] = reference._read(x, h["h_pre"], weight, params[4], mx.float32)
+        made["u"] = reference._read(x, h["h_pre"], weight, Params(*params).eps, mx.float32)
     return made
 
 
@@ -320,14 +324,14 @@ def promised(t: dict, given: dict) -> dict:
     """Shape of each input by name, as the headers of the bodies say."""
     if "partial" in given:
         n = t["N"]
-        return {"partial": given["partial"].shape, "h_pre": (n,), "h_post": (n,), "params": (5,)}
+        return {"partial": given["partial"].shape, "h_pre": (n,), "h_post": (n,), "params": PARAMS}
     if "logits" in given:
         count = given["logits"].shape[0]
         shape = (count, t["N"], t["N"])
         return {
             "logits": (count, t["NUM_LOGITS"]) if "NUM_LOGITS" in t else shape,
             "dh_res": shape,
-            "eps": (1,),
+            "params": PARAMS,
         }
     tokens, n, C = given["x"].shape
     seam = "ROUND_U" in t  # its coefficients are per token
@@ -354,7 +358,7 @@ def promised(t: dict, given: dict) -> dict:
         "h_res": (tokens, n, n) if t.get("RES_PER_TOKEN") or seam else (n, n),
         "dh_res": (tokens, n, n),
         "weight": (C,),
-        "params": (6,) if outs or seam else (5,),
+        "params": PARAMS,
     }
 
 
