@@ -73,7 +73,20 @@ class MhcPreBackwardCoefficientsBody(launch.Body):
     NUM_LOGITS: int
     HEAD: bool
     HAS_DU: bool
-    NORM: bool
+    PROJECT: bool
+    half_steps: HalfSteps
+    VEC: int
+    THREADS: int
+    BATCH: int
+    STORED_STEPS: int
+
+
+@dataclass(frozen=True)
+class MhcPreBackwardCoefficientsNormBody(launch.Body):
+    name = "mhc_pre_backward_coefficients_norm"
+    T: mx.Dtype
+    N: int
+    NUM_LOGITS: int
     PROJECT: bool
     half_steps: HalfSteps
     VEC: int
@@ -299,9 +312,13 @@ class CoefficientOp(FusedOp):
             bias, alpha, weight, l, self.params, dz_res, du=du, dh_pre=dh_pre, dh_post=dh_post
         )
         if matrices:
-            made = self._launch_backward_coefficients(x, arrays, dh_res if projects else None)
-            du, factors = du if weight is None else made["dread"], made["token_factors"]
-            products = (phi, made["dp"], factors, du, dx_out)
+            dh_res = dh_res if projects else None
+            if weight is None:
+                made = self._launch_backward_coefficients(x, arrays, dh_res)
+            else:
+                made = self._launch_backward_coefficients_norm(x, arrays, dh_res)
+                du = made["dread"]
+            products = (phi, made["dp"], made["token_factors"], du, dx_out)
             dx, dphi = self._launch_backward_projection(x, shape, *products)
         else:
             made = self._launch_backward_generic(x, shape, phi, arrays, dx_out)
@@ -319,10 +336,10 @@ class CoefficientOp(FusedOp):
     def _launch_backward_coefficients(
         self, x: mx.array, arrays: TokenArrays, dh_res: mx.array | None
     ) -> dict[str, mx.array | None]:
-        """token_factors, dp, with a norm dread, and sums; it projects where dh_res is given."""
-        (tokens, n, C), num_logits, norm = x.shape, arrays.bias.shape[0], arrays.weight is not None
-        backend, threads = launch.backend(), self.options.threads_per_group
-        t = tiling.coefficient_gradient_tiling(n, C, tokens, norm, threads, backend)
+        """token_factors, dp and sums; it projects where dh_res is given."""
+        (tokens, n, C), num_logits, backend = x.shape, arrays.bias.shape[0], launch.backend()
+        threads = self.options.threads_per_group
+        t = tiling.coefficient_gradient_tiling(n, C, tokens, False, threads, backend)
         steps = half_steps(None if dh_res is None else self.convention)
         body = MhcPreBackwardCoefficientsBody(
             T=x.dtype,
@@ -330,7 +347,34 @@ class CoefficientOp(FusedOp):
             NUM_LOGITS=num_logits,
             HEAD=self.head,
             HAS_DU=arrays.du is not None,
-            NORM=norm,
+            PROJECT=dh_res is not None,
+            half_steps=steps,
+            VEC=t.vec,
+            THREADS=t.threads,
+            BATCH=t.batch,
+            STORED_STEPS=tiling.stored_half_steps(steps.ITERS, t.threads, backend),
+        )
+        inputs = {"x": x, **arrays._asdict(), "dh_res": dh_res}
+        del inputs["weight"]
+        outputs = {
+            "token_factors": ((tokens, n + 1), mx.float32),
+            "dp": ((tokens, num_logits), mx.float32),
+            "partial": ((t.rows, 2 * num_logits), mx.float32),
+        }
+        return launch.launch(body, inputs, outputs, t.groups, self.options)
+
+    def _launch_backward_coefficients_norm(
+        self, x: mx.array, arrays: TokenArrays, dh_res: mx.array | None
+    ) -> dict[str, mx.array | None]:
+        """token_factors, dread, dp and sums; it projects where dh_res is given."""
+        (tokens, n, C), num_logits, backend = x.shape, arrays.bias.shape[0], launch.backend()
+        threads = self.options.threads_per_group
+        t = tiling.coefficient_gradient_tiling(n, C, tokens, True, threads, backend)
+        steps = half_steps(None if dh_res is None else self.convention)
+        body = MhcPreBackwardCoefficientsNormBody(
+            T=x.dtype,
+            N=n,
+            NUM_LOGITS=num_logits,
             PROJECT=dh_res is not None,
             half_steps=steps,
             VEC=t.vec,
@@ -340,13 +384,14 @@ class CoefficientOp(FusedOp):
             BATCH=t.batch,
             STORED_STEPS=tiling.stored_half_steps(steps.ITERS, t.threads, backend),
         )
+        inputs = {"x": x, **arrays._asdict(), "dh_res": dh_res}
+        del inputs["dh_pre"]
         outputs = {
             "token_factors": ((tokens, n + 1), mx.float32),
-            "dread": ((tokens, C), x.dtype) if norm else None,
+            "dread": ((tokens, C), x.dtype),
             "dp": ((tokens, num_logits), mx.float32),
-            "partial": ((t.rows, 2 * num_logits + C * norm), mx.float32),
+            "partial": ((t.rows, 2 * num_logits + C), mx.float32),
         }
-        inputs = {"x": x, **arrays._asdict(), "dh_res": dh_res}
         return launch.launch(body, inputs, outputs, t.groups, self.options)
 
     def _launch_backward_projection(

@@ -365,7 +365,7 @@ SHARED = [
     sink("idle lanes write", SINKHORN_3, "m < count && lane < N", "m < count", rules=TWO),
     sink("matrices past the last", SINKHORN, "m < count && lane", "lane", rules=TWO),
     # sinkhorn_knopp_backward
-    sink_back("matrices past the last", SINKHORN, "m < count && in_range", "in_range", rules=TWO),
+    sink_back("matrices past the last", SINKHORN, "m < count && lane", "lane", rules=TWO),
     sink_back("a divisor for all lanes", SINKHORN, "divisors + tid", "divisors", rules=RACE),
     walk("a sum dropped along", SINKHORN, "g[j] -= p[j] * dot;", ";", parity=WRONG),
     walk("p not restored", SINKHORN, "p[j] *= published", "shared", parity=WRONG),

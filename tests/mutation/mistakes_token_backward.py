@@ -16,11 +16,12 @@ STAGES = Case("mhc_pre", (70,), 4, 64, "bfloat16", PAPER, norm=False)  # of 64 t
 MULTIPLIED_RAGGED = Case("mhc_pre", (5,), 3, 31, "bfloat16", DEEPSEEK_V4, norm=False)
 SPARE = Threads("mhc_pre", (5,), 3, 31, "bfloat16", DEEPSEEK_V4, norm=False, threads=128)
 
-token, dots = (
-    mistakes("mhc_pre_backward_coefficients"),
-    mistakes("mhc_pre_backward_coefficients", "include/streams.h"),
+token, team = (mistakes(f"mhc_pre_backward_coefficients{k}") for k in ("", "_norm"))
+steps, dots, made_back = (
+    mistakes("mhc_pre_backward_coefficients", f"include/{k}.h")
+    for k in ("coefficient_gradient", "stream_dots", "coefficients")
 )
-made_back = mistakes("mhc_pre_backward_coefficients", "include/coefficients.h")
+team_dots = mistakes("mhc_pre_backward_coefficients_norm", "include/stream_dots.h")
 product = mistakes("mhc_pre_backward_projection")
 products, metal_products, cuda_products = (
     mistakes("mhc_pre_backward_projection", f"include/{k}.h")
@@ -29,80 +30,57 @@ products, metal_products, cuda_products = (
 ptx_products = mistakes("mhc_pre_backward_projection", "include/cuda/ptx.h")
 
 TOKEN_BACKWARD = [
-    # mhc_token_backward
-    token("du' of the first token", NORMED, "(dread + t * size_t(C)", "(dread", rules=TWO),
+    # mhc_pre_backward_coefficients
     token(
         "h_pre of the first token",
         MULTIPLIED,
-        "token_factors[t * (N + 1) + l",
-        "token_factors[l",
+        "token_factors + t * (N + 1)",
+        "token_factors",
         rules=TWO,
     ),
-    token("dp past the last output", MULTIPLIED, "if (lane < NUM_LOGITS) dp", "dp", rules=TWO),
-    token("tokens past the last", MULTIPLIED, " && first + uint(i) < tokens", "", rules=OUTSIDE),
     token(
-        "matrices past the last",
+        "tokens past the last",
         MULTIPLIED,
-        "lane_token < tokens && lane / MATRIX_LANES < BATCH ? ",
-        "true ? ",
+        "tokens - first < uint(BATCH) ? int(tokens - first) : BATCH",
+        "BATCH",
         rules=OUTSIDE,
     ),
     token(
-        "the first token's matrix",
-        MULTIPLIED,
-        "ushort(i % BATCH * MATRIX_LANES + line)",
-        "line",
-        parity=WRONG,
+        "matrices past the last", MULTIPLIED, "matrix < count ? matrix : 0", "matrix", rules=OUTSIDE
     ),
+    token("the first token's matrix", MULTIPLIED, "i * MATRIX_LANES", "0", parity=WRONG),
     token(
-        "another line's entry", MULTIPLIED, "entry_in_line == j ? v", "line == j ? v", parity=WRONG
+        "divisors of another lane",
+        MULTIPLIED,
+        "divisors + thread_position_in_threadgroup.x",
+        "divisors",
+        rules=RACE,
     ),
-    token("divisors of another lane", MULTIPLIED, "divisors + tid", "divisors", rules=RACE),
-    token("sigmoid's slope dropped", MULTIPLIED, "d = s * mhc::sigmoid(-z)", "d = s", parity=WRONG),
-    token("alpha dropped", MULTIPLIED, "d *= alpha_o * scale", "d *= scale", parity=WRONG),
-    token("dalpha without l", MULTIPLIED, "sum_l += d * logit", "sum_l += d", parity=WRONG),
-    token("pull without its mean", MULTIPLIED, "/ static_cast<float>(K);", ";", parity=WRONG),
     token(
         "a batch again",
         MULTIPLIED,
-        "(SIMDS / TEAM_SIMDGROUPS) * TOKENS_PER_TURN) {",
-        "(SIMDS / TEAM_SIMDGROUPS)) {",
+        "threadgroups_per_grid.x * SIMDS * BATCH) {",
+        "threadgroups_per_grid.x * SIMDS) {",
         rules=TWO,
     ),
-    token("slope dropped", NORMED, "(du_dot_x - slope * u_dot_x)", "du_dot_x", parity=WRONG),
-    token("slope without r", NORMED, "slope = r * r *", "slope = r *", parity=WRONG),
-    token("dweight without r", NORMED, "g * u[e] * r;", "g * u[e];", parity=WRONG),
-    token("u of h_pre's first", NORMED, "+= dots.pre[j] * s", "+= dots.pre[0] * s", parity=WRONG),
-    token(
-        "from nothing", TWICE, "i > 0 || first != team * TOKENS_PER_TURN", "true", rules=UNWRITTEN
-    ),
-    token("no barrier before shares are added", TEAM, BARRIER, "", rules=UNWRITTEN),
-    token("the next token's shares in their place", TEAM, "parity ^= 1;", ";", rules=RACE),
-    token(
-        "a simdgroup's share left out",
-        TEAM,
-        "k < TEAM_SIMDGROUPS; ++k)",
-        "k < TEAM_SIMDGROUPS - 1; ++k)",
+    steps("dp past the last output", MULTIPLIED, "if (lane < NUM_LOGITS) dp", "dp", rules=TWO),
+    steps(
+        "another line's entry",
+        MULTIPLIED,
+        "entry_in_line == j ? v",
+        "line == j ? v",
         parity=WRONG,
     ),
-    token("all by the first simdgroup", TEAM, "(i / BATCH == simd)", "(simd == 0)", parity=WRONG),
-    token("no barrier before the ends are added", TEAM, BARRIER, "", nth=1, rules=UNWRITTEN),
-    token(
-        "the ends of one simdgroup",
-        TEAM,
-        "k < TEAM_SIMDGROUPS && lane",
-        "k < 1 && lane",
+    steps(
+        "sigmoid's slope dropped",
+        MULTIPLIED,
+        "token.s * sigmoid(-token.z)",
+        "token.s",
         parity=WRONG,
     ),
-    token(
-        "dweight of the last token",
-        TWICE,
-        "i > 0 || first != team * TOKENS_PER_TURN",
-        "false",
-        parity=WRONG,
-        traffic="partial",
-    ),
-    dots("weight dropped", NORMED, "d *= w[e];", ";", parity=WRONG),
+    steps("alpha dropped", MULTIPLIED, "(logit.alpha * token.scale)", "token.scale", parity=WRONG),
+    steps("dalpha without l", MULTIPLIED, "dz_l += dz * token.l", "dz_l += dz", parity=WRONG),
+    steps("pull without its mean", MULTIPLIED, "/ static_cast<float>(K);", ";", parity=WRONG),
     dots("the first pack again", DOTTED, "du + (c + k * 32 * VEC)", "du + c", rules=DIFFER),
     dots(
         "unaligned du loaded whole",
@@ -118,6 +96,44 @@ TOKEN_BACKWARD = [
         "; }",
         parity=WRONG,
         traffic="bias 128",
+    ),
+    # mhc_pre_backward_coefficients_norm
+    team("du' of the first token", NORMED, "(dread + t * size_t(C)", "(dread", rules=TWO),
+    team(
+        "slope dropped",
+        NORMED,
+        "(lane_dots.du_dot_x - slope * lane_dots.u_dot_x)",
+        "lane_dots.du_dot_x",
+        parity=WRONG,
+    ),
+    team("slope without r", NORMED, "slope = r * r *", "slope = r *", parity=WRONG),
+    team("from nothing", TWICE, "i > 0 || first != group_begin", "true", rules=UNWRITTEN),
+    team(
+        "dweight of the last token",
+        TWICE,
+        "i > 0 || first != group_begin",
+        "false",
+        parity=WRONG,
+        traffic="partial",
+    ),
+    team("the next token's shares in their place", TEAM, "parity ^= 1;", ";", rules=RACE),
+    team("all by the first simdgroup", TEAM, "(i / BATCH == simd)", "(simd == 0)", parity=WRONG),
+    team("no barrier before the ends are added", TEAM, BARRIER, "", rules=UNWRITTEN),
+    team(
+        "the ends of one simdgroup",
+        TEAM,
+        "k < SIMDS && lane",
+        "k < 1 && lane",
+        parity=WRONG,
+    ),
+    team_dots("weight dropped", NORMED, " * weight[e];\nfloat u", ";\nfloat u", parity=WRONG),
+    team_dots("dweight without r", NORMED, "d * u[e] * r;", "d * u[e];", parity=WRONG),
+    team_dots(
+        "u of h_pre's first", NORMED, "u[e] += pre[j] * s", "u[e] += pre[0] * s", parity=WRONG
+    ),
+    team_dots("no barrier before shares are added", TEAM, BARRIER, "", rules=UNWRITTEN),
+    team_dots(
+        "a simdgroup's share left out", TEAM, "k < SIMDS; ++k)", "k < SIMDS - 1; ++k)", parity=WRONG
     ),
     # mhc_projection_backward
     product("no barrier before dp is staged", STAGES, BARRIER, "", rules=RACE),

@@ -42,13 +42,6 @@ EQUIVALENT: dict[tuple[str, str, str, str, int], str] = {
         0,
     ): "it is how far a loop is unrolled",
     (
-        "kernels/mhc_pre_backward_coefficients.metal",
-        "constexpr int SUMS_PER_TOKEN = 2 * N + 2;",
-        "change_constant",
-        "constexpr int SUMS_PER_TOKEN = 2 * N + 3;",
-        0,
-    ): "rows of sums lie one float further apart, which no one reads",
-    (
         "kernels/mhc_pre.metal",
         "constexpr int PROJECTING_SIMDGROUPS = PROJECT ? (TILE_TOKENS * "
         "PROJECTION_LANES + 31) / 32 : 0;",

@@ -145,7 +145,7 @@ def mixing_matrix_backward(t, groups, logits, dh_res):
 def of_outputs(t: dict, alpha: mx.array) -> mx.array:
     """The alpha of each row of phi."""
     n = t["N"]
-    sizes = [n] if t["HEAD"] else [n, n, t["NUM_LOGITS"] - 2 * n]
+    sizes = [n] if t.get("HEAD") else [n, n, t["NUM_LOGITS"] - 2 * n]
     return mx.concatenate([mx.broadcast_to(alpha[i], (k,)) for i, k in enumerate(sizes)])
 
 
@@ -183,7 +183,7 @@ def mhc_pre(t, groups, x, phi, bias, alpha, params, weight=None):
 def coefficient_gradients(t, x, bias, alpha, params, weight, d):
     """What a token's coefficients give: h_pre, dp, pull, the gradient of x where it is read, and
     the sums over tokens."""
-    n, gated, eps = t["N"], t["N"] if t["HEAD"] else 2 * t["N"], Params(*params).eps
+    n, gated, eps = t["N"], t["N"] if t.get("HEAD") else 2 * t["N"], Params(*params).eps
     (logits, pre, post), (unit, scale) = (
         pre_parts(t, alpha, bias, params),
         mx.split(d["l"], [-1], -1),
@@ -195,13 +195,13 @@ def coefficient_gradients(t, x, bias, alpha, params, weight, d):
         return reference.rms_norm(u, *weight, eps) if weight else u
 
     dx, dz, sums = 0, [], []
-    if t["HAS_DU"]:
-        given = [x, z[:, :n]] + ([weight] if t["NORM"] else [])
+    if "du" in d:
+        given = [x, z[:, :n]] + ([] if weight is None else [weight])
         dx, dz_pre, *sums = mx.vjp(read, given, [d["du"]])[1]
         dz = [dz_pre]
     else:
         dz = mx.vjp(pre, [z[:, :n]], [d["dh_pre"]])[1]
-    dz = list(dz) + ([] if t["HEAD"] else mx.vjp(post, [z[:, n:gated]], [d["dh_post"]])[1])
+    dz = list(dz) + ([] if t.get("HEAD") else mx.vjp(post, [z[:, n:gated]], [d["dh_post"]])[1])
     if t.get("PROJECT"):
         given = {"logits": z[:, gated:].reshape(-1, n, n), "dh_res": d["dh_res"]}
         res = sinkhorn_knopp_backward(t, 0, **given, params=params)["dlogits"]
@@ -214,15 +214,20 @@ def coefficient_gradients(t, x, bias, alpha, params, weight, d):
     return pre(z[:, :n]), scale * dl, pull, dx, [dz.sum(0), (dz * unit).sum(0), *sums]
 
 
-def mhc_pre_backward_coefficients(t, groups, x, bias, alpha, params, weight=None, **d):
+def mhc_pre_backward_coefficients(t, groups, x, bias, alpha, params, **d):
+    h_pre, dp, pull, _, sums = coefficient_gradients(t, x, bias, alpha, params, None, d)
+    factors = mx.concatenate([h_pre, pull], -1)
+    rows = partials(groups * (t["THREADS"] // 32), *sums)
+    return {"token_factors": factors, "dp": dp, "partial": rows}
+
+
+def mhc_pre_backward_coefficients_norm(t, groups, x, bias, alpha, params, weight, **d):
     h_pre, dp, pull, _, sums = coefficient_gradients(t, x, bias, alpha, params, weight, d)
-    made = {"dp": dp, "partial": partials(groups * (1 if t["NORM"] else t["THREADS"] // 32), *sums)}
-    made["token_factors"] = mx.concatenate([h_pre, pull], -1)
-    if t["NORM"]:
-        u = reference.stream_aggregate(x, h_pre)
-        norm = [lambda u: reference.rms_norm(u, weight, Params(*params).eps), [u], [d["du"]]]
-        made["dread"] = mx.vjp(*norm)[1][0]
-    return made
+    factors = mx.concatenate([h_pre, pull], -1)
+    eps, u = Params(*params).eps, reference.stream_aggregate(x, h_pre)
+    (dread,) = mx.vjp(lambda u: reference.rms_norm(u, weight, eps), [u], [d["du"]])[1]
+    made = {"token_factors": factors, "dread": dread, "dp": dp}
+    return made | {"partial": partials(groups, *sums)}
 
 
 def mhc_pre_backward_generic(t, groups, x, bias, alpha, params, phi, weight=None, **d):
@@ -316,6 +321,7 @@ BODIES |= {f.__name__: f for f in (mixing_matrix_backward, mhc_pre, mhc_pre_back
 BODIES |= {f.__name__: f for f in (mhc_pre_partial_logits, mhc_seam, mhc_seam_backward)}
 BODIES["mhc_pre_backward_projection"] = mhc_pre_backward_projection
 BODIES["mhc_pre_backward_coefficients"] = mhc_pre_backward_coefficients
+BODIES["mhc_pre_backward_coefficients_norm"] = mhc_pre_backward_coefficients_norm
 BODIES["mhc_pre_backward_phi"] = mhc_pre_backward_phi
 BODIES["mhc_fused_backward_wide"] = mhc_fused_backward
 
@@ -382,8 +388,7 @@ def run(name, inputs, outputs, groups, threads, template, verbose=False) -> list
     agree(name, {"THREADS": threads}, {"THREADS": template.get("THREADS", 256)})
     if "VEC" in template:
         C, vec = given["x"].shape[2], template["VEC"]
-        loops = name == "mhc_pre_backward_coefficients" and not template["NORM"]
-        most = threads * vec * (C if loops else template.get("PASSES", C))
+        most = threads * vec * template.get("PASSES", C)
         agree(name, {"C % VEC": C % vec, "C": min(C, most)}, {"C % VEC": 0, "C": C})
     made = BODIES[name](template, groups, **{k: a.astype(mx.float32) for k, a in given.items()})
     wanted = {k: spec for k, spec in outputs.items() if spec is not None}
