@@ -18,7 +18,7 @@ constexpr int SIMDS = THREADS / 32;
 constexpr int STREAM_UNROLL = N <= 8 ? N : 4;  // streams that are loaded before the first is used
 constexpr int CACHED_PASSES = CACHED ? PASSES : 1;
 constexpr int OUT_STREAMS = MIX ? N : 1;
-constexpr int CHANNEL_STEP = CACHED && N <= 4 && VEC > 1 ? 2 : VEC;  // channels whose sums a thread holds at once
+constexpr int CHANNEL_STEP = CACHED && N <= 4 && VEC > 1 ? 2 : VEC;  // a thread holds the sums of so many channels at once
 threadgroup float pre[N];
 threadgroup float post[N];
 threadgroup float mix[N * N];  // mix[j * N + i] = h_res[i, j]

@@ -28,7 +28,7 @@
 constexpr int SIMDS = THREADS / 32;
 constexpr int OUT_STREAMS = MIX ? N : 1;
 constexpr int CACHED_PASSES = CACHED ? PASSES : 1;
-constexpr int CHANNEL_STEP = VEC == 1 || (N > 4 && NORM) ? 1 : 2;  // channels at once, as registers allow
+constexpr int CHANNEL_STEP = VEC == 1 || (N > 4 && NORM) ? 1 : 2;  // a thread takes so many channels at once, as registers allow
 constexpr bool DWEIGHT_IN_THREADGROUP = CACHED && N > 4 && PASSES * VEC * THREADS <= 4096;
 constexpr int POST_AT = NORM ? N : 0;
 constexpr int RES_AT = POST_AT + (POST_PER_TOKEN || !MIX ? 0 : N);

@@ -32,8 +32,8 @@ constexpr int WEIGHT_AT = RES_AT + (RES_PER_TOKEN || !MIX ? 0 : N * N);
 constexpr int EDGE = (N + 3) / 4, BLOCKS = EDGE * EDGE;
 constexpr int CHANNEL_SPLITS = THREADS < BLOCKS || N > 48 ? 1 : THREADS / BLOCKS < TILE_CHANNELS ? THREADS / BLOCKS : TILE_CHANNELS;
 constexpr int BLOCKS_PER_THREAD = (BLOCKS + THREADS - 1) / THREADS;
-constexpr int ROWS_PER_SIMDGROUP = (N + SIMDS - 1) / SIMDS;  // of dh_pre and of dh_post
-constexpr int ROWS_AT_ONCE = ROWS_PER_SIMDGROUP < 8 ? ROWS_PER_SIMDGROUP : 8;  // of dx
+constexpr int ROWS_PER_SIMDGROUP = (N + SIMDS - 1) / SIMDS;  // a simdgroup sums so many elements of dh_pre and of dh_post
+constexpr int ROWS_AT_ONCE = ROWS_PER_SIMDGROUP < 8 ? ROWS_PER_SIMDGROUP : 8;  // a simdgroup makes so many rows of dx at once
 constexpr bool H_RES_IN_THREADGROUP = MIX && N <= 32;
 threadgroup float pre[N];
 threadgroup float post[N];

@@ -3,13 +3,14 @@
 //
 //   l, scale = rsqrt(mean(x**2) + norm_eps) as mhc_pre saved them;   z = alpha l + bias, s = sigmoid(z);
 //   h_pre = s + pre_eps
-//   dz_pre = dh_pre s sigmoid(-z), where with HAS_DU dh_pre[j] = sum du x[j];   dz_post = dh_post post_scale s sigmoid(-z)
+//   dz_pre = dh_pre s sigmoid(-z), where with HAS_DU dh_pre[j] = sum du x[j]
+//   dz_post = dh_post post_scale s sigmoid(-z)
 //   dz_res is given, or with PROJECT the gradient of sinkhorn_knopp(z_res) for dh_res
 //   dl = alpha dz;   dp = scale dl;   pull = -scale**2 sum(dl l) / (N C), the factor of x in dx
 //   dbias[o] = sum_t dz[o];   dalpha of a part = the sum of dz l over its logits and tokens
 //
-// in   x [tokens, N, C] T; bias [NUM_LOGITS], alpha [parts] any float, NUM_LOGITS = 2 N + R, with HEAD N, whose only
-//      part is pre; l [tokens, NUM_LOGITS + 1] float: l, scale;
+// in   x [tokens, N, C] T; bias [NUM_LOGITS], alpha [parts] any float, NUM_LOGITS = 2 N + R, or N (HEAD), where pre
+//      is the only part; l [tokens, NUM_LOGITS + 1] float: l, scale;
 //      params [6] float, by mhc::param: PRE_EPS; without HEAD POST_SCALE; with PROJECT PROJECTION_EPS;
 //      du [tokens, C] T (HAS_DU) or dh_pre [tokens, N] float; dh_post [tokens, N] float (without HEAD);
 //      dh_res [tokens, N, N] float (PROJECT) or dz_res [tokens, R] float
@@ -18,12 +19,12 @@
 // owners  A simdgroup takes BATCH tokens in turn. First it walks back through their projections at once,
 //      matrix_lanes(N) lanes a matrix; STORED_STEPS divisors of a line stay in threadgroup memory. Then it goes token
 //      by token: a lane takes VEC channels of all streams, then a logit.
-// template  T, N, NUM_LOGITS, HEAD, HAS_DU, PROJECT, ITERS, START, COLUMNS, OUT_COLUMNS, VEC, THREADS, BATCH,
-//      STORED_STEPS
+// template  T, N, NUM_LOGITS, HAS_DU, PROJECT, ITERS, START, COLUMNS, OUT_COLUMNS, VEC, THREADS, BATCH, STORED_STEPS
 // grid  any number of threadgroups
 #include "coefficient_gradient.h"
 #include "stream_dots.h"
 constexpr int SIMDS = THREADS / 32;
+constexpr bool HEAD = NUM_LOGITS == N;
 constexpr int NUM_GATE_LOGITS = HEAD ? N : 2 * N;
 constexpr int NUM_RES_LOGITS = NUM_LOGITS - NUM_GATE_LOGITS;
 constexpr int MATRIX_LANES = mhc::matrix_lanes(N);
@@ -39,20 +40,20 @@ const mhc::LaneLogit logit = mhc::lane_logit<N, NUM_LOGITS, NUM_GATE_LOGITS, COL
 mhc::LogitSums sums = {0.0f, 0.0f};
 
 for (uint first = simdgroup * BATCH; first < tokens; first += threadgroups_per_grid.x * SIMDS * BATCH) {
-  const int count = tokens - first < uint(BATCH) ? int(tokens - first) : BATCH;
+  const uint end = first + uint(BATCH) < tokens ? first + uint(BATCH) : tokens;
   float g_res[N] = {};
   if constexpr (PROJECT) {
-    const int matrix = lane / MATRIX_LANES;
-    const size_t t = first + uint(matrix < count ? matrix : 0);
+    const uint lane_token = first + uint(lane / MATRIX_LANES);
+    const size_t t = lane_token < end ? lane_token : first;
     const auto z = mhc::logits_of(l + (t * (NUM_LOGITS + 1) + NUM_GATE_LOGITS), bias + NUM_GATE_LOGITS, static_cast<float>(alpha[2]));
     mhc::walk_back_projection<N, START, COLUMNS, OUT_COLUMNS, ITERS, STORED_STEPS, THREADS>(
         g_res, dh_res + t * (N * N), z, divisors + thread_position_in_threadgroup.x, static_cast<float>(params[mhc::param::PROJECTION_EPS]),
         uint(lane % MATRIX_LANES), uint(lane), divisors);
   }
-  for (int i = 0; i < count; ++i) {
+  for (int i = 0; i < int(end - first); ++i) {
     const size_t t = first + uint(i);
     const mhc::TokenLogit token = mhc::token_logit<NUM_LOGITS>(logit, l + t * (NUM_LOGITS + 1), params);
-    float dh = 0.0f;  // dh_pre
+    float dh = 0.0f;  // dh_pre of the lane's stream
     if constexpr (HAS_DU) {
       float du_dot_x[N] = {};
       mhc::dot_streams<PACKS_AT_ONCE, T, VEC>(du_dot_x, x + t * size_t(K), du + t * size_t(C), C, lane, aligned);

@@ -17,8 +17,8 @@
 //      du [tokens, C] T; dh_post [tokens, N] float; dh_res [tokens, N, N] float (PROJECT) or dz_res [tokens, R] float
 // out  token_factors [tokens, N + 1] float: h_pre, pull; dread [tokens, C] T: du'; dp [tokens, NUM_LOGITS] float;
 //      partial [threadgroups, 2 NUM_LOGITS + C] float: the sums of dz, of dz l, dweight, over this threadgroup's tokens
-// CACHED: x of a token stays in registers between the sums and du', and a thread's dweight until the end; without CACHED
-//      x is read twice, and the running sum of dweight lies in partial.
+// CACHED: x of a token stays in registers between the sums and du', and a thread's dweight until the end; without
+//      CACHED x is read twice, and the running sum of dweight lies in partial.
 // owners  A threadgroup takes BATCH tokens for each of its simdgroups in turn. First each simdgroup walks back through
 //      the projections of its own at once, matrix_lanes(N) lanes a matrix; STORED_STEPS divisors of a line stay in
 //      threadgroup memory. Then all go token by token: a thread takes VEC channels of all streams, PASSES times, and a
@@ -32,7 +32,7 @@ constexpr int SIMDS = THREADS / 32;
 constexpr int NUM_RES_LOGITS = NUM_LOGITS - 2 * N;
 constexpr int MATRIX_LANES = mhc::matrix_lanes(N);
 constexpr int CACHED_PASSES = CACHED ? PASSES : 1;
-constexpr bool PARTIAL_ALIGNED = 2 * NUM_LOGITS % VEC == 0;  // packs of dweight's sums in partial
+constexpr bool PARTIAL_ALIGNED = 2 * NUM_LOGITS % VEC == 0;  // whether packs of dweight's sums in partial are aligned
 static_assert(NUM_LOGITS <= 32 && (!PROJECT || BATCH * MATRIX_LANES <= 32), "a lane takes a logit, and a line of a matrix");
 threadgroup float divisors[PROJECT ? STORED_STEPS * THREADS : 1];
 threadgroup float token_sums[SIMDS > 1 ? 2 * SIMDS * (2 * N + 2) : 1];
@@ -106,7 +106,7 @@ for (uint first = group_begin; first < tokens; first += threadgroups_per_grid.x 
     }
 
     if (i / BATCH == simd) {
-      const float dh = r * (lane_dots.du_dot_x - slope * lane_dots.u_dot_x);  // dh_pre
+      const float dh = r * (lane_dots.du_dot_x - slope * lane_dots.u_dot_x);  // dh_pre of the lane's stream
       const float cotangent = mhc::logit_cotangent<N, NUM_RES_LOGITS, false, PROJECT>(logit, dh, dh_post + t * N, dz_res + t * NUM_RES_LOGITS, g_res, i % BATCH * MATRIX_LANES, params);
       mhc::finish_token<N, NUM_LOGITS>(sums, logit, token, cotangent, K, dp + t * NUM_LOGITS, token_factors + t * (N + 1), lane);
     }

@@ -12,7 +12,8 @@
 //   dx[j] = sum_o phi[o, j] dp[o] + pull x[j] + h_pre[j] du' (+ dx_out[j])
 //   dbias[o] = sum_t dz[o];   dalpha of a part = the sum of dz l over its logits and tokens
 //
-// in   x [tokens, N, C] T; phi [NUM_LOGITS, N * C], bias [NUM_LOGITS], alpha [parts], weight [C] any float;
+// in   x [tokens, N, C] T; phi [NUM_LOGITS, N * C], bias [NUM_LOGITS], alpha [parts], weight [C] any float,
+//      NUM_LOGITS = 2 N + R, or N (HEAD), where pre is the only part;
 //      params [6] float, by mhc::param: PRE_EPS; without HEAD POST_SCALE; with NORM EPS;
 //      l [tokens, NUM_LOGITS + 1] float: l, scale; dz_res [tokens, R] float; du [tokens, C] T (HAS_DU) or dh_pre
 //      [tokens, N] float; dh_post [tokens, N] float (without HEAD); dx_out [tokens, N, C] T (HAS_DX_OUT): the cotangent
@@ -22,16 +23,17 @@
 // owners  A threadgroup takes tiles of TILE tokens in turn, and a thread takes VEC neighbours of all streams: phi is
 //      read once a tile. For dh_pre a simdgroup takes a token. SPLITS threadgroups share a tile, each a range of
 //      channels of dx; that is for N > 8, where phi is most of the bytes, and each of them makes dh_pre and dp anew.
-// template  T, N, NUM_LOGITS, HEAD, HAS_DU, NORM, VEC, THREADS, TILE, SPLITS, HAS_DX_OUT
+// template  T, N, NUM_LOGITS, HAS_DU, NORM, VEC, THREADS, TILE, SPLITS, HAS_DX_OUT
 // grid  any multiple of SPLITS threadgroups
 #include "common.h"
 constexpr int SIMDS = THREADS / 32;
+constexpr bool HEAD = NUM_LOGITS == N;
 constexpr int NUM_GATE_LOGITS = HEAD ? N : 2 * N;
 constexpr int NUM_RES_LOGITS = NUM_LOGITS - NUM_GATE_LOGITS;
 constexpr int STREAM_UNROLL = N <= 8 ? N : 1;
-threadgroup mhc::Pack<float, TILE> dps[NUM_LOGITS];  // dps[o].v[i] is of logit o and token i: dz, then dp
+threadgroup mhc::Pack<float, TILE> dps[NUM_LOGITS];  // dps[o].v[i] = dz, then dp, of logit o and token i
 threadgroup float pre[TILE * N];
-threadgroup float inverse_rms[TILE];  // r
+threadgroup float inverse_rms[TILE];  // inverse_rms[i] = r of token i
 threadgroup float slopes[TILE];
 threadgroup float pull[TILE];
 const int tid = int(thread_position_in_threadgroup.x);
@@ -72,6 +74,7 @@ for (uint tile = tile_group; tile < tiles; tile += threadgroups_per_grid.x / SPL
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
+  // dh_pre[j] = r (sum du weight x[j] - slope sum u x[j])
   for (int i = simd; HAS_DU && i < TILE && first + uint(i) < tokens; i += SIMDS) {
     const size_t t = first + uint(i);
     const auto row = x + t * size_t(K);

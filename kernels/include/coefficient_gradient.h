@@ -1,12 +1,12 @@
-// The gradient of a token's coefficients from cotangents of h_pre, h_post and h_res to dp, which
-// mhc_pre_backward_projection takes. A lane takes a logit of the token.
+// Steps of the gradient of a token's coefficients, which lead from the cotangents of h_pre, h_post and h_res to dp;
+// that is what mhc_pre_backward_projection takes. A lane of the token's simdgroup takes a logit.
 #include "coefficients.h"
 #include "sinkhorn_backward.h"
 
 namespace mhc {
 
-// The logit of a lane; lanes past the last take logit 0, and what they make is not stored. A logit of h_res is one entry
-// of a line of the projection.
+// lane_logit says which logit a lane takes. Lanes past the last take logit 0, and nothing that they make is stored. A
+// logit of h_res is an entry in a line of the projection.
 struct LaneLogit {
   int o, part, entry, line, entry_in_line;
   float alpha, bias;
@@ -17,16 +17,16 @@ inline LaneLogit lane_logit(A alpha, B bias, int lane) {
   return {o, part, entry, COLUMNS ? entry % N : entry / N, COLUMNS ? entry / N : entry % N, static_cast<float>(alpha[part]), static_cast<float>(bias[o])};
 }
 
-// Its value in a token, of which l holds what mhc_pre saved: l, then scale.   z = alpha l + bias;   s = sigmoid(z);
-// h_pre = s + pre_eps
+// token_logit says what that logit is in a token, for which l holds what mhc_pre saved: l, then scale.
+// z = alpha l + bias;   s = sigmoid(z);   h_pre = s + pre_eps
 struct TokenLogit { float l, scale, z, s, h_pre; };
 template <int NUM_LOGITS, typename L, typename Q> inline TokenLogit token_logit(const thread LaneLogit& logit, L l, Q params) {
   const float value = static_cast<float>(l[logit.o]), z = logit.alpha * value + logit.bias, s = sigmoid(z);
   return {value, static_cast<float>(l[NUM_LOGITS]), z, s, s + static_cast<float>(params[param::PRE_EPS])};
 }
 
-// The cotangent of s or, for a logit of h_res, of z: dh_pre, which is given; dh_post post_scale; dz_res. PROJECT: lanes
-// from first_lane on hold the lines of dz_res in g_res.
+// Returns the cotangent of s, dh_pre (the argument) or post_scale dh_post, or for a logit of h_res that of z, dz_res.
+// PROJECT: the lanes from first_lane on hold the lines of dz_res in g_res.
 template <int N, int NUM_RES_LOGITS, bool HEAD, bool PROJECT, typename H, typename Z, typename Q>
 inline float logit_cotangent(const thread LaneLogit& logit, float dh_pre, H dh_post, Z dz_res, thread const float (&g_res)[N], int first_lane, Q params) {
   float cotangent = dh_pre;
@@ -39,11 +39,11 @@ inline float logit_cotangent(const thread LaneLogit& logit, float dh_pre, H dh_p
   return cotangent;
 }
 
-// The sums of dz and of dz l over the tokens of a simdgroup.
+// LogitSums are a lane's sums of dz and of dz l over its simdgroup's tokens.
 struct LogitSums { float dz, dz_l; };
 
 // dz = cotangent s sigmoid(-z), for a logit of h_res dz = cotangent;   dp = alpha scale dz;
-// pull = -scale sum(dp l) / K.   factors = h_pre, pull.
+// pull = -scale sum(dp l) / K;   factors = h_pre, pull
 template <int N, int NUM_LOGITS, typename O, typename F>
 inline void finish_token(thread LogitSums& sums, const thread LaneLogit& logit, const thread TokenLogit& token, float cotangent, int K, O dp, F factors, int lane) {
   const float slope = logit.part == 2 ? 1.0f : token.s * sigmoid(-token.z);

@@ -16,7 +16,7 @@ namespace param {
 enum { PRE_EPS, POST_SCALE, POST_EPS, PROJECTION_EPS, NORM_EPS, EPS, COUNT };
 }
 
-// VEC neighbours that move in one load or store.
+// A Pack is VEC neighbours, which move in one load or store.
 template <typename T, int VEC> struct alignas(sizeof(T) * VEC) Pack { T v[VEC]; };
 
 template <int VEC, typename T> inline const device Pack<T, VEC>* packs(const device T* p) {
@@ -76,7 +76,7 @@ template <int COUNT, typename P> inline void load_all(thread float* v, P p) {
   }
 }
 
-// A lane's neighbours in a row, in loads of up to 16 bytes.
+// A Run is a lane's COUNT neighbours in a row, which loads of up to 16 bytes bring.
 template <typename T, int COUNT> constexpr int run_vec() { return COUNT * int(sizeof(T)) > 16 ? 16 / int(sizeof(T)) : COUNT; }
 template <typename T, int COUNT> struct Run { Pack<T, run_vec<T, COUNT>()> p[COUNT / run_vec<T, COUNT>()]; };
 template <typename T, int COUNT> inline float run_float(const thread Run<T, COUNT>& r, int e) {
@@ -105,7 +105,7 @@ inline void load_streams(thread Pack<T, VEC>* to, P row, int C, int c, bool alig
 
 inline float sigmoid(float v) { return 1.0f / (1.0f + metal::precise::exp(-v)); }
 
-template <int N> inline int part_of(int o) { return o < N ? 0 : o < 2 * N ? 1 : 2; }  // of a logit: pre, post, res
+template <int N> inline int part_of(int o) { return o < N ? 0 : o < 2 * N ? 1 : 2; }  // 0, 1, 2: logit o is of pre, post, res
 
 // h_pre = sigmoid(z) + pre_eps, and with part 1 h_post = post_scale * sigmoid(z) + post_eps.
 template <typename Q> inline float gate(float z, int part, Q params) {

@@ -1,4 +1,4 @@
-// The sums over a token's channels from which the gradient of its h_pre is made.
+// The gradient of a token's h_pre is made of these sums over its channels.
 #include "common.h"
 
 namespace mhc {
@@ -31,7 +31,7 @@ inline void dot_streams(thread float (&sums)[N], X x, D du, int C, int lane, boo
   }
 }
 
-// v[j] summed over the simdgroup, in lane j.
+// Returns, in lane j, v[j] summed over the simdgroup.
 template <int N> inline float sum_to_lane(thread const float (&v)[N], int lane) {
   float found = 0.0f;
   UNROLL for (int j = 0; j < N; ++j) {
@@ -41,7 +41,8 @@ template <int N> inline float sum_to_lane(thread const float (&v)[N], int lane) 
   return found;
 }
 
-// A lane's sums over its channels of a token whose u = sum_j pre[j] x[j] has a norm; du is multiplied by its weight.
+// NormDots are a lane's sums over its channels of a token whose u = sum_j pre[j] x[j] has a norm; du is multiplied by
+// the norm's weight. add_norm_dots adds a pack of channels.
 template <int N> struct NormDots { float du_dot_x[N], u_dot_x[N], u_dot_u, du_dot_u; };
 template <typename T, int VEC, int N>
 inline void add_norm_dots(thread NormDots<N>& dots, thread const float (&pre)[N], thread const Pack<T, VEC> (&x)[N], thread const Pack<T, VEC>& du, thread const float (&weight)[VEC]) {
@@ -58,8 +59,8 @@ inline void add_norm_dots(thread NormDots<N>& dots, thread const float (&pre)[N]
   }
 }
 
-// Their sums over the threadgroup, with lane j those of stream j. scratch holds 2 SIMDS (2 N + 2) floats. If parity goes
-// 0, 1, 0, ... from call to call, one barrier a call is enough.
+// Returns their sums over the threadgroup; lane j gets those of stream j. scratch holds 2 SIMDS (2 N + 2) floats. If
+// parity goes 0, 1, 0, ... from call to call, one barrier a call is enough.
 struct LaneDots { float du_dot_x, u_dot_x, u_dot_u, du_dot_u; };
 template <int SIMDS, int N, typename S> inline LaneDots sum_norm_dots(const thread NormDots<N>& dots, S scratch, int parity, int simd, int lane) {
   LaneDots sums = {sum_to_lane(dots.du_dot_x, lane), sum_to_lane(dots.u_dot_x, lane), simd_sum(dots.u_dot_u), simd_sum(dots.du_dot_u)};

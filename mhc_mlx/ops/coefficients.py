@@ -79,7 +79,6 @@ class MhcSeamBody(launch.Body):
     NORM: bool
     ROUND_U: bool
     FROM_PARTIAL_LOGITS: bool
-    HEAD: bool
     SAVE_LOGITS: bool
     PROJECT: bool
     WRITE_H_PRE: bool
@@ -120,15 +119,14 @@ def launch_seam(
     outputs: SeamOutputs,
     *,
     slices: int = 1,
-    head: bool = False,
     round_u: bool = False,
     projection: Convention | None = None,
     options: Options,
 ) -> SeamOutputs:
     """The write-back and the read of x ``[tokens, n, C]``, as far as ``outputs`` asks for them.
 
-    With partial logits it makes the coefficients: ``slices`` is how it adds those, ``head`` that
-    there are only those of h_pre, ``projection`` the convention by which it makes h_res.
+    With partial logits it makes the coefficients: ``slices`` is how it adds those, ``projection``
+    the convention by which it makes h_res.
     """
     tokens, n, C = x.shape
     threads = options.threads_per_group
@@ -146,7 +144,6 @@ def launch_seam(
         FROM_PARTIAL_LOGITS=inputs.partial_logits is not None,
         NUM_LOGITS=2 * n if inputs.bias is None else inputs.bias.shape[0],
         SLICES=slices,
-        HEAD=head,
         SAVE_LOGITS=outputs.l is not None,
         PROJECT=projection is not None,
         WRITE_H_PRE=outputs.new_h_pre is not None,

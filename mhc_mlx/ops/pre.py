@@ -45,10 +45,8 @@ class MhcPreBody(launch.Body):
     U_PACKS: int
     SPLITS: int
     RING_BYTES: int
-    HEAD: bool
     WRITE_U: bool
     NORM: bool
-    WRITE_H_PRE: bool
     SAVE_LOGITS: bool
     PROJECT: bool
     half_steps: HalfSteps
@@ -71,7 +69,6 @@ class MhcPreBackwardCoefficientsBody(launch.Body):
     T: mx.Dtype
     N: int
     NUM_LOGITS: int
-    HEAD: bool
     HAS_DU: bool
     PROJECT: bool
     half_steps: HalfSteps
@@ -118,7 +115,6 @@ class MhcPreBackwardGenericBody(launch.Body):
     T: mx.Dtype
     N: int
     NUM_LOGITS: int
-    HEAD: bool
     HAS_DU: bool
     NORM: bool
     VEC: int
@@ -238,7 +234,6 @@ class CoefficientOp(FusedOp):
                 l=wanted.l,
             ),
             slices=partial.slices,
-            head=self.head,
             projection=self.convention if wanted.h_res else None,
             options=self.options,
         )
@@ -263,12 +258,10 @@ class CoefficientOp(FusedOp):
             TILES=t.tiles,
             BLOCK=t.block,
             SPLITS=t.splits,
-            HEAD=self.head,
             WRITE_U=self.writes_u,
             NORM=norm,
             U_SIMDGROUPS=u.simdgroups,
             U_PACKS=u.packs,
-            WRITE_H_PRE=not self.writes_u,
             SAVE_LOGITS=wanted.l is not None,
             RING_BYTES=tiling.ring_bytes(t, n, C, x.dtype, phi.dtype, num_logits, limit),
             PROJECT=projects,
@@ -345,7 +338,6 @@ class CoefficientOp(FusedOp):
             T=x.dtype,
             N=n,
             NUM_LOGITS=num_logits,
-            HEAD=self.head,
             HAS_DU=arrays.du is not None,
             PROJECT=dh_res is not None,
             half_steps=steps,
@@ -435,7 +427,6 @@ class CoefficientOp(FusedOp):
             T=x.dtype,
             N=n,
             NUM_LOGITS=num_logits,
-            HEAD=self.head,
             HAS_DU=arrays.du is not None,
             NORM=norm,
             VEC=t.vec,

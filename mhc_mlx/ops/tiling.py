@@ -277,8 +277,8 @@ def generic_gradient_tiling(
 
 
 COEFFICIENT_GRADIENT_SIMDGROUPS = 132 * 16  # an H100 holds these at 128 registers
-# Bytes of x that a thread of `mhc_pre_backward_coefficients_norm` keeps: at (65536, 4, 1024) an H100
-# takes 408 us with 128 bytes and 460 us with 64.
+# Bytes of x that a thread of `mhc_pre_backward_coefficients_norm` keeps. H100, (65536, 4, 1024):
+# 408 us with 128 bytes, 460 us with 64.
 COEFFICIENT_GRADIENT_X_BYTES = {"metal": 64, "cuda": 128}
 STORED_HALF_STEPS = {"metal": 8, "cuda": 40}  # 128 bytes each of a simdgroup's threadgroup memory
 

@@ -9,7 +9,6 @@ from mhc_mlx import DEEPSEEK_V4, PAPER
 from mhc_mlx.conventions import IDENTITY, KRONECKER
 from mutation.mistakes import (
     BARRIER,
-    BOUNDS,
     DIFFER,
     EPS,
     MORE,
@@ -67,7 +66,8 @@ FEW_5 = Case("mhc_pre", (5,), 5, 31, convention=replace(PAPER, iters=2))
 PRE_BANDS = Threads("mhc_pre", (9,), 4, 64, convention=PAPER)  # two bands of eight slices
 PRE_SLICE = Slice("mhc_pre", (5,), 4, 64, convention=PAPER)
 
-pre, streams = mistakes("mhc_pre"), mistakes("mhc_pre", "include/streams.h")
+pre = mistakes("mhc_pre")
+read, units = (mistakes("mhc_pre", f"include/{k}.h") for k in ("read_tile", "streams"))
 made, alone = (
     mistakes("mhc_pre", "include/coefficients.h"),
     mistakes("mhc_pre", "include/sinkhorn.h"),
@@ -87,7 +87,7 @@ PRE_FORWARD = [
     # mhc_pre
     pre("no barrier before slices are added", PRE, BARRIER, "", rules=RACE),
     pre("no barrier before the coefficients are used", PRE, BARRIER, "", nth=1, rules=UNWRITTEN),
-    pre("a tile past the last token", PRE, "if (t < tokens && lane", "if (lane", rules=OUTSIDE),
+    pre("a tile past the last token", PRE, "if (i < count && lane", "if (lane", rules=OUTSIDE),
     pre(
         "outputs past the last",
         PRE_RAGGED,
@@ -95,47 +95,41 @@ PRE_FORWARD = [
         "lane < LOGITS_AT_ONCE",
         rules=OUTSIDE,
     ),
-    pre(
-        "u past the last token",
-        PRE_PLAIN,
-        " && first + uint(q / PIECES_PER_TOKEN) < tokens",
-        "",
-        rules=OUTSIDE,
-    ),
-    pre(
+    read("u past the last token", PRE_PLAIN, "q < 2 * count", "q < 2 * (count + 1)", rules=OUTSIDE),
+    read(
         "u past the last token, kept",
         PRE,
-        " && t < tokens && logit_begin",
-        " && logit_begin",
+        "team < TEAMS && i < count",
+        "team < TEAMS",
         rules=OUTSIDE,
     ),
-    pre(
+    read(
         "u past the last channel",
         SHARED_U,
-        "k * 32 * VEC;\nif (in_range && c < C)",
-        "k * 32 * VEC;\nif (in_range)",
+        "if (in_range && c < C) ST",
+        "if (in_range) ST",
         rules=OUTSIDE,
     ),
-    pre(
+    read(
         "squares of half of u",
         SHARED_U,
-        "k < U_SIMDGROUPS * LANE_PACKS; ++k)",
-        "k < LANE_PACKS; ++k)",
+        "k < SHARERS * U_PACKS; ++k)",
+        "k < U_PACKS; ++k)",
         parity=WRONG,
     ),
-    pre("no barrier before squares are added", SHARED_U, BARRIER, "", nth=2, rules=RACE),
-    pre("no barrier after squares are added", SHARED_U, BARRIER, "", nth=3, rules=RACE),
-    pre(
+    read("no barrier before squares are added", SHARED_U, BARRIER, "", rules=RACE),
+    read("no barrier after squares are added", SHARED_U, BARRIER, "", nth=1, rules=RACE),
+    read(
         "h_pre of another token, kept",
         PRE,
-        "pre + i * N, C, C - c, x_",
-        "pre, C, C - c, x_",
+        "pre + i * N, C, C - c, al",
+        "pre, C, C - c, al",
         parity=WRONG,
     ),
-    pre("r dropped", PRE, "[e] * r * w[e]", "[e] * w[e]", parity=WRONG),
-    pre("norm forgotten", PRE, "logit = scale * s", "logit = s", parity=WRONG),
-    pre("mean over a stream", PRE, "static_cast<float>(K)", "static_cast<float>(C)", parity=WRONG),
-    pre("norm_eps dropped", NORM_EPS, "param::NORM_EPS", "param::PRE_EPS", parity=WRONG),
+    units("r dropped", PRE, "if (NORM) v *= r;", "", parity=WRONG),
+    made("norm forgotten", PRE, "value = scale * product", "value = product", parity=WRONG),
+    pre("mean over a stream", PRE, "x_dot_x, K, alpha", "x_dot_x, C, alpha", parity=WRONG),
+    made("norm_eps dropped", NORM_EPS, "param::NORM_EPS", "param::PRE_EPS", parity=WRONG),
     pre(
         "the last slice of k left out",
         PRE,
@@ -170,32 +164,38 @@ PRE_FORWARD = [
         PRE,
         "sums[SLICES * TILE_TOKENS * PITCH]",
         "sums[TILE_TOKENS * PITCH]",
-        rules=BOUNDS,
+        rules=OUTSIDE,
     ),
-    pre("ragged rows loaded whole", PRE_4, "K % 32 == 0", "K % 4 == 0", rules=OUTSIDE),
-    pre(
+    tiles("ragged rows loaded whole", PRE_4, "K % 32 == 0", "K % 4 == 0", rules=OUTSIDE),
+    tiles(
         "unaligned phi loaded whole",
         PRE_SLICE,
-        "8 / mhc::PHI_ROWS>()>(phi)",
-        "8 / mhc::PHI_ROWS>()>(x)",
+        "8 / PHI_ROWS>()>(phi)",
+        "8 / PHI_ROWS>()>(x)",
         rules="misaligned",
     ),
-    pre(
+    tiles(
         "tiles of tokens exchanged",
         PRE_HALF,
-        "first_row + m * 8) * PITCH",
-        "first_row + (TILES - 1 - m) * 8) * PITCH",
+        "(m * 8 + sum_token",
+        "((TILES - 1 - m) * 8 + sum_token",
         parity=WRONG,
     ),
-    pre("bands of tokens at one place", PRE_BANDS, "+ first_row + m", "+ m", rules=RACE),
     pre(
+        "bands of tokens at one place",
+        PRE_BANDS,
+        "slice * TILE_TOKENS + first_row",
+        "slice * TILE_TOKENS",
+        rules=RACE,
+    ),
+    tiles(
         "tiles of outputs exchanged",
         PRE,
-        "b * 8 + mhc::sum_logit",
-        "(BLOCK - 1 - b) * 8 + mhc::sum_logit",
+        "b * 8 + sum_logit",
+        "(BLOCK - 1 - b) * 8 + sum_logit",
         parity=WRONG,
     ),
-    pre("alpha of pre alone", PRE, "alpha[part]", "alpha[0]", parity=WRONG),
+    made("alpha of pre alone", PRE, "alpha[part]", "alpha[0]", parity=WRONG),
     runs(
         "post_eps of pre",
         PRE_EPS,
@@ -203,16 +203,16 @@ PRE_FORWARD = [
         "param::PRE_EPS",
         parity=WRONG,
     ),
-    pre("bias saved", PRE, "+ o] = logit;", "+ o] = z;", parity=WRONG),
-    pre(
+    made("bias saved", PRE, "l[o] = value;", "l[o] = z;", parity=WRONG),
+    made(
         "the token's norm not saved",
         PRE,
-        "+ NUM_LOGITS] = scale",
-        "+ NUM_LOGITS] = 1.0f",
+        "l[NUM_LOGITS] = scale",
+        "l[NUM_LOGITS] = 1.0f",
         parity=WRONG,
     ),
-    pre("norms saved with every output", PRE, "SAVE_LOGITS && o == 0", "SAVE_LOGITS", rules=TWO),
-    pre("u by every share", PRE_12, "tokens && logit_begin == 0", "tokens", rules=UNWRITTEN),
+    made("norms saved with every output", PRE, "SAVE_LOGITS && o == 0", "SAVE_LOGITS", rules=TWO),
+    pre("u by every share", PRE_12, "logit_begin == 0 ? count : 0", "count", rules=UNWRITTEN),
     pre(
         "shares rounded down", IDENTITY_32, "+ SPLITS - 1) / SPLITS", ") / SPLITS", rules=UNWRITTEN
     ),
@@ -254,8 +254,8 @@ PRE_FORWARD = [
     pre(
         "an iteration too few",
         FEW,
-        "OUT_COLUMNS, ITERS>(",
-        "OUT_COLUMNS, ITERS - 1>(",
+        "OUT_COLUMNS, ITERS, SIMDS",
+        "OUT_COLUMNS, ITERS - 1, SIMDS",
         parity=WRONG,
     ),
     made(
@@ -265,69 +265,61 @@ PRE_FORWARD = [
         "OUT_COLUMNS, ITERS - 1>(z",
         parity=WRONG,
     ),
-    pre(
+    made(
         "matrices past the last",
         PRE,
         "m < TILE_TOKENS && t < tokens",
         "m < TILE_TOKENS",
         rules=UNWRITTEN,
     ),
-    pre(
+    made(
         "matrices past the tile",
         PRE_MANY,
         "m < TILE_TOKENS && t < tokens",
         "t < tokens",
         rules=OUTSIDE,
     ),
-    alone("idle lanes write", PRE_5, "in_range && lane < uint(N)", "in_range", rules=TWO),
     pre(
+        "tokens past the tile",
+        PRE_MANY,
+        "tokens - first < uint(TILE_TOKENS) ? int(tokens - first) : TILE_TOKENS",
+        "int(tokens - first)",
+        rules=OUTSIDE,
+    ),
+    alone("idle lanes write", PRE_5, "in_range && lane < uint(N)", "in_range", rules=TWO),
+    read(
         "h_pre of another token",
         MADE_TWICE,
         "pre + i * N, C, C - c0",
         "pre, C, C - c0",
-        rules=DIFFER,
-    ),
-    pre(
-        "wrong width of a step",
-        PRE_PLAIN,
-        "c0 += PIECES_PER_TOKEN * PACKS_AT_ONCE * 32 * VEC",
-        "c0 += 32",
-        rules=TWO,
-    ),
-    pre(
-        "the first piece of u twice",
-        MULTIPLIED,
-        "(q % PIECES_PER_TOKEN * PACKS_AT_ONCE",
-        "(0 * PACKS_AT_ONCE",
-        rules=TWO,
-    ),
-    pre(
-        "u not divided by its norm",
-        MADE_TWICE,
-        "o[k][e] * r * w[e]",
-        "o[k][e] * w[e]",
+        nth=2,
         parity=WRONG,
     ),
-    streams(
+    read("wrong width of a step", PRE_PLAIN, "c0 += 2 * STEP", "c0 += 32", rules=TWO),
+    read("the first piece of u twice", MULTIPLIED, "q % 2 * STEP", "0 * STEP", rules=TWO),
+    read(
+        "u not divided by its norm",
+        MADE_TWICE,
+        "(o[k], r, weight",
+        "(o[k], 1.0f, weight",
+        parity=WRONG,
+    ),
+    read(
         "a lane's second pack its first",
         PRE_RUNS,
         "(j0 + j) * C + k * 32 * VEC",
         "(j0 + j) * C",
-        rules=DIFFER,  # from an array that is not aligned
+        rules=DIFFER,
     ),
-    streams("packs past the last", PRE, " && k * 32 * VEC < remaining", "", rules=OUTSIDE),
-    pre(
-        "the readers' tokens",
-        MANY_PLAIN,
-        "q += READING_SIMDGROUPS",
-        "q += SIMDS",
-        rules="nobody writes",
+    read("packs past the last", PRE, " && k * 32 * VEC < remaining", "", rules=OUTSIDE),
+    read(
+        "the readers' tokens", MANY_PLAIN, "q += READERS", "q += READERS + 1", rules="nobody writes"
     ),
-    pre(
+    units(
         "a square of each pack",
         MADE_TWICE,
-        "pack_squares += o[k][e] * o[k][e]",
-        "pack_squares += o[k][0] * o[k][0]",
+        "sum += v[e] * v[e]",
+        "sum += v[0] * v[0]",
         parity=WRONG,
     ),
     alone("eps dropped, a lane alone", PRE_EPS, "float d = eps;", "float d = 0.0f;", parity=WRONG),

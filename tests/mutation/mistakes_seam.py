@@ -27,6 +27,9 @@ FEW = Case("mhc_single_pass", (2,), 4, 64, convention=replace(PAPER, iters=2))
 
 sweep, seam, back = (mistakes(f"mhc_{k}") for k in ("pre_partial_logits", "seam", "seam_backward"))
 channel = mistakes("mhc_seam_backward", "include/seam_channel.h")
+coefficients, pack = (
+    mistakes("mhc_seam", f"include/{k}.h") for k in ("coefficients", "seam_channel")
+)
 
 SEAMS = [
     # mhc_sweep
@@ -78,26 +81,26 @@ SEAMS = [
     ),
     seam("no barrier before squares are added", PRE_NORM, BARRIER, "", nth=3, rules=UNWRITTEN),
     seam("no barrier between tokens", MANY, "if (BUFFERS == 1) thr", "if (false) thr", rules=RACE),
-    seam(
+    coefficients(
         "a run too few", PRE, "r < num_runs; r", "r < num_runs - 1; r", parity=WRONG, traffic=MORE
     ),
-    seam("the first slice", PRE, "w < SLICES; ++w", "w < 1; ++w", parity=WRONG),
-    seam("three shares", PRE, " + sums[row + NUM_LOGITS + 3]", "", parity=WRONG),
-    seam("norm_eps dropped", NORM_EPS, "param::NORM_EPS", "param::PRE_EPS", parity=WRONG),
+    coefficients("the first slice", PRE, "w < SLICES; ++w", "w < 1; ++w", parity=WRONG),
+    coefficients("three shares", PRE, " + sums[at + 3]", "", parity=WRONG),
+    coefficients("norm_eps dropped", NORM_EPS, "param::NORM_EPS", "param::PRE_EPS", parity=WRONG),
+    seam("mean over a stream", PRE, "x_dot_x, N * C, alpha", "x_dot_x, C, alpha", parity=WRONG),
     seam(
-        "mean over a stream",
+        "alpha of pre alone",
         PRE,
-        "static_cast<float>(N * C)",
-        "static_cast<float>(C)",
+        "N * C, alpha, bias",
+        "N * C, alpha - mhc::part_of<N>(o), bias",
         parity=WRONG,
     ),
-    seam("alpha of pre alone", PRE, "alpha[part]", "alpha[0]", parity=WRONG),
-    seam("bias saved", PRE, "+ o] = logit;", "+ o] = v;", parity=WRONG),
-    seam(
+    coefficients("bias saved", PRE, "l[o] = value;", "l[o] = z;", parity=WRONG),
+    coefficients(
         "the token's norm not saved",
         PRE,
-        "+ NUM_LOGITS] = scale",
-        "+ NUM_LOGITS] = 1.0f",
+        "l[NUM_LOGITS] = scale",
+        "l[NUM_LOGITS] = 1.0f",
         parity=WRONG,
     ),
     seam(
@@ -140,19 +143,19 @@ SEAMS = [
         "param::PRE_EPS",
         parity=WRONG,
     ),
-    seam(
+    pack(
         "every pack the first",
         SEAM,
         "acc[i * VEC + e] = metal",
         "acc[i * VEC] = metal",
         parity=WRONG,
     ),
-    seam("out stored twice", LONG, "if (phase == 0 || !NORM) *(", "*(", rules=TWO),
+    seam("out stored twice", LONG, "<WRITE_BACK, !NORM,", "<WRITE_BACK, true,", rules=TWO),
     seam(
         "u kept where it is made twice",
         LONG,
-        "|| !NORM || !U_CACHED)",
-        "|| !NORM)",
+        "if (!NORM || !U_CACHED) mhc",
+        "if (!NORM) mhc",
         parity=WRONG,
         traffic="x 1",
     ),
@@ -166,17 +169,23 @@ SEAMS = [
     # mhc_seam_backward
     back("no barrier before coefficients are used", SEAM, BARRIER, "", rules=UNWRITTEN),
     back("the mean forgotten", SEAM, "- u * slope", "", parity=WRONG),
-    back("dout forgotten where u is read", READ, "+ pre[i] * da", "", parity=WRONG),
-    back("dh_pre of x", SEAM, "g_pre[i] += da * out[i]", "g_pre[i] += da * xs[i]", parity=WRONG),
-    back(
+    channel("du forgotten where u is read", READ, "+ pre[i] * du", "", parity=WRONG),
+    channel(
+        "dh_pre of x", SEAM, "dh_pre[i] += du * out[i]", "dh_pre[i] += du * x[i]", parity=WRONG
+    ),
+    channel(
         "dh_post of dout alone",
         SEAM,
-        "g_post[i] += ds[i] * ys",
-        "g_post[i] += static_cast<float>(ov[i].v[e]) * ys",
+        "dh_post[i] += ds[i] * y",
+        "dh_post[i] += dout[i] * y",
         parity=WRONG,
     ),
-    back("dh_res transposed", SEAM, "g_res[i * N + j]", "g_res[j * N + i]", parity=WRONG),
-    back("h_res untransposed", SEAM, "a += mix[j * N + i]", "a += mix[i * N + j]", parity=WRONG),
+    channel(
+        "dh_res transposed", SEAM, "dh_res[i * N + j] +=", "dh_res[j * N + i] +=", parity=WRONG
+    ),
+    channel(
+        "h_res untransposed", SEAM, "+= mix[j * N + i] * ds", "+= mix[i * N + j] * ds", parity=WRONG
+    ),
     back(
         "dweight of unrounded units",
         ROUNDED,

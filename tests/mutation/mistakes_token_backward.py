@@ -41,12 +41,16 @@ TOKEN_BACKWARD = [
     token(
         "tokens past the last",
         MULTIPLIED,
-        "tokens - first < uint(BATCH) ? int(tokens - first) : BATCH",
-        "BATCH",
+        "first + uint(BATCH) < tokens ? first + uint(BATCH) : tokens",
+        "first + uint(BATCH)",
         rules=OUTSIDE,
     ),
     token(
-        "matrices past the last", MULTIPLIED, "matrix < count ? matrix : 0", "matrix", rules=OUTSIDE
+        "matrices past the last",
+        MULTIPLIED,
+        "lane_token < end ? lane_token : first",
+        "lane_token",
+        rules=OUTSIDE,
     ),
     token("the first token's matrix", MULTIPLIED, "i * MATRIX_LANES", "0", parity=WRONG),
     token(

@@ -142,10 +142,15 @@ def mixing_matrix_backward(t, groups, logits, dh_res):
     return {"dlogits": dlogits}
 
 
+def head(t: dict) -> bool:
+    """Whether h_pre is all that the logits make."""
+    return t.get("NUM_LOGITS") == t["N"]
+
+
 def of_outputs(t: dict, alpha: mx.array) -> mx.array:
     """The alpha of each row of phi."""
     n = t["N"]
-    sizes = [n] if t.get("HEAD") else [n, n, t["NUM_LOGITS"] - 2 * n]
+    sizes = [n] if head(t) else [n, n, t["NUM_LOGITS"] - 2 * n]
     return mx.concatenate([mx.broadcast_to(alpha[i], (k,)) for i, k in enumerate(sizes)])
 
 
@@ -170,12 +175,12 @@ def mhc_pre(t, groups, x, phi, bias, alpha, params, weight=None):
     if t["WRITE_U"]:
         u = reference.stream_aggregate(x, h_pre)
         made["u"] = reference.rms_norm(u, weight, Params(*params).eps) if t["NORM"] else u
-    made |= {"h_pre": h_pre} if t["WRITE_H_PRE"] else {}
-    made |= {} if t["HEAD"] else {"h_post": post(z[:, n : 2 * n])}
+    made |= {} if t["WRITE_U"] else {"h_pre": h_pre}
+    made |= {} if head(t) else {"h_post": post(z[:, n : 2 * n])}
     if t["PROJECT"]:
         c = convention(t, params)
         made["h_res"] = reference.sinkhorn_knopp(z[:, 2 * n :].reshape(-1, n, n), c)
-    elif not t["HEAD"] and t["NUM_LOGITS"] > 2 * n:
+    elif not head(t) and t["NUM_LOGITS"] > 2 * n:
         made["logits"] = z[:, 2 * n :]
     return made
 
@@ -183,7 +188,7 @@ def mhc_pre(t, groups, x, phi, bias, alpha, params, weight=None):
 def coefficient_gradients(t, x, bias, alpha, params, weight, d):
     """What a token's coefficients give: h_pre, dp, pull, the gradient of x where it is read, and
     the sums over tokens."""
-    n, gated, eps = t["N"], t["N"] if t.get("HEAD") else 2 * t["N"], Params(*params).eps
+    n, gated, eps = t["N"], t["N"] if head(t) else 2 * t["N"], Params(*params).eps
     (logits, pre, post), (unit, scale) = (
         pre_parts(t, alpha, bias, params),
         mx.split(d["l"], [-1], -1),
@@ -201,7 +206,7 @@ def coefficient_gradients(t, x, bias, alpha, params, weight, d):
         dz = [dz_pre]
     else:
         dz = mx.vjp(pre, [z[:, :n]], [d["dh_pre"]])[1]
-    dz = list(dz) + ([] if t.get("HEAD") else mx.vjp(post, [z[:, n:gated]], [d["dh_post"]])[1])
+    dz = list(dz) + ([] if head(t) else mx.vjp(post, [z[:, n:gated]], [d["dh_post"]])[1])
     if t.get("PROJECT"):
         given = {"logits": z[:, gated:].reshape(-1, n, n), "dh_res": d["dh_res"]}
         res = sinkhorn_knopp_backward(t, 0, **given, params=params)["dlogits"]
@@ -294,12 +299,12 @@ def mhc_seam(
         h = {"h_pre": pre(z[:, :n]), "h_post": post(z[:, n : 2 * n])}
         made |= {"l": mx.concatenate([unit, scale], -1)} if t["SAVE_LOGITS"] else {}
         made |= {"new_h_pre": h["h_pre"]} if t["WRITE_H_PRE"] else {}
-        made |= {} if t["HEAD"] or t["WRITE_BACK"] else {"new_h_post": h["h_post"]}
+        made |= {} if head(t) or t["WRITE_BACK"] else {"new_h_post": h["h_post"]}
         if t["PROJECT"]:
             c = convention(t, params)
             h["h_res"] = reference.sinkhorn_knopp(z[:, 2 * n :].reshape(-1, n, n), c)
             made |= {} if t["WRITE_BACK"] else {"new_h_res": h["h_res"]}
-        elif not t["HEAD"] and t["NUM_LOGITS"] > 2 * n:
+        elif not head(t) and t["NUM_LOGITS"] > 2 * n:
             made["logits"] = z[:, 2 * n :]
     if t["WRITE_BACK"]:
         made["out"], made["u"] = seam(t, params)(x, y, h["h_pre"], h["h_post"], h["h_res"], weight)
@@ -341,7 +346,7 @@ def promised(t: dict, given: dict) -> dict:
         }
     tokens, n, C = given["x"].shape
     seam = "ROUND_U" in t  # its coefficients are per token
-    outs, gated = t.get("NUM_LOGITS"), n if t.get("HEAD") else 2 * n
+    outs, gated = t.get("NUM_LOGITS"), n if head(t) else 2 * n
     made = {
         "phi": (outs, n * C),
         "bias": (outs,),
@@ -356,7 +361,7 @@ def promised(t: dict, given: dict) -> dict:
         "dout": (tokens, n, C) if t.get("MIX") or seam else (tokens, C),
         "du": (tokens, C),
         "dx_out": (tokens, n, C),
-        "alpha": (1,) if t.get("HEAD") else (3,),
+        "alpha": (1,) if head(t) else (3,),
         "h_pre": (tokens, n) if t.get("PER_TOKEN", outs or seam) else (n,),
         "dh_pre": (tokens, n),
         "dh_post": (tokens, n),
