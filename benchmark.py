@@ -223,7 +223,7 @@ THREADS_ALONE = [("sinkhorn_knopp", d) for d in DIRECTIONS] + [("mhc_seam", "bac
 
 
 def geometries(n: int, C: int, size: int, copies: int, backend: str, chosen):
-    """Vector width, threads and `Geometry` of what a sweep tries."""
+    """Vector width, threads and `TokenTiling` of what a sweep tries."""
     for vec in (1, 2, 4, 8):
         for threads in (32, 64, 128, 160, 256, 512):
             if C % vec or vec * size > 16 or vec * n > 64:
@@ -232,8 +232,9 @@ def geometries(n: int, C: int, size: int, copies: int, backend: str, chosen):
             if threads > 32 and (threads - 32) * vec >= C or passes > 16:
                 continue
             held = passes * copies * n * (max(4, vec * size) if copies == 1 else 4 * vec)
-            fits = n <= 8 and held <= ops.tiling.REGISTER_BYTES[backend, copies]
-            yield vec, threads, chosen._replace(vec=vec, threads=threads, passes=passes, fits=fits)
+            cached = n <= 8 and held <= ops.tiling.REGISTER_BYTES[backend, copies]
+            forced = {"vec": vec, "threads": threads, "passes": passes, "cached": cached}
+            yield vec, threads, chosen._replace(**forced)
 
 
 def quiet_parameters(x: mx.array) -> list[mx.array]:

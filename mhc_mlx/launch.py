@@ -171,28 +171,42 @@ class Options:
     verbose: bool = False
 
 
-class Body:
-    """The template arguments of kernels/<name>.metal, in the order of its header.
+class Arguments:
+    """Template arguments: a frozen dataclass, whose values have exactly the types of its fields."""
 
-    A frozen dataclass for each body. A field's value has exactly the field's type, or is itself a
-    dataclass whose fields stand in its place.
+    def __post_init__(self):
+        types = _field_types(type(self))
+        if tuple(map(type, vars(self).values())) == types:
+            return
+        for (name, value), kind in zip(vars(self).items(), types, strict=True):
+            if type(value) is not kind:
+                must, got, op = kind.__name__, type(value).__name__, type(self).__name__
+                raise TypeError(f"[{op}] {name} must be of type {must} but got {got}.")
+
+
+@functools.cache
+def _field_types(cls: type) -> tuple[type, ...]:
+    return tuple(field.type for field in fields(cls))
+
+
+class Body(Arguments):
+    """Those of kernels/<name>.metal, in the order of its header; a subclass for each body.
+
+    The fields of a field that is itself `Arguments` stand in its place.
     """
 
     name: ClassVar[str]
     THREADS: int  # in a threadgroup
-
-    def __post_init__(self):
-        for field in fields(self):  # type: ignore[arg-type]
-            if type(value := getattr(self, field.name)) is not field.type:
-                must, got = field.type.__name__, type(value).__name__
-                raise TypeError(f"[{self.name}] {field.name} must be of type {must} but got {got}.")
 
     @property
     def template(self) -> dict[str, int | bool | mx.Dtype]:
         """The arguments by name."""
         found = {}
         for name, value in vars(self).items():
-            found.update(vars(value) if hasattr(value, "__dataclass_fields__") else {name: value})
+            if isinstance(value, Arguments):
+                found.update(vars(value))
+            else:
+                found[name] = value
         return found
 
 

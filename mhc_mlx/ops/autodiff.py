@@ -32,8 +32,8 @@ class FusedOp:
     shared_ndim: Per array, with how many axes it is shared by all tokens; None if it never is.
     num_results: How many results there are, those that may be None included.
     h_res_index: Which array is the h_res that may be None; the kernels then get the identity.
-    saves: Whether `forward` takes ``save=True`` and returns its results and a tuple of the arrays
-        that `backward` reuses.
+    saves: Whether `forward` takes ``save``, and returns its results and the arrays that `backward`
+        reuses.
     """
 
     options: Options
@@ -133,6 +133,11 @@ def _several(arrays) -> tuple | list:
     return arrays if isinstance(arrays, (tuple, list)) else (arrays,)
 
 
+def _without_none(outputs: Any) -> Any:
+    """An array, or the arrays among several."""
+    return tuple(a for a in outputs if a is not None) if isinstance(outputs, tuple) else outputs
+
+
 def _one_or_several(arrays: Sequence) -> Any:
     return arrays if len(arrays) > 1 else arrays[0]
 
@@ -198,24 +203,22 @@ class _Functions:
         return _one_or_several(_several(outputs)[: self._num_results(x)])
 
     def fallback(self, *inputs):
-        results = self.op.fallback(*self._arguments(inputs))
-        return tuple(r for r in results if r is not None) if isinstance(results, tuple) else results
+        return _without_none(self.op.fallback(*self._arguments(inputs)))
 
     def forward(self, *inputs, save: bool = False):
-        """The kernels bare: results that are not None, and if asked for what is saved."""
-        arrays, saved = self._kernel_arguments(inputs), ()
-        if self.op.saves:
-            results, saved = self.op.forward(*arrays, save=save)
-        else:
-            results = self.op.forward(*arrays)
-        return _one_or_several(tuple(a for a in (*_several(results), *saved) if a is not None))
+        """The kernels bare: the results, and if asked for what is saved."""
+        arrays = self._kernel_arguments(inputs)
+        if not self.op.saves:
+            return _without_none(self.op.forward(*arrays))
+        results, saved = self.op.forward(*arrays, save=save)
+        return _without_none((*_several(results), *saved) if save else results)
 
     def _backward(self, arrays: Sequence, cotangents: Sequence, saved: Sequence) -> tuple:
         absent = self.op.absent_result(arrays[0].shape[-2])
         if absent is not None:
             cotangents = [*cotangents[:absent], None, *cotangents[absent:]]
-        made = self.op.backward(self._kernel_arguments(arrays), cotangents, saved)
-        pairs = zip(self._present_only(made), arrays, strict=True)
+        gradients = self.op.backward(self._kernel_arguments(arrays), cotangents, saved)
+        pairs = zip(self._present_only(gradients), arrays, strict=True)
         return tuple(gradient.astype(a.dtype) for gradient, a in pairs)
 
     # ---- saving
@@ -276,9 +279,8 @@ class _Functions:
 
     def _gradient_vjp(self, inputs, cotangents, _):
         with launch.at(self.place):
-            arrays, given, saved = self._parts(inputs)
-            primals = arrays + given
-            second = mx.vjp(self._fallback_gradient, primals, list(_several(cotangents)))[1]
+            arrays, first, saved = self._parts(inputs)
+            second = mx.vjp(self._fallback_gradient, arrays + first, list(_several(cotangents)))[1]
             return (*second, *map(mx.zeros_like, saved))
 
     def _gradient_jvp(self, inputs, tangents):

@@ -1,5 +1,10 @@
-"""What the rooms share whose tokens make their own coefficients: few tokens, and `mhc_seam`."""
+"""Coefficients that each token makes for itself: their launches, forward and backward.
 
+Of few tokens many threadgroups share a phi product, `mhc_pre_partial_logits`, and `mhc_seam` does
+the rest; of more, `mhc_pre` does all.
+"""
+
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -8,9 +13,12 @@ import mlx.core as mx
 
 from .. import launch
 from ..conventions import SINKHORN, Convention
+from ..launch import Spec
 from . import tiling
+from .arrays import body_params, flat, unflat
 from .autodiff import Options
-from .sinkhorn import HalfSteps, half_steps
+from .sinkhorn import HalfSteps, half_steps, launch_projection, launch_projection_backward
+from .sums import sum_partials
 
 
 def use_fused_projection(n: int, convention: Convention) -> bool:
@@ -37,13 +45,9 @@ class MhcPrePartialLogitsBody(launch.Body):
     THREADS: int
 
 
-class PartialLogits(NamedTuple):
-    products: mx.array  # of phi and x, run by run of 32 k
-    slices: int  # in which `mhc_pre` adds the runs, and so `mhc_seam`
-
-
-def launch_partial_logits(x: mx.array, phi: mx.array, options: Options) -> PartialLogits:
-    """The phi product of x ``[tokens, n, C]``, not yet added up."""
+def launch_partial_logits(x: mx.array, phi: mx.array, options: Options) -> tuple[mx.array, int]:
+    """The phi products of single runs of x ``[tokens, n, C]``, and in how many slices `mhc_pre`,
+    and so `mhc_seam`, adds them."""
     (tokens, n, C), num_logits = x.shape, phi.shape[0]
     shape = (n, C, x.dtype, num_logits, tokens, options.threads_per_group)
     t = tiling.logits_tiling(*shape, launch.threadgroup_memory_limit())
@@ -56,14 +60,11 @@ def launch_partial_logits(x: mx.array, phi: mx.array, options: Options) -> Parti
         BLOCK=t.block,
         THREADS=options.threads_per_group or 128,
     )
-    products = launch.launch(
-        body,
-        {"x": x, "phi": phi},
-        {"partial_logits": ((tokens, runs, num_logits + 4), mx.float32)},
-        math.ceil(tokens / 8) * math.ceil(runs / (body.THREADS // 32)),
-        options,
-    )["partial_logits"]
-    return PartialLogits(products, t.slices)
+    inputs = {"x": x, "phi": phi}
+    outputs = {"partial_logits": ((tokens, runs, num_logits + 4), mx.float32)}
+    groups = math.ceil(tokens / 8) * math.ceil(runs / (body.THREADS // 32))
+    results = launch.launch(body, inputs, outputs, groups, options)
+    return results["partial_logits"], t.slices
 
 
 @dataclass(frozen=True)
@@ -152,3 +153,410 @@ def launch_seam(
     groups = tiling.many_groups(tokens)
     arrays = {"x": x, **inputs._asdict()}
     return SeamOutputs(**launch.launch(body, arrays, outputs._asdict(), groups, options))
+
+
+@dataclass(frozen=True)
+class MhcPreBody(launch.Body):
+    name = "mhc_pre"
+    T: mx.Dtype
+    PHI_T: mx.Dtype
+    N: int
+    NUM_LOGITS: int
+    VEC: int
+    THREADS: int
+    SLICES: int
+    TILES: int
+    BLOCK: int
+    U_SIMDGROUPS: int
+    U_PACKS: int
+    SPLITS: int
+    RING_BYTES: int
+    WRITE_U: bool
+    NORM: bool
+    SAVE_LOGITS: bool
+    PROJECT: bool
+    half_steps: HalfSteps
+
+
+@dataclass(frozen=True)
+class MhcPreBackwardCoefficientsBody(launch.Body):
+    name = "mhc_pre_backward_coefficients"
+    T: mx.Dtype
+    N: int
+    NUM_LOGITS: int
+    HAS_DU: bool
+    PROJECT: bool
+    half_steps: HalfSteps
+    VEC: int
+    THREADS: int
+    BATCH: int
+    STORED_STEPS: int
+
+
+@dataclass(frozen=True)
+class MhcPreBackwardCoefficientsNormBody(launch.Body):
+    name = "mhc_pre_backward_coefficients_norm"
+    T: mx.Dtype
+    N: int
+    NUM_LOGITS: int
+    PROJECT: bool
+    half_steps: HalfSteps
+    VEC: int
+    THREADS: int
+    PASSES: int
+    CACHED: bool
+    BATCH: int
+    STORED_STEPS: int
+
+
+@dataclass(frozen=True)
+class MhcPreBackwardProjectionBody(launch.Body):
+    name = "mhc_pre_backward_projection"
+    T: mx.Dtype
+    PHI_T: mx.Dtype
+    N: int
+    NUM_LOGITS: int
+    THREADS: int
+    SPAN: int
+    STAGE: int
+    RING_BYTES: int
+    HAS_DU: bool
+    HAS_DX_OUT: bool
+
+
+@dataclass(frozen=True)
+class MhcPreBackwardGenericBody(launch.Body):
+    name = "mhc_pre_backward_generic"
+    T: mx.Dtype
+    N: int
+    NUM_LOGITS: int
+    HAS_DU: bool
+    NORM: bool
+    VEC: int
+    THREADS: int
+    TILE: int
+    SPLITS: int
+    HAS_DX_OUT: bool
+
+
+@dataclass(frozen=True)
+class MhcPreBackwardPhiBody(launch.Body):
+    name = "mhc_pre_backward_phi"
+    T: mx.Dtype
+    N: int
+    NUM_LOGITS: int
+    VEC: int
+    THREADS: int
+    LOGITS_PER_THREAD: int
+
+
+class Parameters(NamedTuple):
+    """What makes coefficients of the streams; their gradients have the same names."""
+
+    phi: mx.array
+    bias: mx.array
+    alpha: mx.array
+    weight: mx.array | None = None  # of the RMSNorm of u
+
+
+class Coefficients(NamedTuple):
+    """The specs of what a launch is asked to make of the streams, and then the arrays."""
+
+    u: Any
+    h_pre: Any
+    h_post: Any
+    h_res: Any
+    logits: Any  # of h_res, where another launch projects them
+    l: Any  # noqa: E741
+
+
+class Cotangents(NamedTuple):
+    """Of what was made, and of the x that was passed through; None where there is none."""
+
+    u: mx.array | None = None
+    h_pre: mx.array | None = None
+    h_post: mx.array | None = None
+    h_res: mx.array | None = None
+    x: mx.array | None = None
+
+
+@functools.cache
+def part_masks(n: int, num_logits: int, parts: int) -> mx.array:
+    """A row for each part, pre, post and res: which logits belong to it."""
+    return mx.array([[min(o // n, 2) == k for o in range(num_logits)] for k in range(parts)])
+
+
+@dataclass(frozen=True)
+class TokenCoefficients:
+    """How the coefficients of each token are made of its streams, and the gradient of that.
+
+    eps: Of the RMSNorm of u, where there is a weight.
+    head: Only h_pre is made, of n logits.
+    writes_u: The result is u, not h_pre.
+    """
+
+    options: Options
+    convention: Convention
+    norm_eps: float
+    eps: float = 1.0
+    head: bool = False
+    writes_u: bool = True
+
+    @property
+    def params(self) -> mx.array:
+        return body_params(self.convention, norm_eps=self.norm_eps, eps=self.eps)
+
+    def projects(self, n: int) -> bool:
+        return not self.head and use_fused_projection(n, self.convention)
+
+    def make(self, x: mx.array, parameters: Parameters, save: bool) -> Coefficients:
+        """u or h_pre, and unless there is only a head h_post and h_res; with ``save`` also l."""
+        (*lead, n, C), num_logits, floats = x.shape, parameters.phi.shape[0], mx.float32
+        x = flat(x, 3)
+        tokens, num_res_logits = x.shape[0], 0 if self.head else self.convention.res_size(n)
+        projects = self.projects(n)
+        specs = Coefficients(
+            u=((*lead, C), x.dtype) if self.writes_u else None,
+            h_pre=None if self.writes_u else ((*lead, n), floats),
+            h_post=None if self.head else ((*lead, n), floats),
+            h_res=((*lead, n, n), floats) if projects else None,
+            logits=((tokens, num_res_logits), floats) if num_res_logits and not projects else None,
+            l=((tokens, num_logits + 1), floats) if save else None,
+        )
+        if use_partial_logits(x, parameters.phi, self.options):
+            results = self._launch_few_tokens(x, parameters, specs)
+        else:
+            results = self._launch_pre(x, parameters, specs)
+        if results.logits is None:
+            return results
+        h_res = launch_projection(results.logits, n, self.convention, self.options)
+        return results._replace(h_res=unflat(h_res, (*lead, n, n)))
+
+    def _launch_few_tokens(self, x, parameters: Parameters, specs: Coefficients) -> Coefficients:
+        phi, bias, alpha, weight = parameters
+        partial_logits, slices = launch_partial_logits(x, phi, self.options)
+        inputs = {"partial_logits": partial_logits, "bias": bias, "alpha": alpha, "weight": weight}
+        h_pre, h_post, h_res = specs.h_pre, specs.h_post, specs.h_res
+        outputs = {"new_h_pre": h_pre, "new_h_post": h_post, "new_h_res": h_res}
+        results = launch_seam(
+            x,
+            SeamInputs(**inputs, params=self.params),
+            SeamOutputs(u=specs.u, **outputs, logits=specs.logits, l=specs.l),
+            slices=slices,
+            projection=self.convention if h_res else None,
+            options=self.options,
+        )
+        h = (results.new_h_pre, results.new_h_post, results.new_h_res)
+        return Coefficients(results.u, *h, results.logits, results.l)
+
+    def _launch_pre(self, x, parameters: Parameters, specs: Coefficients) -> Coefficients:
+        (tokens, n, C), phi, norm = x.shape, parameters.phi, parameters.weight is not None
+        num_logits, projects = phi.shape[0], specs.h_res is not None
+        backend, limit = launch.backend(), launch.threadgroup_memory_limit()
+        shape = (n, C, x.dtype, num_logits, tokens, self.options.threads_per_group)
+        t = tiling.logits_tiling(*shape, limit)
+        u = tiling.u_tiling(t, n, C, backend) if norm else tiling.UTiling()
+        body = MhcPreBody(
+            T=x.dtype,
+            PHI_T=phi.dtype,
+            N=n,
+            NUM_LOGITS=num_logits,
+            VEC=t.vec,
+            THREADS=t.threads,
+            SLICES=t.slices,
+            TILES=t.tiles,
+            BLOCK=t.block,
+            SPLITS=t.splits,
+            WRITE_U=specs.u is not None,
+            NORM=norm,
+            U_SIMDGROUPS=u.simdgroups,
+            U_PACKS=u.packs,
+            SAVE_LOGITS=specs.l is not None,
+            RING_BYTES=tiling.ring_bytes(t, n, C, x.dtype, phi.dtype, num_logits, limit),
+            PROJECT=projects,
+            half_steps=half_steps(self.convention if projects else None),
+        )
+        inputs = {"x": x, **parameters._asdict(), "params": self.params}
+        groups = t.splits * tiling.many_groups(math.ceil(tokens / t.tokens))
+        return Coefficients(**launch.launch(body, inputs, specs._asdict(), groups, self.options))
+
+    def gradients(
+        self, x: mx.array, parameters: Parameters, saved: mx.array, d: Cotangents
+    ) -> tuple[mx.array, Parameters]:
+        """The gradients of x and of the parameters; saved is l."""
+        phi, norm = parameters.phi, parameters.weight is not None
+        n, num_logits = x.shape[-2], phi.shape[0]
+        dx_spec = (x.shape, x.dtype)
+        x = flat(x, 3)
+        if tiling.use_matrix_gradient(num_logits, x.dtype):
+            if norm:
+                token = self._launch_backward_coefficients_norm(x, parameters, saved, d)
+                d = d._replace(u=token["dread"])
+            else:
+                token = self._launch_backward_coefficients(x, parameters, saved, d)
+            dx, dphi = self._launch_backward_projection(x, phi, token, d, dx_spec)
+        else:
+            token = self._launch_backward_generic(x, parameters, saved, d, dx_spec)
+            dx, dphi = token["dx"], self._launch_backward_phi(x, token["dp"])
+        sums = sum_partials(token["partial"], self.options)
+        parts = part_masks(n, num_logits, parameters.alpha.shape[0])
+        return dx, Parameters(
+            phi=sum_partials(dphi, self.options, shape=phi.shape),
+            bias=sums[:num_logits],
+            alpha=mx.where(parts, sums[num_logits : 2 * num_logits], 0.0).sum(1),
+            weight=sums[2 * num_logits :] if norm else None,
+        )
+
+    def _token_inputs(
+        self, n: int, parameters: Parameters, saved: mx.array, d: Cotangents, projects: bool
+    ) -> dict[str, mx.array | None]:
+        """What all bodies of a token's gradient read. Unless the body projects, another launch
+        makes the gradient of the logits of h_res."""
+        phi, bias, alpha, _ = parameters
+        num_gate_logits, num_logits = n if self.head else 2 * n, phi.shape[0]
+        dz_res = None
+        if num_logits > num_gate_logits and not projects:
+            slope, offset = alpha[2].astype(mx.float32), bias[num_gate_logits:].astype(mx.float32)
+            logits, dh_res = slope * saved[:, num_gate_logits:num_logits] + offset, flat(d.h_res, 3)
+            dz_res = launch_projection_backward(logits, dh_res, n, self.convention, self.options)
+        coefficients = {"bias": bias, "alpha": alpha, "l": saved, "params": self.params}
+        return {**coefficients, "dz_res": dz_res, "du": d.u, "dh_post": d.h_post}
+
+    def _launch_backward_coefficients(
+        self, x, parameters: Parameters, saved, d: Cotangents
+    ) -> dict[str, mx.array | None]:
+        """token_factors, dp, and sums over tokens in rows to be added."""
+        (tokens, n, C), num_logits = x.shape, parameters.phi.shape[0]
+        projects = self.projects(n)
+        backend, threads = launch.backend(), self.options.threads_per_group
+        t = tiling.coefficient_gradient_tiling(n, C, tokens, False, threads, backend)
+        steps = half_steps(self.convention if projects else None)
+        body = MhcPreBackwardCoefficientsBody(
+            T=x.dtype,
+            N=n,
+            NUM_LOGITS=num_logits,
+            HAS_DU=d.u is not None,
+            PROJECT=projects,
+            half_steps=steps,
+            VEC=t.vec,
+            THREADS=t.threads,
+            BATCH=t.batch,
+            STORED_STEPS=tiling.stored_half_steps(steps.ITERS, t.threads, backend),
+        )
+        token_inputs = self._token_inputs(n, parameters, saved, d, projects)
+        dh_res = d.h_res if projects else None
+        inputs = {"x": x, **token_inputs, "dh_pre": d.h_pre, "dh_res": dh_res}
+        outputs = {
+            "token_factors": ((tokens, n + 1), mx.float32),
+            "dp": ((tokens, num_logits), mx.float32),
+            "partial": ((t.rows, 2 * num_logits), mx.float32),
+        }
+        return launch.launch(body, inputs, outputs, t.groups, self.options)
+
+    def _launch_backward_coefficients_norm(
+        self, x, parameters: Parameters, saved, d: Cotangents
+    ) -> dict[str, mx.array | None]:
+        """The same where u has a norm, and dread, the gradient of the u before it."""
+        (tokens, n, C), num_logits = x.shape, parameters.phi.shape[0]
+        projects = self.projects(n)
+        backend, threads = launch.backend(), self.options.threads_per_group
+        t = tiling.coefficient_gradient_tiling(n, C, tokens, True, threads, backend)
+        steps = half_steps(self.convention if projects else None)
+        body = MhcPreBackwardCoefficientsNormBody(
+            T=x.dtype,
+            N=n,
+            NUM_LOGITS=num_logits,
+            PROJECT=projects,
+            half_steps=steps,
+            VEC=t.vec,
+            THREADS=t.threads,
+            PASSES=t.passes,
+            CACHED=t.cached,
+            BATCH=t.batch,
+            STORED_STEPS=tiling.stored_half_steps(steps.ITERS, t.threads, backend),
+        )
+        token_inputs = self._token_inputs(n, parameters, saved, d, projects)
+        dh_res = d.h_res if projects else None
+        inputs = {"x": x, **token_inputs, "weight": parameters.weight, "dh_res": dh_res}
+        outputs = {
+            "token_factors": ((tokens, n + 1), mx.float32),
+            "dread": ((tokens, C), x.dtype),
+            "dp": ((tokens, num_logits), mx.float32),
+            "partial": ((t.rows, 2 * num_logits + C), mx.float32),
+        }
+        return launch.launch(body, inputs, outputs, t.groups, self.options)
+
+    def _launch_backward_projection(
+        self, x, phi, token: dict, d: Cotangents, dx_spec: Spec
+    ) -> tuple[mx.array, mx.array]:
+        """dx, and dphi in rows to be added, from what `_launch_backward_coefficients` gives."""
+        (tokens, n, C), num_logits = x.shape, phi.shape[0]
+        threads = self.options.threads_per_group
+        t = tiling.projection_gradient_tiling(n, C, num_logits, tokens, threads)
+        size = x.dtype.size * (1 + (d.u is not None) + (d.x is not None))
+        limit = launch.threadgroup_memory_limit()
+        body = MhcPreBackwardProjectionBody(
+            T=x.dtype,
+            PHI_T=phi.dtype,
+            N=n,
+            NUM_LOGITS=num_logits,
+            THREADS=t.threads,
+            SPAN=t.span,
+            STAGE=tiling.PROJECTION_GRADIENT_STAGE,
+            RING_BYTES=tiling.projection_gradient_ring_bytes(t.span, t.threads, size, limit),
+            HAS_DU=d.u is not None,
+            HAS_DX_OUT=d.x is not None,
+        )
+        factors = {"dp": token["dp"], "token_factors": token["token_factors"]}
+        inputs = {"x": x, "phi": phi, **factors, "du": d.u, "dx_out": d.x}
+        dphi = ((t.chunks, num_logits * n * C), mx.float32)
+        outputs, groups = {"dx": dx_spec, "partial": dphi}, t.chunks * t.groups_per_chunk
+        results = launch.launch(body, inputs, outputs, groups, self.options)
+        return results["dx"], results["partial"]
+
+    def _launch_backward_generic(
+        self, x, parameters: Parameters, saved, d: Cotangents, dx_spec: Spec
+    ) -> dict[str, mx.array | None]:
+        """dx, dp, and sums over tokens in rows to be added."""
+        phi, norm = parameters.phi, parameters.weight is not None
+        (tokens, n, C), num_logits = x.shape, phi.shape[0]
+        token_inputs = self._token_inputs(n, parameters, saved, d, projects=False)
+        threads = self.options.threads_per_group
+        t = tiling.generic_gradient_tiling(n, C, num_logits, tokens, threads)
+        body = MhcPreBackwardGenericBody(
+            T=x.dtype,
+            N=n,
+            NUM_LOGITS=num_logits,
+            HAS_DU=d.u is not None,
+            NORM=norm,
+            VEC=t.vec,
+            THREADS=t.threads,
+            TILE=t.tile,
+            SPLITS=t.splits,
+            HAS_DX_OUT=d.x is not None,
+        )
+        token_inputs |= {"weight": parameters.weight, "dh_pre": d.h_pre}
+        inputs = {"x": x, "phi": phi, **token_inputs, "dx_out": d.x}
+        outputs = {
+            "dx": dx_spec,
+            "dp": ((tokens, num_logits), mx.float32),
+            "partial": ((t.rows, 2 * num_logits + C * norm), mx.float32),
+        }
+        return launch.launch(body, inputs, outputs, t.rows * t.splits, self.options)
+
+    def _launch_backward_phi(self, x: mx.array, dp: mx.array) -> mx.array:
+        """dphi in rows to be added."""
+        (tokens, n, C), num_logits = x.shape, dp.shape[1]
+        threads = self.options.threads_per_group
+        t = tiling.phi_gradient_tiling(n * C, C, num_logits, tokens, threads)
+        body = MhcPreBackwardPhiBody(
+            T=x.dtype,
+            N=n,
+            NUM_LOGITS=num_logits,
+            VEC=t.vec,
+            THREADS=t.threads,
+            LOGITS_PER_THREAD=t.logits_per_thread,
+        )
+        inputs, groups = {"x": x, "dp": dp}, t.chunks * t.groups_per_chunk
+        outputs = {"partial": ((t.chunks, num_logits * n * C), mx.float32)}
+        return launch.launch(body, inputs, outputs, groups, self.options)["partial"]

@@ -12,14 +12,16 @@ from .arrays import body_params, flat, identity, unflat
 from .autodiff import FusedOp, Options
 from .checks import check_array, check_dynamic, check_seam
 from .coefficients import (
+    Cotangents,
+    Parameters,
     SeamInputs,
     SeamOutputs,
+    TokenCoefficients,
     launch_partial_logits,
     launch_seam,
     use_fused_projection,
     use_partial_logits,
 )
-from .pre import MhcCoefficients
 from .streams import StreamMixAdd
 from .sums import sum_partials
 
@@ -71,8 +73,8 @@ class MhcSeam(FusedOp):
         inputs = SeamInputs(y, *coefficients, weight=weight, params=self.params)
         outputs = SeamOutputs(out=(x.shape, x.dtype), u=(y.shape, x.dtype))
         options = {"round_u": self.round_aggregate, "options": self.options}
-        made = launch_seam(flat_x, inputs, outputs, **options)
-        return made.out, made.u
+        results = launch_seam(flat_x, inputs, outputs, **options)
+        return results.out, results.u
 
     def backward(self, arrays, cotangents, saved):
         x, y, *coefficients, weight = arrays
@@ -92,30 +94,26 @@ class MhcSeam(FusedOp):
             NORM=weight is not None,
             ROUND_U=self.round_aggregate,
         )
-        groups = tiling.backward_groups(tokens, t.threads)
-        made = launch.launch(
-            body,
-            {"x": flat_x, "y": y, "dout": dout, "du": du}
-            | {"h_pre": h_pre, "h_post": h_post, "h_res": h_res, "weight": weight}
-            | {"params": self.params},
-            {
-                "dx": (x.shape, x.dtype),
-                "dy": (y.shape, x.dtype),
-                "dh_pre": (h_pre.shape, mx.float32),
-                "dh_post": (h_post.shape, mx.float32),
-                "dh_res": (h_res.shape, mx.float32),
-                "partial": None if weight is None else ((groups, C), mx.float32),
-            },
-            groups,
-            self.options,
-        )
-        gradients = [made["dh_pre"], made["dh_post"], made["dh_res"]]
+        groups, weighted = tiling.backward_groups(tokens, t.threads), weight is not None
+        h = {"h_pre": h_pre, "h_post": h_post, "h_res": h_res}
+        inputs = {"x": flat_x, "y": y, "dout": dout, "du": du, **h, "weight": weight}
+        outputs = {
+            "dx": (x.shape, x.dtype),
+            "dy": (y.shape, x.dtype),
+            "dh_pre": (h_pre.shape, mx.float32),
+            "dh_post": (h_post.shape, mx.float32),
+            "dh_res": (h_res.shape, mx.float32),
+            "partial": ((groups, C), mx.float32) if weighted else None,
+        }
+        inputs["params"] = self.params
+        results = launch.launch(body, inputs, outputs, groups, self.options)
+        gradients = [results["dh_pre"], results["dh_post"], results["dh_res"]]
         for k, a in enumerate(coefficients[: 3 if self.has_h_res else 2]):
             if a.ndim < gradients[k].ndim:  # shared by all tokens
                 rows = gradients[k].reshape(tokens, -1)
                 gradients[k] = unflat(sum_partials(rows, self.options), a.shape)
-        dweight = None if weight is None else sum_partials(made["partial"], self.options)
-        return made["dx"], made["dy"], *gradients, dweight
+        dweight = sum_partials(results["partial"], self.options) if weighted else None
+        return results["dx"], results["dy"], *gradients, dweight
 
     def _many_streams_backward(self, arrays, cotangents):
         """For n > 8: the read by the reference, the write-back by its kernels, both in float32."""
@@ -195,7 +193,7 @@ def mhc_seam(
 
 @dataclass(frozen=True)
 class MhcSinglePass(FusedOp):
-    """`MhcCoefficients`, then `MhcSeam`; without a gradient one seam makes few tokens' all."""
+    """`TokenCoefficients`, then `MhcSeam`; of few tokens without a gradient both in one launch."""
 
     convention: Convention
     norm_eps: float
@@ -208,8 +206,8 @@ class MhcSinglePass(FusedOp):
     saves = True
 
     @property
-    def coefficients(self) -> MhcCoefficients:
-        return MhcCoefficients(self.options, self.convention, self.norm_eps)
+    def coefficients(self) -> TokenCoefficients:
+        return TokenCoefficients(self.options, self.convention, self.norm_eps, writes_u=False)
 
     def seam(self, n: int) -> MhcSeam:
         has_h_res = self.convention.res_size(n) > 0
@@ -220,56 +218,39 @@ class MhcSinglePass(FusedOp):
         return reference.mhc_single_pass(*arrays, c, *numbers, self.round_aggregate)
 
     def forward(self, x, y, phi, bias, alpha, weight, save=False):
-        """out, u, h_pre; saved are h_pre, h_post, h_res and l of all tokens in a row."""
-        n, flat_x, h_pre_shape = x.shape[-2], flat(x, 3), x.shape[:-1]
+        """out, u, h_pre; what is saved is h_pre, h_post, h_res and l of all tokens in a row."""
+        n, flat_x = x.shape[-2], flat(x, 3)
         few = use_partial_logits(flat_x, phi, self.options)
         if few and not save and use_fused_projection(n, self.convention):
             return self._forward_few_tokens(x, y, phi, bias, alpha, weight), ()
-        made = self.coefficients.make(flat_x, phi, bias, alpha, save=save)
-        h_res = identity(n) if made.h_res is None else made.h_res
-        out, u = self.seam(n).forward(x, y, made.h_pre, made.h_post, h_res, weight)
-        results = (out, u, unflat(made.h_pre, h_pre_shape))
-        return results, (made.h_pre, made.h_post, made.h_res, made.l) if save else ()
+        h = self.coefficients.make(flat_x, Parameters(phi, bias, alpha), save)
+        h_res = identity(n) if h.h_res is None else h.h_res
+        out, u = self.seam(n).forward(x, y, h.h_pre, h.h_post, h_res, weight)
+        return (out, u, unflat(h.h_pre, x.shape[:-1])), (h.h_pre, h.h_post, h.h_res, h.l)
 
     def _forward_few_tokens(self, x, y, phi, bias, alpha, weight):
         """Two launches: the phi product by many threadgroups, then all that is left."""
         flat_x, c = flat(x, 3), self.convention
-        partial = launch_partial_logits(flat_x, phi, self.options)
-        inputs = SeamInputs(
-            y=y,
-            weight=weight,
-            partial_logits=partial.products,
-            bias=bias,
-            alpha=alpha,
-            params=body_params(c, norm_eps=self.norm_eps, eps=self.eps),
-        )
-        made = launch_seam(
-            flat_x,
-            inputs,
-            SeamOutputs(
-                out=(x.shape, x.dtype),
-                u=(y.shape, x.dtype),
-                new_h_pre=(x.shape[:-1], mx.float32),
-            ),
-            slices=partial.slices,
-            round_u=self.round_aggregate,
-            projection=c,
-            options=self.options,
-        )
-        return made.out, made.u, made.new_h_pre
+        params = body_params(c, norm_eps=self.norm_eps, eps=self.eps)
+        partial_logits, slices = launch_partial_logits(flat_x, phi, self.options)
+        coefficients = {"partial_logits": partial_logits, "bias": bias, "alpha": alpha}
+        inputs = SeamInputs(y=y, weight=weight, **coefficients, params=params)
+        out, u, h_pre = (x.shape, x.dtype), (y.shape, x.dtype), (x.shape[:-1], mx.float32)
+        outputs = SeamOutputs(out=out, u=u, new_h_pre=h_pre)
+        how = {"slices": slices, "round_u": self.round_aggregate, "projection": c}
+        results = launch_seam(flat_x, inputs, outputs, **how, options=self.options)
+        return results.out, results.u, results.new_h_pre
 
     def backward(self, arrays, cotangents, saved):
-        (x, y, phi, bias, alpha, weight), n = arrays, arrays[0].shape[-2]
+        x, y, *parameters, weight = arrays
         h_pre, h_post, *h_res, l = saved  # noqa: E741
-        h_res = h_res[0] if h_res else identity(n)
-        x, y = flat(arrays[0], 3), flat(arrays[1], 2)  # all tokens in a row, as what was saved
+        flat_x, flat_y, n = flat(x, 3), flat(y, 2), x.shape[-2]  # all tokens in a row, as saved
         dout, du, dh_pre = (flat(a, k) for a, k in zip(cotangents, (3, 2, 2), strict=True))
-        seam = (x, y, h_pre, h_post, h_res, weight)
+        seam = (flat_x, flat_y, h_pre, h_post, h_res[0] if h_res else identity(n), weight)
         dx, dy, dh_pre_of_u, dh_post, dh_res, dweight = self.seam(n).backward(seam, (dout, du), ())
-        dh = {"dh_pre": dh_pre_of_u + dh_pre, "dh_post": dh_post, "dh_res": dh_res}
-        d = self.coefficients.gradients(x, phi, bias, alpha, None, l, **dh, dx_out=dx)
-        dx, dy = unflat(d.x, arrays[0].shape), unflat(dy, arrays[1].shape)
-        return dx, dy, d.phi, d.bias, d.alpha, dweight
+        d = Cotangents(h_pre=dh_pre_of_u + dh_pre, h_post=dh_post, h_res=dh_res, x=dx)
+        dx, dp = self.coefficients.gradients(flat_x, Parameters(*parameters), l, d)
+        return unflat(dx, x.shape), unflat(dy, y.shape), dp.phi, dp.bias, dp.alpha, dweight
 
 
 def mhc_single_pass(

@@ -1,7 +1,9 @@
 """The projection: from logits to mixing matrices, by half-steps or exactly."""
 
+import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -16,7 +18,7 @@ __all__ = ["project", "sinkhorn_knopp"]
 
 
 @dataclass(frozen=True)
-class HalfSteps:
+class HalfSteps(launch.Arguments):
     """Template arguments of a projection by half-steps; a lane holds a line of the first one."""
 
     ITERS: int
@@ -25,6 +27,7 @@ class HalfSteps:
     OUT_COLUMNS: bool
 
 
+@functools.cache
 def half_steps(convention: Convention | None) -> HalfSteps:
     """Those of a convention; None where a variant does not project."""
     c = convention or ROW_FIRST
@@ -59,13 +62,10 @@ def launch_sinkhorn(logits: mx.array, convention: Convention, options: Options) 
     """h_res of logits ``[..., n, n]``."""
     n, matrices = logits.shape[-1], flat(logits, 3)
     t = tiling.sinkhorn_tiling(n, matrices.shape[0], options.threads_per_group)
-    h_res = launch.launch(
-        SinkhornKnoppBody(N=n, half_steps=half_steps(convention), THREADS=t.threads),
-        {"logits": matrices, "params": body_params(convention)},
-        {"h_res": (matrices.shape, mx.float32)},
-        t.groups,
-        options,
-    )["h_res"]
+    body = SinkhornKnoppBody(N=n, half_steps=half_steps(convention), THREADS=t.threads)
+    inputs = {"logits": matrices, "params": body_params(convention)}
+    outputs = {"h_res": (matrices.shape, mx.float32)}
+    h_res = launch.launch(body, inputs, outputs, t.groups, options)["h_res"]
     return unflat(h_res, logits.shape)
 
 
@@ -82,13 +82,10 @@ def launch_sinkhorn_backward(
         STORED_STEPS=tiling.stored_steps(n, convention.iters, t.threads),
         DLOGITS_T=logits.dtype,
     )
-    dlogits = launch.launch(
-        body,
-        {"logits": matrices, "dh_res": flat(dh_res, 3), "params": body_params(convention)},
-        {"dlogits": (matrices.shape, logits.dtype)},
-        t.groups,
-        options,
-    )["dlogits"]
+    params = body_params(convention)
+    inputs = {"logits": matrices, "dh_res": flat(dh_res, 3), "params": params}
+    outputs = {"dlogits": (matrices.shape, logits.dtype)}
+    dlogits = launch.launch(body, inputs, outputs, t.groups, options)["dlogits"]
     return unflat(dlogits, logits.shape)
 
 
@@ -171,6 +168,18 @@ class MixingMatrixBackwardBody(MixingMatrixBody):
     DLOGITS_T: mx.Dtype
 
 
+def _mixing_arguments(
+    n: int, num_logits: int, convention: Convention, options: Options
+) -> dict[str, Any]:
+    return {
+        "N": n,
+        "NUM_LOGITS": num_logits,
+        "THREADS": options.threads_per_group or 128,
+        "PERMUTATIONS": convention.start == "permutations",
+        "TRANSPOSED": convention.transposed,
+    }
+
+
 def launch_projection(
     logits: mx.array, n: int, convention: Convention, options: Options
 ) -> mx.array:
@@ -181,13 +190,7 @@ def launch_projection(
     if convention.start == "unconstrained":
         h_res = mx.eye(n) + logits.reshape(tokens, n, n)
         return h_res.swapaxes(1, 2) if convention.transposed else h_res
-    body = MixingMatrixBody(
-        N=n,
-        NUM_LOGITS=num_logits,
-        PERMUTATIONS=convention.start == "permutations",
-        TRANSPOSED=convention.transposed,
-        THREADS=options.threads_per_group or 128,
-    )
+    body = MixingMatrixBody(**_mixing_arguments(n, num_logits, convention, options))
     groups = tiling.many_groups(math.ceil(tokens * n / body.THREADS))
     outputs = {"h_res": ((tokens, n, n), mx.float32)}
     return launch.launch(body, {"logits": logits}, outputs, groups, options)["h_res"]
@@ -205,14 +208,8 @@ def launch_projection_backward(
     if convention.start == "unconstrained":
         dlogits = dh_res.swapaxes(1, 2) if convention.transposed else dh_res
         return dlogits.reshape(tokens, num_logits)
-    body = MixingMatrixBackwardBody(
-        N=n,
-        NUM_LOGITS=num_logits,
-        PERMUTATIONS=convention.start == "permutations",
-        TRANSPOSED=convention.transposed,
-        THREADS=options.threads_per_group or 128,
-        DLOGITS_T=mx.float32,
-    )
+    arguments = _mixing_arguments(n, num_logits, convention, options)
+    body = MixingMatrixBackwardBody(**arguments, DLOGITS_T=mx.float32)
     groups = tiling.many_groups(math.ceil(tokens / body.THREADS))
     inputs, outputs = {"logits": logits, "dh_res": dh_res}, {"dlogits": (logits.shape, mx.float32)}
     return launch.launch(body, inputs, outputs, groups, options)["dlogits"]

@@ -1,5 +1,6 @@
 """The self-contained layer, whose coefficients are parameters that all tokens share."""
 
+import math
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -11,7 +12,7 @@ from .arrays import body_params, flat
 from .autodiff import FusedOp, Options
 from .checks import check_convention, check_dtype, check_half_steps, check_static
 from .sinkhorn import HalfSteps, half_steps, launch_sinkhorn, launch_sinkhorn_backward
-from .streams import launch_fused_backward
+from .streams import Layer, launch_fused_backward
 
 __all__ = ["gates", "mhc_layer", "mhc_static", "stream_aggregate_norm"]
 
@@ -33,26 +34,21 @@ class MhcFusedBody(launch.Body):
 
 def launch_fused(
     x: mx.array,
+    layer: Layer,
     *,
-    H_pre: mx.array,
-    H_post: mx.array | None = None,
-    H_res: mx.array | None = None,
-    weight: mx.array,
+    options: Options,
     eps: float,
     convention: Convention | None = None,
     sinkhorn: bool = False,
-    options: Options,
 ) -> mx.array:
-    """out of the streams; without H_res u, normalised.
+    """out of the streams; without H_res what a sublayer reads, normalised.
 
     With a convention H_pre and H_post may be logits of gates; ``sinkhorn`` says that H_res holds
     logits.
     """
-    mix = H_res is not None
-    shape = x.shape if mix else (*x.shape[:-2], x.shape[-1])
-    x = flat(x, 3)
-    tokens, n, C = x.shape
-    t = tiling.token_tiling(n, C, x.dtype.size, 1, options.threads_per_group, launch.backend())
+    flat_x, mix, threads = flat(x, 3), layer.H_res is not None, options.threads_per_group
+    tokens, n, C = flat_x.shape
+    t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.backend())
     body = MhcFusedBody(
         T=x.dtype,
         N=n,
@@ -61,19 +57,15 @@ def launch_fused(
         PASSES=t.passes,
         CACHED=t.cached,
         MIX=mix,
-        GATES=convention is not None and convention.sigmoid,
         SINKHORN=sinkhorn,
+        GATES=convention is not None and convention.sigmoid,
         half_steps=half_steps(convention),
     )
     params = body_params(convention, eps=eps)
-    layer = {"H_pre": H_pre, "H_post": H_post, "H_res": H_res, "weight": weight, "params": params}
-    return launch.launch(
-        body,
-        {"x": x, **layer},
-        {"out": (shape, x.dtype)},
-        tiling.even_groups(tokens, tiling.FORWARD_GROUPS),
-        options,
-    )["out"]
+    inputs = {"x": flat_x, **layer._asdict(), "params": params}
+    outputs = {"out": (x.shape if mix else (*x.shape[:-2], C), x.dtype)}
+    groups = tiling.even_groups(tokens, tiling.FORWARD_GROUPS)
+    return launch.launch(body, inputs, outputs, groups, options)["out"]
 
 
 # ---- stream_aggregate_norm
@@ -90,13 +82,14 @@ class StreamAggregateNorm(FusedOp):
         return reference.stream_aggregate_norm(x, h_pre, weight, self.eps)
 
     def forward(self, x, h_pre, weight):
-        return launch_fused(x, H_pre=h_pre, weight=weight, eps=self.eps, options=self.options)
+        layer = Layer(H_pre=h_pre, weight=weight)
+        return launch_fused(x, layer, options=self.options, eps=self.eps)
 
     def backward(self, arrays, cotangents, saved):
         (x, h_pre, weight), (du,) = arrays, cotangents
-        layer = {"H_pre": h_pre, "weight": weight, "eps": self.eps}
-        d = launch_fused_backward(x, du, **layer, options=self.options)
-        return d.x, d.H_pre, d.weight
+        layer, how = Layer(H_pre=h_pre, weight=weight), {"options": self.options, "eps": self.eps}
+        dx, _, d = launch_fused_backward(x, None, layer, du, **how)
+        return dx, d.H_pre, d.weight
 
 
 def stream_aggregate_norm(
@@ -149,15 +142,14 @@ class MhcStatic(FusedOp):
     def fallback(self, *arrays):
         return reference.mhc_static(*arrays, self.eps)
 
-    def forward(self, x, h_pre, h_post, h_res, weight):
-        layer = {"H_pre": h_pre, "H_post": h_post, "H_res": h_res, "weight": weight}
-        return launch_fused(x, **layer, eps=self.eps, options=self.options)
+    def forward(self, x, *layer):
+        return launch_fused(x, Layer(*layer), options=self.options, eps=self.eps)
 
     def backward(self, arrays, cotangents, saved):
-        (x, h_pre, h_post, h_res, weight), (dout,) = arrays, cotangents
-        layer = {"H_pre": h_pre, "H_post": h_post, "H_res": h_res, "weight": weight}
-        d = launch_fused_backward(x, dout, **layer, eps=self.eps, options=self.options)
-        return d.x, d.H_pre, d.H_post, d.h_res, d.weight
+        (x, *layer), (dout,) = arrays, cotangents
+        how = {"options": self.options, "eps": self.eps}
+        dx, _, d = launch_fused_backward(x, None, Layer(*layer), dout, **how)
+        return dx, *d
 
 
 def mhc_static(
@@ -215,24 +207,25 @@ class MhcLayer(FusedOp):
     def fallback(self, *arrays):
         return reference.mhc_layer(*arrays, self.convention, self.eps)
 
-    def forward(self, x, H_pre, H_post, H_res, weight):
-        n, tokens = x.shape[-2], flat(x, 3).shape[0]
-        sinkhorn = n <= 8 and tokens <= tiling.ONE_LAUNCH_TOKENS
+    def forward(self, x, *parameters):
+        layer, options, c = Layer(*parameters), self.options, self.convention
+        *lead, n, _ = x.shape
+        sinkhorn = n <= 8 and math.prod(lead) <= tiling.ONE_LAUNCH_TOKENS
         if not sinkhorn:
-            H_res = launch_sinkhorn(H_res, self.convention, self.options)
-        layer = {"H_pre": H_pre, "H_post": H_post, "H_res": H_res, "weight": weight}
-        static = {"eps": self.eps, "convention": self.convention, "options": self.options}
-        return launch_fused(x, **layer, **static, sinkhorn=sinkhorn)
+            layer = layer._replace(H_res=launch_sinkhorn(layer.H_res, c, options))
+        how = {"options": options, "eps": self.eps, "convention": c, "sinkhorn": sinkhorn}
+        return launch_fused(x, layer, **how)
 
     def backward(self, arrays, cotangents, saved):
-        (x, H_pre, H_post, H_res, weight), (dout,) = arrays, cotangents
-        c, options = self.convention, self.options
-        h_res = H_res if x.shape[-2] <= 8 else launch_sinkhorn(H_res, c, options)
-        layer = {"H_pre": H_pre, "H_post": H_post, "H_res": h_res, "weight": weight}
-        static = {"eps": self.eps, "convention": c, "options": options}
-        d = launch_fused_backward(x, dout, **layer, **static)
-        dH_res = launch_sinkhorn_backward(H_res, d.h_res, c, options)
-        return d.x, d.H_pre, d.H_post, dH_res, d.weight
+        (x, *parameters), (dout,) = arrays, cotangents
+        layer, options, c = Layer(*parameters), self.options, self.convention
+        logits = layer.H_res
+        if x.shape[-2] > 8:
+            layer = layer._replace(H_res=launch_sinkhorn(logits, c, options))
+        how = {"options": options, "eps": self.eps, "convention": c}
+        dx, _, d = launch_fused_backward(x, None, layer, dout, **how)
+        dH_res = launch_sinkhorn_backward(logits, d.H_res, c, options)
+        return dx, *d._replace(H_res=dH_res)
 
 
 def mhc_layer(

@@ -1,7 +1,8 @@
 """How streams are read, mixed and written back with ready coefficients."""
 
+import itertools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -43,41 +44,32 @@ class StreamAggregate(FusedOp):
         return reference.stream_aggregate(x, h_pre)
 
     def forward(self, x, h_pre):
-        tokens, n, C = flat(x, 3).shape
-        threads = self.options.threads_per_group
+        flat_x, threads = flat(x, 3), self.options.threads_per_group
+        tokens, n, C = flat_x.shape
         t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.backend())
-        return launch.launch(
-            StreamAggregateBody(
-                T=x.dtype, N=n, VEC=t.vec, THREADS=t.threads, PER_TOKEN=h_pre.ndim > 1
-            ),
-            {"x": flat(x, 3), "h_pre": h_pre},
-            {"u": ((*x.shape[:-2], C), x.dtype)},
-            tiling.many_groups(tokens),
-            self.options,
-        )["u"]
+        shape = {"T": x.dtype, "N": n, "VEC": t.vec, "THREADS": t.threads}
+        body = StreamAggregateBody(**shape, PER_TOKEN=h_pre.ndim > 1)
+        inputs, outputs = {"x": flat_x, "h_pre": h_pre}, {"u": ((*x.shape[:-2], C), x.dtype)}
+        groups = tiling.many_groups(tokens)
+        return launch.launch(body, inputs, outputs, groups, self.options)["u"]
 
     def backward(self, arrays, cotangents, saved):
         (x, h_pre), (du,) = arrays, cotangents
-        tokens, n, C = flat(x, 3).shape
-        threads, per_token = self.options.threads_per_group, h_pre.ndim > 1
+        flat_x, threads, per_token = flat(x, 3), self.options.threads_per_group, h_pre.ndim > 1
+        tokens, n, C = flat_x.shape
         t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.backend())
+        shape = {"T": x.dtype, "N": n, "VEC": t.vec, "THREADS": t.threads}
+        body = StreamAggregateBackwardBody(**shape, PER_TOKEN=per_token)
         groups = tiling.backward_groups(tokens, t.threads)
         groups = tiling.many_groups(tokens) if per_token else groups
-        made = launch.launch(
-            StreamAggregateBackwardBody(
-                T=x.dtype, N=n, VEC=t.vec, THREADS=t.threads, PER_TOKEN=per_token
-            ),
-            {"x": flat(x, 3), "h_pre": h_pre, "du": du},
-            {
-                "dx": (x.shape, x.dtype),
-                "dh_pre": (h_pre.shape, mx.float32) if per_token else None,
-                "partial": None if per_token else ((groups, n), mx.float32),
-            },
-            groups,
-            self.options,
-        )
-        dh_pre = made["dh_pre"] if per_token else sum_partials(made["partial"], self.options)
-        return made["dx"], dh_pre
+        inputs = {"x": flat_x, "h_pre": h_pre, "du": du}
+        outputs = {
+            "dx": (x.shape, x.dtype),
+            "dh_pre": (h_pre.shape, mx.float32) if per_token else None,
+            "partial": None if per_token else ((groups, n), mx.float32),
+        }
+        d = launch.launch(body, inputs, outputs, groups, self.options)
+        return d["dx"], d["dh_pre"] if per_token else sum_partials(d["partial"], self.options)
 
 
 def stream_aggregate(
@@ -149,98 +141,83 @@ class MhcFusedBackwardBody(MhcFusedBackwardWideBody):
     half_steps: HalfSteps
 
 
-class FusedGradients(NamedTuple):
-    """Gradients of what `mhc_fused` or `stream_mix_add` takes, None of what it does not."""
+class Layer(NamedTuple):
+    """What a layer's bodies take but x, and its gradients; None where they do not."""
 
-    x: mx.array
-    y: mx.array | None
-    H_pre: mx.array | None
-    H_post: mx.array | None
-    h_res: mx.array | None  # of the projected matrix
-    weight: mx.array | None
+    H_pre: mx.array | None = None
+    H_post: mx.array | None = None
+    H_res: mx.array | None = None
+    weight: mx.array | None = None
 
 
 def launch_fused_backward(
     x: mx.array,
+    y: mx.array | None,
+    layer: Layer,
     dout: mx.array,
     *,
-    y: mx.array | None = None,
-    H_pre: mx.array | None = None,
-    H_post: mx.array | None = None,
-    H_res: mx.array | None = None,
-    weight: mx.array | None = None,
+    options: Options,
     eps: float = 1.0,
     convention: Convention | None = None,
-    options: Options,
-) -> FusedGradients:
-    """The gradient of `stream_mix_add`, which takes y, or of a layer, which takes a weight.
+) -> tuple[mx.array, mx.array | None, Layer]:
+    """The gradients of x, y and the rest: of `stream_mix_add`, which takes y, or of a layer.
 
     Without H_res it is that of aggregate and norm alone. With a convention H_pre and H_post may be
-    logits of gates, and for n <= 8 H_res holds logits.
+    logits of gates, and for n <= 8 H_res holds logits; its gradient is the projected matrix's.
     """
-    shape, x = x.shape, flat(x, 3)
-    tokens, n, C = x.shape
-    norm, mix = y is None, H_res is not None
-    arguments = {
+    (n, C), norm, mix = x.shape[-2:], y is None, layer.H_res is not None
+    body = _fused_backward_body(x, layer, norm, convention, options)
+    columns = Layer(
+        H_pre=n if norm else 0,
+        H_post=n if mix and not body.POST_PER_TOKEN else 0,
+        H_res=n * n if mix and not body.RES_PER_TOKEN else 0,
+        weight=C if norm else 0,
+    )
+    flat_x, size = flat(x, 3), sum(columns)
+    tokens = flat_x.shape[0]
+    groups = tiling.backward_groups(tokens, body.THREADS) if size else tiling.many_groups(tokens)
+    params = body_params(convention, eps=eps) if norm else None
+    inputs = {"x": flat_x, "y": y, "dout": dout, **layer._asdict(), "params": params}
+    outputs = {
+        "dx": (x.shape, x.dtype),
+        "dy": None if norm else (y.shape, x.dtype),
+        "partial": ((groups, size), mx.float32) if size else None,
+        "dh_post": (layer.H_post.shape, mx.float32) if body.POST_PER_TOKEN else None,
+        "dh_res": (layer.H_res.shape, mx.float32) if body.RES_PER_TOKEN else None,
+    }
+    d = launch.launch(body, inputs, outputs, groups, options)
+    gradients = {"H_post": d["dh_post"], "H_res": d["dh_res"]}
+    if size:
+        gates = {"H_pre": layer.H_pre, "H_post": layer.H_post, "params": params}
+        sums = sum_partials(d["partial"], options, **(gates if body.GATES else {}))
+        ends = itertools.accumulate(columns)
+        for name, width, end in zip(Layer._fields, columns, ends, strict=True):
+            if width:
+                gradients[name] = sums[end - width : end]
+    if mix:
+        gradients["H_res"] = unflat(gradients["H_res"], layer.H_res.shape)
+    return d["dx"], d["dy"], Layer(**gradients)
+
+
+def _fused_backward_body(
+    x: mx.array, layer: Layer, norm: bool, convention: Convention | None, options: Options
+) -> MhcFusedBackwardWideBody:
+    (n, C), mix, threads = x.shape[-2:], layer.H_res is not None, options.threads_per_group
+    arguments: dict[str, Any] = {
         "T": x.dtype,
         "N": n,
         "MIX": mix,
         "NORM": norm,
         "GATES": convention is not None and convention.sigmoid,
-        "POST_PER_TOKEN": mix and H_post.ndim > 1,
-        "RES_PER_TOKEN": mix and H_res.ndim > 2,
+        "POST_PER_TOKEN": mix and layer.H_post.ndim > 1,
+        "RES_PER_TOKEN": mix and layer.H_res.ndim > 2,
     }
-    if n <= 8:
-        t = tiling.token_tiling(n, C, x.dtype.size, 2, options.threads_per_group, launch.backend())
-        body = MhcFusedBackwardBody(
-            **arguments,
-            VEC=t.vec,
-            THREADS=t.threads,
-            PASSES=t.passes,
-            CACHED=t.cached,
-            SINKHORN=convention is not None,
-            half_steps=half_steps(convention),
-        )
-    else:
-        body = MhcFusedBackwardWideBody(**arguments, THREADS=options.threads_per_group or 256)
-    columns = {
-        "dH_pre": n if norm else 0,
-        "dh_post": n if mix and not body.POST_PER_TOKEN else 0,
-        "dh_res": n * n if mix and not body.RES_PER_TOKEN else 0,
-        "dweight": C if norm else 0,
-    }
-    size = sum(columns.values())
-    groups = tiling.backward_groups(tokens, body.THREADS) if size else tiling.many_groups(tokens)
-    params = body_params(convention, eps=eps) if norm else None
-    layer = {"H_pre": H_pre, "H_post": H_post, "H_res": H_res, "weight": weight, "params": params}
-    made = launch.launch(
-        body,
-        {"x": x, "y": y, "dout": dout, **layer},
-        {
-            "dx": (shape, x.dtype),
-            "dy": None if norm else (y.shape, x.dtype),
-            "partial": ((groups, size), mx.float32) if size else None,
-            "dh_post": (H_post.shape, mx.float32) if body.POST_PER_TOKEN else None,
-            "dh_res": (H_res.shape, mx.float32) if body.RES_PER_TOKEN else None,
-        },
-        groups,
-        options,
-    )
-    if size:
-        gates = {"H_pre": H_pre, "H_post": H_post, "params": params} if body.GATES else {}
-        sums, start = sum_partials(made["partial"], options, **gates), 0
-        for name, width in columns.items():
-            if width:
-                made[name] = sums[start : start + width]
-                start += width
-    return FusedGradients(
-        x=made["dx"],
-        y=made["dy"],
-        H_pre=made.get("dH_pre"),
-        H_post=made["dh_post"],
-        h_res=unflat(made["dh_res"], H_res.shape) if mix else None,
-        weight=made.get("dweight"),
-    )
+    if n > 8:
+        return MhcFusedBackwardWideBody(**arguments, THREADS=threads or 256)
+    t = tiling.token_tiling(n, C, x.dtype.size, 2, threads, launch.backend())
+    arguments |= {"VEC": t.vec, "THREADS": t.threads, "PASSES": t.passes, "CACHED": t.cached}
+    sinkhorn = {"SINKHORN": convention is not None, "half_steps": half_steps(convention)}
+    return MhcFusedBackwardBody(**arguments, **sinkhorn)
 
 
 @dataclass(frozen=True)
@@ -253,29 +230,21 @@ class StreamMixAdd(FusedOp):
         return reference.stream_mix_add(x, y, h_post, h_res)
 
     def forward(self, x, y, h_post, h_res):
-        tokens, n, C = flat(x, 3).shape
-        threads = self.options.threads_per_group
+        flat_x, threads = flat(x, 3), self.options.threads_per_group
+        tokens, n, C = flat_x.shape
         t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.backend())
-        body = StreamMixAddBody(
-            T=x.dtype,
-            N=n,
-            VEC=t.vec,
-            THREADS=t.threads,
-            POST_PER_TOKEN=h_post.ndim > 1,
-            RES_PER_TOKEN=h_res.ndim > 2,
-        )
-        return launch.launch(
-            body,
-            {"x": flat(x, 3), "y": y, "h_post": h_post, "h_res": h_res},
-            {"out": (x.shape, x.dtype)},
-            tiling.many_groups(tokens),
-            self.options,
-        )["out"]
+        shape = {"T": x.dtype, "N": n, "VEC": t.vec, "THREADS": t.threads}
+        per_token = {"POST_PER_TOKEN": h_post.ndim > 1, "RES_PER_TOKEN": h_res.ndim > 2}
+        body, groups = StreamMixAddBody(**shape, **per_token), tiling.many_groups(tokens)
+        inputs = {"x": flat_x, "y": y, "h_post": h_post, "h_res": h_res}
+        outputs = {"out": (x.shape, x.dtype)}
+        return launch.launch(body, inputs, outputs, groups, self.options)["out"]
 
     def backward(self, arrays, cotangents, saved):
         (x, y, h_post, h_res), (dout,) = arrays, cotangents
-        d = launch_fused_backward(x, dout, y=y, H_post=h_post, H_res=h_res, options=self.options)
-        return d.x, d.y, d.H_post, d.h_res
+        layer = Layer(H_post=h_post, H_res=h_res)
+        dx, dy, d = launch_fused_backward(x, y, layer, dout, options=self.options)
+        return dx, dy, d.H_post, d.H_res
 
 
 def stream_mix_add(

@@ -20,8 +20,8 @@ def launches(monkeypatch):
     """Names of the bodies that Python launches, by the stand-in: none where a trace is used. On a
     GPU `mx.compile` would fuse the stand-in's own ops, and round them otherwise."""
     with mx.stream(mx.cpu), modules.running("stand-in"), monkeypatch.context() as context:
-        run, names = launch.run, []
-        counted = lambda name, *rest, **k: names.append(name) or run(name, *rest, **k)  # noqa: E731
+        usual, names = launch.run, []
+        counted = lambda name, *rest: names.append(name) or usual(name, *rest)  # noqa: E731
         context.setattr(launch, "run", counted)
         yield names
 
@@ -122,8 +122,8 @@ def test_a_trace_is_of_one_backend(launches, monkeypatch):
     site = find_sites(patched(tiny()).model)[1]
     x, y = random_inputs(site, mx.float32, 3)
     with monkeypatch.context() as wrong:  # so that a trace that is used shows
-        run = launch.run
-        wrong.setattr(launch, "run", lambda *a, **k: [2 * made for made in run(*a, **k)])
+        usual = launch.run
+        wrong.setattr(launch, "run", lambda *call: [2 * a for a in usual(*call)])
         doubled = run(site, x, y)
     right = uncompiled(site, x, y)
     assert not mx.array_equal(doubled[0], right[0]).item()

@@ -15,9 +15,11 @@ EQUIVALENT: dict[tuple[str, str, str, str, int], str] = {
     ): "places past the 32nd are in no sum: scatter_reduce adds halves of 32",
     (
         "kernels/mhc_fused_backward_wide.metal",
-        "constexpr int ROWS_AT_ONCE = ROWS_PER_SIMDGROUP < 8 ? ROWS_PER_SIMDGROUP : 8; // of dx",
+        "constexpr int ROWS_AT_ONCE = ROWS_PER_SIMDGROUP < 8 ? ROWS_PER_SIMDGROUP : 8; "
+        "// a simdgroup makes so many rows of dx at once",
         "change_constant",
-        "constexpr int ROWS_AT_ONCE = ROWS_PER_SIMDGROUP < 9 ? ROWS_PER_SIMDGROUP : 8; // of dx",
+        "constexpr int ROWS_AT_ONCE = ROWS_PER_SIMDGROUP < 9 ? ROWS_PER_SIMDGROUP : 8; "
+        "// a simdgroup makes so many rows of dx at once",
         0,
     ): "of 8 lines both branches are 8",
     (
@@ -172,9 +174,9 @@ EQUIVALENT: dict[tuple[str, str, str, str, int], str] = {
     ): "512 threads are 16 simdgroups, whose number bounds the slices",
     (
         "mhc_mlx/ops/tiling.py",
-        "return Projection(vec, threads, slices, tiles, block, 1)",
+        "return LogitsTiling(vec, threads, slices, tiles, block, 1)",
         "change_constant",
-        "return Projection(vec, threads, slices, tiles, block, 2)",
+        "return LogitsTiling(vec, threads, slices, tiles, block, 2)",
         0,
     ): "the last line of the function sets splits, which nothing reads before",
     (
@@ -186,9 +188,9 @@ EQUIVALENT: dict[tuple[str, str, str, str, int], str] = {
     ): "of one stream both are more than 8, of others the same",
     (
         "mhc_mlx/ops/tiling.py",
-        "fits = team == 1 or simds % team == 0 and 32 * simds * held <= room",
+        "fits = sharing == 1 or simds % sharing == 0 and 32 * simds * lane_packs <= sums",
         "turn_comparison",
-        "fits = team == 1 or simds % team == 0 and 32 * simds * held < room",
+        "fits = sharing == 1 or simds % sharing == 0 and 32 * simds * lane_packs < sums",
         0,
     ): "both sides divided by 8 * simds: 4 * held is no odd number times one or two tiles",
     (
@@ -233,11 +235,4 @@ EQUIVALENT: dict[tuple[str, str, str, str, int], str] = {
         "for module, kind in zip(modules, classes, strict=False):",
         0,
     ): "the classes are listed one per module, so lengths never differ",
-    (
-        "mhc_mlx/ops/static.py",
-        "partial: mx.array, verbose: bool, n: int = 0, shape: tuple[int, ...] = (), **gates",
-        "change_constant",
-        "partial: mx.array, verbose: bool, n: int = 1, shape: tuple[int, ...] = (), **gates",
-        0,
-    ): "n is read with gates alone, and their caller passes it",
 }

@@ -467,7 +467,8 @@ def test_few_variants_for_any_number_of_tokens(n, C):
     outs, tokens = 2 * n + n * n, [*range(1, 1300), *range(1300, 9000, 37)]
     shape = (n, C, mx.bfloat16, outs)
     projections = {ops.tiling.logits_tiling(*shape, t, None, 0) for t in tokens}
-    spreads = {ops.tiling.generic_gradient_tiling(n, C, outs, t, None) for t in tokens}
+    tilings = [ops.tiling.generic_gradient_tiling(n, C, outs, t, None) for t in tokens]
+    spreads = {tiling._replace(rows=0) for tiling in tilings}  # of which a body knows all but rows
     assert len(projections) <= 8 and len(spreads) <= 10
     for g in projections:  # the first threadgroup makes all of h_pre
         blocks = -(-outs // (8 * g.block))

@@ -602,7 +602,7 @@ def test_a_sweep_verifies_each_variant(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "worst_error", error)
     monkeypatch.setattr(Bench, "row", row)
     usual = ops.tiling.token_tiling
-    monkeypatch.setattr(ops.tiling, "of_token", usual)  # put back whatever the sweep leaves
+    monkeypatch.setattr(ops.tiling, "token_tiling", usual)  # put back whatever the sweep leaves
     command = "--sweep --op stream_mix_add --shape 3,2,512 --dtype float32"
     with executor("stand-in"), pytest.raises(SystemExit, match="parity fails"):
         benchmark.main(command.split())

@@ -238,10 +238,8 @@ def test_debugging_command(need, capsys):
     with planted(wrong):
         assert not simulate.simulate(case, False)
     out = capsys.readouterr().out
-    assert (
-        "WRONG dx[0, 0, 0] is" in out
-        and "stored by thread 0 of threadgroup 0 at mhc_fused_b" in out
-    )
+    assert "WRONG dx[0, 0, 0] is" in out
+    assert "stored by thread 0 of threadgroup 0 at mhc_fused_backward.metal" in out
     broken = next(m for m in MISTAKES if str(m) == "mhc_fused_backward: the last token left out")
     with planted(broken):
         assert not simulate.simulate(case, False)
