@@ -1,1 +1,1 @@
-"""What benchmark.py is made of, and the JSON of what ran."""
+"""These modules measure for benchmark.py; results/ holds what they measured."""

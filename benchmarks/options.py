@@ -1,22 +1,22 @@
-"""The options of benchmark.py, and which go together: what would do nothing is refused."""
+"""benchmark.py has these options, and refuses those that would do nothing."""
 
 import argparse
 import importlib.util
 import math
 import os
 import re
+from collections.abc import Callable
 
-from benchmarks.ops import DIRECTIONS, DTYPES, OPS
-from benchmarks.results import check_figures, check_result
+from benchmarks.report import check_figures, check_result
+from benchmarks.suite import DIRECTIONS, DTYPES, OPS
 from mhc_mlx import launch
-from mhc_mlx.commands import Output, read_checked
+from mhc_mlx.commands import Output, make_parser, read
 from mhc_mlx.ops import MAX_STREAMS, check_threads
 
 RESULT = "a result of benchmark.py"
 PICTURES = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
-MODES = ("sizes", "decode", "overhead")  # beside the table, "rows"
-# Options that change a command, and the others that each of them takes. Without one of these
-# commands figures are timed.
+MODES = ("sizes", "decode", "overhead")  # the table is "rows"
+# These options change the command, and each takes these others. Without them figures are timed.
 COMMANDS = {
     "verify": {"op", "shape", "dtype", "preset", "direction", "threads", "json", "all", *MODES},
     "once": {"op", "shape", "dtype", "preset", "direction", "threads"},
@@ -27,7 +27,7 @@ COMMANDS = {
     "source": {"compare", "plot", "predict"},
     "predict": {"source", "compare", "plot"},
 }
-# Options that not every section takes, and the sections that do.
+# Only these sections take these options.
 SECTIONS_OF = {
     "op": ("rows", "sizes", "decode"),
     "shape": ("rows",),
@@ -36,7 +36,7 @@ SECTIONS_OF = {
     "threads": ("rows", "sizes"),
 }
 SECTIONS_OF |= dict.fromkeys(("baseline", "plot", "peak_gbps"), ("rows", "sizes"))
-# Those that one section of several is enough for: with --all they are of the table and the sizes.
+# For these one section of several is enough: with --all they act on the table and the sizes.
 ONE_IS_ENOUGH = ("baseline", "plot", "peak_gbps")
 ON_A_GPU = (*MODES, "all", "sweep", "once", "threads", "baseline", "peak_gbps", "plot")
 
@@ -46,12 +46,7 @@ def option(name: str) -> str:
 
 
 def parser(description: str, presets) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py",
-        allow_abbrev=False,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("benchmark.py", description)
     add = parser.add_argument
     add("--op", action="append", choices=sorted(OPS), help="repeatable; all by default")
     add("--shape", action="append", metavar="B,n,C", help="repeatable; of the table")
@@ -98,7 +93,7 @@ def check_values(args: argparse.Namespace) -> None:
             raise ValueError(f"--shape must be three positive numbers B,n,C but is {shape}")
         if int(shape.split(",")[1]) > MAX_STREAMS:
             raise ValueError(f"--shape must have n at most {MAX_STREAMS} but is {shape}")
-        if math.prod(map(int, shape.split(","))) >= 2**31:  # MLX's random numbers end there
+        if math.prod(map(int, shape.split(","))) >= 2**31:  # MLX makes fewer random numbers at once
             raise ValueError(f"--shape must have fewer than 2**31 elements but is {shape}")
     if args.processes is not None and args.processes < 1:
         raise ValueError(f"--processes must be at least 1 but is {args.processes}")
@@ -112,17 +107,17 @@ def check_values(args: argparse.Namespace) -> None:
 
 
 def check_combination(args: argparse.Namespace) -> None:
-    # By type, because 0 is given too where None and False are not.
-    given = [k for k, v in vars(args).items() if v is not None and v is not False]
+    # None and False say that an option is not there; 0 does not.
+    named = [k for k, v in vars(args).items() if v is not None and v is not False]
     if args.baseline is False:
-        given.append("baseline")
+        named.append("baseline")
     for command, takes in COMMANDS.items():
-        for name in given:
-            if command in given and name != command and name not in takes:
+        for name in named:
+            if command in named and name != command and name not in takes:
                 raise ValueError(f"{option(name)} does nothing with {option(command)}")
     if args.all:
         for mode in MODES:
-            if mode in given:
+            if mode in named:
                 raise ValueError(f"--{mode} does nothing with --all, which has it")
     reads = args.source is not None
     if reads and args.compare is None and args.plot is None and not args.predict:
@@ -138,10 +133,10 @@ def check_combination(args: argparse.Namespace) -> None:
     chosen = sections(args)
     for name, takers in SECTIONS_OF.items():
         others = [s for s in chosen if s not in takers]
-        if name in given and others and (name not in ONE_IS_ENOUGH or others == chosen):
+        if name in named and others and (name not in ONE_IS_ENOUGH or others == chosen):
             raise ValueError(f"{option(name)} does nothing with --{others[0]}")
     if not launch.backend():
-        for name in given:
+        for name in named:
             if name in ON_A_GPU:
                 raise ValueError(
                     f"{option(name)} needs kernels, by Metal or CUDA, and this machine has none: "
@@ -149,44 +144,32 @@ def check_combination(args: argparse.Namespace) -> None:
                 )
 
 
+def read_start(option: str, file: str, what: str, check: Callable) -> None:
+    with open(file, "rb") as f:
+        if not check(f.read(8)):
+            raise ValueError(f"{option} must be {what} but is {file}")
+
+
 def check_plot(file: str, inputs: list[str]) -> None:
     kind = os.path.splitext(file)[1]
     if kind not in PICTURES:
         raise ValueError(f"--plot must be a .png, .pdf or .svg but is {file or 'empty'}")
-    if not os.path.isdir(os.path.dirname(file) or "."):
-        raise ValueError(f"--plot must be in a folder that exists but is {file}")
-    if os.path.lexists(file) and not os.path.isfile(file):
-        raise ValueError(f"--plot must be a file but is {file}")
     if any(os.path.realpath(file) == os.path.realpath(other) for other in inputs):
         raise ValueError(f"--plot must be a file of its own but is {file}")
-    try:
-        new = not os.path.exists(file)
-        with open(file, "ab") as f:
-            empty = f.tell() == 0
-        if new:
-            os.remove(file)
-        if not empty:
-            with open(file, "rb") as f:
-                if not f.read(8).startswith(PICTURES[kind]):
-                    raise ValueError(f"--plot must be new or a {kind} picture but is {file}")
-    except OSError as error:
-        raise ValueError(
-            f"--plot must be a file that can be written but is {file}: {error}"
-        ) from None
+    is_picture = lambda start: start.startswith(PICTURES[kind])  # noqa: E731
+    Output("--plot", file, f"a {kind} picture", is_picture, read_start)
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot must have matplotlib, which is not installed: pip install it")
 
 
 def check_files(args: argparse.Namespace) -> None:
-    """Read the results that are read, into before and result; open what is written as output."""
+    """Read the results that are read, into before and result; open the output."""
     args.before = args.result = None
     for name, field in (("source", "result"), ("compare", "before")):
         file = getattr(args, name)
         if file is not None:
-            try:
-                setattr(args, field, read_checked(file, f"{RESULT} with figures", check_figures))
-            except ValueError as error:
-                raise ValueError(f"{option(name)} {error}") from None
+            result = read(option(name), file, f"{RESULT} with figures", check_figures)
+            setattr(args, field, result)
     if args.result and args.plot is not None and not plotted(args.result):
         raise ValueError(f"--from must have rows or sizes for --plot but is {args.source}")
     if args.result and args.predict and not args.result["rows"]:
@@ -194,10 +177,7 @@ def check_files(args: argparse.Namespace) -> None:
     if args.plot is not None:
         files = [args.source, args.compare, args.json]
         check_plot(args.plot, [file for file in files if file])
-    try:
-        args.output = Output(args.json, RESULT, check_result)
-    except ValueError as error:
-        raise ValueError(f"--json {error}") from None
+    args.output = Output("--json", args.json, RESULT, check_result)
 
 
 def plotted(result: dict) -> bool:

@@ -1,4 +1,4 @@
-"""How calls are timed, and what they dispatch."""
+"""Calls are timed, and what they dispatch is counted."""
 
 import contextlib
 import math
@@ -8,22 +8,22 @@ from collections import Counter
 
 import mlx.core as mx
 
-from benchmarks.ops import several
+from benchmarks.suite import as_list
 from mhc_mlx import launch
 from mhc_mlx.commands import memory
 
 CACHE = 256 << 20  # input sets together reach this many bytes: several times any L2
-MOST_SETS = 32  # of small inputs, whose time is MLX's and not the memory's
+MOST_SETS = 32  # more do not matter: small inputs' time is MLX's and not the memory's
 
 
-def room() -> int:
-    """Bytes that one kind of array may take: a fifth of the memory."""
+def array_limit() -> int:
+    """Return the bytes that arrays of one kind may take together: a fifth of the memory."""
     return memory() // 5
 
 
 def race(budget: float, *contestants: tuple) -> list[list[float]]:
-    """Seconds per call in five rounds, for each (function, input sets). They run in turn, so that
-    the clocks and the memory of one moment serve all alike."""
+    """Measure seconds per call in five rounds, for each (function, input sets). They run in turn,
+    so that the clocks and the memory of one moment serve all alike."""
 
     def run(f, sets, calls):
         start = time.perf_counter()
@@ -33,22 +33,21 @@ def race(budget: float, *contestants: tuple) -> list[list[float]]:
 
     plan = []
     for f, sets in contestants:
-        results = several(f(*sets[0]))
+        size = sum(a.nbytes for a in as_list(f(*sets[0])))
         run(f, sets, len(sets))
         calls = min(400, int(budget / 5 / max(run(f, sets, len(sets)), 1e-6)))
-        calls = min(max(len(sets), calls), room() // max(1, sum(a.nbytes for a in results)))
+        calls = min(max(len(sets), calls), array_limit() // max(1, size))
         plan.append((f, sets, max(2, calls)))
-        del results
     for _ in range(2):  # the first round at a size is for the allocator: often half as fast
         times = [[run(*entry)] for entry in plan]
     for _ in range(4):
-        for one, entry in zip(times, plan, strict=True):
-            one.append(run(*entry))
+        for rounds, entry in zip(times, plan, strict=True):
+            rounds.append(run(*entry))
     return times
 
 
 def directed(f, direction: str, arrays: int, compiled: bool = True):
-    """f, its gradients, or both, as one function, compiled, of the arrays and the cotangents."""
+    """Return f, its gradients, or both, as a compiled function of the arrays and the cotangents."""
     wrap = mx.compile if compiled else lambda f: f
     if direction == "forward":
         return wrap(lambda *a: f(*a[:arrays]))
@@ -61,7 +60,7 @@ def directed(f, direction: str, arrays: int, compiled: bool = True):
 
 
 def input_sets(make) -> list[list[mx.array]]:
-    """Two input sets or more, until together they reach CACHE or there are MOST_SETS."""
+    """Make two input sets or more, until together they reach CACHE or there are MOST_SETS."""
     sets = []
     while len(sets) < 2 or len(sets) < min(MOST_SETS, CACHE / sum(a.nbytes for a in sets[0])):
         sets.append(make())
@@ -70,45 +69,45 @@ def input_sets(make) -> list[list[mx.array]]:
 
 
 def dispatches(results) -> Counter:
-    """How many primitives of each kind in the graph of results, not yet evaluated, launch work."""
-    found = launch.primitives(*several(results))
+    """Count by kind the primitives that launch work in the graph of results that are not yet
+    evaluated."""
+    found = launch.primitives(*as_list(results))
     return Counter({k: count for k, count in found.items() if k not in launch.VIEWS})
 
 
 @contextlib.contextmanager
 def launches():
-    """Collects, of every launch, the kernel, its source's bytes, which MLX hashes at each
+    """Collect of every launch the kernel, the bytes of its source, which MLX hashes at each
     evaluation, and the number of its template arguments."""
-    seen, makers = [], ("metal_kernel", "cuda_kernel")
-    plain = {k: getattr(mx.fast, k) for k in makers}
+    launched, makers = [], ("metal_kernel", "cuda_kernel")
+    usual = {k: getattr(mx.fast, k) for k in makers}
 
     def spying(make):
-        def construct(name, source, header="", **rest):
-            kernel = make(name=name, source=source, header=header, **rest)
+        def construct(name, source, header="", **options):
+            run = make(name=name, source=source, header=header, **options)
 
-            def run(**call):
-                size = len(source) + len(header)
-                row = {"kernel": name, "source_bytes": size}
-                seen.append(row | {"template_arguments": len(call["template"])})
-                return kernel(**call)
+            def launch(**call):
+                row = {"kernel": name, "source_bytes": len(source) + len(header)}
+                launched.append(row | {"template_arguments": len(call["template"])})
+                return run(**call)
 
-            return run
+            return launch
 
         return construct
 
-    launch._build.cache_clear()  # so that kernels are built by spies, and afterwards are not
+    launch._build.cache_clear()  # now spies build the kernels, and afterwards none does
     try:
         for k in makers:
-            setattr(mx.fast, k, spying(plain[k]))
-        yield seen
+            setattr(mx.fast, k, spying(usual[k]))
+        yield launched
     finally:
         for k in makers:
-            setattr(mx.fast, k, plain[k])
+            setattr(mx.fast, k, usual[k])
         launch._build.cache_clear()
 
 
-def each(budget: float, f, evaluate: bool = True) -> list[float]:
-    """Seconds of calls of f, each evaluated alone, or only its graph built."""
+def call_times(budget: float, f, evaluate: bool = True) -> list[float]:
+    """Measure seconds of single calls of f; each is evaluated alone, or only its graph is built."""
 
     def run():
         start = time.perf_counter()
@@ -124,14 +123,16 @@ def each(budget: float, f, evaluate: bool = True) -> list[float]:
 
 
 def spread(times: list[float]) -> float:
-    """Of calls one by one, whose slowest are accidents: from the fastest to the third quartile."""
+    """Return the range of single calls, whose slowest are accidents: from the fastest to the third
+    quartile, over the median."""
     return (statistics.quantiles(times)[2] - min(times)) / statistics.median(times)
 
 
 def gpu_time(f, calls: int = 32) -> float:
-    """Seconds of f on the GPU alone: how much longer a long copy takes with the calls queued behind
-    it. The host is done before the copy is, so its own time is hidden, as far as MLX queues."""
-    pad = mx.ones(max(64, room() // 6 // 4))
+    """Measure seconds of f on the GPU alone: how much longer a long copy takes with the calls
+    queued behind it. The host is done before the copy is, so its own time is hidden, as far as MLX
+    queues."""
+    pad = mx.ones(max(64, array_limit() // 6 // 4))
     mx.eval(pad)
 
     def run(passes, calls):
@@ -147,5 +148,5 @@ def gpu_time(f, calls: int = 32) -> float:
     run(8, calls)
     passes = max(4, min(40, math.ceil(2 * run(0, calls) / (run(8, 0) / 8))))
     run(passes, calls)
-    more = [run(passes, calls) - run(passes, 0) for _ in range(7)]
-    return max(0.0, statistics.median(more) / calls)
+    added = [run(passes, calls) - run(passes, 0) for _ in range(7)]
+    return max(0.0, statistics.median(added) / calls)

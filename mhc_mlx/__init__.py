@@ -39,4 +39,42 @@ from .ops import (
 from .streams import expand_streams, merge_streams, reduce_streams, split_streams
 from .widening import widen
 
+__all__ = [
+    "ADDITIVE",
+    "DEEPSEEK_V4",
+    "IDENTITY",
+    "KRONECKER",
+    "MHC_LITE",
+    "PAPER",
+    "ROW_FIRST",
+    "UNCONSTRAINED",
+    "Convention",
+    "HyperConnection",
+    "HyperHead",
+    "MHCBlock",
+    "MHCLayer",
+    "MHCLiteBlock",
+    "backend",
+    "expand_streams",
+    "merge_streams",
+    "mhc_coefficients",
+    "mhc_head",
+    "mhc_layer",
+    "mhc_pre",
+    "mhc_seam",
+    "mhc_single_pass",
+    "mhc_static",
+    "reduce_streams",
+    "rms_norm",
+    "sinkhorn_knopp",
+    "split_streams",
+    "stream_aggregate",
+    "stream_aggregate_norm",
+    "stream_distribute",
+    "stream_mix",
+    "stream_mix_add",
+    "vmap",
+    "widen",
+]
+
 __version__ = "0.1.0"

@@ -1,7 +1,11 @@
-"""What commands that measure share: JSON that they read and write, and the device's memory. A file
-is checked before anything is measured, and what was measured is never lost: where it cannot be
-written at the end, it is printed."""
+"""Commands share parsers, JSON that they read and write, and the device's memory.
 
+A file is checked before anything is measured, and what was measured is never lost: where it cannot
+be written at the end, it is printed.
+"""
+
+import argparse
+import contextlib
 import json
 import math
 import os
@@ -9,16 +13,38 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
-_DESCRIPTOR = re.compile(r"/dev/(fd/|std(in|out|err)$)|/proc/")  # never replaced: written through
+__all__ = [
+    "Output",
+    "check_strings",
+    "is_stream",
+    "make_parser",
+    "memory",
+    "open_to_append",
+    "read",
+    "text",
+    "write_all",
+]
+
+_OPEN_FILE = re.compile(r"/dev/(fd/|std(in|out|err)$)|/proc/")  # these lead to open files
+
+
+def make_parser(command: str, description: str | None, **options: Any) -> argparse.ArgumentParser:
+    """Make a parser that takes no abbreviations, and whose help has the description as it is."""
+    kind = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        prog=command, description=description, allow_abbrev=False, formatter_class=kind, **options
+    )
 
 
 def memory() -> int:
-    """Bytes that the default device has."""
-    info = mx.device_info() if mx.default_device().type == mx.gpu else {}
+    """Return the bytes that the default device has."""
+    info: dict[str, Any] = mx.device_info() if mx.default_device().type == mx.gpu else {}
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return info.get("memory_size", info.get("total_memory", physical))
 
@@ -27,39 +53,43 @@ def _refuse(constant: str):
     raise ValueError(f"it holds {constant}, which is no number")
 
 
-def read(file: str):
-    """What the JSON file holds.
+def read(
+    option: str, file: str, what: str = "", check: Callable[[Any], object] = lambda data: None
+) -> Any:
+    """Return what a JSON file holds, if check, which raises ValueError with the reason, lets it
+    pass.
 
     Raises:
-        ValueError: "must be a file ... but ...", for the command to put an option's name before.
+        ValueError: "{option} must be a file ... but ..." or "{option} must be {what} but ...".
     """
     if not os.path.isfile(file):
-        raise ValueError(f"must be a file but is {file or 'empty'}")
+        raise ValueError(f"{option} must be a file but is {file or 'empty'}")
     try:
         with open(file, encoding="utf-8") as f:
-            return json.load(f, parse_constant=_refuse)
+            data = json.load(f, parse_constant=_refuse)
     except OSError as error:
-        raise ValueError(f"must be a file that can be read but is {file}: {error}") from None
+        must = f"{option} must be a file that can be read"
+        raise ValueError(f"{must} but is {file}: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"must be a file of JSON but is {file}: {error}") from None
-
-
-def read_checked(file: str, what: str, check: Callable) -> dict:
-    """What the file holds, if check, which raises ValueError with the reason, lets it pass.
-
-    Raises:
-        ValueError: As `read` does, and "must be {what} but is ...".
-    """
-    data = read(file)
+        raise ValueError(f"{option} must be a file of JSON but is {file}: {error}") from None
     try:
         check(data)
     except ValueError as error:
-        raise ValueError(f"must be {what} but is {file}: {error}") from None
+        raise ValueError(f"{option} must be {what} but is {file}: {error}") from None
     return data
 
 
+def check_strings(report: Any, *names: str) -> None:
+    """Raise ValueError unless a report is an object with these strings, such as device and date."""
+    if not isinstance(report, dict):
+        raise ValueError(f"it holds {type(report).__name__}, not an object")
+    for name in names:
+        if not isinstance(report.get(name), str):
+            raise ValueError(f"its {name} is {'no string' if name in report else 'missing'}")
+
+
 def _finite(value):
-    """The value with non-finite floats, which JSON cannot hold, as their names."""
+    """Return the value with non-finite floats, which JSON cannot hold, as their names."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -67,100 +97,194 @@ def _finite(value):
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def text(report: dict) -> str:
-    """The report as JSON; infinities and NaN are the strings "inf", "-inf", "nan"."""
-    return json.dumps(_finite(report), indent=1, allow_nan=False) + "\n"
+def _are_rows(value) -> bool:
+    return isinstance(value, list) and value != [] and all(isinstance(v, dict) for v in value)
+
+
+def _lines(value, margin: str = "\n") -> str:
+    """Return the JSON of a report or, with the margin of its line, of a part."""
+    if _are_rows(value):
+        entries = [json.dumps(row, allow_nan=False) for row in value]
+    elif isinstance(value, dict) and (margin == "\n" or any(map(_are_rows, value.values()))):
+        entries = [f"{json.dumps(k)}: {_lines(v, f'{margin} ')}" for k, v in value.items()]
+    else:
+        return json.dumps(value, allow_nan=False)
+    left, right = "[]" if isinstance(value, list) else "{}"
+    return left + ",".join(f"{margin} {entry}" for entry in entries) + margin + right
+
+
+def text(report: dict[str, Any]) -> str:
+    """Return the report as JSON: each of its entries stands on a line, and so does each row, an
+    object in a list; infinities and NaN are the strings "inf", "-inf", "nan"."""
+    return _lines(_finite(report)) + "\n"
+
+
+def _descriptor_of(path: Path) -> int | None:
+    """Return the descriptor, 1 or 2, of this process's output where a path leads there."""
+    for descriptor in (1, 2):
+        try:
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return descriptor
+        except OSError:  # there is no such path, or the output is closed
+            continue
+    return None
+
+
+def is_stream(path: Path) -> bool:
+    """Tell whether a path leads to what is written through, and never replaced: this process's
+    output, an open file, or what is neither a regular file nor a folder."""
+    if not path.exists():
+        return False
+    mode = path.stat().st_mode
+    open_file = _descriptor_of(path) is not None or _OPEN_FILE.match(str(path)) is not None
+    return open_file or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def open_to_append(path: Path) -> int:
+    """Return a descriptor. A file that it creates lies where a link points, and was not there."""
+    output = _descriptor_of(path)
+    if output is not None:
+        return os.dup(output)  # a file opened anew would have another position
+    if path.exists():
+        return os.open(path, os.O_WRONLY | os.O_APPEND)
+    new = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
+    return os.open(os.path.realpath(path), new, 0o666)
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
 
 
 class Output:
-    """Where a command writes its report: a file that is new, empty, or an earlier report, which is
-    replaced as a whole and stays a link if it is one; or a pipe or a character device, which is
+    """A command writes its report to a file that is new, empty, or an earlier report, which is
+    replaced as a whole and stays a link if it is one; or to a stream (see `is_stream`), which is
     written through at the end.
 
     Args:
+        option: What names the file, such as --json, for messages.
         file: Its path, or None: nothing is written.
         what: What an existing file must be.
         check: Raises ValueError with the reason for data that no such command wrote.
+        reader: Calls check for an existing file; by default for its JSON.
 
     Raises:
-        ValueError: "must be ... but ...": it cannot be written.
+        ValueError: "{option} must be ... but ...": it cannot be written.
     """
 
-    def __init__(self, file: str | None, what: str, check: Callable):
-        self.file, self.failed = file, False
+    option: str
+    file: Any  # a str, or None
+    failed: bool
+    target: str
+    unfinished: str
+    stream: bool
+
+    def __init__(
+        self,
+        option: str,
+        file: str | None,
+        what: str,
+        check: Callable[[Any], object],
+        reader: Callable[..., object] = read,
+    ):
+        self.option, self.file, self.failed = option, file, False
         if file is None:
             return
         self.target = os.path.realpath(file)
         folder, name = os.path.split(self.target)
         if not file or os.path.isdir(file):
-            raise ValueError(f"must be a file but is {f'the folder {file}' if file else 'empty'}")
+            got = f"the folder {file}" if file else "empty"
+            raise ValueError(f"{option} must be a file but is {got}")
         if not os.path.isdir(folder):
-            raise ValueError(f"must be in a folder that exists but is {file}")
-        self.aside = os.path.join(folder, f".{name}.{os.getpid()}")
+            raise ValueError(f"{option} must be in a folder that exists but is {file}")
+        self.unfinished = os.path.join(folder, f".{name}.{os.getpid()}")
         try:
-            kind = os.stat(file).st_mode if os.path.lexists(file) else stat.S_IFREG
-        except FileNotFoundError:
-            kind = stat.S_IFREG  # a link to a file that is not there yet
+            if os.path.islink(self.target):
+                raise OSError("it is a link that leads to itself")
+            self.stream = is_stream(Path(file))
+            if not self.stream and os.path.exists(file) and os.path.getsize(file):
+                reader(option, file, f"a new file or {what}", check)
+            self._try()
         except OSError as error:
-            raise ValueError(f"must be a file that can be written but is {file}: {error}") from None
-        self.through = not stat.S_ISREG(kind) or bool(_DESCRIPTOR.match(file))
-        if self.through and not (stat.S_ISREG(kind) or stat.S_ISCHR(kind) or stat.S_ISFIFO(kind)):
-            raise ValueError(f"must be a file, a pipe or a character device but is {file}")
-        if not self.through and os.path.exists(file) and os.path.getsize(file):
-            read_checked(file, f"a new file or {what}", check)
-        try:
-            self._try(stat.S_ISCHR(kind))
-        except OSError as error:
-            raise ValueError(f"must be a file that can be written but is {file}: {error}") from None
+            must = f"{option} must be a file that can be written"
+            raise ValueError(f"{must} but is {file}: {error}") from None
 
-    def _try(self, device: bool) -> None:
-        """Write nothing, or to a device a space, which JSON may begin with."""
-        if device:
-            with open(self.file, "w") as f:
-                f.write(" ")
-        elif not self.through:
+    def _try(self) -> None:
+        """Write nothing, or to a character device a space, which JSON may begin with."""
+        if not self.stream:
             if os.path.exists(self.target):
                 with open(self.target, "r+"):
                     pass
-            with open(self.aside, "x"):
+            with open(self.unfinished, "x"):
                 pass
-            os.remove(self.aside)
+            os.remove(self.unfinished)
+            return
+        mode = os.stat(self.file).st_mode
+        if stat.S_ISCHR(mode):
+            with open(self.file, "w") as f:
+                f.write(" ")
+        elif not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+            must = f"{self.option} must be a file, a pipe or a character device"
+            raise ValueError(f"{must} but is {self.file}")
 
-    def _write(self, report: dict) -> None:
-        if self.through:
-            with open(self.file, "a") as f:
-                f.write(text(report))
+    def _write(self, report: dict[str, Any]) -> None:
+        if self.stream:
+            descriptor = open_to_append(Path(self.file))
+            try:
+                write_all(descriptor, text(report).encode())
+            finally:
+                os.close(descriptor)
             return
         try:
-            with open(self.aside, "w") as f:
+            with open(self.unfinished, "w") as f:
                 f.write(text(report))
             if os.path.exists(self.target):
-                shutil.copymode(self.target, self.aside)
-            os.replace(self.aside, self.target)
+                shutil.copymode(self.target, self.unfinished)
+            os.replace(self.unfinished, self.target)
         except OSError:
-            if os.path.exists(self.aside):
-                os.remove(self.aside)
+            if os.path.exists(self.unfinished):
+                os.remove(self.unfinished)
             raise
 
-    def update(self, report: dict) -> None:
+    def update(self, report: dict[str, Any]) -> None:
         """Write a report that is not complete yet; a failure is told once, and `finish` tries
         again."""
-        if self.file is None or self.through:
+        if self.file is None or self.stream:
             return
         try:
             self._write(report)
         except OSError as error:
             if not self.failed:
-                print(f"--json {self.file} cannot be written now: {error}", file=sys.stderr)
+                print(f"{self.option} {self.file} cannot be written now: {error}", file=sys.stderr)
             self.failed = True
 
-    def finish(self, report: dict) -> str | None:
-        """Write the report, or else print it; why it could not be written."""
+    def finish(self, report: dict[str, Any]) -> str | None:
+        """Write the report, or else print it and say why it could not be written."""
         if self.file is None:
             return None
         try:
             self._write(report)
         except OSError as error:
             print(text(report), flush=True)
-            return f"--json {self.file} cannot be written: {error}: its JSON is printed instead"
+            why = f"cannot be written: {error}: its JSON is printed instead"
+            return f"{self.option} {self.file} {why}"
         return None
+
+    @contextlib.contextmanager
+    def finishing(
+        self, report: dict[str, Any], measured: Callable[[], object]
+    ) -> Iterator[list[str]]:
+        """Write the report at the end, or at an exception if something was measured until then.
+
+        Yields:
+            A list of what went wrong, to which a failure to write is added.
+        """
+        wrong: list[str] = []
+        try:
+            yield wrong
+        except BaseException:
+            if measured() and (lost := self.finish(report)):
+                print(lost, file=sys.stderr)
+            raise
+        if lost := self.finish(report):
+            wrong.append(lost)

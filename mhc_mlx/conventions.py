@@ -3,12 +3,33 @@
 import math
 from dataclasses import dataclass
 
+__all__ = [
+    "ADDITIVE",
+    "AXES",
+    "DEEPSEEK_V4",
+    "IDENTITY",
+    "KRONECKER",
+    "MHC_LITE",
+    "PAPER",
+    "ROW_FIRST",
+    "SINKHORN",
+    "STARTS",
+    "START_CODES",
+    "UNCONSTRAINED",
+    "Convention",
+]
+
 # The starts of an iteration, by the values of START_EXP, ... in kernels/include/sinkhorn.h.
 START_CODES = {"exp": 0, "softmax": 1, "additive": 2}
 SINKHORN = tuple(START_CODES)
 STARTS = (*SINKHORN, "unconstrained", "permutations", "kronecker", "identity")
 AXES = ("rows", "columns")
 EPS_LEAST, NUMBER_MOST = 2.0**-100, 2.0**127  # sums beside less lose it; float32 holds no more
+
+
+def _check_int(op: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"[{op}] {name} must be an int but got {type(value).__name__}.")
 
 
 @dataclass(frozen=True)
@@ -52,7 +73,7 @@ class Convention:
     post_scale: float = 2.0
     post_eps: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.start not in STARTS:
             raise ValueError(f"[Convention] start must be one of {STARTS} but got {self.start!r}.")
         if self.first not in AXES:
@@ -61,16 +82,11 @@ class Convention:
             raise ValueError(
                 "[Convention] first must be 'rows' with start 'softmax' but got 'columns'."
             )
-        if not isinstance(self.name, str):
-            raise TypeError(f"[Convention] name must be a str but got {type(self.name).__name__}.")
-        for name in ("transposed", "sigmoid"):
-            if not isinstance(getattr(self, name), bool):
-                got = type(getattr(self, name)).__name__
-                raise TypeError(f"[Convention] {name} must be a bool but got {got}.")
-        if not isinstance(self.iters, int) or isinstance(self.iters, bool):
-            raise TypeError(
-                f"[Convention] iters must be an int but got {type(self.iters).__name__}."
-            )
+        for name, kind in (("name", str), ("transposed", bool), ("sigmoid", bool)):
+            if not isinstance(value := getattr(self, name), kind):
+                must, got = kind.__name__, type(value).__name__
+                raise TypeError(f"[Convention] {name} must be a {must} but got {got}.")
+        _check_int("Convention", "iters", self.iters)
         if self.iters < 1:
             raise ValueError(f"[Convention] iters must be at least 1 but got {self.iters}.")
         for name in ("eps", "pre_eps", "post_scale", "post_eps"):
@@ -90,7 +106,7 @@ class Convention:
 
     def _refuse_unused(self) -> None:
         """ValueError where an option that nothing uses is not at its default."""
-        unused = {}
+        unused: dict[str, str] = {}
         if self.start not in SINKHORN:
             unused |= dict.fromkeys(("first", "iters", "eps"), f"start {self.start!r}")
         if self.start in ("kronecker", "identity"):
@@ -123,8 +139,7 @@ class Convention:
 
     def check_streams(self, op: str, n: int) -> None:
         """ValueError where the projection does not exist for n streams, n at least 1."""
-        if isinstance(n, bool) or not isinstance(n, int):
-            raise TypeError(f"[{op}] n must be an int but got {type(n).__name__}.")
+        _check_int(op, "n", n)
         if n < 1:
             raise ValueError(f"[{op}] n must be at least 1 but got {n}.")
         if self.start == "permutations" and n > 5:

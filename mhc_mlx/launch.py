@@ -14,18 +14,23 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
+
+__all__ = ["Body", "Options", "backend", "launch", "metal_source", "record"]
 
 Spec = tuple[tuple[int, ...], mx.Dtype]  # the shape and dtype of an array
 _PACKAGE = Path(__file__).parent
 _FOLDERS = (_PACKAGE / "kernels", _PACKAGE.parent / "kernels")  # in a wheel; in a checkout
 _fixed: ContextVar[str | None] = ContextVar("fixed", default=None)  # the backend inside `at`
-_recorded: ContextVar[list | None] = ContextVar("recorded", default=None)  # while `record` listens
+_recorded: ContextVar["list[Launch] | None"] = ContextVar(
+    "recorded", default=None
+)  # while `record` listens
 
 
 def backend() -> str | None:
@@ -35,6 +40,13 @@ def backend() -> str | None:
     if mx.default_device().type != mx.DeviceType.gpu:  # a second GPU does not equal `mx.gpu`
         return None
     return "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else None
+
+
+def kernel_backend() -> str:
+    """`backend` where kernels are launched, which need one."""
+    if (found := backend()) is None:
+        raise RuntimeError("[launch] kernels must run on a GPU but the default device is none.")
+    return found
 
 
 class Place(NamedTuple):
@@ -54,7 +66,7 @@ def place() -> Place | None:
 
 
 @contextlib.contextmanager
-def at(place: Place):
+def at(place: Place) -> Iterator[None]:
     """Run what is inside at that place, whatever the default device is: so a gradient runs where
     its forward ran.
 
@@ -101,7 +113,7 @@ def text(name: str) -> str:
 @functools.cache
 def included_files(name: str, backend: str) -> tuple[str, ...]:
     """The files of kernels/include/ that a file of kernels/ includes, in order, each once."""
-    found = []
+    found: list[str] = []
     for file in re.findall('#include "(.*)"', _read(name)):
         file = f"include/{file.replace('BACKEND', backend)}"
         found += [f for f in (*included_files(file, backend), file) if f not in found]
@@ -139,8 +151,14 @@ def _header(name: str, backend: str) -> str:
 
 @functools.cache
 def _build(
-    backend: str, name: str, inputs: tuple, outputs: tuple, absent: str, threads: int, ring: int
-):
+    backend: str,
+    name: str,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    absent: str,
+    threads: int,
+    ring: int,
+) -> Any:
     source = absent + text(f"{name}.metal")
     names = {"name": name, "input_names": inputs, "output_names": outputs}
     if backend == "metal":
@@ -153,7 +171,7 @@ def _build(
     return mx.fast.cuda_kernel(**names, shared_memory=bytes_)
 
 
-def absent_pointers(inputs: dict, outputs: dict) -> str:
+def absent_pointers(inputs: Mapping[str, object], outputs: Mapping[str, object]) -> str:
     """Declarations of the arrays that a variant of a body names but does not use."""
     gone = [f"const device T* {k} = nullptr; " for k, v in inputs.items() if v is None]
     return "".join(gone + [f"device float* {k} = nullptr; " for k in outputs if outputs[k] is None])
@@ -201,7 +219,7 @@ class Body(Arguments):
     @property
     def template(self) -> dict[str, int | bool | mx.Dtype]:
         """The arguments by name."""
-        found = {}
+        found: dict[str, int | bool | mx.Dtype] = {}
         for name, value in vars(self).items():
             if isinstance(value, Arguments):
                 found.update(vars(value))
@@ -212,11 +230,11 @@ class Body(Arguments):
 
 def launch(
     body: Body,
-    inputs: dict[str, mx.array | None],
-    outputs: dict[str, Spec | None],
+    inputs: Mapping[str, mx.array | None],
+    outputs: Mapping[str, Spec | None],
     groups: int,
     options: Options,
-) -> dict[str, mx.array | None]:
+) -> dict[str, mx.array | Any]:
     """Launch a body; returns its outputs by name, None where this variant has none.
 
     Args:
@@ -233,11 +251,11 @@ def launch(
 
 def run(
     name: str,
-    inputs: dict[str, mx.array | None],
-    outputs: dict[str, Spec | None],
+    inputs: Mapping[str, mx.array | None],
+    outputs: Mapping[str, Spec | None],
     groups: int,
     threads: int,
-    template: dict[str, int | bool | mx.Dtype],
+    template: Mapping[str, Any],
     verbose: bool = False,
 ) -> list[mx.array]:
     """What `launch` does, of a body by its name; tests put another executor in its place.
@@ -253,7 +271,9 @@ def run(
     arrays = {k: v for k, v in inputs.items() if v is not None}
     specs = {k: v for k, v in outputs.items() if v is not None}
     ring_bytes = template.get("RING_BYTES", 0)
-    kernel = _build(backend(), name, tuple(arrays), tuple(specs), absent, threads, ring_bytes)
+    kernel = _build(
+        kernel_backend(), name, tuple(arrays), tuple(specs), absent, threads, ring_bytes
+    )
     return kernel(
         inputs=list(arrays.values()),
         output_shapes=[shape for shape, _ in specs.values()],
@@ -269,17 +289,17 @@ class Launch(NamedTuple):
     """The arguments of `run`, with shape and dtype for each array of inputs."""
 
     name: str
-    inputs: dict[str, Spec | None]
-    outputs: dict[str, Spec | None]
+    inputs: Mapping[str, Spec | None]
+    outputs: Mapping[str, Spec | None]
     groups: int
     threads: int
-    template: dict[str, int | bool | mx.Dtype]
+    template: Mapping[str, Any]
 
 
 @contextlib.contextmanager
-def record():
+def record() -> "Iterator[list[Launch]]":
     """Collect the launches of this thread, as for Metal; each returns zeros and runs nothing."""
-    launches = []
+    launches: list[Launch] = []
     tokens = _recorded.set(launches), _fixed.set("metal")
     try:
         yield launches
@@ -288,7 +308,7 @@ def record():
         _fixed.reset(tokens[1])
 
 
-def metal_source(f, *arrays: mx.array) -> str:
+def metal_source(f: Callable[..., object], *arrays: mx.array) -> str:
     """The exact Metal source of the kernels that ``f(*arrays)`` launches; needs no GPU.
 
     MLX prints it on the standard output of its process, which all threads share: so another process
@@ -331,7 +351,7 @@ def _printed(launches: str) -> str:
     return process.stdout
 
 
-def print_sources(launches: list) -> None:
+def print_sources(launches: list[list[Any]]) -> None:
     """Make MLX print the Metal source of launches, which come from JSON: it prints each while it
     records it for export.
     """
@@ -339,7 +359,7 @@ def print_sources(launches: list) -> None:
     def dtype(v):
         return getattr(mx, v["dtype"]) if isinstance(v, dict) else v
 
-    def specs(arrays: dict) -> dict:
+    def specs(arrays: Mapping[str, Any]) -> dict[str, Any]:
         return {k: v and (tuple(v[0]), dtype(v[1])) for k, v in arrays.items()}
 
     calls = [Launch(*call) for call in launches]
@@ -367,7 +387,7 @@ VIEWS = frozenset(
 )
 
 
-def primitives(*results: mx.array) -> Counter:
+def primitives(*results: mx.array) -> Counter[str]:
     """How many primitives of each kind the graph of results, not yet evaluated, has."""
     text = io.StringIO()
     mx.export_to_dot(text, *results)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,8 +14,10 @@ from . import ops
 from .conventions import MHC_LITE, PAPER, ROW_FIRST, SINKHORN, Convention
 from .ops.checks import check_bools, check_dtype, check_number, check_sizes, check_type
 
+__all__ = ["HyperConnection", "HyperHead", "MHCBlock", "MHCLayer", "MHCLiteBlock"]
 
-def check_options(op: str, options: dict, *taken: str) -> None:
+
+def check_options(op: str, options: dict[str, Any], *taken: str) -> None:
     """That options are keywords of `HyperConnection`, but for those that are taken."""
     parameters = inspect.signature(HyperConnection.__init__).parameters.values()
     keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in taken]
@@ -69,12 +72,14 @@ def _noise(outs: int, width: int) -> mx.array:
 
 
 # What `stability_report` makes of (connection, x, the streams after it), in its own thread.
-observer: ContextVar[Callable] = ContextVar("observer", default=lambda connection, x, out: out)
+observer: ContextVar[Callable[..., mx.array]] = ContextVar(
+    "observer", default=lambda connection, x, out: out
+)
 
 _OPTIONS = ("use_metal", "threads_per_group", "differentiable")  # of ops, attributes of modules
 
 
-def _checked_options(module: nn.Module) -> dict:
+def _checked_options(module: nn.Module) -> dict[str, Any]:
     """The options of ops as the module has them now: they may have been set since."""
     op, options = type(module).__name__, {k: getattr(module, k) for k in _OPTIONS}
     check_bools(op, use_metal=options["use_metal"], differentiable=options["differentiable"])
@@ -124,6 +129,20 @@ class HyperConnection(nn.Module):
         differentiable: False calls the kernels bare: `mx.export_function` can record the module,
             and it has no gradient. Like the two before, an attribute that may be set later.
     """
+
+    dim: int
+    num_streams: int
+    dynamic: bool
+    norm_eps: float
+    use_metal: bool
+    threads_per_group: int | None
+    differentiable: bool
+    phi: mx.array
+    bias: mx.array
+    alpha: mx.array
+    H_pre: mx.array
+    H_post: mx.array
+    H_res: mx.array
 
     def __init__(
         self,
@@ -185,7 +204,7 @@ class HyperConnection(nn.Module):
         return self._convention
 
     @property
-    def _options(self) -> dict:
+    def _options(self) -> dict[str, Any]:
         return _checked_options(self)
 
     def mixing_matrix(self) -> mx.array | None:
@@ -196,7 +215,7 @@ class HyperConnection(nn.Module):
                 f"[{op}] dynamic must be False but got True: coefficients(x) has h_res."
             )
         if self._convention.start in SINKHORN:
-            options = self._options | {"threads_per_group": None}
+            options: dict[str, Any] = self._options | {"threads_per_group": None}
             return ops.sinkhorn_knopp(self.H_res, self._convention, **options)
         logits = self.H_res.flatten() if "H_res" in self else mx.zeros(0)
         return ops.project(logits, self.num_streams, self._convention)
@@ -261,6 +280,9 @@ class MHCLayer(HyperConnection):
             threads_per_group, differentiable.
     """
 
+    eps: float
+    rms_weight: mx.array
+
     def __init__(
         self,
         n: int,
@@ -270,7 +292,7 @@ class MHCLayer(HyperConnection):
         eps: float = 1e-5,
         convention: Convention = ROW_FIRST,
         dynamic: bool = False,
-        **options,
+        **options: Any,
     ):
         check_sizes("MHCLayer", n=(n, ops.MAX_STREAMS), C=(C, math.inf))
         ops.check_eps("MHCLayer", eps)
@@ -280,7 +302,7 @@ class MHCLayer(HyperConnection):
         self.eps = eps
         self.rms_weight = mx.ones(C)
 
-    def __call__(
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: mx.array, sublayer: Callable[[mx.array], mx.array] | None = None
     ) -> mx.array:
         """``[..., n, C] -> [..., n, C]`` in x's dtype; sublayer is F, the identity by default."""
@@ -317,6 +339,14 @@ class HyperHead(nn.Module):
         convention: Its pre_eps.
         init_scale, norm_eps, use_metal, threads_per_group, differentiable: As in `HyperConnection`.
     """
+
+    norm_eps: float
+    use_metal: bool
+    threads_per_group: int | None
+    differentiable: bool
+    phi: mx.array
+    bias: mx.array
+    alpha: mx.array
 
     def __init__(
         self,
@@ -374,14 +404,18 @@ class MHCBlock(nn.Module):
         options: Of `HyperConnection`.
     """
 
+    connection: HyperConnection
+    norm: Callable[[mx.array], mx.array] | None
+    layer: Callable[..., Any]
+
     def __init__(
         self,
-        layer: Callable,
+        layer: Callable[..., Any],
         dim: int,
         num_streams: int = 4,
         *,
         norm: Callable[[mx.array], mx.array] | None = None,
-        **options,
+        **options: Any,
     ):
         super().__init__()
         for name, f in (("layer", layer), ("norm", norm)):
@@ -394,10 +428,10 @@ class MHCBlock(nn.Module):
         self.norm = norm
         self.layer = layer
 
-    def _branch(self, u: mx.array, *args, **kwargs):
+    def _branch(self, u: mx.array, *args: Any, **kwargs: Any) -> Any:
         return self.layer(u if self.norm is None else self.norm(u), *args, **kwargs)
 
-    def __call__(self, x: mx.array, *args, **kwargs) -> mx.array | tuple:
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array | Any:
         """``[..., n, C] -> [..., n, C]``. The other arguments are the layer's; where it returns
         (y, ...), this returns (out, ...).
         """
@@ -418,14 +452,16 @@ class MHCLiteBlock(MHCBlock):
             flash-mHC does: for weights trained with it.
     """
 
+    subtract_input: bool
+
     def __init__(
         self,
-        layer: Callable,
+        layer: Callable[..., Any],
         dim: int,
         num_streams: int = 4,
         *,
         subtract_input: bool = False,
-        **options,
+        **options: Any,
     ):
         connection_options = {k: v for k, v in options.items() if k != "norm"}
         check_options(type(self).__name__, connection_options, "convention")
@@ -433,7 +469,7 @@ class MHCLiteBlock(MHCBlock):
         super().__init__(layer, dim, num_streams, convention=MHC_LITE, **options)
         self.subtract_input = subtract_input
 
-    def _branch(self, u: mx.array, *args, **kwargs):
+    def _branch(self, u: mx.array, *args: Any, **kwargs: Any) -> Any:
         y = super()._branch(u, *args, **kwargs)
         check_bools("MHCLiteBlock", subtract_input=self.subtract_input)
         if not self.subtract_input:

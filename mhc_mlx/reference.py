@@ -14,6 +14,25 @@ import mlx.core as mx
 
 from .conventions import DEEPSEEK_V4, PAPER, ROW_FIRST, SINKHORN, Convention
 
+__all__ = [
+    "gates",
+    "mhc_coefficients",
+    "mhc_head",
+    "mhc_layer",
+    "mhc_pre",
+    "mhc_seam",
+    "mhc_single_pass",
+    "mhc_static",
+    "project",
+    "rms_norm",
+    "sinkhorn_knopp",
+    "stream_aggregate",
+    "stream_aggregate_norm",
+    "stream_distribute",
+    "stream_mix",
+    "stream_mix_add",
+]
+
 
 def _float(*arrays: mx.array) -> list[mx.array]:
     return [a.astype(mx.float32) for a in arrays]
@@ -122,7 +141,7 @@ def sinkhorn_knopp(logits: mx.array, convention: Convention = ROW_FIRST) -> mx.a
             p, eps_part = p / d, eps / d
     else:
         p = p if convention.in_logs else mx.log(p)
-        by = [0.0, 0.0]  # logs of what lines and columns were divided by
+        by: list[float | mx.array] = [0.0, 0.0]  # logs of what lines and columns were divided by
         for k in range(done, last):
             a = p - by[0] - by[1]
             m = mx.stop_gradient(a.max(axis=axes[k % 2], keepdims=True))
@@ -161,7 +180,8 @@ def project(logits: mx.array, n: int, convention: Convention = PAPER) -> mx.arra
     if convention.start == "permutations":
         weights, eye = _from_rest(_softmax(logits), -1), mx.eye(n)
         orders = enumerate(itertools.permutations(range(n)))
-        h_res = sum(weights[..., k, None, None] * eye[mx.array(order)] for k, order in orders)
+        terms = (weights[..., k, None, None] * eye[mx.array(order)] for k, order in orders)
+        h_res = sum(terms, start=mx.array(0.0))
         return h_res.swapaxes(-1, -2) if convention.transposed else h_res
     h_res = mx.ones((*lead, 1, 1))
     for k in range(0, logits.shape[-1], 2):

@@ -15,7 +15,7 @@ def split_streams(h: mx.array, n: int) -> mx.array:
     check_sizes("split_streams", n=(n, math.inf))
     if h.ndim < 1 or h.shape[-1] % n:
         raise ValueError(f"[split_streams] h must have shape [..., {n}*C] but got {list(h.shape)}.")
-    return h.reshape(*h.shape[:-1], n, h.shape[-1] // n)
+    return mx.reshape(h, (*h.shape[:-1], n, h.shape[-1] // n))
 
 
 def merge_streams(x: mx.array) -> mx.array:
@@ -23,7 +23,7 @@ def merge_streams(x: mx.array) -> mx.array:
     check_type("merge_streams", x=x)
     if x.ndim < 2:
         raise ValueError(f"[merge_streams] x must have shape [..., n, C] but got {list(x.shape)}.")
-    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+    return mx.reshape(x, (*x.shape[:-2], x.shape[-2] * x.shape[-1]))
 
 
 def expand_streams(h: mx.array, n: int) -> mx.array:

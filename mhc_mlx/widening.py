@@ -4,7 +4,8 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, SupportsIndex, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,17 +17,21 @@ from .layers import HyperConnection, check_options
 from .ops.checks import FLOATS, check_sizes, fail
 from .streams import expand_streams, reduce_streams
 
+__all__ = ["WidenedBlock", "WidenedPipeline", "WidenedStack", "widen"]
+
+Model = TypeVar("Model", bound=nn.Module | None)
+
 
 class _Widened(nn.Module):
     """`widen` puts a subclass of this before the class of each module that it changes."""
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         _, _, *state = super().__reduce_ex__(protocol)
         return _new_widened, type(self).__bases__, *state
 
 
 @functools.cache
-def _widened(kind: type[_Widened], cls: type) -> type:
+def _widened(kind: type[_Widened], cls: type) -> Any:
     if issubclass(cls, kind):  # a module whose blocks are widened in parts
         return cls
     return type(f"Widened{cls.__name__}", (kind, cls), {})
@@ -34,7 +39,8 @@ def _widened(kind: type[_Widened], cls: type) -> type:
 
 def _new_widened(kind: type[_Widened], cls: type) -> _Widened:
     """Pickle calls this, because it does not find a class that `_widened` made."""
-    return _widened(kind, cls).__new__(_widened(kind, cls))
+    widened = _widened(kind, cls)
+    return widened.__new__(widened)
 
 
 class WidenedBlock(_Widened):
@@ -46,7 +52,13 @@ class WidenedBlock(_Widened):
         is_first, is_last: Whether the block is an end of its row of blocks.
     """
 
-    def __call__(self, x: mx.array, *args, **kwargs) -> mx.array:
+    connections: list[HyperConnection]
+    enters: int | None
+    leaves: str | None
+    is_first: bool
+    is_last: bool
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         if self.enters is not None:
             x = expand_streams(x, self.enters)
         branches = _branches(self, *args, **kwargs)
@@ -70,7 +82,10 @@ class WidenedStack(_Widened):
             row: one more for each `widen` of its blocks.
     """
 
-    def __call__(self, *args, **kwargs):
+    widened_firsts: int
+    widened_lasts: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         blocks = [b for b in _listed(self) if isinstance(b, WidenedBlock)]
         for end, count in (("first", self.widened_firsts), ("last", self.widened_lasts)):
             if sum(getattr(block, f"is_{end}") for block in blocks) < count:
@@ -82,11 +97,12 @@ class WidenedStack(_Widened):
 class WidenedPipeline(WidenedStack):
     """A `WidenedStack` whose class can split its blocks among processes."""
 
-    def pipeline(self, group: mx.distributed.Group, *args, **kwargs):
+    def pipeline(self, group: mx.distributed.Group, *args: Any, **kwargs: Any) -> Any:
         if group.size() > 1:
             got = f"a pipeline of {group.size()} processes, {_STREAMS}"
             raise ValueError(fail("widen", "model", "run in one process once widened", got))
-        return super().pipeline(group, *args, **kwargs)
+        model: Any = super()
+        return model.pipeline(group, *args, **kwargs)
 
 
 _STREAMS = "between which streams would have to travel"
@@ -94,11 +110,11 @@ _LLAMA = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _ADDED = ("connections", "enters", "leaves", "is_first", "is_last")
 
 
-def _listed(module: nn.Module) -> list:
+def _listed(module: nn.Module) -> list[Any]:
     return [item for value in module.values() if isinstance(value, list) for item in value]
 
 
-def _branches(block: nn.Module, *args, **kwargs) -> list[Callable[[mx.array], mx.array]]:
+def _branches(block: Any, *args: Any, **kwargs: Any) -> list[Callable[[mx.array], mx.array]]:
     """The functions F of a block that computes ``for F in branches: x = x + F(x)``."""
     if hasattr(block, "residual_branches"):
         return block.residual_branches(*args, **kwargs)
@@ -108,7 +124,7 @@ def _branches(block: nn.Module, *args, **kwargs) -> list[Callable[[mx.array], mx
     ]
 
 
-def _names_after_x(f: Callable) -> list[str]:
+def _names_after_x(f: Callable[..., Any]) -> list[str]:
     return list(inspect.signature(f).parameters)[1:]
 
 
@@ -130,14 +146,17 @@ def _check_form(name: str, block: nn.Module) -> None:
     if parts != _LLAMA:
         must = f"have a method residual_branches or the children {sorted(_LLAMA)} alone"
         raise TypeError(fail("widen", "layers", must, f"{name} with {sorted(parts)}"))
-    block_takes, attention_takes = _names_after_x(block), _names_after_x(block.self_attn)
+    attention: Any = block.self_attn
+    block_takes, attention_takes = _names_after_x(block), _names_after_x(attention)
     if block_takes != attention_takes[: len(block_takes)]:
         must = "have a method residual_branches or take what self_attn takes after x"
         got = f"{name} with {block_takes}, where self_attn takes {attention_takes}"
         raise TypeError(fail("widen", "layers", must, got))
 
 
-def _check_arguments(name: str, f: Callable, count: int, args: tuple, kwargs: dict) -> None:
+def _check_arguments(
+    name: str, f: Callable[..., Any], count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     """Raises unless a function takes the example after ``count`` positional arguments."""
     try:
         inspect.signature(f).bind(*(None for _ in range(count)), *args, **kwargs)
@@ -147,7 +166,7 @@ def _check_arguments(name: str, f: Callable, count: int, args: tuple, kwargs: di
         raise TypeError(fail("widen", "example", must, got)) from None
 
 
-def _run(name: str, what: str, f: Callable, *args, **kwargs):
+def _run(name: str, what: str, f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The result of a trial call, evaluated."""
     try:
         result = f(*args, **kwargs)
@@ -161,13 +180,16 @@ def _run(name: str, what: str, f: Callable, *args, **kwargs):
         ) from error
 
 
-def _check_block(name: str, block: nn.Module, dim: int, args: tuple, kwargs: dict) -> int:
+def _check_block(
+    name: str, block: Any, dim: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> int:
     """The number of branches; raises unless the block is x + F(x) for each, on two tokens."""
-    floats = (a.dtype for _, a in tree_flatten(block.parameters()) if a.dtype in FLOATS)
+    parameters: Any = tree_flatten(block.parameters())
+    floats = (a.dtype for _, a in parameters if a.dtype in FLOATS)
     dtype = next(floats, mx.float32)
     x = mx.random.normal((1, 2, dim), dtype=dtype, key=mx.random.key(0))
 
-    def example() -> tuple[tuple, dict]:
+    def example() -> tuple[tuple[Any, ...], dict[str, Any]]:
         return copy.deepcopy((args, kwargs))  # a cache is filled by each call
 
     a, k = example()
@@ -186,8 +208,8 @@ def _check_block(name: str, block: nn.Module, dim: int, args: tuple, kwargs: dic
         what = [*want.shape, want.dtype] if isinstance(want, mx.array) else type(want).__name__
         raise TypeError(fail("widen", "layers", must, f"{what} from {name}"))
     got32, want32 = got.astype(mx.float32), want.astype(mx.float32)
-    error = mx.where(got32 == want32, 0, mx.abs(got32 - want32)).max().item()
-    most = mx.abs(want32).max().item()
+    error: Any = mx.where(got32 == want32, 0, mx.abs(got32 - want32)).max().item()
+    most: Any = mx.abs(want32).max().item()
     if got.dtype != want.dtype or not error <= 8 * mx.finfo(dtype).eps * most:  # NaN is an error
         raise ValueError(
             f"[widen] layers must compute x + F(x) for each branch F but got {name}, which does "
@@ -196,7 +218,9 @@ def _check_block(name: str, block: nn.Module, dim: int, args: tuple, kwargs: dic
     return len(branches)
 
 
-def _check_blocks(layers: list[nn.Module], dim: int, args: tuple, kwargs: dict) -> list[int]:
+def _check_blocks(
+    layers: Sequence[nn.Module], dim: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[int]:
     """The number of branches of each block, which runs in evaluation: dropout is off, and no module
     counts its calls.
     """
@@ -216,7 +240,7 @@ def _name(block: nn.Module, k: int) -> str:
     return f"{type(block).__name__} at layers[{k}]"
 
 
-def _check_one_process(model: nn.Module | None, layers: list) -> None:
+def _check_one_process(model: nn.Module | None, layers: Sequence[nn.Module | None]) -> None:
     """Raises where the model is a stage of a pipeline, which would be widened alone."""
     modules = [] if model is None else model.modules()
     size = max((getattr(module, "pipeline_size", 1) for module in modules), default=1)
@@ -228,16 +252,16 @@ def _check_one_process(model: nn.Module | None, layers: list) -> None:
 
 
 def widen(
-    model: nn.Module,
+    model: Model,
     num_streams: int = 4,
     *,
     convention: Convention = PAPER,
-    layers: list[nn.Module] | None = None,
+    layers: Sequence[nn.Module] | None = None,
     dim: int | None = None,
     reduce: str = "mean",
-    example: tuple | dict = (),
-    **options,
-) -> nn.Module:
+    example: tuple[Any, ...] | dict[str, Any] = (),
+    **options: Any,
+) -> Model:
     """Put a hyper-connection around every residual branch of a transformer, in place.
 
     The first block expands ``[..., C]`` to n equal streams and the last one reduces them, so the
@@ -283,10 +307,11 @@ def widen(
     if layers is None and not hasattr(model, "layers"):
         got = type(model).__name__
         raise TypeError(f"[widen] model must have layers, or layers be given, but got {got}.")
-    layers = model.layers if layers is None else layers
-    if not isinstance(layers, (list, tuple)):
-        raise TypeError(fail("widen", "layers", "be a list of blocks", type(layers).__name__))
-    if not layers:
+    network: Any = model  # or None
+    blocks: Any = network.layers if layers is None else layers
+    if not isinstance(blocks, (list, tuple)):
+        raise TypeError(fail("widen", "layers", "be a list of blocks", type(blocks).__name__))
+    if not blocks:
         raise ValueError("[widen] layers must have at least one block but got none.")
     check_sizes("widen", num_streams=(num_streams, ops.MAX_STREAMS))
     ops.check_convention("widen", convention)
@@ -297,43 +322,45 @@ def widen(
     if not isinstance(example, (tuple, dict)):
         must = "be a tuple of arguments or a dict of them by name"
         raise TypeError(fail("widen", "example", must, type(example).__name__))
-    _check_one_process(model, layers)
-    for k, block in enumerate(layers):
+    _check_one_process(model, blocks)
+    for k, block in enumerate(blocks):
         _check_form(_name(block, k), block)
-        if sum(b is block for b in layers) > 1:
+        if sum(b is block for b in blocks) > 1:
             name = _name(block, k)
             raise ValueError(fail("widen", "layers", "be distinct and not yet widened", name))
     if dim is None:
-        weight = getattr(getattr(layers[0], "input_layernorm", None), "weight", None)
+        weight = getattr(getattr(blocks[0], "input_layernorm", None), "weight", None)
         if weight is None:
             must = "be the channels of layers with no weight of an input_layernorm"
             raise ValueError(fail("widen", "dim", must, "None"))
-        dim = weight.shape[-1]
+        dim = int(weight.shape[-1])
     check_sizes("widen", dim=(dim, math.inf))
     args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
-    for k, block in enumerate(layers):
+    for k, block in enumerate(blocks):
         _check_arguments(_name(block, k), block, 1, args, kwargs)
         if hasattr(block, "residual_branches"):
             name = f"residual_branches of {_name(block, k)}"
             _check_arguments(name, block.residual_branches, 0, args, kwargs)
-    counts = _check_blocks(layers, dim, args, kwargs)
+    counts = _check_blocks(blocks, dim, args, kwargs)
     options, index = options | {"convention": convention}, iter(range(sum(counts)))
     connections = [
         [HyperConnection(dim, num_streams, layer_idx=next(index), **options) for _ in range(count)]
         for count in counts
     ]
-    for block, of_block in zip(layers, connections, strict=True):
+    for block, of_block in zip(blocks, connections, strict=True):
         block.connections = of_block
-        block.enters = num_streams if block is layers[0] else None
-        block.leaves = reduce if block is layers[-1] else None
-        block.is_first, block.is_last = block is layers[0], block is layers[-1]
+        block.enters = num_streams if block is blocks[0] else None
+        block.leaves = reduce if block is blocks[-1] else None
+        block.is_first, block.is_last = block is blocks[0], block is blocks[-1]
         block.__class__ = _widened(WidenedBlock, type(block))
-    for module in [] if model is None else model.modules():
+    modules: list[Any] = [] if network is None else network.modules()
+    for module in modules:
         listed = _listed(module)
-        has_first, has_last = (any(b is end for b in listed) for end in (layers[0], layers[-1]))
+        has_first, has_last = (any(b is end for b in listed) for end in (blocks[0], blocks[-1]))
         if (has_first or has_last) and callable(module):
             kind = WidenedPipeline if hasattr(module, "pipeline") else WidenedStack
-            module.widened_firsts = getattr(module, "widened_firsts", 0) + has_first
-            module.widened_lasts = getattr(module, "widened_lasts", 0) + has_last
+            widened: Any = module
+            widened.widened_firsts = getattr(module, "widened_firsts", 0) + has_first
+            widened.widened_lasts = getattr(module, "widened_lasts", 0) + has_last
             module.__class__ = _widened(kind, type(module))
     return model

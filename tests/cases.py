@@ -1,19 +1,27 @@
 """Inputs per op, shapes with their reasons, tolerances: the only test file with numbers."""
 
-import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import mlx.core as mx
-import numpy as np
+from calls import (
+    DTYPES,
+    Array,
+    Case,
+    Op,
+    always,
+    half,
+    logits,
+    never,
+    normal,
+    scaled,
+    uniform,
+)
 
 from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, Convention
 from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE, UNCONSTRAINED
+from mhc_mlx.ops.autodiff import FUSED_OPS
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 CONVENTIONS = {c.name: c for c in (PAPER, ROW_FIRST, ADDITIVE, DEEPSEEK_V4)}
 EXACT = {c.name: c for c in (MHC_LITE, KRONECKER, IDENTITY, UNCONSTRAINED)}  # no half-steps
-PROJECTED = ("mhc_coefficients", "mhc_pre", "mhc_head")  # ops of x, phi, bias and alpha
-SEAMS = ("mhc_seam", "mhc_single_pass")
 STREAMS = (1, 2, 3, 4, 8, 12, 16, 32, 64)
 # smallest, one pack, prime and ragged, small, ragged above a simdgroup, and three model widths
 CHANNELS = (1, 8, 31, 64, 129, 1280, 1920, 4096)
@@ -25,162 +33,80 @@ GRADIENT = 4e-6  # times sqrt(tokens) times the largest gradient, in float32
 REFERENCE = 3  # times that for the reference: MLX's plain sums over a row are less exact
 HALF_GRADIENT_ULPS = 1  # more, where the gradient itself is float16 or bfloat16
 AT_SCALE = ((0.1, 1e-5), (1.0, 1e-5), (5.0, 1e-5), (30.0, 1e-3))  # of logits; largest gradients
-MAX_VARIANTS = (150, 200, 100, 100)  # of COVERING, of DYNAMIC, of SINGLE, of UNUSUAL
+MAX_VARIANTS = (150, 200, 100, 100, 100)  # of COVERING, DYNAMIC, SINGLE, UNUSUAL, STANDARD
 
 
-LAYOUTS = ("plain", "transposed", "strided", "broadcast")
+# ---- the ops
+
+ARRAYS = {  # by the names that arguments have in every op, in the order in which they are drawn
+    "x": Array("n C", normal(), "dtype", always),
+    "weight": Array("C", uniform(0.5), "other_weights"),
+    "phi": Array("L K", normal(lambda case: (case.n * case.C) ** -0.5), "phi"),
+    "bias": Array("L", logits(normal(half)), "other_weights"),
+    "alpha": Array("3", uniform(0.5, half)),
+    "h_post": Array("n", uniform(0.2), per_token=lambda case: case.per_token[0]),
+    "H_post": Array("n", uniform(0.2)),
+    "h_res": Array("n n", normal(), per_token=lambda case: case.per_token[1]),
+    "h_pre": Array("n", uniform(0.2), "other_weights", lambda case: any(case.per_token)),
+    "H_pre": Array("n", uniform(0.2), "other_weights"),
+    "y": Array("C", normal(), "dtype", always),
+    "H_res": Array("n n", logits(scaled)),
+    "logits": Array("n n", logits(scaled), per_token=always),
+}
 
 
-def laid_out(a: mx.array, layout: str, offset: int = 0) -> mx.array:
-    """The same values, but where broadcast repeats the first of an axis, in another order of memory
-    or from an offset in elements."""
-    if layout == "transposed" and a.ndim > 1:
-        a = mx.contiguous(a.T).T
-    elif layout == "strided" and a.ndim > 0:
-        a = mx.stack([a, mx.full(a.shape, 7.0, a.dtype)], -1)
-        mx.eval(a)
-        a = a.flatten(-2)[..., ::2]
-    elif layout == "broadcast" and a.ndim > 1 and a.size:
-        a = mx.broadcast_to(a[:1], a.shape)
-    elif offset:
-        whole = mx.concatenate([mx.zeros(offset, a.dtype), a.flatten()])
-        mx.eval(whole)
-        a = whole[offset:].reshape(a.shape)
-    return a
+def op(arrays: str, rows, statics: str = "", also: str = "", **special: Array) -> Op:
+    """A row of OPS: names, those of arrays that may be None with a ?; `also` is drawn and left;
+    `special` are arrays that are not in ARRAYS, or otherwise."""
+    names, left = arrays.replace("?", "").split(), [*also.split(), "weight" if rows else ""]
+    optional = tuple(name[:-1] for name in arrays.split() if name.endswith("?"))
+    known = ARRAYS | special
+    drawn = {name: array for name, array in known.items() if name in names or name in left}
+    return Op({k: known[k] for k in names}, optional, rows, tuple(statics.split()), drawn)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One call: op, tokens (leading axes), n, C, dtype of the streams, and what is special."""
+SHARED = {k: ARRAYS[k]._replace(per_token=never) for k in ("h_pre", "h_post", "h_res")}
+HEAD = {name: ARRAYS[name]._replace(axes=axes) for name, axes in (("phi", "n K"), ("bias", "n"))}
+OPS = {
+    "sinkhorn_knopp": op("logits", None, "convention"),
+    "project": op("logits", None, "n convention", logits=ARRAYS["logits"]._replace(axes="R")),
+    "stream_aggregate_norm": op(
+        "x h_pre weight", lambda n: (n, 1, n + 1, n), "eps", also="h_post h_res", **SHARED
+    ),
+    "stream_mix_add": op("x y h_post h_res?", lambda n: (n + 1, n, 2 * n + 1, n + 1)),
+    "mhc_static": op("x h_pre h_post h_res? weight", lambda n: (n, n, 2 * n, n), "eps", **SHARED),
+    "mhc_layer": op(
+        "x H_pre H_post H_res weight", lambda n: (n, n, 2 * n, n), "convention eps", also="h_res"
+    ),
+    "stream_aggregate": op("x h_pre", lambda n: (n, 1, n + 1, n), h_pre=ARRAYS["h_post"]),
+    "mhc_coefficients": op("x phi bias alpha", lambda n: (n, 0, n, n), "convention norm_eps"),
+    "mhc_pre": op(
+        "x phi bias alpha weight?", lambda n: (n, 1, 2 * n + 1, n), "convention norm_eps eps"
+    ),
+    "mhc_head": op(
+        "x phi bias alpha",
+        lambda n: (n, 1, n + 1, n),
+        "convention norm_eps",
+        alpha=ARRAYS["alpha"]._replace(axes="1"),
+        **HEAD,
+    ),
+    "mhc_seam": op(
+        "x y h_pre h_post h_res? weight?",
+        lambda n: (n + 1, n + 1, 2 * n + 2, n + 1),
+        "eps rounded",
+    ),
+    "mhc_single_pass": op(
+        "x y phi bias alpha weight?",
+        lambda n: (2 * n + 1, n + 1, 3 * n + 2, n + 1),
+        "convention norm_eps eps rounded",
+    ),
+}
+FUSED = tuple(name for name in OPS if name in FUSED_OPS)
+SEAMS = tuple(name for name, row in OPS.items() if "rounded" in row.statics)
+OF_LOGITS = tuple(name for name, row in OPS.items() if "phi" in row.arrays)  # that tokens make
+PROJECTED = tuple(name for name in OF_LOGITS if name not in SEAMS)  # of x, phi, bias and alpha
 
-    op: str
-    lead: tuple[int, ...]
-    n: int
-    C: int
-    dtype: str = "float32"
-    convention: Convention | None = None
-    eps: float = 1e-5
-    per_token: tuple[bool, bool] = (False, False)  # h_post (or h_pre, where it is alone), h_res
-    identity: bool = False  # h_res is None
-    offset: int = 0  # elements between the buffer's start and the slice that is passed
-    weights: str = "float32"  # dtype of coefficients and weights
-    scale: float = 2.0  # of logits
-    phi: str = "float32"  # dtype of phi
-    norm: bool = True  # mhc_pre, mhc_seam, mhc_single_pass have a weight
-    rounded: bool = False  # round_aggregate
-    norm_eps: float = 1e-6
-    layouts: tuple[tuple[str, int], ...] = ()  # per array, in turn: see laid_out
-
-    def __str__(self) -> str:
-        marks = [self.convention.name] if self.convention else []
-        marks += (
-            [f"iters={self.convention.iters}"]
-            if self.convention and self.convention.iters != 20
-            else []
-        )
-        first = "pre" if self.op == "stream_aggregate" else "post"
-        marks += [n for n, flag in zip((first, "res"), self.per_token, strict=True) if flag]
-        marks += ["identity"] * self.identity + [f"offset{self.offset}"] * bool(self.offset)
-        marks += [self.weights] * (self.weights != "float32")
-        marks += [f"phi-{self.phi}"] * (self.phi != "float32") + ["plain"] * (not self.norm)
-        marks += ["rounded"] * self.rounded
-        marks += [f"scale{self.scale:g}"] * (self.scale != 2.0)
-        marks += ["".join(f"{name[0]}{offset}" for name, offset in self.layouts)]
-        marks = [mark for mark in marks if mark]
-        lead = "x".join(map(str, self.lead)) or "one"
-        return "-".join([self.op, lead, f"n{self.n}", f"C{self.C}", self.dtype, *marks])
-
-    @property
-    def tokens(self) -> int:
-        return int(np.prod(self.lead, initial=1))
-
-    @property
-    def statics(self) -> tuple:
-        c, n, eps, norm_eps = self.convention, self.n, self.eps, self.norm_eps
-        return {
-            "sinkhorn_knopp": (c,),
-            "project": (n, c),
-            "mhc_layer": (c, eps),
-            "stream_mix_add": (),
-            "stream_aggregate": (),
-            "mhc_coefficients": (c, norm_eps),
-            "mhc_pre": (c, norm_eps, eps),
-            "mhc_head": (c, norm_eps),
-            "mhc_seam": (eps, self.rounded),
-            "mhc_single_pass": (c, norm_eps, eps, self.rounded),
-        }.get(self.op, (eps,))
-
-    @property
-    def absent(self) -> list[int]:
-        """Which of the arrays are None."""
-        weight = {"mhc_pre": 4, "mhc_seam": 5, "mhc_single_pass": 5}.get(self.op)
-        mixing = 4 if self.op == "mhc_seam" else 3
-        return [mixing] * self.identity + [weight] * (weight is not None and not self.norm)
-
-    def arrays(self, seed: int = 0) -> list[mx.array | None]:
-        """The inputs, laid out in memory as the case says."""
-        arrays, layouts = self.plain_arrays(seed), self.layouts or (("plain", 0),)
-        turns = zip(arrays, itertools.cycle(layouts), strict=False)
-        return [None if a is None else laid_out(a, *layout) for a, layout in turns]
-
-    def plain_arrays(self, seed: int = 0) -> list[mx.array | None]:
-        """Non-symmetric random inputs; each slice starts ``offset`` elements into its buffer."""
-        rng = np.random.default_rng([seed, self.n, self.C, len(self.op)])
-
-        def array(shape, dtype, low=None, scale=1.0):
-            values = rng.normal(size=shape) if low is None else rng.uniform(low, low + 1, shape)
-            a = mx.array((scale * values).astype(np.float32).ravel()).astype(DTYPES[dtype])
-            if self.offset:
-                a = mx.concatenate([mx.zeros(self.offset, a.dtype), a])
-                mx.eval(a)
-                a = a[self.offset :]
-            return a.reshape(shape)
-
-        n, C, lead, w, w2 = self.n, self.C, self.lead, self.weights, self.weights
-        if w == "mixed":  # neighbours among the arguments differ
-            w, w2 = "bfloat16", "float32"
-
-        def logits(shape):
-            if self.convention.start == "additive":
-                return array(shape, w, 0.1)
-            return (self.scale * array(shape, "float32")).astype(DTYPES[w])
-
-        if self.op == "sinkhorn_knopp":
-            return [logits((*lead, n, n))]
-        if self.op == "project":
-            return [logits((*lead, self.convention.res_size(n)))]
-        x, weight = array((*lead, n, C), self.dtype), array((C,), w2, 0.5)
-        last = [weight if self.norm else None]
-        if self.op in (*PROJECTED, "mhc_single_pass"):  # logits alpha * l + bias, l of variance 1
-            head, half = self.op == "mhc_head", self.scale / 2**0.5
-            outs = n if head else 2 * n + self.convention.res_size(n)
-            phi = array((outs, n * C), self.phi, scale=(n * C) ** -0.5)
-            positive = 0.1 if self.convention.start == "additive" else None
-            bias = array((outs,), w2, positive, 1.0 if positive else half)
-            alpha = array((1 if head else 3,), w, 0.5, half)
-            last = last if self.op in ("mhc_pre", "mhc_single_pass") else []
-            y = [array((*lead, C), self.dtype)] if self.op == "mhc_single_pass" else []
-            return [x, *y, phi, bias, alpha, *last]
-        post = array((*lead, n) if self.per_token[0] else (n,), w, 0.2)
-        if self.op == "stream_aggregate":
-            return [x, post]
-        res = None if self.identity else array((*lead, n, n) if self.per_token[1] else (n, n), w)
-        if self.op == "stream_mix_add":
-            return [x, array((*lead, C), self.dtype), post, res]
-        if self.op == "mhc_seam":  # h_pre per token where one of the others is
-            pre = array((*lead, n) if any(self.per_token) else (n,), w2, 0.2)
-            return [x, array((*lead, C), self.dtype), pre, post, res, *last]
-        pre = array((n,), w2, 0.2)
-        if self.op == "stream_aggregate_norm":
-            return [x, pre, weight]
-        return [x, pre, post, logits((n, n)) if self.op == "mhc_layer" else res, weight]
-
-    def cotangent(self, like, seed: int = 1):
-        """Of the output, or a tuple of the outputs of an op that has several."""
-        if isinstance(like, tuple):
-            return tuple(self.cotangent(a, seed + k) for k, a in enumerate(like))
-        rng = np.random.default_rng([seed, self.n, self.C])
-        return mx.array(rng.normal(size=like.shape).astype(np.float32)).astype(like.dtype)
+# ---- the cases
 
 
 def covering() -> list[Case]:
@@ -427,3 +353,31 @@ def ringed() -> list[Case]:
 
 
 RINGED = ringed()
+
+
+def standard() -> list[Case]:
+    """Of an op that no list above names: every dtype; its arrays shared or per token, None or not;
+    a C that packs divide and one that none does; n beyond what registers hold; one token and none;
+    and each constant as in UNUSUAL."""
+    f32, f16, bf16 = DTYPES
+    each, gone = {"per_token": (True, True)}, {"identity": True, "norm": False}
+    shapes = [
+        ((5,), 4, 64, f32, {}),
+        ((2, 3), 3, 31, f16, each | {"offset": 1}),
+        ((5,), 4, 1280, bf16, {"weights": bf16} | gone),
+        ((2,), 12, 40, f32, each | gone),
+        ((), 8, 129, bf16, {}),
+        ((0,), 4, 8, f32, {}),
+        ((5,), 4, 64, f32, {"eps": 0.5, "norm_eps": 0.25}),
+    ]
+    listed = {c.op for cases in (COVERING, DYNAMIC, SINGLE) for c in cases}
+    return [
+        Case(name, lead, n, C, dtype, PAPER if "convention" in row.statics else None, **special)
+        for name, row in OPS.items()
+        if name not in listed and row.rows
+        for lead, n, C, dtype, special in shapes
+    ]
+
+
+STANDARD = standard()
+CASES = COVERING + DYNAMIC + SINGLE + STANDARD  # these launch every body

@@ -5,6 +5,7 @@ import sys
 import mlx.core as mx
 import pytest
 from proof import missing, variants
+from proof.precompiled import precompile_mlx_header
 
 from mhc_mlx import launch
 
@@ -12,6 +13,11 @@ from mhc_mlx import launch
 def pytest_addoption(parser):
     parser.addoption("--all-rungs", action="store_true", help="a rung that cannot run fails")
     parser.addoption("--examples", type=int, help="new random calls of each op")
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # once, before xdist's workers start
+        precompile_mlx_header()
 
 
 @pytest.fixture(autouse=True)

@@ -16,16 +16,14 @@ import sys
 import mlx.core as mx
 import numpy as np
 from cases import (
+    CASES,
     CONVENTIONS,
-    COVERING,
     DTYPES,
-    DYNAMIC,
     EXACT,
+    FUSED,
+    OPS,
     OUTPUT_ULPS,
-    PROJECTED,
     RINGED,
-    SEAMS,
-    SINGLE,
     ULP,
     Case,
 )
@@ -34,9 +32,6 @@ from proof import executor, simulator, standin
 from proof.compare import doubles, results
 
 from mhc_mlx import launch, ops
-
-OPS = ("mhc_static", "mhc_layer", "stream_mix_add", "stream_aggregate_norm", "sinkhorn_knopp")
-OPS += ("stream_aggregate", *PROJECTED, *SEAMS)
 
 
 def first_wrong(record: simulator.Record, name: str, got: mx.array, want: mx.array) -> str | None:
@@ -99,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("op", nargs="?", choices=OPS, default="mhc_static")
+    parser.add_argument("op", nargs="?", choices=FUSED, default="mhc_static")
     parser.add_argument("--case", help="part of the name of cases in tests/cases.py")
     parser.add_argument("--tokens", type=int, default=1)
     parser.add_argument("--n", type=int, default=4)
@@ -110,13 +105,13 @@ def main() -> None:
     parser.add_argument("--source", action="store_true", help="print the Metal source")
     parser.add_argument("--cuda", action="store_true", help="the text that CUDA gets")
     args = parser.parse_args()
-    cases = [c for c in COVERING + DYNAMIC + SINGLE + RINGED if args.case and args.case in str(c)]
+    cases = [c for c in CASES + RINGED if args.case and args.case in str(c)]
     if args.case and not cases:
         parser.error(f"no case has {args.case!r} in its name")
     if not cases:
-        made = args.op in ("mhc_layer", "sinkhorn_knopp", "mhc_single_pass", *PROJECTED)
+        made = "convention" in OPS[args.op].statics
         convention = (CONVENTIONS | EXACT)[args.convention] if made else None
-        shape = (args.n, args.n if args.op == "sinkhorn_knopp" else args.C)
+        shape = (args.n, args.C if OPS[args.op].rows else args.n)
         each = (args.per_token,) * 2
         cases = [Case(args.op, (args.tokens,), *shape, args.dtype, convention, per_token=each)]
     form = "simulator, CUDA" if args.cuda else "simulator"

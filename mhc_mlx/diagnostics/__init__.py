@@ -13,3 +13,5 @@ a stream's part in x becomes over depth.
 
 from .pictures import plot
 from .report import ConnectionReport, StabilityReport, stability_report, stream_similarity
+
+__all__ = ["ConnectionReport", "StabilityReport", "plot", "stability_report", "stream_similarity"]

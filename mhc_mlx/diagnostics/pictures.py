@@ -4,6 +4,7 @@ import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .report import StabilityReport
 
@@ -13,7 +14,7 @@ def _runs(values, kind: type | tuple, called: str, argument: str) -> dict[str, l
     if not isinstance(values, dict):
         got = type(values).__name__
         raise TypeError(f"[plot] {argument} must be a dict by name of run but got {got}.")
-    runs = {k: v if isinstance(v, (list, tuple)) else [v] for k, v in values.items()}
+    runs = {k: list(v) if isinstance(v, (list, tuple)) else [v] for k, v in values.items()}
     for name, each in runs.items():
         for v in each:
             if not isinstance(v, kind):
@@ -28,7 +29,7 @@ def plot(
     reports: dict[str, "StabilityReport | list[StabilityReport]"],
     folder: str | Path,
     *,
-    logs: dict[str, "str | Path | list"] | None = None,
+    logs: dict[str, "str | Path | list[Any]"] | None = None,
     column: str = "bits_per_byte",
 ) -> list[Path]:
     """Draw runs side by side into PNG files of a folder. Needs matplotlib, the extra ``plot``.
@@ -200,7 +201,7 @@ def _draw_matrices(Figure, runs: dict):
     for row, (name, seeds) in zip(grid, runs.items(), strict=True):
         found = seeds[0].connections
         shown = _some(len(found))
-        top = _top([found[k].h_res for k in shown])
+        top, image = _top([found[k].h_res for k in shown]), None
         for axes, k in zip(row, shown, strict=False):
             image = _draw_matrix(axes, found[k].h_res, top)
             axes.set_title(f"{name}, h_res {k + 1}", fontsize=9)

@@ -6,7 +6,8 @@ import io
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -79,7 +80,7 @@ _COLUMNS = {
 }
 
 
-def _finite(v):
+def _finite(v: Any) -> Any:
     """The same data with None for each number that is not finite."""
     if isinstance(v, dict):
         return {k: _finite(each) for k, each in v.items()}
@@ -88,12 +89,14 @@ def _finite(v):
     return None if isinstance(v, float) and not math.isfinite(v) else v
 
 
-def _numbers(v):
+def _numbers(v: Any) -> Any:
     """The same numbers with NaN for each None."""
     return [_numbers(each) for each in v] if isinstance(v, list) else math.nan if v is None else v
 
 
-def _read_connection(gradient_norms=None, similarity=None, **rest) -> ConnectionReport:
+def _read_connection(
+    gradient_norms: Any = None, similarity: Any = None, **rest: Any
+) -> ConnectionReport:
     return ConnectionReport(
         gradient_norms=None if gradient_norms is None else _numbers(gradient_norms),
         similarity=None if rest["streams"] == 1 else _numbers(similarity),
@@ -113,13 +116,13 @@ class StabilityReport:
     connections: list[ConnectionReport]
     loss: float | None = None
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Of plain numbers, strings and lists, for JSON, which has no NaN and no infinity: a number
         that is not finite is None."""
         return _finite(dataclasses.asdict(self))
 
     @classmethod
-    def from_dict(cls, d: dict) -> "StabilityReport":
+    def from_dict(cls, d: dict[str, Any]) -> "StabilityReport":
         """The report of such a dict; where a number was not finite it has NaN."""
         connections = [_read_connection(**c) for c in d["connections"]]
         graded = any(c.gradient_norms is not None for c in connections)
@@ -132,7 +135,7 @@ class StabilityReport:
         lines = [f"{'':>4} {'connection':<{max(width, 10)}} " + " ".join(f"{h:>10}" for h in head)]
         for k, c in enumerate(self.connections, 1):
             values = [getattr(c, field) for field in _COLUMNS.values()]
-            values += [math.hypot(*c.gradient_norms)] if graded else []
+            values += [math.hypot(*c.gradient_norms or ())] if graded else []
             cells = " ".join(f"{'' if v is None else format(v, '.4g'):>10}" for v in values)
             lines.append(f"{k:>4} {c.name:<{max(width, 10)}} {cells}")
         return "\n".join(lines)
@@ -195,7 +198,7 @@ def _moved(connection: HyperConnection, h_pre, h_post, before: ConnectionReport 
 
 
 @contextlib.contextmanager
-def _observed(observe: Callable):
+def _observed(observe: Callable[..., mx.array]) -> Iterator[None]:
     """Connections that run in this thread return ``observe(connection, x, out)`` instead of out."""
     token = observer.set(observe)
     try:
@@ -250,14 +253,14 @@ def _recomputed(loss: mx.array, outs: list[mx.array]) -> int | None:
     return None
 
 
-def _plain(a):
+def _plain(a: Any) -> Any:
     return a.tolist() if isinstance(a, mx.array) else a
 
 
 def stability_report(
     model: nn.Module,
-    batch: mx.array | tuple,
-    loss_fn: Callable | None = None,
+    batch: mx.array | tuple[Any, ...],
+    loss_fn: Callable[..., Any] | None = None,
     *,
     before: StabilityReport | None = None,
 ) -> StabilityReport:
@@ -386,4 +389,5 @@ def stability_report(
             each["gradient_norms"] = mx.sqrt((g * g).sum(-1))
     mx.eval(found)
     connections = [ConnectionReport(**{k: _plain(v) for k, v in each.items()}) for each in found]
-    return StabilityReport(connections, None if loss_fn is None else loss.item())
+    value: Any = None if loss_fn is None else loss.item()
+    return StabilityReport(connections, value)

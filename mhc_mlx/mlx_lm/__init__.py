@@ -34,3 +34,18 @@ from .patch import patch, unpatch
 from .sites import SinglePassConnection
 from .times import bench, bench_sites
 from .v4 import load_v4
+
+__all__ = [
+    "DifferentiableAttention",
+    "DifferentiableHyperConnection",
+    "DifferentiableIndexer",
+    "DifferentiableRouter",
+    "SinglePassConnection",
+    "SinglePassLayer",
+    "bench",
+    "bench_sites",
+    "check",
+    "load_v4",
+    "patch",
+    "unpatch",
+]

@@ -1,18 +1,20 @@
-"""``python -m mhc_mlx.mlx_lm``: patch a model, check it, time it."""
+"""``python -m mhc_mlx.mlx_lm`` patches a model, checks it, and times it."""
 
 import argparse
 import functools
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 from mlx.utils import tree_map_with_path
 
-from ..commands import Output, memory, read
+from ..commands import Output, check_strings, make_parser, memory, read
 from .check import check
 from .patch import patch
 from .sites import MODELS, stock
@@ -20,7 +22,7 @@ from .times import bench, bench_sites, machine, random_sites
 
 
 def _random_model(d: int, layers: int) -> nn.Module:
-    """A deepseek_v41 of hidden size d with few experts, 4-bit weights, bfloat16 activations."""
+    """Make a deepseek_v41 of hidden size d: few experts, 4-bit weights, bfloat16 activations."""
     args = stock.ModelArgs(
         hidden_size=d,
         num_hidden_layers=layers,
@@ -41,9 +43,10 @@ def _random_model(d: int, layers: int) -> nn.Module:
         index_head_dim=64,
     )
     model = stock.Model(args)
-    for k, hc in enumerate(m for m in model.modules() if isinstance(m, stock.HyperConnection)):
-        made = random_sites(d, 1)[0].hc
-        hc.fn, hc.base = made.fn, mx.random.normal(hc.base.shape, key=mx.random.key(k))
+    sites: list[Any] = [m for m in model.modules() if isinstance(m, stock.HyperConnection)]
+    for k, hc in enumerate(sites):
+        hc.fn = random_sites(d, 1)[0].hc.fn
+        hc.base = mx.random.normal(hc.base.shape, key=mx.random.key(k))
     keep = model.cast_predicate
     model.update(
         tree_map_with_path(
@@ -59,12 +62,8 @@ COMMAND = "python -m mhc_mlx.mlx_lm"
 
 
 def _check_report(report) -> None:
-    """Of what --json writes."""
-    if not isinstance(report, dict):
-        raise ValueError(f"it holds {type(report).__name__}, not an object")
-    for key in ("command", "device", "mlx", "mlx-lm", "date"):
-        if not isinstance(report.get(key), str):
-            raise ValueError(f"its {key} is {'no string' if key in report else 'missing'}")
+    """Raise ValueError where --json has not written a report."""
+    check_strings(report, "device", "mlx", "mlx-lm", "date", "command")
     if not report["command"].startswith(COMMAND):
         raise ValueError(f"its command is {report['command']}")
 
@@ -80,24 +79,22 @@ def _numbers(option: str, text: str) -> list[int]:
     return numbers
 
 
-def _check_tokens(tokens: tuple[int, ...], d: int) -> None:
-    """Of 4 streams, mlx-lm makes some 16 arrays like x in float32, and 4 more for each stream."""
-    need, have = 4 * 4 * d * 32 * max(tokens), memory()
-    if need > have:
-        got = f"{max(tokens)} of d = {d} need {need / 2**30:.1f} of its {have / 2**30:.1f} GiB"
+def _check_tokens(tokens: Sequence[int], d: int) -> None:
+    """Check the memory: for 4 streams mlx-lm makes 32 float32 arrays of the size of x."""
+    needed, size = 4 * 4 * d * 32 * max(tokens), memory()
+    if needed > size:
+        got = f"{max(tokens)} of d = {d} need {needed / 2**30:.1f} of its {size / 2**30:.1f} GiB"
         raise ValueError(f"--tokens must fit in the device's memory but {got}")
 
 
 def _check_folder(model: str) -> None:
-    """A folder holds a model of the right kind, before its weights are read."""
+    """Check that a folder holds a model of the right kind, before its weights are read."""
     path = Path(model)
     if not model or path.is_file():
         raise ValueError(f"--model must be a folder or a name but is {model or 'empty'}")
     if path.is_dir():
-        try:
-            config = read(str(path / "config.json"))
-        except ValueError as error:
-            raise ValueError(f"--model must be a model's folder: its config.json {error}") from None
+        name = "--model must be a model's folder: its config.json"
+        config = read(name, str(path / "config.json"))
         kind = config.get("model_type") if isinstance(config, dict) else None
         if kind != "deepseek_v41":
             raise ValueError(f"--model must be a {MODELS} but {model} is {kind}")
@@ -106,12 +103,9 @@ def _check_folder(model: str) -> None:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """The options, checked; what they name as sizes, tokens, output."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        prog=COMMAND,
-        description="Patch a DeepSeek V4.1 of mlx-lm, check it against float64, and time it.",
-    )
+    """Parse and check the options; args gets sizes, lengths (numbers of tokens) and output."""
+    description = "Patch a DeepSeek V4.1 of mlx-lm, check it against float64, and time it."
+    parser = make_parser(COMMAND, description)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="path or name that mlx_lm.load takes")
     what.add_argument("--random", metavar="D[,LAYERS]", help="a small model of random weights")
@@ -142,10 +136,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             _check_folder(args.model)
         largest = max(args.sizes) if args.sites is not None else args.sizes[0]
         _check_tokens(args.lengths or (2048,), largest)
-        try:
-            args.output = Output(args.json, f"a report of {COMMAND}", _check_report)
-        except ValueError as error:
-            raise ValueError(f"--json {error}") from None
+        args.output = Output("--json", args.json, f"a report of {COMMAND}", _check_report)
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -158,11 +149,11 @@ def _load(args: argparse.Namespace) -> nn.Module:
     try:
         return mlx_lm.load(args.model)[0]
     except (OSError, ValueError) as error:
-        args.error(f"--model must be what mlx_lm.load takes but is {args.model}: {error}")
+        return args.error(f"--model must be what mlx_lm.load takes but is {args.model}: {error}")
 
 
 def _measures(args: argparse.Namespace):
-    """(name in the report, what measures it) of each part."""
+    """Yield (name in the report, what measures it) of each part."""
     if args.sites is not None:
         for d in args.sizes:
             yield (
@@ -180,26 +171,21 @@ def _measures(args: argparse.Namespace):
         yield "bench", functools.partial(bench, model, args.lengths or (512, 2048))
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """``python -m mhc_mlx.mlx_lm``."""
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run ``python -m mhc_mlx.mlx_lm``."""
     argv = sys.argv[1:] if argv is None else argv
     args = _parse(argv)
     report = {"command": f"{COMMAND} {shlex.join(argv)}", **machine()}
-    several = {"per sublayer": []} if args.sites is not None else {}
-    report |= several
-    try:
+    if args.sites is not None:
+        report["per sublayer"] = []
+    parts = ("per sublayer", "check", "bench")
+    with args.output.finishing(report, lambda: any(report.get(name) for name in parts)) as wrong:
         for name, run in _measures(args):
-            if name in several:
-                several[name].append(run())
+            if name == "per sublayer":
+                report[name].append(run())
             else:
                 report[name] = run()
             args.output.update(report)
-    except BaseException:
-        measured = any(report.get(name) for name in ("per sublayer", "check", "bench"))
-        if measured and (lost := args.output.finish(report)):
-            print(lost, file=sys.stderr)
-        raise
-    wrong = [lost] if (lost := args.output.finish(report)) else []
     failed = [str(part["d"]) for part in report.get("per sublayer", []) if not part["ok"]]
     wrong += [f"parity fails: d = {', '.join(failed)}"] * bool(failed)
     if wrong:

@@ -1,6 +1,7 @@
 """`check`: errors and times of every site of a model, with its weights on this machine."""
 
 import statistics
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,7 +22,7 @@ from .sites import (
 from .times import check_counts, machine, site_times, time_line
 
 
-def _summary(sites: list[Site], errors: list[float]) -> dict:
+def _summary(sites: list[Site], errors: list[float]) -> dict[str, Any]:
     worst = max(range(len(errors)), key=errors.__getitem__)
     return {
         "max": errors[worst],
@@ -35,7 +36,7 @@ def check(
     tokens: mx.array | None = None,
     times: tuple[int, ...] = (1, 512),
     verbose: bool = True,
-) -> dict:
+) -> dict[str, Any]:
     """Run every hyper-connection of a model, patched and mlx-lm's, with its weights on this
     machine: errors of both against float64 NumPy on random and on real tokens, and times of both.
 
@@ -56,10 +57,11 @@ def check(
             times is not positive.
     """
     text = text_model("check", model)
+    configuration: Any = model.args
     check_bools("check", verbose=verbose)
     check_counts("check", times=times)
     if tokens is not None:
-        _check_tokens(tokens, model.args.vocab_size)
+        _check_tokens(tokens, configuration.vocab_size)
     patched = any(isinstance(layer, SinglePassLayer) for layer in stage_layers(text))
     if not patched:
         patch(model, verify=False)
@@ -80,15 +82,16 @@ def _check_tokens(tokens: mx.array, vocabulary: int) -> None:
     if tokens.ndim not in (1, 2) or tokens.size == 0:
         must = "have shape [length] or [batch, length], not empty,"
         raise ValueError(f"[check] tokens must {must} but got {list(tokens.shape)}.")
-    least, most = tokens.min().item(), tokens.max().item()
+    least: Any = tokens.min().item()
+    most: Any = tokens.max().item()
     if least < 0 or most >= vocabulary:  # MLX would read what is not there
         got = f"{least} to {most}"
         raise ValueError(f"[check] tokens must be from 0 to {vocabulary - 1} but got {got}.")
 
 
 def _check(
-    model: nn.Module, text: stock.TextModel, tokens: mx.array | None, times: tuple[int, ...]
-) -> dict:
+    model: Any, text: stock.TextModel, tokens: mx.array | None, times: tuple[int, ...]
+) -> dict[str, Any]:
     dtype, sites = streams_dtype(text), find_sites(text)
     if tokens is None:
         tokens = mx.random.randint(0, model.args.vocab_size, (64,), key=mx.random.key(0))
@@ -96,8 +99,8 @@ def _check(
     rows = []
     for k, (site, found) in enumerate(zip(sites, real, strict=True)):
         row = {"site": site.name, "patched": isinstance(site.hc, SinglePassConnection)}
-        for kind, given in (("random", random_inputs(site, dtype, 4, k)), ("real", found)):
-            row[kind], row[f"{kind}, mlx-lm"] = site_errors(site, *given)
+        for kind, (x, y) in (("random", random_inputs(site, dtype, 4, k)), ("real", found)):
+            row[kind], row[f"{kind}, mlx-lm"] = site_errors(site, x, y)
         rows.append(row)
     kinds = ("random", "random, mlx-lm", "real", "real, mlx-lm")
     return {
@@ -110,7 +113,7 @@ def _check(
     }
 
 
-def _print_check(report: dict) -> None:
+def _print_check(report: dict[str, Any]) -> None:
     print(f"{report['device']}, kernels: {report['backend']}, MLX {report['mlx']}, ", end="")
     print(f"mlx-lm {report['mlx-lm']}, {report['date']}")
     count = len(report["sites"])

@@ -1,5 +1,7 @@
 """A site in float64 NumPy, and the errors of others against it."""
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np  # mlx-lm needs it
@@ -65,7 +67,7 @@ def site_errors(site: Site, x: mx.array, y: mx.array, repeats: int = 1) -> tuple
     x, y = mx.tile(x, (1, repeats, 1, 1)), mx.tile(y, (1, repeats, 1))
 
     def largest(made: Made) -> float:
-        got = dict(zip(("out", "u", "h_pre"), made, strict=True))
+        got: dict[str, Any] = dict(zip(("out", "u", "h_pre"), made, strict=True))
         exact = {k: np.concatenate([a] * repeats, 1) for k, a in want.items()}
         return max(_error(got[k], a, x.dtype) for k, a in exact.items())
 

@@ -37,7 +37,9 @@ def _with_names(f: types.FunctionType, names: dict) -> types.FunctionType:
 def _differentiable_names() -> dict:
     core = types.ModuleType(mx.__name__)
     vars(core).update(vars(mx))
-    core.argpartition = _constant(mx.argpartition)  # indices of experts and of compressed keys
+    vars(core)["argpartition"] = _constant(
+        mx.argpartition
+    )  # indices of experts and of compressed keys
     names = {**vars(stock), "mx": core, "_sinkhorn_kernel": None}  # it has no vjp
     names["_sinkhorn"] = _with_names(stock._sinkhorn, names)
     for name in ("_fake_quant_fp8", "_fake_quant_fp4"):
@@ -57,10 +59,10 @@ def _differentiable(cls: type) -> type:
     return type(f"Differentiable{cls.__name__}", (cls,), methods | {"__module__": __name__})
 
 
-DifferentiableRouter = _differentiable(stock.Router)
-DifferentiableIndexer = _differentiable(stock.Indexer)
-DifferentiableAttention = _differentiable(stock.Attention)
-DifferentiableHyperConnection = _differentiable(stock.HyperConnection)
+DifferentiableRouter: type = _differentiable(stock.Router)
+DifferentiableIndexer: type = _differentiable(stock.Indexer)
+DifferentiableAttention: type = _differentiable(stock.Attention)
+DifferentiableHyperConnection: type = _differentiable(stock.HyperConnection)
 
 TRAINED = {
     stock.Router: DifferentiableRouter,

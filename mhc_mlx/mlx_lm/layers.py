@@ -1,6 +1,7 @@
 """mlx-lm's decoder layer on these kernels."""
 
 import weakref
+from typing import Any
 
 import mlx.core as mx
 
@@ -16,16 +17,16 @@ class Owner:
         self._text = (lambda: None) if text is None else weakref.ref(text)
 
     @property
-    def layers(self) -> list:
+    def layers(self) -> list[Any]:
         """Of the model, none where it is gone."""
         text = self._text()
         return [] if text is None else text.layers
 
-    def __deepcopy__(self, memo: dict) -> "Owner":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Owner":
         text = self._text()
         return Owner(memo.get(id(text), text))  # a layer that is copied alone stays this model's
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return Owner, (None,), self._text()
 
     def __setstate__(self, text: stock.TextModel | None) -> None:
@@ -41,6 +42,8 @@ class SinglePassLayer(stock.DecoderLayer):
     without, it makes its own from the streams and pre_mix, as mlx-lm does.
     """
 
+    _owner: Owner
+
     def _next(self) -> "SinglePassLayer | None":
         layers, k = self._owner.layers, self.layer_idx + 1
         after = layers[k] if k < len(layers) else None  # other stages' layers are None
@@ -54,7 +57,7 @@ class SinglePassLayer(stock.DecoderLayer):
         start_pos: int,
         window_idx: mx.array,
         cache: stock.LayerCache,
-        shared: dict,
+        shared: dict[str, Any],
     ) -> tuple[mx.array, mx.array]:
         if type(self).__call__ is not _LAYER_CALL:
             raise ValueError(

@@ -4,6 +4,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
@@ -120,7 +121,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     return model
 
 
-def _release(hc: SinglePassConnection) -> None:
+def _release(hc: Any) -> None:
     del hc.use_metal, hc.differentiable
     hc.__class__ = stock.HyperConnection
 
@@ -143,21 +144,21 @@ def _fails(ours: float, theirs: float) -> bool:
     return not ours <= max(theirs, 2.0)
 
 
-def _kind_of_norm(norm: nn.Module | None) -> tuple:
+def _kind_of_norm(norm: nn.Module | None) -> tuple[Any, ...]:
     """Sites whose norms are of one kind run the same kernels."""
-    parameters = [] if norm is None else tree_flatten(norm.parameters())
+    parameters: Any = [] if norm is None else tree_flatten(norm.parameters())
     return type(norm), *(a.dtype for _, a in parameters)
 
 
 def _drop_failing(text: stock.TextModel, trainable: bool) -> None:
     dtype, sites, failing, counted = streams_dtype(text), find_sites(text), [], set()
     for k, site in enumerate(sites):
-        given = random_inputs(site, dtype, 4, k)
-        if _fails(*site_errors(site, *given)):
+        x, y = random_inputs(site, dtype, 4, k)
+        if _fails(*site_errors(site, x, y)):
             failing.append(site)
         elif (kind := _kind_of_norm(site.norm)) not in counted:
-            one, many = [a[:, :1] for a in given], (*given, 128)
-            if any(_fails(*site_errors(site, *some)) for some in (one, many)):
+            one_token = site_errors(site, x[:, :1], y[:, :1])
+            if _fails(*one_token) or _fails(*site_errors(site, x, y, 128)):
                 failing = sites  # not its weights but the number of tokens is why
                 break
             counted.add(kind)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,7 +35,7 @@ def convention(iters: int, eps: float) -> Convention:
     return replace(DEEPSEEK_V4, iters=iters, eps=eps, pre_eps=eps)
 
 
-def _plain_weight(norm: Callable | None, dtype: mx.Dtype) -> mx.array | None:
+def _plain_weight(norm: Any, dtype: mx.Dtype) -> mx.array | None:
     """The weight of an RMSNorm whose output has this dtype, of other norms None."""
     if type(norm) is not nn.RMSNorm or not norm.eps > 0:
         return None
@@ -43,7 +43,7 @@ def _plain_weight(norm: Callable | None, dtype: mx.Dtype) -> mx.array | None:
     return weight if dtype == mx.float32 or weight.dtype == dtype else None
 
 
-Made = tuple[mx.array, mx.array | None, mx.array]  # out, u, h_pre
+Made = tuple[mx.array, mx.array | Any, mx.array]  # out, u, which may be None, h_pre
 
 
 @functools.cache
@@ -56,7 +56,7 @@ def _site(
     eps: float,
     use_metal: bool,
     differentiable: bool,
-) -> Callable:
+) -> Callable[..., Made]:
     """The site of (x, y, fn, base, scale, weight), shared by all with these constants. u is None
     unless it reads, and normalised where there is a weight.
 
@@ -94,6 +94,9 @@ class SinglePassConnection(stock.HyperConnection):
         differentiable: Whether it has a gradient.
     """
 
+    use_metal: bool
+    differentiable: bool
+
     def _check_options(self) -> None:
         options = {"use_metal": self.use_metal, "differentiable": self.differentiable}
         check_bools("SinglePassConnection", **options)
@@ -101,15 +104,16 @@ class SinglePassConnection(stock.HyperConnection):
     def __call__(self, streams: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """mlx-lm's pre, post and comb, whose row is the input."""
         self._check_options()
-        h_pre, h_post, h_res = ops.mhc_coefficients(
+        coefficients: Any = ops.mhc_coefficients(
             *(streams, self.fn, self.base, self.scale),
             *(convention(self.iters, self.hc_eps), self.norm_eps),
             use_metal=self.use_metal,
             differentiable=self.differentiable,
         )
+        h_pre, h_post, h_res = coefficients
         return h_pre, h_post, h_res.swapaxes(-1, -2)
 
-    def site(self, x: mx.array, y: mx.array, norm: Callable | None) -> Made:
+    def site(self, x: mx.array, y: mx.array, norm: Any) -> Made:
         """The streams out, u (None without a norm) and h_pre."""
         self._check_options()
         weight = _plain_weight(norm, x.dtype) if y.dtype == x.dtype else None
@@ -127,12 +131,12 @@ class SinglePassConnection(stock.HyperConnection):
         return out, u if plain or norm is None else norm(u), h_pre
 
 
-def own_coefficients(hc: nn.Module) -> Callable:
+def own_coefficients(hc: Any) -> Callable[..., Any]:
     """mlx-lm's coefficients with the parameters of hc, patched or not."""
     return functools.partial(stock.HyperConnection.__call__, hc)
 
 
-def stock_site(hc: Callable, x: mx.array, y: mx.array, norm: Callable | None) -> Made:
+def stock_site(hc: Callable[..., Any], x: mx.array, y: mx.array, norm: Any) -> Made:
     """`SinglePassConnection.site` by mlx-lm's functions."""
     h_pre, h_post, comb = hc(x)
     out = stock._expand(y, x, h_post, comb)
@@ -143,7 +147,7 @@ def stock_site(hc: Callable, x: mx.array, y: mx.array, norm: Callable | None) ->
 _seen: ContextVar[dict | None] = ContextVar("seen", default=None)
 
 
-def run_site(hc: nn.Module, x: mx.array, y: mx.array, norm: Callable | None) -> Made:
+def run_site(hc: nn.Module, x: mx.array, y: mx.array, norm: Any) -> Made:
     """The site as its module is, patched or mlx-lm's; heard by `activations`."""
     if (seen := _seen.get()) is not None:
         seen[id(hc)] = (x, y)
@@ -156,8 +160,8 @@ class Site(NamedTuple):
     """A hyper-connection, by name, and the norm of what its streams are read for."""
 
     name: str
-    hc: nn.Module
-    norm: nn.Module | None
+    hc: Any  # mlx-lm's HyperConnection, or ours
+    norm: Any  # a module, or None
 
 
 def text_model(op: str, model: nn.Module) -> stock.TextModel:

@@ -7,6 +7,7 @@ import statistics
 import time
 import types
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -43,11 +44,11 @@ def check_counts(op: str, **counts: tuple[int, ...]) -> None:
             check_sizes(op, **{name: (value, math.inf)})
 
 
-def machine() -> dict:
+def machine() -> dict[str, Any]:
     return {
         "device": mx.device_info().get("device_name", "cpu"),
         "backend": launch.backend() or "none: the reference runs",
-        "mlx": mx.__version__,
+        "mlx": mx.__version__,  # pyright: ignore[reportAttributeAccessIssue]
         "mlx-lm": mlx_lm.__version__,
         "date": datetime.date.today().isoformat(),
     }
@@ -57,12 +58,12 @@ def _seconds(run: Callable) -> float:
     """Median time of an evaluation of what run() returns: 5 times, or more within 50 ms."""
     for _ in range(2):
         mx.eval(run())
-    taken = []
-    while len(taken) < 5 or (sum(taken) < 0.05 and len(taken) < 50):
+    times = []
+    while len(times) < 5 or (sum(times) < 0.05 and len(times) < 50):
         start = time.perf_counter()
         mx.eval(run())
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 @functools.cache
@@ -90,7 +91,7 @@ def _chains(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict[str, Callab
 
     def chain(step: Callable) -> Callable:
         def run(count: int = len(sites)):
-            streams, u = x, y
+            streams, u, h_pre = x, y, None
             for site in sites[:count]:
                 streams, u, h_pre = step(site, streams, u)
             return streams, u, h_pre
@@ -107,7 +108,7 @@ def _chains(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict[str, Callab
     }
 
 
-def site_times(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict:
+def site_times(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict[str, Any]:
     """Seconds per site."""
     count = sum(type(site.norm) is nn.RMSNorm for site in sites)
     chains = _chains(sites, dtype, tokens)
@@ -122,7 +123,7 @@ def time_line(t: dict) -> str:
     )
 
 
-def _dispatches(run: Callable) -> dict:
+def _dispatches(run: Callable) -> dict[str, Any]:
     """Primitives that a further site of a chain adds to the graph, and how many of them launch."""
     added = launch.primitives(*run(3))
     added.subtract(launch.primitives(*run(2)))
@@ -143,7 +144,7 @@ def _peak(run: Callable) -> int:
 
 def random_sites(d: int, count: int) -> list[Site]:
     """Patched hyper-connections of hidden size d with random weights."""
-    args, made = stock.ModelArgs(hidden_size=d), []
+    args, sites = stock.ModelArgs(hidden_size=d), []
     for k in range(count):
         hc, norm = stock.HyperConnection(args), nn.RMSNorm(d, eps=args.rms_norm_eps)
         kf, kb, ks = mx.random.split(mx.random.key(k), 3)
@@ -152,13 +153,13 @@ def random_sites(d: int, count: int) -> list[Site]:
         hc.scale = mx.random.uniform(0.5, 1.5, (3,), key=ks)
         norm.weight = norm.weight.astype(mx.bfloat16)
         hc.__class__, hc.use_metal, hc.differentiable = SinglePassConnection, True, False
-        made.append(Site(f"random.{k}", hc, norm))
-    return made
+        sites.append(Site(f"random.{k}", hc, norm))
+    return sites
 
 
 def bench_sites(
     d: int, tokens: tuple[int, ...] = (1, 8, 512, 2048), dtype: mx.Dtype = mx.bfloat16
-) -> dict:
+) -> dict[str, Any]:
     """Time per sublayer of hidden size d with the identity for a sublayer: patched (sites are
     compiled), mlx-lm's and mlx-lm's compiled, in a row as long as DeepSeek V4.1's (of 122; their
     weights are larger than a cache), the largest errors of both at 24 of them, the dispatches of
@@ -201,14 +202,16 @@ def bench_sites(
     chains = _chains(sites, dtype, max(tokens))
     report["peak bytes"] = {"tokens": max(tokens)} | {k: _peak(run) for k, run in chains.items()}
     for count, graph in report["graph"].items():
-        each = ", ".join(f"{k} {v['dispatches']}" for k, v in graph.items())
-        print(f"{count:>5} tokens: dispatches per sublayer: {each}")
-    each = ", ".join(f"{k} {v >> 20} MiB" for k, v in report["peak bytes"].items() if k != "tokens")
-    print(f"{max(tokens):5} tokens: most memory: {each}", flush=True)
+        counts = ", ".join(f"{k} {v['dispatches']}" for k, v in graph.items())
+        print(f"{count:>5} tokens: dispatches per sublayer: {counts}")
+    peaks = ", ".join(
+        f"{k} {v >> 20} MiB" for k, v in report["peak bytes"].items() if k != "tokens"
+    )
+    print(f"{max(tokens):5} tokens: most memory: {peaks}", flush=True)
     return report
 
 
-def _model_times(model: nn.Module, lengths: tuple[int, ...], steps: int) -> dict:
+def _model_times(model: Any, lengths: tuple[int, ...], steps: int) -> dict[str, Any]:
     """Tokens per second of prefill by length, and of mlx-lm's generator after the first of them."""
 
     def prompt(length: int) -> mx.array:
@@ -226,7 +229,9 @@ def _model_times(model: nn.Module, lengths: tuple[int, ...], steps: int) -> dict
     return {"prefill": speeds, "decode": steps / (time.perf_counter() - start)}
 
 
-def bench(model: nn.Module, lengths: tuple[int, ...] = (512, 2048), steps: int = 32) -> dict:
+def bench(
+    model: nn.Module, lengths: tuple[int, ...] = (512, 2048), steps: int = 32
+) -> dict[str, Any]:
     """Tokens per second of a patched model and of the same one as mlx-lm runs it, prefill by length
     and decode after the first; the model is left patched with the same sites.
 

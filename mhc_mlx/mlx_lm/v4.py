@@ -46,7 +46,7 @@ def load_v4(
     c, v4 = module._convention, DEEPSEEK_V4
     if c != replace(v4, name=c.name, iters=c.iters, eps=c.eps, pre_eps=c.pre_eps):
         raise ValueError(f"[load_v4] module.convention must be DEEPSEEK_V4's but got {c.name}.")
-    found = []
+    found: list[tuple[str, mx.array]] = []
     for ours, theirs in (("phi", "fn"), ("bias", "base"), ("alpha", "scale")):
         name = next((k for k in (f"{prefix}_{theirs}", f"{prefix}.{theirs}") if k in weights), None)
         if name is None:
@@ -56,4 +56,5 @@ def load_v4(
             must, got = list(module[ours].shape), list(weights[name].shape)
             raise ValueError(f"[load_v4] {name} must have shape {must} but got {got}.")
         found.append((ours, weights[name]))
-    return module.load_weights(found, strict=False)  # an MHCLayer has a norm too
+    module.load_weights(found, strict=False)  # an MHCLayer has a norm too
+    return module

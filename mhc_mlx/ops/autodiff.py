@@ -7,7 +7,7 @@ through: the rules here give the derivative. mx.compile drops stop_gradient.
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -44,19 +44,19 @@ class FusedOp:
     h_res_index: ClassVar[int | None] = None
     saves: ClassVar[bool] = False
 
-    def __init_subclass__(cls):
+    def __init_subclass__(cls) -> None:
         if "name" in vars(cls):
             FUSED_OPS[cls.name] = cls
 
-    def fallback(self, *arrays) -> Any:
+    def fallback(self, *arrays: Any, **options: Any) -> Any:
         """The result, or the tuple of results, by the reference; an array may be None."""
         raise NotImplementedError
 
-    def forward(self, *arrays) -> Any:
+    def forward(self, *arrays: Any, **options: Any) -> Any:
         """The same by kernels."""
         raise NotImplementedError
 
-    def backward(self, arrays: Sequence, cotangents: Sequence, saved: Sequence) -> Sequence:
+    def backward(self, arrays: Any, cotangents: Any, saved: Any) -> Any:
         """By kernels the gradient of each array, None where it is None, in any dtype."""
         raise NotImplementedError
 
@@ -64,18 +64,23 @@ class FusedOp:
         """Which result of n streams is None."""
         return None
 
-    def __call__(self, *arrays: mx.array | None, use_metal: bool, differentiable: bool) -> Any:
-        """The results, by kernels where the default device has them; the first array is x."""
+    def __call__(
+        self, x: mx.array, *others: mx.array | None, use_metal: bool, differentiable: bool
+    ) -> Any:
+        """The results, by kernels where the default device has them."""
         verbose, threads = self.options.verbose, self.options.threads_per_group
         bools = {"use_metal": use_metal, "verbose": verbose, "differentiable": differentiable}
         check_bools(self.name, **bools)
         check_threads(self.name, threads)
-        x, present = arrays[0], tuple(a is not None for a in arrays)
+        arrays = (x, *others)
+        present = tuple(a is not None for a in arrays)
         place = launch.place() if use_metal and x.size > 0 else None
         inputs = [a for a in arrays if a is not None]
         if place is None:
             if use_metal and verbose:
-                print(launch.metal_source(_functions(self, present, None).forward, *inputs))
+                anywhere = launch.Place("metal", mx.default_device())
+                functions = _Functions(self, present, anywhere)
+                print(launch.metal_source(functions.forward, *inputs))
             return self.fallback(*arrays)
         functions = _functions(self, present, place)
         results = (functions if differentiable else functions.forward)(*inputs)
@@ -99,7 +104,7 @@ _mapping: ContextVar[_Mapping] = ContextVar("mapping", default=_UNMAPPED)
 
 
 @contextlib.contextmanager
-def _mapped(traced: bool, rule: bool):
+def _mapped(traced: bool, rule: bool) -> Iterator[None]:
     token = _mapping.set(_Mapping(traced, rule))
     try:
         yield
@@ -107,7 +112,7 @@ def _mapped(traced: bool, rule: bool):
         _mapping.reset(token)
 
 
-def vmap(f: Callable, in_axes=0, out_axes=0) -> Callable:
+def vmap(f: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0) -> Callable[..., Any]:
     """`mx.vmap` for functions that call these ops on a GPU.
 
     MLX 0.32 maps what a custom_function computes even where it has a rule of its own, and cannot
@@ -129,7 +134,7 @@ def vmap(f: Callable, in_axes=0, out_axes=0) -> Callable:
     return run
 
 
-def _several(arrays) -> tuple | list:
+def _several(arrays: Any) -> tuple | list:
     return arrays if isinstance(arrays, (tuple, list)) else (arrays,)
 
 
@@ -161,7 +166,7 @@ class _Functions:
             the reference
     """
 
-    def __init__(self, op: FusedOp, present: tuple[bool, ...], place: launch.Place | None):
+    def __init__(self, op: FusedOp, present: tuple[bool, ...], place: launch.Place):
         self.op, self.present, self.place = op, present, place
         self.count = sum(present)
         self.shared_ndim = self._present_only(op.shared_ndim)
@@ -297,13 +302,13 @@ class _Functions:
         with self._in_rule():
             folded = self._folded(inputs, axes, of_gradient=True)
             mapped = mx.vmap(self._fallback_gradient, in_axes=tuple(axes))
-            gradients = self.gradient(*folded) if folded else mapped(*inputs)
+            gradients: Any = self.gradient(*folded) if folded else mapped(*inputs)
         return tuple(gradients), (0,) * len(gradients)
 
     # ---- vmap
 
     @contextlib.contextmanager
-    def _in_rule(self):
+    def _in_rule(self) -> Iterator[None]:
         """A rule runs at the op's place; ops in it run by kernels unless an outer `vmap` traces."""
         inside = _mapping.get().rule
         with launch.at(self.place), _mapped(inside, inside):

@@ -31,7 +31,7 @@ def use_partial_logits(x: mx.array, phi: mx.array, options: Options) -> bool:
     tokens, n, C = x.shape
     shape = (n, C, x.dtype, phi.shape[0], tokens, options.threads_per_group)
     limit = launch.threadgroup_memory_limit()
-    return tiling.use_partial_logits(*shape, launch.backend(), limit)
+    return tiling.use_partial_logits(*shape, launch.kernel_backend(), limit)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def launch_seam(
     """
     tokens, n, C = x.shape
     threads = options.threads_per_group
-    t = tiling.seam_tiling(n, C, x.dtype.size, threads, launch.backend())
+    t = tiling.seam_tiling(n, C, x.dtype.size, threads, launch.kernel_backend())
     body = MhcSeamBody(
         T=x.dtype,
         N=n,

@@ -2,6 +2,7 @@
 of the next, whose coefficients were made before its streams."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -53,7 +54,7 @@ def per_token(tokens: int, h_pre: mx.array, h_post: mx.array, h_res: mx.array) -
 class MhcSeam(FusedOp):
     eps: float
     round_aggregate: bool
-    has_h_res: bool  # otherwise it is the identity, whose gradient nobody wants
+    has_h_res: bool  # otherwise it is the identity, and its gradient is not made
 
     name = "mhc_seam"
     shared_ndim = (None, None, 1, 1, 2, 1)
@@ -65,7 +66,7 @@ class MhcSeam(FusedOp):
         return body_params(None, eps=self.eps)
 
     def fallback(self, *arrays):
-        return reference.mhc_seam(*arrays, self.eps, self.round_aggregate)
+        return reference.mhc_seam(*arrays, eps=self.eps, round_aggregate=self.round_aggregate)
 
     def forward(self, x, y, h_pre, h_post, h_res, weight):
         flat_x = flat(x, 3)
@@ -76,7 +77,7 @@ class MhcSeam(FusedOp):
         results = launch_seam(flat_x, inputs, outputs, **options)
         return results.out, results.u
 
-    def backward(self, arrays, cotangents, saved):
+    def backward(self, arrays, cotangents, saved) -> tuple[Any, ...]:
         x, y, *coefficients, weight = arrays
         if x.shape[-2] > 8:
             return self._many_streams_backward(arrays, cotangents)
@@ -214,8 +215,13 @@ class MhcSinglePass(FusedOp):
         return MhcSeam(self.options, self.eps, self.round_aggregate, has_h_res)
 
     def fallback(self, *arrays):
-        c, numbers = self.convention, (self.norm_eps, self.eps)
-        return reference.mhc_single_pass(*arrays, c, *numbers, self.round_aggregate)
+        return reference.mhc_single_pass(
+            *arrays,
+            convention=self.convention,
+            norm_eps=self.norm_eps,
+            eps=self.eps,
+            round_aggregate=self.round_aggregate,
+        )
 
     def forward(self, x, y, phi, bias, alpha, weight, save=False):
         """out, u, h_pre; what is saved is h_pre, h_post, h_res and l of all tokens in a row."""

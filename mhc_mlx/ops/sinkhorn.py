@@ -103,7 +103,8 @@ class SinkhornKnopp(FusedOp):
         return launch_sinkhorn(logits, self.convention, self.options)
 
     def backward(self, arrays, cotangents, saved):
-        return [launch_sinkhorn_backward(*arrays, *cotangents, self.convention, self.options)]
+        (logits,), (dh_res,) = arrays, cotangents
+        return [launch_sinkhorn_backward(logits, dh_res, self.convention, self.options)]
 
 
 def sinkhorn_knopp(

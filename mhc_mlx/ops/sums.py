@@ -13,7 +13,7 @@ from . import tiling
 @dataclass(frozen=True)
 class SumPartialsBody(launch.Body):
     name = "sum_partials"
-    THREADS: ClassVar[int] = 256
+    THREADS: ClassVar[int] = 256  # pyright: ignore[reportIncompatibleVariableOverride]
     T: mx.Dtype
     N: int
     GATES: bool

@@ -51,15 +51,16 @@ def token_tiling(
         vec //= 2
     crowded = copies == 2 and 4 < n <= 8
     widths, most = (vec, min(vec, 4)) if crowded else (vec,), 128 if crowded and size == 4 else 256
-    for vec in widths:
-        packs = C // vec
-        threads = threads_per_group or even_threads(packs, most)
-        passes = math.ceil(packs / threads)
+
+    def of_width(vec: int) -> TokenTiling:
+        threads = threads_per_group or even_threads(C // vec, most)
+        passes = math.ceil(C // vec / threads)
         pack_bytes = max(4, vec * size) if copies == 1 else 4 * vec
         cached = n <= 8 and passes * copies * n * pack_bytes <= REGISTER_BYTES[backend, copies]
-        if cached:
-            break
-    return TokenTiling(vec, threads, passes, cached)
+        return TokenTiling(vec, threads, passes, cached)
+
+    tilings = [of_width(vec) for vec in widths]
+    return next((t for t in tilings if t.cached), tilings[-1])
 
 
 def even_threads(packs: int, most: int) -> int:

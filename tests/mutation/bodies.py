@@ -4,14 +4,17 @@
     python tests/mutation/bodies.py run launches.json metal,cuda mhc_pre mhc_seam
     python tests/mutation/bodies.py run launches.json nvrtc mhc_pre        compile alone
 
-The cases of test_traffic.py, whose loads and stores are pinned, and those of cases.py: as many as
-show every template argument of the bodies, for the least compiling. The rungs are the simulator's
-rules, parity and traffic on Metal's and CUDA's text, then the dialect, then NVRTC.
+The cases of test_traffic.py, whose loads and stores are pinned, and those of cases.py: those
+that show most pairs of template arguments of the bodies, for the least compiling, then those on
+which planted.py has mistakes in the bodies. The rungs are the simulator's rules, parity and traffic
+on Metal's and CUDA's text, then the dialect, then NVRTC.
 """
 
+import functools
 import json
-import re
 import sys
+from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, from a checkout
@@ -20,19 +23,22 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # mhc_mlx
 import cases  # noqa: E402
 import mlx.core as mx  # noqa: E402
 from ops.test_traffic import PINNED, words  # noqa: E402
-from proof import check, executor, executors, results  # noqa: E402
+from proof import check, executor, executors, missing, simulator  # noqa: E402
 
 from mhc_mlx import launch, ops  # noqa: E402
+from mutation.planted import PLANTED, run  # noqa: E402
 
 FORMS = {"metal": "simulator", "cuda": "simulator, CUDA"}
-MOST, ALIKE = 14, 2  # cases in all; of the dialect and of NVRTC, variants of a body
-CORNER = 8  # what a corner of a body is worth, in kinds
+MOST, ALIKE = 16, 2  # cases in all; of the dialect and of NVRTC, variants of a body
+CORNER = 64  # what a corner of a body is worth, in pairs
 COMPILE = 3.0  # seconds for a variant; running a case takes about one
 PINNED_CASES = {str(case): lines for case, *lines in PINNED}
+GROUPS = {k: getattr(ops.tiling, k) for k in executors.FEW_GROUPS}
 
 
 def every_case() -> dict[str, cases.Case]:
-    lists = (cases.COVERING, cases.DYNAMIC, cases.SINGLE, cases.RINGED, [c for c, *_ in PINNED])
+    lists = [cases.CASES, cases.RINGED]
+    lists += [[c for c, *_ in PINNED], [m.case for m in PLANTED]]
     return {str(c): c for one in lists for c in one if c.tokens}
 
 
@@ -40,12 +46,12 @@ def launches(case: cases.Case, form: str) -> list[tuple]:
     """The arguments of each launch, computed by nobody."""
     found = []
 
-    def run(name, inputs, outputs, groups, threads, template, verbose=False):
+    def recorded(name, inputs, outputs, groups, threads, template, verbose=False):
         found.append((name, inputs, outputs, groups, threads, template))
         return [mx.zeros(*spec) for spec in outputs.values() if spec is not None]
 
     with executor("nvrtc"):
-        launch.run = run
+        launch.run = recorded
         launch.backend = lambda: form
         executors.set_tiling(**executors.FEW_GROUPS)
         try:
@@ -53,14 +59,6 @@ def launches(case: cases.Case, form: str) -> list[tuple]:
         finally:
             executors.set_tiling(**GROUPS)
     return found
-
-
-GROUPS = {k: getattr(ops.tiling, k) for k in executors.FEW_GROUPS}
-
-
-def run(case: cases.Case):
-    given = [a for a in case.arrays() if a is not None]
-    return results(getattr(ops, case.op), case, given)
 
 
 def listed() -> dict:
@@ -93,19 +91,21 @@ def corners(case: cases.Case) -> list[tuple[str, bool]]:
 
 
 def chosen(known: dict, forms: list[str], bodies: set[str]) -> list[tuple[str, str]]:
-    """(form, case): first what shows most that is new of the bodies for the compiling it takes."""
+    """(form, case): first what shows most that is new of the bodies for the compiling it takes. New
+    is each pair of what launches differ in. Then the cases of mistakes planted by hand."""
     shows, cost, each = {}, {}, every_case()
     for form in forms:
         for name, variants in known[form].items():
-            mine = [(body, json.loads(t)) for body, t in variants if body in bodies]
-            if mine and name in each:
-                shows[form, name] = {(b, k, str(v)) for b, t in mine for k, v in t.items()}
-                shows[form, name] |= {(b, *kind) for b, _ in mine for kind in kinds(each[name])}
-                rare = [kind for kind, true in corners(each[name]) if true]
-                shows[form, name] |= {
-                    (b, kind, k) for b, _ in mine for kind in rare for k in range(CORNER)
-                }
-                cost[form, name] = 1 + COMPILE * len(mine) + len(variants) / 4
+            of_bodies = [(body, json.loads(t)) for body, t in variants if body in bodies]
+            if not of_bodies or name not in each:
+                continue
+            case, pairs = each[name], set()
+            for body, template in of_bodies:
+                options = [*((k, str(v)) for k, v in template.items()), ("form", form)]
+                pairs |= {(body, *p) for p in combinations(options + kinds(case), 2)}
+            corner = [(k, n) for k, true in corners(case) if true for n in range(CORNER)]
+            shows[form, name] = pairs | {(b, c) for b, _ in of_bodies for c in corner}
+            cost[form, name] = 1 + COMPILE * len(of_bodies) + len(variants) / 4
     found, seen = [], set()
     while shows and len(found) < MOST:
         best = max(
@@ -114,54 +114,71 @@ def chosen(known: dict, forms: list[str], bodies: set[str]) -> list[tuple[str, s
         )
         seen |= shows.pop(best)
         found.append(best)
-    return found
+    planted_on = [str(m.case) for m in PLANTED if m.body in bodies]
+    return list(dict.fromkeys(found + [(forms[0], name) for name in planted_on]))
+
+
+def executed(case: cases.Case, form: str) -> tuple[dict[str, str], list[str]]:
+    """What the simulator's rules and parity say against a case, and its traffic in words."""
+    few_groups, says = getattr(case, "few_groups", True), {}
+    with executor(FORMS[form], few_groups), simulator.recording() as records:
+        try:
+            got = run(case)
+            mx.eval(got)
+            check(case, got)
+        except simulator.SimulationError as error:
+            says = {"rules": str(error)}
+        except AssertionError as error:
+            says = {"parity": str(error)}
+    return says, [words(r) for r in records] if "rules" not in says else []
 
 
 def objection(form: str, case: cases.Case) -> str:
     """Of the simulator, parity or pinned traffic; "" where there is none."""
-    from proof import simulator
-
-    try:
-        with executor(FORMS[form]), simulator.recording() as records:
-            got = run(case)
-        mx.eval(got)
-        pinned = PINNED_CASES.get(str(case))
-        if form == "metal" and pinned:
-            moved = [words(r) for r in records]
-            if moved != list(pinned):
-                return f"traffic: {next((a for a in moved if a not in pinned), 'launches')}"
-        check(case, got)
-    except simulator.SimulationError as error:
-        return f"rules: {error}"
-    except AssertionError as error:
-        return f"parity: {error}"
-    return ""
+    says, moved = executed(case, form)
+    pinned = PINNED_CASES.get(str(case), ())
+    if form == "metal" and pinned and moved and moved != list(pinned):
+        says |= {"traffic": next((a for a in moved if a not in pinned), "launches")}
+    return "; ".join(f"{rung}: {said}" for rung, said in says.items())
 
 
-def compiled(form: str, case: cases.Case, bodies: set[str], done: dict) -> str:
-    """The dialect's objection to Metal's text, or NVRTC's to CUDA's."""
-    for call in launches(case, form):
-        name = call[0]
-        if name not in bodies or done.get((form, name), 0) >= ALIKE:
-            continue
-        done[form, name] = done.get((form, name), 0) + 1
-        if form == "metal" and not executors.missing("dialect"):
-            from proof import dialect, simulator
+def refused_by_dialect(call: tuple) -> str:
+    """What clang and the lint say against Metal's text of a launch."""
+    from proof import dialect
 
-            with executor("dialect"):
-                found = dialect.refusals(simulator.generated(*call))
-            if found:
-                return f"dialect: {found[0]}"
-        if form == "cuda" and not executors.missing("nvrtc"):
-            from proof import nvrtc
+    with executor("dialect"):
+        return "; ".join(dialect.refusals(simulator.generated(*call[:6])))
 
-            source = nvrtc.cuda_source(*call[:3], *call[4:])
-            error, figures = nvrtc.compile_cuda(name, source)
-            line = re.search(r"error.*", error)
-            if error:
-                return f"nvrtc: {line.group() if line else error[:200]}"
-            if figures["spills"] or figures["shared"] > 32 << 10:
-                return f"nvrtc: {figures}"
+
+@functools.cache
+def refused_source(body: str, source: str) -> str:
+    from proof import nvrtc
+
+    error, figures = nvrtc.compile_cuda(body, source)
+    if figures and figures["shared"] > 32 << 10:
+        error = f"{figures['shared']} bytes of shared memory"
+    return error or ("spills" if figures["spills"] else "")
+
+
+def refused_by_nvrtc(call: tuple) -> str:
+    from proof import nvrtc
+
+    return refused_source(call[0], nvrtc.cuda_source(*call[:3], *call[4:6]))
+
+
+COMPILERS = {
+    "metal": ("dialect", refused_by_dialect),
+    "cuda": ("nvrtc", refused_by_nvrtc),
+}
+
+
+def refused(form: str, case: cases.Case, bodies: set[str], done: Counter) -> str:
+    """What a compiler says against what a case launches of the bodies."""
+    rung, judge = COMPILERS[form]
+    for call in launches(case, form) if missing(rung) is None else ():
+        done[form, call[0]] += call[0] in bodies
+        if call[0] in bodies and done[form, call[0]] <= ALIKE and (said := judge(call)):
+            return f"{rung}: {said}"
     return ""
 
 
@@ -177,9 +194,9 @@ def main() -> None:
     for form, name in picked if executed else ():
         if found := objection(form, each[name]):
             sys.exit(f"{name}, {form}: {found}".replace("\n", " ")[:400])
-    done: dict[tuple[str, str], int] = {}
+    done: Counter = Counter()
     for form, name in picked if executed else picked[:6]:
-        if found := compiled(form, each[name], bodies, done):
+        if found := refused(form, each[name], bodies, done):
             sys.exit(f"{name}, {form}: {found}".replace("\n", " ")[:400])
 
 

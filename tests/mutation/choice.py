@@ -9,11 +9,14 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mhc_mlx import launch
 from mutation.operators import ROOT, Mutant, sources, without_comments
 
 # Seconds to compile a changed variant, by what launches it.
 COMPILE = {"simulator": 3.0, "simulator, CUDA": 4.0, "dialect": 0.4, "nvrtc": 1.2}
-ON_METAL, ON_CUDA = ("simulator", "dialect"), ("simulator, CUDA", "nvrtc")
+FORMS = {"metal": ("simulator", "dialect"), "cuda": ("simulator, CUDA", "nvrtc")}
+FIRST_ON_CUDA = "include/cuda/metal_words.h"
+ONLY_GPU = re.compile(r"/cuda/(ptx|metal_words)\.h$")  # the simulator has its own in their place
 # They quote bodies' texts, need a GPU, or compile every case before their first.
 SLOW = "tests/proof/test_nvrtc.py::test_compiles_without_spills"
 LEFT_OUT = re.compile(rf"tests/(mutation/|ops/test_gpu|proof/test_freeze)|{SLOW}")
@@ -102,11 +105,7 @@ class Map:
 
     def of_kernel(self, m: Mutant) -> tuple[set[str], dict[str, float]]:
         bodies = bodies_of(m)
-        forms = (*ON_METAL, *ON_CUDA)
-        if "/cuda/" in m.file:
-            forms = ON_CUDA
-        elif "/metal/" in m.file:
-            forms = ON_METAL
+        forms = {form for k in backends(m.file) for form in FORMS[k]}
         more = {}
         for test in self.tests.values():
             variants = [v for v in test.launched if v[1] in bodies and v[0] in forms]
@@ -134,15 +133,19 @@ def tree(file: str) -> ast.Module:
     return ast.parse((ROOT / file).read_text())
 
 
-WORDS = "include/cuda/metal_words.h"  # it goes before all others on CUDA
-
 # --- kernels --------------------------------------------------------------------------------------
+
+
+def backends(file: str) -> tuple[str, ...]:
+    """Those that a kernel text is for."""
+    one = re.search("include/(metal|cuda)/", file)
+    return (one.group(1),) if one else ("metal", "cuda")
 
 
 @functools.cache
 def definitions(header: str) -> tuple[tuple[int, int, str, str], ...]:
     """(start, end, name, text) of what a header defines."""
-    code = without_comments((ROOT / "kernels" / header).read_text())
+    code = without_comments(launch._read(header))
     found = []
     for piece in re.finditer(
         r"(?m)^(?:template|inline|constexpr|struct|enum|#define)\b.*?(?=^(?:template|inline|constexpr"
@@ -162,15 +165,9 @@ def definitions(header: str) -> tuple[tuple[int, int, str, str], ...]:
 
 @functools.cache
 def headers_of(body: str) -> frozenset[str]:
-    """All that a body may include, on Metal or CUDA."""
-    found, new = set(), {f"{body}.metal"}
-    while new:
-        text = (ROOT / "kernels" / new.pop()).read_text()
-        for name in re.findall('#include "(.*)"', text):
-            each = {f"include/{name.replace('BACKEND', k)}" for k in ("metal", "cuda")}
-            new |= {k for k in each - found if (ROOT / "kernels" / k).exists()}
-            found |= {k for k in each if (ROOT / "kernels" / k).exists()}
-    return frozenset(found | {WORDS})
+    """All that a body includes, on Metal or CUDA, and what is before all on CUDA."""
+    each = (launch.included_files(f"{body}.metal", backend) for backend in ("metal", "cuda"))
+    return frozenset(name for names in each for name in names) | {FIRST_ON_CUDA}
 
 
 @functools.cache
@@ -180,7 +177,7 @@ def reached(body: str) -> frozenset[str]:
     for header in headers_of(body):
         for _, _, name, text in definitions(header):
             all_of[name] = all_of.get(name, "") + text
-    text = without_comments((ROOT / "kernels" / f"{body}.metal").read_text())
+    text = without_comments(launch._read(f"{body}.metal"))
     found, new = set(), set(re.findall(r"\w+", text)) & set(all_of)
     while new:
         name = new.pop()
@@ -191,12 +188,12 @@ def reached(body: str) -> frozenset[str]:
 
 def bodies_of(m: Mutant) -> set[str]:
     """The bodies whose programs a mutant of a kernel text changes."""
-    file = m.file.removeprefix("kernels/")
-    if file.endswith(".metal"):
-        return {file.removesuffix(".metal")}
-    names = {name for start, end, name, _ in definitions(file) if start <= m.start < end}
     bodies = {p.stem for p in (ROOT / "kernels").glob("*.metal")}
-    bodies = {b for b in bodies if file in headers_of(b)}
-    if file == WORDS:  # whose macros are in other texts
+    if m.file.endswith(".metal"):
+        return bodies & {Path(m.file).stem}
+    header = next(h for b in bodies for h in headers_of(b) if m.file.endswith(f"/{h}"))
+    bodies = {b for b in bodies if header in headers_of(b)}
+    if header == FIRST_ON_CUDA:  # whose macros are in other texts
         return bodies
+    names = {name for start, end, name, _ in definitions(header) if start <= m.start < end}
     return {b for b in bodies if not names or names & reached(b)}

@@ -1,6 +1,6 @@
 """Mutants: every small mistake that the operators below can make in a file, each a replaced span.
 
-`mutants(path)` gives those of a text in kernels/ or of a Python module. One is a
+`mutants(path)` gives those of a kernel text (kernels/*.metal, *.h) or of a Python module. One is a
 span of the file, what stands there instead, and the name of its operator; `Mutant.apply` makes the
 mutated text. Comments, docstrings, annotations and static assertions have none.
 """
@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-SOURCES = ("mhc_mlx/**/*.py", "kernels/*.metal", "kernels/**/*.h", "benchmark.py")
-SOURCES += ("benchmarks/*.py", "examples/*.py")
+SOURCES = ("mhc_mlx/**/*.py", "kernels/*.metal", "kernels/**/*.h")
+SOURCES += ("benchmark.py", "benchmarks/*.py", "examples/**/*.py")
 
 
 @dataclass(frozen=True)
@@ -255,6 +255,12 @@ def drop_rounding(code):
         yield *found.span(1), ""
 
 
+def drop_cast(code):
+    """Of a term or factor in the streams' type, or of what is stored in it."""
+    yield from replaced(r"\b(static_cast<[A-Z]\w*>)\(", code, "")
+    yield from replaced(r" [*+-]=? (static_cast<float>)\(\w+(?:\[\w+\])?\.v\[", code, "")
+
+
 def narrow_product(code):
     """32 bits where a line multiplies in 64."""
     for found in re.finditer(r"[^\n]*\bsize_t\([^\n]*", code):
@@ -346,9 +352,9 @@ def swap_branches(code):
 
 KERNEL_OPERATORS = (
     *(drop_barrier, move_bound, turn_comparison, negate_condition, drop_operand, turn_sum),
-    *(turn_product, swap_indices, swap_arguments, drop_rounding, narrow_product, drop_reset),
-    *(less_precise, wrong_stride, drop_last_iteration, drop_first_iteration, change_constant),
-    *(negate_value, swap_extremes, drop_statement, swap_branches),
+    *(turn_product, swap_indices, swap_arguments, drop_rounding, drop_cast, narrow_product),
+    *(drop_reset, less_precise, wrong_stride, drop_last_iteration, drop_first_iteration),
+    *(change_constant, negate_value, swap_extremes, drop_statement, swap_branches),
 )
 
 

@@ -1,26 +1,33 @@
-"""Says which mutants the tests catch: draws them, or takes named ones, and runs tests on each.
+"""Says which mutants the tests catch.
 
+    python tests/mutation/run.py bodies --workers 16 --part 1/4 --report report.json
+    python tests/mutation/run.py planted                     the mistakes planted by hand
     python tests/mutation/run.py record --workers 16         once; again when tests have changed
     python tests/mutation/run.py run --seed 1 --count 300 --workers 16 --report report.json
     python tests/mutation/run.py run --again report.json     the survivors of a report once more
     python tests/mutation/run.py show --seed 1 --count 300   what would be drawn, and by which tests
 
+`bodies` judges one mutant of each operator in each kernel text (sampler.of_kernels), of which
+test_operators.py has a sample in CI: its bodies run on a few cases (bodies.py). It prints a table
+of what each rung caught, and the survivors. It needs no `record`.
+
 `record` runs the tests once and keeps which lines of Python each test runs, which variants of
-bodies it launches and how long it takes, in .mutation/map.json.gz. `run` plants each mutant in a
-copy of the tree, a copy for each worker. A kernel text's bodies run on a few cases (bodies.py).
-Then one pytest that stops at the first failure runs the tests that run the mutant's line (or launch
-a body that its text is part of): cheapest first, first one test of every function, as far as
---budget seconds go (of those that were recorded, and of compiling the changed body).
+bodies it launches and how long it takes, in .mutation/map.json.gz. `run` draws mutants of any file,
+also of Python. After a kernel text's bodies have run, one pytest that stops at the first failure
+runs the tests that run the mutant's line (or launch a body that its text is part of): cheapest
+first, first one test of every function, as far as --budget seconds go (of those that were recorded,
+and of compiling the changed body).
 
-A mutant that no test can see is a survivor at once. One whose tests take too long is caught only
-if the same tests take a fifth of that time without it. A test that failed runs again without the
-mutant: where it fails too, the outcome is "unsure". Mutants in survivors.py are not run. A run
-that was cut short goes on where its report ends.
+Each mutant is planted in a copy of the tree, a copy for each worker. A mutant that no test can see
+is a survivor at once. One whose tests take too long is caught only if the same tests take a fifth
+of that time without it. A test that failed runs again without the mutant: where it fails too, the
+outcome is "unsure". Mutants in survivors.py are not run: "known". A run that was cut short goes on
+where its report ends.
 
-The report is JSON: outcome (caught, survived, timeout, unsure, known), the test that caught it,
-seconds, how many tests ran of how many that could; "gpu": only a GPU runs this text, so that
-elsewhere NVRTC alone judged it. The survivors are printed again at the end. Tests that quote a
-body's text, and those that need a GPU, are left out: see choice.py.
+The report is JSON: outcome (caught, survived, timeout, unsure, known, gpu), who caught it, seconds,
+how many tests ran of how many that could. "gpu": NVRTC takes the mutant, and only a GPU runs this
+text (`run --gpu` there). Tests in mutation/, and those that need a GPU, are left out: see
+choice.py.
 
 It needs the tests' dependencies, no GPU and no network. A mutant takes about 7 seconds of one core,
 a survivor up to a minute or two.
@@ -46,18 +53,16 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from mutation.choice import LEFT_OUT, SLOW, Map, bodies_of, digests  # noqa: E402
+from mutation.choice import LEFT_OUT, ONLY_GPU, SLOW, Map, backends, bodies_of, digests  # noqa: E402
 from mutation.operators import ROOT, Mutant, mutants  # noqa: E402
-from mutation.sampler import sample  # noqa: E402
-from mutation.survivors import EQUIVALENT  # noqa: E402
+from mutation.sampler import of_kernels, sample  # noqa: E402
+from mutation.survivors import why  # noqa: E402
 
 MAP = ROOT / ".mutation" / "map.json.gz"
 COPIED = ("mhc_mlx", "kernels", "tests", "benchmarks", "examples", "benchmark.py")
-COPIED += ("pyproject.toml", "README.md", "ONBOARDING.md", "LICENSE", ".ci", ".gitignore")
+COPIED += ("docs", "pyproject.toml", "README.md", "ONBOARDING.md", "LICENSE", ".ci", ".gitignore")
 FACTOR = 5  # how much longer than without a mutant tests take before they count as hanging
 BODIES = 300.0  # seconds for bodies.py, at most
-# The simulator has its own in place of these.
-ONLY_GPU = ("kernels/include/cuda/ptx.h", "kernels/include/cuda/metal_words.h")
 WITHOUT_GPU = ["tests/proof/test_nvrtc.py::test_instructions_of_ptx"]  # can see some of that
 STARTING = 8.0  # seconds for pytest to begin, at most
 PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-rfE", "-W", "ignore"]
@@ -227,14 +232,13 @@ class Result:
     seconds: float = 0.0
     ran: int = 0
     could: int = 0
-    gpu: bool = False  # only a GPU runs this text
 
 
 class Worker:
     """A copy of the tree in which mutants are planted, one at a time."""
 
     def __init__(
-        self, folder: Path, known: Map, budget: float, gpu: bool = False, launches: str = ""
+        self, folder: Path, known: Map | None, budget: float, gpu: bool = False, launches: str = ""
     ):
         self.tree, self.known, self.budget, self.gpu = copy_tree(folder), known, budget, gpu
         self.launches = launches
@@ -251,15 +255,14 @@ class Worker:
         source = (ROOT / m.file).read_text()
         result = Result(str(m), m.key, "survived")
         kernel = not m.file.endswith(".py")
-        result.gpu = m.file in ONLY_GPU
-        names, more = self.known.of_mutant(m)
-        tests = self.known.ordered(names, more)
+        only_gpu = bool(ONLY_GPU.search(m.file))
+        tests = self.known.ordered(*self.known.of_mutant(m)) if self.known else []
         chosen, total = [], 0.0
         for name, seconds in tests:
             if not chosen or total + seconds <= self.budget:
                 chosen.append(name)
                 total += seconds
-        if result.gpu:
+        if only_gpu:
             chosen, total = WITHOUT_GPU, 10.0
             if self.gpu:
                 chosen, total = [*WITHOUT_GPU, "tests/ops/test_gpu.py"], 610.0
@@ -280,6 +283,8 @@ class Worker:
                     result.outcome = "caught" if self.right(m, source, chosen, text) else "unsure"
         finally:
             self.write(m.file, source)
+        if only_gpu and not self.gpu and result.outcome == "survived":
+            result.outcome = "gpu"
         result.seconds = round(time.perf_counter() - start, 2)
         return result
 
@@ -316,13 +321,7 @@ class Worker:
 
     def of_bodies(self, m: Mutant) -> tuple[str, str]:
         """What the simulator, parity, pinned traffic, the dialect and NVRTC say of the bodies."""
-        forms = "metal,cuda"
-        if "/metal/" in m.file:
-            forms = "metal"
-        elif m.file in ONLY_GPU:
-            forms = "nvrtc"
-        elif "/cuda/" in m.file:
-            forms = "cuda"
+        forms = "nvrtc" if ONLY_GPU.search(m.file) else ",".join(backends(m.file))
         program = ["tests/mutation/bodies.py", "run", self.launches, forms, *sorted(bodies_of(m))]
 
         def go() -> tuple[int | None, str]:
@@ -356,10 +355,8 @@ def run(chosen: list[Mutant], workers: int, report: Path | None, *judges) -> Non
     chosen = [m for m in chosen if m.key not in {r.key for r in results}]
 
     def one(m: Mutant, worker: Worker) -> None:
-        if m.key in EQUIVALENT:
-            result = Result(str(m), m.key, "known", EQUIVALENT[m.key])
-        else:
-            result = worker.judge(m)
+        known = why(m)
+        result = Result(str(m), m.key, "known", known) if known else worker.judge(m)
         with lock:
             results.append(result)
             print(f"{result.outcome} {result.seconds:.0f} s, {result.ran} of {result.could}: {m}")
@@ -379,14 +376,37 @@ def run(chosen: list[Mutant], workers: int, report: Path | None, *judges) -> Non
                 raise SystemExit(text)
         judges = (*judges, launches)
         each(chosen, workers, one, lambda k: Worker(Path(folder, f"{k}"), *judges))
-    count = Counter(r.outcome for r in results)
     seconds = sum(r.seconds for r in results) / max(len(results), 1)
-    print(f"\n{dict(count)}, {seconds:.1f} s each")
-    for r in sorted(
-        (r for r in results if r.outcome in ("survived", "unsure")), key=lambda r: r.mutant
-    ):
-        note = " (only a GPU runs this text)" if r.gpu else ""
-        print(f"{r.outcome}, {r.ran} of {r.could} tests{note}: {r.mutant}")
+    print(f"\n{table(results)}\n\n{seconds:.1f} s each")
+    for r in sorted(results, key=lambda r: r.mutant):
+        if r.outcome in ("survived", "unsure", "gpu"):
+            print(f"{r.outcome}, {r.ran} of {r.could} tests: {r.mutant}")
+
+
+def table(results: list[Result]) -> str:
+    """Per file how many mutants each rung caught, and the other outcomes."""
+    counts: dict[str, Counter] = {}
+    for r in results:
+        rung = re.search("does not compile|rules|parity|traffic|dialect|nvrtc", r.test)
+        word = rung.group() if r.outcome == "caught" and rung else r.outcome
+        counts.setdefault(r.key[0], Counter())[word] += 1
+    counts["all"] = sum(counts.values(), Counter())
+    words = [word for word, _ in counts["all"].most_common()]
+    lines = [["mutants in", *words], ["---"] * (len(words) + 1)]
+    lines += [[file, *(str(c[word] or "") for word in words)] for file, c in counts.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def planted() -> None:
+    """Who catches what of the mistakes that are planted by hand."""
+    from mutation.test_planted import PLANTED, RUNGS, objections
+
+    print(f"| mistake | body | {' | '.join(RUNGS)} |\n|---|---|{'---|' * len(RUNGS)}")
+    for m in PLANTED:
+        says = objections(m.case, m.body, m)
+        marks = " | ".join("caught" if r in says else "" for r in RUNGS)
+        file = m.body if m.file == f"{m.body}.metal" else f"{m.body} ({m.file})"
+        print(f"| {m.what} | {file} | {marks} |", flush=True)
 
 
 def earlier(report: Path | None) -> list[Result]:
@@ -408,10 +428,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=("record", "run", "show"))
+    parser.add_argument("command", choices=("bodies", "planted", "record", "run", "show"))
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--map", type=Path, default=MAP, help="where record keeps what it saw")
     parser.add_argument("--only", default="", help="part of files' names (record: of test files)")
+    parser.add_argument("--part", default="1/1", help="of bodies: I/N, every Nth from the Ith")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--budget", type=float, default=60, help="seconds of tests for a mutant")
@@ -420,12 +441,18 @@ def main() -> None:
     parser.add_argument("--again", type=Path, help="a report whose survivors are run")
     args = parser.parse_args()
     if args.command == "record":
-        record(args.workers, args.only, args.map)
-        return
-    if not args.map.exists():
+        return record(args.workers, args.only, args.map)
+    if args.command == "planted":
+        return planted()
+    known = None
+    if args.command == "bodies":
+        first, count = map(int, args.part.split("/"))
+        chosen = of_kernels(args.only)[first - 1 :: count]
+    elif args.map.exists():
+        known, chosen = Map(args.map), sample(args.seed, args.count, args.only)
+    else:
         parser.error(f"{args.map} must exist: record it first")
-    chosen = again(args.again) if args.again else sample(args.seed, args.count, args.only)
-    known = Map(args.map)
+    chosen = again(args.again) if args.again else chosen
     if args.command == "show":
         for m in chosen:
             tests = known.ordered(*known.of_mutant(m))

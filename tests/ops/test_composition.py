@@ -9,6 +9,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from cases import FUSED, OPS, Case
 from mlx.utils import tree_flatten
 from proof import executor
 
@@ -188,6 +189,10 @@ def calls(lead=LEAD, dtype=mx.float32):
         if c in (DEEPSEEK_V4, MHC_LITE, IDENTITY):
             made[f"single pass {c.name}"] = ("mhc_single_pass", [x, y, phi, bias, alpha, weight], c)
     made["head"] = ("mhc_head", [x, phi[:N], bias[:N], alpha[:1]], DEEPSEEK_V4)
+    for op in [op for op in FUSED if op not in {name for name, *_ in made.values()}]:
+        c = [PAPER] if "convention" in OPS[op].statics else []
+        case = Case(op, lead, N, C, str(dtype).split(".")[-1], *c, per_token=(True, True))
+        made[op] = (op, case.arrays(), *c)
     return made
 
 

@@ -1,15 +1,49 @@
-"""Every body is launched by a case of cases.py: a new body without a row there fails."""
+"""What an op lacks of ONBOARDING's "Add an op" is named: a body without a case, an op without its
+row, its equations or its name."""
 
-from pathlib import Path
+import inspect
 
+import cases
 import mlx.core as mx
 import pytest
-from cases import COVERING, DYNAMIC, SINGLE
-from proof import results
+from proof import oracle, results
 
-from mhc_mlx import launch, ops
+import mhc_mlx
+from mhc_mlx import launch, ops, reference
+from mhc_mlx.ops.autodiff import FUSED_OPS
 
-BODIES = {p.stem for p in (Path(__file__).parents[2] / "kernels").glob("*.metal")}
+BODIES = {p.stem for p in launch._FOLDERS[1].glob("*.metal")}
+WITHOUT_KERNELS = ("gates", "project", "rms_norm", "stream_distribute", "stream_mix")
+PLACES = {  # where each op is: its name is there
+    "tests/cases.py": cases.OPS,
+    "a list of tests/cases.py": {case.op for case in cases.CASES},
+    "tests/proof/oracle.py": vars(oracle),
+    "mhc_mlx/reference.py": vars(reference),
+    "a FusedOp of mhc_mlx/ops/": FUSED_OPS,
+    "mhc_mlx/ops/__init__.py": vars(ops),
+    "mhc_mlx/__init__.py": vars(mhc_mlx),
+}
+
+
+def missing_pieces() -> list[str]:
+    public = {k for k, f in vars(reference).items() if inspect.isfunction(f) and k[0] != "_"}
+    names = ({*FUSED_OPS} | {*cases.OPS} | public) - {*WITHOUT_KERNELS}
+    return [
+        f"{op} is not in {place}"
+        for op in sorted(names)
+        for place, known in PLACES.items()
+        if op not in known
+    ]
+
+
+def test_every_op_is_complete():
+    assert missing_pieces() == []
+
+
+@pytest.mark.parametrize("place", [p for p in PLACES if isinstance(PLACES[p], dict)])
+def test_a_missing_piece_is_named(place, monkeypatch):
+    monkeypatch.delitem(PLACES[place], "stream_aggregate")
+    assert missing_pieces() == [f"stream_aggregate is not in {place}"]
 
 
 @pytest.fixture
@@ -34,11 +68,9 @@ def uncovered(monkeypatch):
 
 def test_every_body_has_a_case(uncovered):
     assert BODIES, "no kernels/*.metal"
-    assert uncovered(COVERING + DYNAMIC + SINGLE, BODIES) == set(), (
-        "bodies without a case in tests/cases.py"
-    )
+    assert uncovered(cases.CASES, BODIES) == set(), "bodies without a case in tests/cases.py"
 
 
 def test_a_body_without_a_case_is_named(uncovered):
-    few_streams = [case for case in COVERING + DYNAMIC + SINGLE if case.n <= 8]
+    few_streams = [case for case in cases.CASES if case.n <= 8]
     assert uncovered(few_streams, BODIES | {"made_up"}) == {"made_up", "mhc_fused_backward_wide"}

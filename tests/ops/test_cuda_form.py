@@ -4,12 +4,12 @@ import functools
 
 import mlx.core as mx
 import pytest
-from cases import DYNAMIC, PROJECTED, RINGED, SINGLE, UNUSUAL, Case
+from cases import DYNAMIC, OF_LOGITS, RINGED, SINGLE, UNUSUAL, Case
 from proof import check, executor, results, set_tiling
 
 from mhc_mlx import DEEPSEEK_V4, ops
 
-CASES = [c for c in DYNAMIC + SINGLE + UNUSUAL if c.op in (*PROJECTED, "mhc_single_pass")] + RINGED
+CASES = [c for c in DYNAMIC + SINGLE + UNUSUAL if c.op in OF_LOGITS] + RINGED
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

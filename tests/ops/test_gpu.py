@@ -1,8 +1,6 @@
 """What only a GPU can show: more than 2**31 elements, more than 65535 tokens, peak memory."""
 
 import contextlib
-import importlib.util
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,6 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mhc_mlx as m
+from examples.train_lm import byte_lm
 from mhc_mlx import ops, reference
 
 
@@ -157,10 +156,6 @@ def test_peak_memory_of_a_training_step():
     The last is measured: it is what the same transformer with plain residuals holds, less the
     stream and its norm of each sublayer.
     """
-    file = Path(__file__).parents[2] / "examples" / "byte_lm.py"
-    spec = importlib.util.spec_from_file_location("byte_lm", file)
-    byte_lm = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(byte_lm)
     dim, depth, n, batch = 256, 12, 4, mx.random.randint(0, 256, (32, 257))
     tokens = batch.shape[0] * (batch.shape[1] - 1)
 

@@ -7,15 +7,16 @@ from functools import partial
 
 import numpy as np
 import pytest
+from calls import LAYOUTS
 from cases import (
     DRAWS,
     DTYPES,
+    FUSED,
     GRADIENT,
-    LAYOUTS,
+    OF_LOGITS,
+    OPS,
     OUTPUT_ULPS,
-    PROJECTED,
     REFERENCE,
-    SEAMS,
     ULP,
     Case,
 )
@@ -27,9 +28,6 @@ from proof.compare import case_output, check, doubles, exact, results
 from mhc_mlx import PAPER, Convention, ops, reference
 from mhc_mlx.conventions import AXES, SINKHORN, STARTS
 
-OPS = ("stream_mix_add", "stream_aggregate_norm", "mhc_static", "mhc_layer", "sinkhorn_knopp")
-OPS += ("stream_aggregate", *PROJECTED, *SEAMS)
-MADE = (*PROJECTED, "mhc_single_pass")  # of logits
 EXAMPLES = 12  # of each op; each compiles two to five kernels, in a fifth of a second each
 SENSITIVITY = 0.15  # of the bound: a kernel rounds several times on the way
 PHI = 100_000  # elements at most, unless C is 1
@@ -49,7 +47,7 @@ def streams(op: str, start: str | None) -> st.SearchStrategy[int]:
     """
     if start == "kronecker":
         return st.integers(0, 6).map(lambda bits: 2**bits)
-    most = MOST_STREAMS.get(start, 16 if op in MADE else 64)
+    most = MOST_STREAMS.get(start, 16 if op in OF_LOGITS else 64)
     return st.integers(1, min(8, most)) | st.integers(1, most)
 
 
@@ -69,7 +67,7 @@ def conventions(draw, op: str, start: str, n: int) -> Convention:
         half_steps["transposed"] = draw(flags)
         # n == 1: else the gradient is a power of eps, less than float32 resolves
         half_steps["eps"] = draw(st.just(0.0) | between(1e-8, 0.2)) if n > 1 else 0.0
-    gates, sigmoid = {}, op in MADE or draw(flags)
+    gates, sigmoid = {}, op in OF_LOGITS or draw(flags)
     if sigmoid:
         gates = {name: draw(st.just(0.0) | between(1e-6, 0.5)) for name in ("pre_eps", "post_eps")}
         gates["post_scale"] = draw(st.sampled_from([2.0, 1.0]) | between(0.1, 4.0))
@@ -80,20 +78,19 @@ def conventions(draw, op: str, start: str, n: int) -> Convention:
 def calls(draw, op: str) -> tuple[Case, int | None, str]:
     """A case, threads_per_group and the form of the kernels. A failure shrinks to the first or
     least of each choice."""
-    start, convention, most = None, None, 300
-    if op in MADE:
+    row, start, convention, most = OPS[op], None, None, 300
+    if op in OF_LOGITS:
         start = draw(st.sampled_from(STARTS))
-    elif op in ("mhc_layer", "sinkhorn_knopp"):
+    elif "convention" in row.statics:
         start = draw(st.sampled_from(SINKHORN))
     n = draw(streams(op, start))
     if start:
         convention = draw(conventions(op, start, n))
-    if op in MADE:
+    if op in OF_LOGITS:
         outs = n if op == "mhc_head" else 2 * n + convention.res_size(n)
         most = min(most, max(1, PHI // (outs * n)))
-    C = n if op == "sinkhorn_knopp" else draw(st.integers(1, most))
-    per_token = {"stream_mix_add": (flags, flags), "stream_aggregate": (flags, st.just(False))}
-    per_token["mhc_seam"] = (flags, flags)
+    C = draw(st.integers(1, most)) if row.rows else n
+    per_token = [flags if says else st.just(False) for says in row.per_token]
     shown = between(0.01, 1.0)  # of eps
     case = Case(
         op,
@@ -104,19 +101,19 @@ def calls(draw, op: str) -> tuple[Case, int | None, str]:
         convention,
         # as u**2, where C or n is 1: what is left of the gradient of h_pre
         eps=n / 2 if 1 in (n, C) else draw(st.just(1e-5) | shown),
-        per_token=draw(st.tuples(*per_token[op])) if op in per_token else (False, False),
-        identity=op in ("stream_mix_add", "mhc_static", "mhc_seam") and draw(flags),
+        per_token=draw(st.tuples(*per_token)),
+        identity="h_res" in row.optional and draw(flags),
         weights=draw(st.sampled_from(list(DTYPES))),
         # I + l of sums that are no quotient of what cancels
-        scale=0.1 if op in MADE and start == "additive" else 2.0,
-        phi=draw(st.sampled_from(list(DTYPES))) if op in MADE else "float32",
-        norm=op not in ("mhc_pre", *SEAMS) or draw(flags),
-        rounded=op in SEAMS and draw(flags),
+        scale=0.1 if op in OF_LOGITS and start == "additive" else 2.0,
+        phi=draw(st.sampled_from(list(DTYPES))) if op in OF_LOGITS else "float32",
+        norm="weight" not in row.optional or draw(flags),
+        rounded="rounded" in row.statics and draw(flags),
         # else logits keep only the sign of x
         norm_eps=0.5 if n * C == 1 else draw(st.just(1e-6) | shown),
         layouts=tuple(draw(st.lists(LAID_OUT, min_size=1, max_size=7))),
     )
-    form = draw(st.sampled_from(FORMS)) if op in (*PROJECTED, "mhc_single_pass") else FORMS[0]
+    form = draw(st.sampled_from(FORMS)) if op in OF_LOGITS else FORMS[0]
     return case, draw(st.none() | st.integers(1, 32).map(lambda simdgroups: 32 * simdgroups)), form
 
 
@@ -165,7 +162,7 @@ def test_calls_that_failed_once(call, need):
     compare(*call)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", FUSED)
 def test_any_call(op, request, need):
     need("simulator")
     examples = request.config.getoption("--examples")

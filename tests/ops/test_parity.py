@@ -13,24 +13,36 @@ from cases import (
     DTYPES,
     DYNAMIC,
     EXACT,
+    FUSED,
     MAX_VARIANTS,
+    OF_LOGITS,
+    OPS,
     OUTPUT_ULPS,
     PROJECTED,
     REFERENCE,
     SINGLE,
+    STANDARD,
     ULP,
     UNUSUAL,
     Case,
 )
-from proof import check, errors, executor, results
-from proof.compare import check_bounds, doubles
+from proof import check, errors, executor, oracle, results
+from proof.compare import check_bounds, doubles, several
 
 from mhc_mlx import PAPER, ops, reference
 from mhc_mlx.conventions import SINKHORN
-from mhc_mlx.ops.autodiff import FUSED_OPS
 
-LISTS = (COVERING, DYNAMIC, SINGLE, UNUSUAL)
+LISTS = (COVERING, DYNAMIC, SINGLE, UNUSUAL, STANDARD)
 CASES = [case for cases in LISTS for case in cases]
+# The smallest call of each op that has several tokens, streams and channels: pytest -m quick.
+QUICK = [
+    min(
+        (c for c in CASES if c.op == op and min(c.tokens, c.n, c.C) > 1),
+        key=lambda c: c.tokens * c.n * c.C,
+    )
+    for op in FUSED
+]
+MARKED = [pytest.param(c, marks=pytest.mark.quick if c in QUICK else ()) for c in CASES]
 compiled: set = set()  # (rung, list of cases, variant)
 
 
@@ -38,8 +50,7 @@ def test_dynamic_covers():
     """Each op with every dtype, and over all ops each of what DYNAMIC lists."""
     seen = {op: {c.dtype for c in DYNAMIC if c.op == op} for op in (*PROJECTED, "stream_aggregate")}
     assert all(kinds == set(DTYPES) for kinds in seen.values()), seen
-    names = {"PAPER", "ROW_FIRST", "ADDITIVE", "DEEPSEEK_V4", *EXACT}
-    assert {c.convention.name for c in DYNAMIC if c.convention} == names
+    assert {c.convention.name for c in DYNAMIC if c.convention} == {*CONVENTIONS, *EXACT}
     assert {c.n for c in DYNAMIC} == {1, 2, 3, 4, 5, 8, 12, 16, 32}
     assert {c.C for c in DYNAMIC} == {1, 8, 31, 64, 129, 264, 1026, 1280}
     assert {c.phi for c in DYNAMIC} == {c.weights for c in DYNAMIC} == set(DTYPES)
@@ -49,13 +60,14 @@ def test_dynamic_covers():
 
 def test_unusual_covers():
     """Every op that has a constant, each of its constants unlike every preset's and default's."""
-    assert {c.op for c in UNUSUAL} == {*FUSED_OPS} - {"stream_aggregate", "stream_mix_add"}
+    constant = {op for op in FUSED if OPS[op].statics}
+    assert {c.op for c in UNUSUAL} == constant - {c.op for c in STANDARD}
     odd = {c.convention for c in UNUSUAL if c.convention}
     for name in ("eps", "pre_eps", "post_scale", "post_eps"):
         usual = {getattr(c, name) for c in (CONVENTIONS | EXACT).values()}
         users = [c for c in odd if name != "eps" or c.start in SINKHORN]
         assert min(abs(getattr(c, name) - v) for c in users for v in usual) >= 0.01, name
-    made = [c for c in UNUSUAL if c.op in (*PROJECTED, "mhc_single_pass")]
+    made = [c for c in UNUSUAL if c.op in OF_LOGITS]
     assert {c.norm_eps for c in made} == {0.25}
     assert {c.eps for c in UNUSUAL if c.op != "sinkhorn_knopp"} == {0.5}
     forms = {(c.start, c.first, c.transposed) for c in odd}
@@ -63,10 +75,45 @@ def test_unusual_covers():
     assert forms >= {("softmax", "rows", t) for t in (False, True)}
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", MARKED, ids=str)
 def test_reference(case):
     given = [a for a in case.arrays() if a is not None]
     check(case, results(getattr(reference, case.op), case, given), REFERENCE)
+
+
+X, Y, U = (3, 4, 8), (3, 8), (3, 8)
+NO_X, NO_Y, NO_POST = np.zeros(X), np.zeros(Y), np.zeros((3, 4))
+WITHOUT_KERNELS = {  # op: shapes of its arrays, what else it takes, the oracle and its gradients
+    "rms_norm": ([U, (8,)], (0.5,), oracle.rms_norm, slice(2)),
+    "gates": ([(4,), (4,)], (PAPER,), oracle.gates, slice(2)),
+    "project": ([(3, 16)], (4, PAPER), oracle.project, slice(1)),
+    "stream_mix": (
+        *([X, (3, 4, 4)], ()),
+        *(lambda x, h_res: oracle.stream_mix_add(x, NO_Y, NO_POST, h_res), slice(0, 4, 3)),
+    ),
+    "stream_distribute": (
+        *([Y, (3, 4)], ()),
+        *(lambda y, h_post: oracle.stream_mix_add(NO_X, y, h_post), slice(1, 3)),
+    ),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("op", WITHOUT_KERNELS)
+def test_ops_without_kernels(op):
+    shapes, statics, in_float64, gradients = WITHOUT_KERNELS[op]
+    given = [mx.random.normal(shape) for shape in shapes]
+    out, backward = in_float64(*map(doubles, given), *statics)
+    cotangents = [mx.random.normal(a.shape) for a in several(out)]
+    got = mx.vjp(lambda *a: several(getattr(ops, op)(*a, *statics)), given, cotangents)
+    back = backward(*map(doubles, cotangents))
+    for a, b in zip(sum(got, []), [*several(out), *several(back)[gradients]], strict=True):
+        assert np.abs(doubles(a) - b).max() <= 1e-5 * np.abs(b).max()
+
+
+def test_every_op_is_quick():
+    public = {k for k, f in vars(ops).items() if callable(f) and hasattr(reference, k)}
+    assert {case.op for case in QUICK} | {*WITHOUT_KERNELS} == public
 
 
 @pytest.mark.parametrize("rung", ["reference", "simulator"])
@@ -93,7 +140,7 @@ def test_dynamic_gradients_at_scale(name, n, scale, bound, rung, need):
 
 
 @pytest.mark.parametrize("rung", ["stand-in", "simulator", "gpu"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", MARKED, ids=str)
 def test_kernels(case, rung, need):
     need(rung)
     given = [a for a in case.arrays() if a is not None]

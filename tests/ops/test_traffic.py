@@ -6,7 +6,7 @@ backward pass only one.
 """
 
 import pytest
-from cases import Case
+from cases import FUSED, OF_LOGITS, OPS, PROJECTED, Case
 from proof import executor, results, simulator
 
 from mhc_mlx import PAPER, ROW_FIRST, ops
@@ -212,7 +212,7 @@ PINNED = [
     (
         Case("mhc_pre", **TILES | {"lead": (2,)}, norm=False),
         "mhc_pre_partial_logits: x 2048 in all; phi 1, partial_logits 1",
-        "mhc_seam: x 1, u 1; partial_logits 1, bias 2, made_post 1, made_res 1, l 1",
+        "mhc_seam: x 1, u 1; partial_logits 1, bias 2, new_h_post 1, new_h_res 1, l 1",
         "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
         "mhc_pre_backward_generic: x 2, du 2, dx_out 1, dx 1; phi 1, bias 16 in all, l 162 in all, "
         "dz_res 1, dh_post 1, dp 1, partial 1",
@@ -221,7 +221,7 @@ PINNED = [
     (
         Case("mhc_single_pass", **TILES | {"lead": (2,)}),
         "mhc_pre_partial_logits: x 2048 in all; phi 1, partial_logits 1",
-        "mhc_seam: x 0; partial_logits 1, bias 2, made_pre 1, made_post 1, made_res 1, l 1",
+        "mhc_seam: x 0; partial_logits 1, bias 2, new_h_pre 1, new_h_post 1, new_h_res 1, l 1",
         "mhc_seam: x 1, y 1, out 1, u 1; h_pre 1, h_post 1, h_res 1, weight 2",
         "mhc_seam_backward: x 1, y 1, dout 1, du 1, dx 1, dy 1; h_pre 1, h_post 1, h_res 1, weight "
         "4, dh_pre 1, dh_post 1, dh_res 1, partial 1",
@@ -231,7 +231,7 @@ PINNED = [
         "dz_res 1, dh_pre 1, dh_post 1, dp 1, partial 1",
         "mhc_pre_backward_phi: x 1; dp 1, partial 1",
         "mhc_pre_partial_logits: x 2048 in all; phi 1, partial_logits 1",
-        "mhc_seam: x 1, y 1, out 1, u 1; weight 2, partial_logits 1, bias 2, made_pre 1",
+        "mhc_seam: x 1, y 1, out 1, u 1; weight 2, partial_logits 1, bias 2, new_h_pre 1",
     ),
 ]
 
@@ -264,23 +264,31 @@ def test_loads_and_stores(case, lines, need):
     assert [words(r) for r in launches(case)] == lines
 
 
-@pytest.mark.parametrize(
-    "op, forward, backward",
-    [
-        ("mhc_static", 8, 12),
-        ("stream_aggregate", 5, 9),
-        ("stream_aggregate_norm", 5, 9),
-        ("stream_mix_add", 9, 14),
-        ("mhc_seam", 10, 15),
-    ],
-)
+def rows(records: list[simulator.Record], size: int, once: bool) -> float:
+    """How many rows launches move, where all tokens have `size` elements of a row: each time, or
+    each array once."""
+    moved: dict[str, int] = {}
+    for name, b in [item for record in records for item in record.buffers.items()]:
+        if name != "partial" and b.array.size and b.array.size % size == 0:
+            count, before = int((b.loads + b.stores).sum()), moved.get(name, 0)
+            moved[name] = max(before, min(count, b.array.size)) if once else before + count
+    return sum(moved.values()) / size
+
+
+@pytest.mark.parametrize("op", [op for op in FUSED if OPS[op].rows])
 @pytest.mark.parametrize("C, dtype", [(1024, "bfloat16"), (129, "float32")])
-def test_rows_of_design(op, forward, backward, C, dtype, need):
-    """Rows of C elements per token at n = 4, ragged or not: the floor, exactly."""
+def test_rows_of_design(op, C, dtype, need):
+    """Rows of C elements per token at n = 4, ragged or not: the floor of cases.py, exactly. Ops
+    whose tokens make logits read x again for what they read with these, from the cache, and in the
+    next launch: of these each array counts once, and mhc_single_pass, which has x twice in its
+    floor, may stay below it."""
     need("simulator")
-    records = [r for r in launches(Case(op, (5,), 4, C, dtype)) if r.name != "sum_partials"]
-    moved = [
-        sum(int((b.loads + b.stores).sum()) for k, b in r.buffers.items() if k in STREAMS)
-        for r in records
-    ]
-    assert moved == [forward * 5 * C, backward * 5 * C]
+    convention = PAPER if "convention" in OPS[op].statics else None
+    records = launches(Case(op, (5,), 4, C, dtype, convention, norm=op not in PROJECTED))
+    backward = [r for r in records if "backward" in r.name]
+    forward = [r for r in records if "backward" not in r.name]
+    moved = [rows(of, 5 * C, op in OF_LOGITS) for of in (forward, backward)]
+    floor = OPS[op].rows(4)
+    floor = [sum(floor[:2]), sum(floor[2:])]
+    below = op == "mhc_single_pass" and moved[0] <= floor[0] and moved[1] <= floor[1]
+    assert moved == floor or below, (moved, floor)

@@ -1,4 +1,4 @@
-"""Runs a test file, or what launches it, as processes of their own."""
+"""Run a test file, or what launches it, as processes of their own."""
 
 import os
 import signal
@@ -12,13 +12,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(command: list, log: Path) -> tuple[int, str]:
-    """The return code of a command, and what it printed, in a minute at most."""
+    """Return the code of a command, and what it printed, in a minute at most."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     with open(log, "w") as f:
         process = subprocess.Popen(
             [*map(str, command)],
             env=os.environ | {"PYTHONPATH": path},
-            stdin=subprocess.PIPE,  # open: at the end of its input mlx.launch spins
+            stdin=subprocess.PIPE,  # stays open: at the end of its input mlx.launch spins
             stdout=f,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -32,7 +32,7 @@ def run(command: list, log: Path) -> tuple[int, str]:
 
 
 def free_port() -> int:
-    """The first of two: mlx.launch gives the next to the second process."""
+    """Find the first of two: mlx.launch gives the next to the second process."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
             with socket.create_connection(server.getsockname()):

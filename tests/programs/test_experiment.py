@@ -1,4 +1,4 @@
-"""examples/experiment.py and overhead.py: what they compare, and what their tables say."""
+"""benchmarks/experiment.py compares connections, and keeps what other programs wrote."""
 
 import json
 import math
@@ -7,44 +7,39 @@ import os
 import mlx.core as mx
 import pytest
 
-from programs import trainer  # which finds examples/
+from benchmarks import experiment
+from programs import trainer
 from programs.trainer import command, rows
-
-# isort: split
-import experiment
-import overhead
 
 on_the_cpu, uncompiled, corpus = trainer.on_the_cpu, trainer.uncompiled, trainer.corpus
 
 
 def test_widths_without_a_connection_that_cannot_be(monkeypatch, tmp_path):
-    """More streams than mhc-lite or kronecker can have, where they are not asked for."""
-    made = {}
-    monkeypatch.setattr(
-        experiment, "run", lambda c, seed, command, width, out: made.update({c: width})
-    )
+    """There can be more streams than mhc-lite or kronecker can have, where nobody asks for them."""
+    widths = {}
+    monkeypatch.setattr(experiment, "run", lambda c, *rest: widths.update({c: rest[2]}))
     monkeypatch.setattr(experiment, "summarise", lambda out: None)
     sizes = ["--out", str(tmp_path), "--seeds", "0", "--dim", "8", "--depth", "1", "--heads", "2"]
     experiment.main([*sizes, "--streams", "8", "--connections", "mhc"])
-    assert made == {"mhc": 32}
+    assert widths == {"mhc": 32}
     experiment.main([*sizes, "--connections", "mhc"])
-    alone = made.pop("mhc")
+    alone = widths.pop("mhc")
     experiment.main(sizes)
-    assert made.keys() == set(experiment.CONNECTIONS) and made["mhc"] == alone > 32
+    assert widths.keys() == set(experiment.CONNECTIONS) and widths["mhc"] == alone > 32
     monkeypatch.setattr(experiment, "CONNECTIONS", ("plain", "kronecker", "mhc"))
-    made.clear()
+    widths.clear()
     experiment.main([*sizes, "--streams", "6", "--connections", "mhc"])
-    assert made == {"mhc": 32}
+    assert widths == {"mhc": 32}
 
 
 def test_experiment(corpus, tmp_path, capsys, uncompiled):
-    """Two connections in two calls, as machines would share them."""
+    """Two connections train in two calls, as machines would share them."""
     options = command(corpus)
     for name in ("--connection", "--seconds", "--sample"):  # which are the program's to set
         del options[options.index(name) : options.index(name) + 2]
     for connection in ("plain", "identity"):
-        own = ["--connections", connection, "--seeds", "0", "--steps", "3"]
-        experiment.main(["--out", str(tmp_path), *options, *own])
+        run_options = ["--connections", connection, "--seeds", "0", "--steps", "3"]
+        experiment.main(["--out", str(tmp_path), *options, *run_options])
     out = capsys.readouterr().out
     found = {
         r["connection"]: r for r in json.loads((tmp_path / "summary.json").read_text())["runs"]
@@ -61,7 +56,7 @@ def test_experiment(corpus, tmp_path, capsys, uncompiled):
 
 
 def record(connection, seed, **fields):
-    """Of a run, as experiment.py writes it."""
+    """Return the record of a run, as experiment.py writes it."""
     found = {"connection": connection, "seed": seed, "parameters": 7, "steps": 3, "finite": True}
     found |= {"bits_per_byte": 2.0, "validation": 2.5, "similarity": None, "ms_per_step": 10.0}
     found |= {"peak_mib": 5.0, "report": None, "log": f"{connection}-seed{seed}.csv"}
@@ -69,7 +64,7 @@ def record(connection, seed, **fields):
 
 
 def cells(text, name):
-    """The row of a connection."""
+    """Return the row of a connection."""
     (line,) = [line for line in text.splitlines() if line.startswith(f"| `{name}`")]
     return [cell.strip() for cell in line.split("|")[1:-1]]
 
@@ -111,7 +106,7 @@ def test_files_of_a_diverged_run_are_json(tmp_path, monkeypatch):
 
 
 def test_runs_are_not_written_over(corpus, tmp_path, monkeypatch):
-    """Nor what is not of this program; all is looked at before the first run."""
+    """Nor is what is not of this program; all is looked at before the first run."""
     monkeypatch.setattr(experiment, "train", None)
     sizes = ["--dim", "8", "--depth", "1", "--heads", "2", "--data", str(corpus)]
     names = ["mhc-seed1.json", "plain-seed1.csv", "summary.json", "gains.png", "loss.png"]
@@ -119,10 +114,10 @@ def test_runs_are_not_written_over(corpus, tmp_path, monkeypatch):
         folder = tmp_path / str(k)
         folder.mkdir()
         (folder / name).write_text("{}")
-        with pytest.raises(SystemExit, match=f"--out: .* must be a new file.*{name} exists"):
+        with pytest.raises(SystemExit, match=f"--out: .* must be a new file.*{name}"):
             experiment.main(["--out", str(folder), *sizes, "--connections", "plain", "mhc"])
         assert os.listdir(folder) == [name] and (folder / name).read_text() == "{}"
-    with pytest.raises(SystemExit, match="--out: .*summary.json exists"):
+    with pytest.raises(SystemExit, match="summary.json must be .* an earlier one .* has no runs"):
         experiment.main(["--out", str(tmp_path / "2"), "--summary"])
 
 
@@ -155,7 +150,7 @@ def test_no_metal_is_for_connections_with_kernels(tmp_path):
     assert names["plain"] > names["mhc"] == 32
     for connection in ("plain", "mhc"):
         command = experiment.command_of(connection, 3, ["--no-metal"], 40, tmp_path)
-        args = experiment.parse(command)
+        args = experiment.options.parse(command)
         assert args.no_metal == (connection == "mhc")
         assert (args.seed, args.mlp, args.sample, args.seconds) == (3, 40, 0, 1e9)
         assert args.log == str(tmp_path / f"{connection}-seed3.csv")
@@ -187,75 +182,9 @@ def test_malformed_runs_are_one_error(tmp_path, capsys):
         experiment.main(["--out", str(tmp_path), "--summary"])
 
 
-def test_overhead(tmp_path, capsys, uncompiled):
-    file = tmp_path / "overhead.json"
-    sizes = ["--dims", "8", "--depth", "1", "--tokens", "32", "--context", "16", "--copy-mib", "1"]
-    overhead.main([*sizes, "--dtype", "float32", "--steps", "1", "--json", str(file)])
-    record = json.loads(file.read_text())
-    (result,) = record["results"]
-    # 41 rows of 8 float32 for 32 tokens in 2 sublayers
-    floor = 41 * 2 * 8 * 32 * 4 / record["copy_gb_s"] / 1e6
-    assert result["floor_ms"] == pytest.approx(floor)
-    added_fused = result["fused"]["added_ms"]
-    for kind in ("fused", "reference"):
-        added = result[kind]["ms"] - result["plain"]["ms"]
-        assert result[kind]["added_ms"] == pytest.approx(added)
-        assert result[kind]["x_floor"] == pytest.approx(added / floor)
-    assert (
-        result["fused"]["losses"] == result["reference"]["losses"][: len(result["fused"]["losses"])]
-    )
-    out = capsys.readouterr().out
-    assert "both the reference on the CPU" in out and "| 8 | fused |" in out
-    assert "dim 8: the losses of 4 steps" in out and "by at most 0.0e+00 bits" in out
-    apart = json.loads(file.read_text())
-    apart["results"][0]["reference"]["losses"][1] += 0.25
-    (tmp_path / "apart.json").write_text(json.dumps(apart))
-    overhead.main(["--from", str(tmp_path / "apart.json")])
-    assert "by at most 2.5e-01 bits per byte" in capsys.readouterr().out
-    table = next(line for line in out.splitlines() if line.startswith("| 8 | fused |"))
-    overhead.main(["--from", str(file)])
-    assert table in capsys.readouterr().out
-    overhead.main(["--from", str(file), "--copy-gb-s", str(record["copy_gb_s"] / 2)])
-    halved = next(
-        line for line in capsys.readouterr().out.splitlines() if line.startswith("| 8 | fused |")
-    )
-    assert halved.split("|")[7].strip() == f"{added_fused / floor / 2:.2f}"
-
-
-def test_overhead_in_any_order(capsys, uncompiled):
-    sizes = ["--dims", "8", "--depth", "1", "--tokens", "32", "--context", "16", "--copy-mib", "1"]
-    overhead.main([*sizes, "--dtype", "float32", "--steps", "1", "--kinds", "fused", "plain"])
-    found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 8 |")]
-    assert [line.split("|")[2].strip() for line in found] == ["plain", "fused"]
-    assert " ms |" in found[1]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        *(["--steps", "0"], ["--context", "0"], ["--copy-mib", "0"], ["--tokens", "0"]),
-        *(["--depth", "0"], ["--dims", "0"], ["--dims", "7"], ["--dims", "200"]),
-        *(["--curves", "-1"], ["--context", str(2**20)]),
-        *(["--copy-gb-s", "0", "--from", "FILE"], ["--copy-gb-s", "nan", "--from", "FILE"]),
-        *(["--copy-gb-s", "0"], ["--from", "missing"], ["--from", "FILE"], ["--from", "."]),
-        *(["--json", "missing/overhead.json"], ["--json", "."]),
-    ],
-    ids=lambda o: " ".join(o),
-)
-def test_bad_options_of_overhead_are_named(options, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(overhead, "copy_bandwidth", None)  # nothing is measured before
-    (tmp_path / "FILE").write_text('{"copy_gb_s": 1, "results": []}')  # no device
-    with pytest.raises(SystemExit):
-        overhead.main(options)
-    found = capsys.readouterr().err.rpartition("error:")[2]
-    assert found.strip().startswith(options[0]) and options[1] in found
-
-
 def test_defaults_of_the_trainer_and_of_benchmarks():
-    """What a run without options is."""
-    import benchmark
-    from benchmarks import options
+    """This is what a run without options does."""
+    from benchmarks import cases, options
 
     want = {"seconds": 120, "steps": 10000, "connection": "static", "streams": 4, "dim": 64}
     want |= {"depth": 2, "heads": 4, "context": 64, "batch": 8, "accumulate": 1, "lr": 3e-3}
@@ -263,9 +192,9 @@ def test_defaults_of_the_trainer_and_of_benchmarks():
     want |= {"validate_every": 250, "sample": 200, "save_every": 500}
     want |= dict.fromkeys(("recompute", "no_metal", "resume"), False)
     want |= dict.fromkeys(("data", "mlp", "validation_batch", "log", "plot", "checkpoint"))
-    assert vars(experiment.trainer_parser().parse_args([])) == want
+    assert vars(experiment.options.trainer_parser().parse_args([])) == want
     flags = ("sizes", "decode", "overhead", "all", "sweep", "verify", "once", "quick", "predict")
-    others = ("op", "shape", "dtype", "direction", "preset", "threads", "baseline", "processes")
-    others += ("json", "plot", "compare", "source", "peak_gbps")
-    found = vars(options.parser("", benchmark.PRESETS).parse_args([]))
-    assert found == dict.fromkeys(flags, False) | dict.fromkeys(others)
+    valued = ("op", "shape", "dtype", "direction", "preset", "threads", "baseline", "processes")
+    valued += ("json", "plot", "compare", "source", "peak_gbps")
+    found = vars(options.parser("", cases.PRESETS).parse_args([]))
+    assert found == dict.fromkeys(flags, False) | dict.fromkeys(valued)

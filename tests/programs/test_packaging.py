@@ -46,15 +46,21 @@ def test_an_editable_install_reads_the_checkout():
     assert launch.text("include/common.h") in read(ROOT)
 
 
-def test_a_wheel_holds_the_kernels(tmp_path):
+def unpack_wheel(folder: Path) -> Path:
+    """Build the wheel and put what it holds into the folder, as pip does where it installs it."""
     pytest.importorskip("hatchling", reason="hatchling, which builds the wheel, is not installed")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
-    run = subprocess.run([*command, "-w", str(tmp_path), str(ROOT)], capture_output=True, text=True)
+    run = subprocess.run([*command, "-w", str(folder), str(ROOT)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    (wheel,) = tmp_path.glob("mhc_metal-*.whl")
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    folders = (tmp_path / "site/mhc_mlx/kernels", ROOT / "kernels")
+    (wheel,) = folder.glob("mhc_metal-*.whl")
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
+
+
+def test_a_wheel_holds_the_kernels(tmp_path):
+    site = unpack_wheel(tmp_path)
+    folders = (site / "mhc_mlx/kernels", ROOT / "kernels")
     packed, ours = ({p.relative_to(f) for p in f.rglob("*")} for f in folders)
     assert packed == ours
-    assert (tmp_path / "site/mhc_mlx/py.typed").exists()
-    assert "namespace mhc" in read(tmp_path / "site")
+    assert (site / "mhc_mlx/py.typed").exists()
+    assert "namespace mhc" in read(site)

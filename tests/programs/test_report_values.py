@@ -1,5 +1,5 @@
-"""Numbers of `stability_report` by NumPy's float64, where matrices are not symmetric and do not
-commute, tokens differ, and the model is in bfloat16."""
+"""`stability_report` has the numbers that NumPy finds in float64, where matrices are not symmetric
+and do not commute, tokens differ, and the model is in bfloat16."""
 
 import json
 
@@ -16,7 +16,7 @@ N, C, TOKENS = 3, 8, 5
 
 
 class Pair(nn.Module):
-    """Two connections around sublayers that write y = 0: streams are only mixed."""
+    """Two connections lie around sublayers that write y = 0, so streams are only mixed."""
 
     def __init__(self, dynamic):
         super().__init__()
@@ -43,11 +43,13 @@ def double(a):
 
 
 def gains(h, name):
-    """Rows are outputs: forward adds a row's, backward a column's; the line with the most."""
+    """Rows are outputs: forward adds a row, backward a column; the line with the most counts."""
     forward = np.abs(h.sum(-1)).max(-1)
     backward = np.abs(h.sum(-2)).max(-1)
-    each = {f"{name}forward_gain": forward, f"{name}backward_gain": backward}
-    return {k: v.mean() for k, v in each.items()} | {f"{k}_max": v.max() for k, v in each.items()}
+    largest = {f"{name}forward_gain": forward, f"{name}backward_gain": backward}
+    return {k: v.mean() for k, v in largest.items()} | {
+        f"{k}_max": v.max() for k, v in largest.items()
+    }
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
@@ -114,7 +116,7 @@ def test_every_number_of_a_report(dynamic, dtype):
 
 
 def test_similarity_is_float32():
-    """Of float16 streams whose squares are too large for it."""
+    """It is right for float16 streams whose squares are too large for float16."""
     x = mx.full((2, 3, 8), 300.0, dtype=mx.float16) * mx.array([1.0, 2.0, -1.0])[:, None]
     found = stream_similarity(x.astype(mx.float16))
     assert found.dtype == mx.float32 and abs(found.item() + 1 / 3) < 1e-6

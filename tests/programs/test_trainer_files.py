@@ -1,4 +1,4 @@
-"""Files of the trainer: what it writes over, what it resumes from, who else writes there."""
+"""The trainer writes over no file, resumes from its own files only, and shares no folder."""
 
 import errno
 import fcntl
@@ -18,21 +18,25 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from examples.train_lm import train as program
+from examples.train_lm.checkpoints import (
+    list_checkpoints,
+    load_checkpoint,
+    lock_folder,
+    save_checkpoint,
+)
+from examples.train_lm.log import Log
+from examples.train_lm.options import parse
+from examples.train_lm.train import PICTURES, Run
 from programs import trainer
-from programs.trainer import EXAMPLES, command, rows, train
-
-# isort: split
-import train_lm
-from checkpoints import Log, list_checkpoints, load_checkpoint, lock_folder, save_checkpoint
-from files import is_stream, write_new
-from options import parse
-from train_lm import PICTURES, Run
+from programs.processes import ROOT
+from programs.trainer import command, rows, train
 
 on_the_cpu, uncompiled, corpus = trainer.on_the_cpu, trainer.uncompiled, trainer.corpus
 
 
 def contents_of(folder):
-    """Of each path below a folder, what it is."""
+    """Say of each path below a folder what it is."""
     found = {}
     for p in sorted(folder.rglob("*")):
         found[str(p.relative_to(folder))] = (
@@ -42,8 +46,8 @@ def contents_of(folder):
 
 
 def test_no_file_is_written_over(corpus, tmp_path, monkeypatch):
-    """Neither the text, under any of its names, nor another's file, nor one of the run's own."""
-    monkeypatch.setattr(train_lm, "make_model", None)  # nothing is made before
+    """Neither the text is, under any of its names, nor another's file, nor one of the run's."""
+    monkeypatch.setattr(program, "make_model", None)  # nothing is made before
     data, folder, linked, pictures = (
         tmp_path / name for name in ("text", "kept", "linked", "pictures")
     )
@@ -93,7 +97,7 @@ def test_no_file_is_written_over(corpus, tmp_path, monkeypatch):
 
 @pytest.fixture
 def lines(tmp_path):
-    """lines(steps): a log of these steps."""
+    """lines(steps) returns a log of these steps."""
 
     def lines(*steps):
         log = Log(tmp_path / "made.csv", 0)
@@ -108,10 +112,10 @@ def lines(tmp_path):
 
 
 def test_log_goes_on(tmp_path, lines):
-    """In its file: later steps, and half a line that a kill left, are cut off; nothing else is."""
+    """Later steps, and half a line that a kill left, are cut off its file; nothing else is."""
     path, link = tmp_path / "log.csv", tmp_path / "link"
     link.symlink_to("log.csv")
-    for before, after, kept in (
+    for before, after, left in (
         (lines(1, 2, 3), 3, lines(1, 2, 3)),
         (lines(1, 2, 3), 1, lines(1)),
         (lines(1, 2, 3) + b"4,2.5", 2, lines(1, 2)),
@@ -125,16 +129,16 @@ def test_log_goes_on(tmp_path, lines):
         path.write_bytes(before)
         path.chmod(0o640)
         inode = path.stat().st_ino
-        if kept is None:
+        if left is None:
             with pytest.raises(SystemExit, match=f"must be this run's log but {path} has steps"):
                 Log(link, after, True)
             assert path.read_bytes() == before
             continue
         log = Log(link, after, True)
-        assert path.read_bytes() == kept
+        assert path.read_bytes() == left
         log.write(after + 1, 2.5, 0.5, 1e-3, 1000, 10, None)
         log.close()
-        assert path.read_bytes() == kept + lines(after + 1).partition(b"\n")[2]
+        assert path.read_bytes() == left + lines(after + 1).partition(b"\n")[2]
         assert link.is_symlink() and path.stat().st_ino == inode
         assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
@@ -192,7 +196,7 @@ def test_log_to_what_is_no_file(corpus, tmp_path, capfd, monkeypatch):
     assert text[0] + b"what is printed later" == capfd.readouterr().out.encode()
     assert text[0].count(b"step,bits_per_byte") == text[0].count(b"5,0,1,2,3,4,5\r\n") == 2
     assert stat.S_ISFIFO(fifo.stat().st_mode) and output.is_symlink()
-    monkeypatch.setattr(train_lm, "follow", None)  # nothing is trained
+    monkeypatch.setattr(program, "follow", None)  # nothing is trained
     with pytest.raises(SystemExit, match=f"cannot write the log {full}: No space left"):
         train(corpus, None, "--log", full)
     assert full.is_symlink()
@@ -217,28 +221,26 @@ def test_log_on_a_full_disk(tmp_path, lines):
 
 
 @pytest.fixture(scope="module")
-def kept(corpus, tmp_path_factory):
-    """The folder of a run of two steps, and a checkpoint of each."""
-    folder = tmp_path_factory.mktemp("kept")
-    device = mx.default_device()
-    mx.set_default_device(mx.cpu)
+def two_steps(corpus, tmp_path_factory):
+    """Return the folder of a run of two steps, with a checkpoint of each."""
+    folder = tmp_path_factory.mktemp("two_steps")
     mx.disable_compile()
-    train(corpus, folder, "--steps", 2, "--save-every", 1)
+    with mx.stream(mx.cpu):
+        train(corpus, folder, "--steps", 2, "--save-every", 1)
     mx.enable_compile()
-    mx.set_default_device(device)
     return folder
 
 
 def foreign(arrays, about):
-    """What else a whole file may hold: arrays, what it says of itself, its step; and the fault."""
+    """Yield what else a file may hold: arrays, what it says of itself, its step; and the fault."""
     weight, moment = "model.head.weight", "optimizer.states.1.head.weight.m"
     says = {"about": json.dumps(about)}
     yield arrays, {}, 2, "does not say what it is about"
     yield arrays, {"about": "{"}, 2, "cannot be read"
     yield arrays, {"about": "[" * 100_000}, 2, "cannot be read"
     yield arrays, {"about": "[1]"}, 2, "must say by name what it is about"
-    others = {k: v for k, v in about.items() if k != "seed"}
-    yield arrays, {"about": json.dumps(others)}, 2, "does not say its seed"
+    lacking = {k: v for k, v in about.items() if k != "seed"}
+    yield arrays, {"about": json.dumps(lacking)}, 2, "does not say its seed"
     for name in (weight, moment, "at.step", "random.state"):
         yield {k: v for k, v in arrays.items() if k != name}, says, 2, f"lacks {name}"
     yield {"at.step": arrays["at.step"]}, says, 2, "lacks at.position and "
@@ -250,9 +252,9 @@ def foreign(arrays, about):
     yield arrays, says, 3, "is of another step"
 
 
-def test_foreign_checkpoints_are_named_and_the_one_before_used(corpus, kept, tmp_path, capsys):
-    """Where there is none before, an error, and nothing is changed."""
-    _, arrays, about = load_checkpoint(kept / "checkpoints")
+def test_foreign_checkpoints_are_named_and_the_one_before_used(corpus, two_steps, tmp_path, capsys):
+    """Where there is none before, it is an error, and nothing is changed."""
+    _, arrays, about = load_checkpoint(two_steps / "checkpoints")
     args = parse(command(corpus, tmp_path, "--resume"))
     folder = tmp_path / "checkpoints"
     path, fresh = folder / "unnamed", None
@@ -281,7 +283,7 @@ def test_foreign_checkpoints_are_named_and_the_one_before_used(corpus, kept, tmp
             assert contents_of(folder) == before | {"lock": b""}
             assert all(mx.array_equal(v, fresh[k]) for k, v in run.everything().items())
             capsys.readouterr()
-            shutil.copy(list_checkpoints(kept / "checkpoints")[1], folder)
+            shutil.copy(list_checkpoints(two_steps / "checkpoints")[1], folder)
             run.begin()
             assert run.step == 1
         out = capsys.readouterr().out
@@ -306,7 +308,7 @@ def test_only_checkpoints_of_the_run_are_removed(tmp_path):
 
 
 def test_a_checkpoint_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
-    """File, name, folder: in this order, and the file whole."""
+    """File, name and folder are synced in this order, and the file is whole."""
     done, sync, replace = [], os.fsync, os.replace
 
     def fsync(descriptor):
@@ -327,7 +329,7 @@ def test_a_checkpoint_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
 
 
 def test_the_log_is_synced_before_a_checkpoint(corpus, tmp_path, monkeypatch, uncompiled):
-    """So that after a power failure it has the steps before the one that a run goes on from."""
+    """So after a power failure it has the steps before the one that a run goes on from."""
     done, sync = [], os.fsync
 
     def fsync(descriptor):
@@ -350,27 +352,8 @@ def test_an_unfinished_link_is_not_written_through(tmp_path):
         save_checkpoint(tmp_path / "checkpoints", 4, {"a": mx.zeros(1)}, {})
 
 
-def test_what_is_written_to_as_it_is(tmp_path, capsys):
-    """A FIFO and a device are, and neither a file, a folder nor what is not there yet; what another
-    program has written to meanwhile is not, and the text is printed."""
-    fifo, kept, new = (tmp_path / name for name in ("fifo", "kept", "new"))
-    os.mkfifo(fifo)
-    kept.write_text("kept")
-    want = {tmp_path: False, kept: False, new: False, fifo: True, Path("/dev/null"): True}
-    for k, (path, is_one) in enumerate(want.items()):
-        link = tmp_path / f"link {k}"
-        link.symlink_to(path)
-        assert [is_stream(path), is_stream(link)] == [is_one] * 2, path
-    with pytest.raises(SystemExit, match=f"cannot write {kept}: File exists: its text is printed"):
-        write_new(kept, "found in hours")
-    assert capsys.readouterr().out == "found in hours\n" and kept.read_text() == "kept"
-    write_new(Path("/dev/null"), "nothing")
-    write_new(new, "new")
-    assert new.read_text() == "new"
-
-
 def test_a_file_that_comes_between_is_not_written_over(tmp_path, monkeypatch):
-    """After the look whether one is there, and before the file is made."""
+    """It comes after the look whether one is there, and before the file is created."""
     (tmp_path / "mine").write_text("kept")
     (tmp_path / "unfinished").symlink_to("mine")
     monkeypatch.setattr(os.path, "lexists", lambda path: False)
@@ -382,25 +365,25 @@ def test_a_file_that_comes_between_is_not_written_over(tmp_path, monkeypatch):
     assert (tmp_path / "mine").read_text() == "kept"
 
 
-HOLD = """
+LOCK = """
 import sys
-sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from checkpoints import lock_folder
+sys.path.insert(0, sys.argv[1])
+from examples.train_lm.checkpoints import lock_folder
 with lock_folder(Path(sys.argv[2])):
-    print("held", flush=True)
+    print("locked", flush=True)
     sys.stdin.read()
 """
 
 
-def test_one_trainer_in_a_folder(corpus, kept, tmp_path, monkeypatch, capsys, uncompiled):
-    """Until it ends, or is killed."""
+def test_one_trainer_in_a_folder(corpus, two_steps, tmp_path, monkeypatch, capsys, uncompiled):
+    """It locks the folder until it ends, or is killed."""
     folder = tmp_path / "checkpoints"
-    shutil.copytree(kept / "checkpoints", folder)
+    shutil.copytree(two_steps / "checkpoints", folder)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    other = subprocess.Popen([sys.executable, "-c", HOLD, EXAMPLES, folder], **pipes)
+    other = subprocess.Popen([sys.executable, "-c", LOCK, ROOT, folder], **pipes)
     try:
-        assert other.stdout.readline() == b"held\n"
+        assert other.stdout.readline() == b"locked\n"
         before = contents_of(tmp_path)
         for more in ([], ["--resume"]):
             with pytest.raises(SystemExit, match=f"one trainer but another writes to {folder}"):
@@ -433,7 +416,7 @@ def test_pictures_that_cannot_be_drawn_are_an_error(corpus, tmp_path, monkeypatc
     def plot(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(train_lm, "plot", plot)
+    monkeypatch.setattr(program, "plot", plot)
     with pytest.raises(SystemExit, match="cannot draw into --plot .*No space left"):
         train(corpus, None, "--plot", tmp_path, "--connection", "plain", "--steps", 1)
     assert set(os.listdir(tmp_path)) == {"log.csv"}

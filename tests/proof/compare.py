@@ -10,8 +10,8 @@ from cases import (
     DTYPES,
     GRADIENT,
     HALF_GRADIENT_ULPS,
+    OF_LOGITS,
     OUTPUT_ULPS,
-    PROJECTED,
     SEAMS,
     SIGMAS,
     ULP,
@@ -132,9 +132,7 @@ def errors(case, got, slack=1) -> list[Error]:
     out = case_output(case, given)
     wide, outputs, found = [doubles(a) for a in given], several(out), []
     wants, logits = exact(case, wide, doubles(case.cotangent(out)), got), [0.0] * len(outputs)
-    if (
-        case.op in (*PROJECTED, "mhc_single_pass") and case.tokens
-    ):  # MLX sums in one chain at worst, a kernel in 32 lanes
+    if case.op in OF_LOGITS and case.tokens:  # MLX sums in one chain at worst, a kernel in 32 lanes
         chain = case.n * case.C if slack > 1 else case.n * case.C / 32 + 5
         logits = logit_ulps(case, wide, wants[: len(outputs)], chain)
     # a tie of round_aggregate that falls otherwise moves a gradient by what it rounds
@@ -199,7 +197,7 @@ def roundings(case) -> dict:
 
         return made, backward
 
-    if case.op in (*PROJECTED, "mhc_single_pass") and multiplied:
+    if case.op in OF_LOGITS and multiplied:
         made["token_logits"] = token_logits
         if case.op == "mhc_pre" and case.norm:
             made["stream_aggregate"] = stream_aggregate

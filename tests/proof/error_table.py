@@ -19,15 +19,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/, from a checkout
 sys.path.insert(0, str(Path(__file__).parents[2]))  # mhc_mlx
 
-from cases import DTYPES, PROJECTED, SEAMS, Case
+from cases import DTYPES, FUSED, OPS, PROJECTED, Case
 from tqdm import tqdm
 
 from mhc_mlx import DEEPSEEK_V4, PAPER, ROW_FIRST, launch, ops, reference
 from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE, UNCONSTRAINED
 from proof import errors, executor, missing, results
 
-OPS = ("sinkhorn_knopp", "stream_aggregate_norm", "stream_mix_add", "mhc_static", "mhc_layer")
-OPS += ("stream_aggregate", *PROJECTED, *SEAMS)
 RUNGS = ("reference", "simulator", "gpu")
 QUANTITIES = ("output", "gradient")
 TOKENS = 12  # in two axes: enough values for a percentile, and sums over tokens that round
@@ -48,7 +46,7 @@ class Row:
     figures: dict[str, tuple[float, float]]
 
 
-def cases(names=OPS, dtypes=tuple(DTYPES), quick=False) -> list[Case]:
+def cases(names=FUSED, dtypes=tuple(DTYPES), quick=False) -> list[Case]:
     return [
         case
         for op in names
@@ -60,19 +58,20 @@ def cases(names=OPS, dtypes=tuple(DTYPES), quick=False) -> list[Case]:
 
 def variants(case: Case) -> list[Case]:
     """By convention, coefficients shared or per token, with the weight of a norm or without."""
-    if case.op == "sinkhorn_knopp":  # has no C, and no dtype but that of the logits
+    row = OPS[case.op]
+    if not row.rows:  # it has no C, and no dtype but that of the logits
         logits = {"C": case.n, "dtype": "float32", "weights": case.dtype}
         return [replace(case, convention=ROW_FIRST, **logits)]
-    if case.op in ("stream_aggregate", "stream_mix_add"):
-        return [case, replace(case, per_token=(True, case.op == "stream_mix_add"))]
-    if case.op == "mhc_seam":
-        return [replace(case, per_token=(True, True), norm=norm) for norm in (True, False)]
-    if case.op in ("mhc_coefficients", "mhc_pre"):
-        norms = (True, case.op != "mhc_pre", True)
-        made = zip(SHAPES[case.n, case.C], norms, strict=False)
-        return [replace(case, convention=c, norm=norm) for c, norm in made]
-    made = {"mhc_layer": ROW_FIRST, "mhc_head": DEEPSEEK_V4, "mhc_single_pass": DEEPSEEK_V4}
-    return [replace(case, convention=made.get(case.op))]
+    each = replace(case, per_token=row.per_token)
+    if "convention" not in row.statics:
+        if "weight" in row.optional:
+            return [replace(each, norm=norm) for norm in (True, False)]
+        return list(dict.fromkeys([case, each]))
+    if case.op in PROJECTED and row.arrays["phi"].axes == "L K":
+        norms = (True, "weight" not in row.optional, True)
+        pairs = zip(SHAPES[case.n, case.C], norms, strict=False)
+        return [replace(case, convention=c, norm=norm) for c, norm in pairs]
+    return [replace(case, convention=ROW_FIRST if case.op == "mhc_layer" else DEEPSEEK_V4)]
 
 
 def measure(case: Case, rung: str) -> Row:
@@ -91,7 +90,7 @@ def measure(case: Case, rung: str) -> Row:
 
 
 def dtype_of(case: Case) -> str:
-    return case.weights if case.op == "sinkhorn_knopp" else case.dtype
+    return case.dtype if OPS[case.op].rows else case.weights
 
 
 def table(rows: list[Row], by_shape: bool) -> list[list[str]]:
@@ -99,7 +98,7 @@ def table(rows: list[Row], by_shape: bool) -> list[list[str]]:
     rungs = [r for r in RUNGS if any(row.rung == r for row in rows)]
     lines: dict[tuple, list[Row]] = {}
     for row in rows:
-        C = "" if row.case.op == "sinkhorn_knopp" else str(row.case.C)
+        C = str(row.case.C) if OPS[row.case.op].rows else ""
         shape = (str(row.case.n), C, "-".join(str(row.case).split("-")[5:])) if by_shape else ()
         lines.setdefault((row.case.op, dtype_of(row.case), *shape), []).append(row)
     header = ["op", "dtype", *(("n", "C", "variant") if by_shape else ())]
@@ -117,7 +116,7 @@ def table(rows: list[Row], by_shape: bool) -> list[list[str]]:
 
 def main(arguments: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
+    parser.add_argument("--op", nargs="+", choices=FUSED, default=FUSED)
     parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES))
     parser.add_argument("--quick", action="store_true", help="the smallest shape only")
     parser.add_argument("--markdown", action="store_true", help="worst of each op, for README.md")

@@ -1,35 +1,32 @@
 """Stands in for the kernels: the results of each body by the reference, lazily, on any device.
 
+A body with an op's name gives the reference's results, one with that and _backward its gradients;
+`BODIES` has the maths of those whose outputs are others.
+
 So what the simulator cannot run, because it evaluates, runs through the launching code without a
 GPU: mx.compile, checkpoint, vmap, export and second derivatives. What a body promises in its header
 is checked of every launch: names, shapes and dtypes of arrays, and that its threads cover C.
 """
 
+import inspect
 import math
 from types import SimpleNamespace
 
 import mlx.core as mx
+from calls import always, never
+from cases import ARRAYS, OPS
 
 from mhc_mlx import reference
 from mhc_mlx.conventions import START_CODES, Convention
 from mhc_mlx.ops.arrays import Params
+from mhc_mlx.ops.autodiff import FUSED_OPS
+from proof.compare import several
 
-COEFFICIENTS = ("h_pre", "h_post", "h_res", "weight")  # in the order of the columns of `partial`
-
-PARAMS = (len(Params._fields),)
+LOWER = {k: a for k, a in ARRAYS.items() if k.islower()}
 SAME = {"x", "y", "dout", "du", "dx_out", "partial"}  # of dtype T
 STARTS = {code: start for start, code in START_CODES.items()}
-START_OF = {START_CODES[k]: {"start": k, "eps": 1.0} for k in ("softmax", "additive")}
-FLOAT32 = {
-    "params",
-    "l",
-    "dz_res",
-    "dp",
-    "partial_logits",
-    "token_factors",
-    "dh_pre",
-    "dh_post",
-}
+FLOAT32 = {"params", "l", "dz_res", "dp", "partial_logits", "token_factors"}
+FLOAT32 |= {"dh_pre", "dh_post"}
 
 
 def opaque(a: mx.array) -> mx.array:
@@ -45,14 +42,13 @@ def opaque(a: mx.array) -> mx.array:
 def convention(t: dict, params: mx.array) -> SimpleNamespace:
     """What `reference` reads of a Convention, from the template and the arrays of a launch."""
     columns, p = t.get("COLUMNS", False), Params(*params)
+    c = Convention("", STARTS[t.get("START", 0)], iters=t.get("ITERS", 20), eps=1.0)
     return SimpleNamespace(
-        start=STARTS[t.get("START", 0)],
-        in_logs=t.get("START", 0) == 0,
-        in_range=Convention(
-            "", iters=t.get("ITERS", 20), **START_OF.get(t.get("START", 0), {})
-        ).in_range,
+        start=c.start,
+        in_logs=c.in_logs,
+        in_range=c.in_range,
         first="columns" if columns else "rows",
-        iters=t.get("ITERS"),
+        iters=c.iters,
         transposed=columns != t.get("OUT_COLUMNS", columns),
         sigmoid=t.get("GATES", False),
         eps=p.projection_eps,
@@ -62,18 +58,9 @@ def convention(t: dict, params: mx.array) -> SimpleNamespace:
     )
 
 
-def sinkhorn_knopp(t, groups, logits, params):
-    return {"h_res": reference.sinkhorn_knopp(logits, convention(t, params))}
-
-
-def sinkhorn_knopp_backward(t, groups, logits, dh_res, params):
-    c = convention(t, params)
-    _, (dlogits,) = mx.vjp(lambda a: reference.sinkhorn_knopp(a, c), [logits], [dh_res])
-    return {"dlogits": dlogits}
-
-
-def stream_mix_add(t, groups, x, y, h_post, h_res):
-    return {"out": reference.stream_mix_add(x, y, h_post, h_res)}
+def gradients(f, arrays: dict, cotangents: list) -> dict:
+    found = mx.vjp(f, list(arrays.values()), cotangents)[1]
+    return {f"d{k}": g for k, g in zip(arrays, found, strict=True)}
 
 
 def layer(t: dict, params: mx.array | None, arrays: dict):
@@ -102,13 +89,7 @@ def partials(rows: int, *sums: mx.array) -> mx.array:
 
 def mhc_fused_backward(t, groups, dout, params=None, **arrays):
     f, arrays = layer(t, params, arrays)
-    gradients = mx.vjp(f, list(arrays.values()), [dout])[1]
-    made = {f"d{k}": g for k, g in zip(arrays, gradients, strict=True)}
-    alone = {"dh_post": t["POST_PER_TOKEN"], "dh_res": t["RES_PER_TOKEN"]}
-    summed = [f"d{k}" for k in COEFFICIENTS if f"d{k}" in made and not alone.get(f"d{k}")]
-    if summed:
-        made["partial"] = partials(groups, *(made.pop(k) for k in summed))
-    return made
+    return gradients(f, arrays, [dout])
 
 
 def sum_partials(t, groups, partial, h_pre=None, h_post=None, params=None):
@@ -119,16 +100,6 @@ def sum_partials(t, groups, partial, h_pre=None, h_post=None, params=None):
         logits = mx.vjp(lambda *a: reference.gates(*a, c), [h_pre, h_post], dgates)[1]
         total = mx.concatenate([*logits, total[2 * n :]])
     return {"out": total}
-
-
-def stream_aggregate(t, groups, x, h_pre):
-    return {"u": reference.stream_aggregate(x, h_pre)}
-
-
-def stream_aggregate_backward(t, groups, x, h_pre, du):
-    dx, dh_pre = mx.vjp(reference.stream_aggregate, [x, h_pre], [du])[1]
-    made = {"dh_pre": dh_pre} if t["PER_TOKEN"] else {"partial": partials(groups, dh_pre)}
-    return {"dx": dx} | made
 
 
 def mixing_matrix(t, groups, logits):
@@ -208,8 +179,8 @@ def coefficient_gradients(t, x, bias, alpha, params, weight, d):
         dz = mx.vjp(pre, [z[:, :n]], [d["dh_pre"]])[1]
     dz = list(dz) + ([] if head(t) else mx.vjp(post, [z[:, n:gated]], [d["dh_post"]])[1])
     if t.get("PROJECT"):
-        given = {"logits": z[:, gated:].reshape(-1, n, n), "dh_res": d["dh_res"]}
-        res = sinkhorn_knopp_backward(t, 0, **given, params=params)["dlogits"]
+        c, logits = convention(t, params), z[:, gated:].reshape(-1, n, n)
+        res = mx.vjp(lambda a: reference.sinkhorn_knopp(a, c), [logits], [d["dh_res"]])[1][0]
         dz.append(res.reshape(len(x), -1))
     elif t["NUM_LOGITS"] > gated:
         dz.append(d["dz_res"])
@@ -271,17 +242,6 @@ def mhc_pre_partial_logits(t, groups, x, phi):
     return {"partial_logits": mx.concatenate([products, shares], -1)}
 
 
-def seam(t, params):
-    """The function of a launch with ready coefficients, whose last argument is the weight."""
-    inside = t["T"] if t["ROUND_U"] else mx.float32
-
-    def f(x, y, h_pre, h_post, h_res, weight=None):
-        out = reference._rounded(reference.stream_mix_add(x, y, h_post, h_res), t["T"])
-        return out, reference._read(out, h_pre, weight, Params(*params).eps, inside)
-
-    return f
-
-
 def mhc_seam(
     t, groups, x, params, partial_logits=None, bias=None, alpha=None, y=None, weight=None, **h
 ):
@@ -307,70 +267,75 @@ def mhc_seam(
         elif not head(t) and t["NUM_LOGITS"] > 2 * n:
             made["logits"] = z[:, 2 * n :]
     if t["WRITE_BACK"]:
-        made["out"], made["u"] = seam(t, params)(x, y, h["h_pre"], h["h_post"], h["h_res"], weight)
+        arrays = [x.astype(t["T"]), y.astype(t["T"]), h["h_pre"], h["h_post"], h["h_res"], weight]
+        made["out"], made["u"] = reference.mhc_seam(*arrays, Params(*params).eps, t["ROUND_U"])
     elif t["WRITE_U"]:
         made["u"] = reference._read(x, h["h_pre"], weight, Params(*params).eps, mx.float32)
     return made
 
 
-def mhc_seam_backward(t, groups, dout, du, params, **arrays):
-    gradients = mx.vjp(seam(t, params), list(arrays.values()), [dout, du])[1]
-    made = {f"d{k}": g for k, g in zip(arrays, gradients, strict=True)}
-    return made | ({"partial": partials(groups, made.pop("dweight"))} if t["NORM"] else {})
+BODIES = (mhc_fused, mhc_fused_backward, sum_partials, mixing_matrix, mixing_matrix_backward)
+BODIES += (mhc_pre, mhc_pre_backward_coefficients, mhc_pre_backward_generic, mhc_pre_backward_phi)
+BODIES += (mhc_pre_backward_projection, mhc_pre_partial_logits, mhc_seam)
+BODIES += (mhc_pre_backward_coefficients_norm,)
+BODIES = {f.__name__: f for f in BODIES} | {"mhc_fused_backward_wide": mhc_fused_backward}
+
+# ---- bodies with an op's name
 
 
-BODIES = {f.__name__: f for f in (sinkhorn_knopp, sinkhorn_knopp_backward, stream_mix_add)}
-BODIES |= {f.__name__: f for f in (mhc_fused, mhc_fused_backward, sum_partials)}
-BODIES |= {f.__name__: f for f in (stream_aggregate, stream_aggregate_backward, mixing_matrix)}
-BODIES |= {f.__name__: f for f in (mixing_matrix_backward, mhc_pre, mhc_pre_backward_generic)}
-BODIES |= {f.__name__: f for f in (mhc_pre_partial_logits, mhc_seam, mhc_seam_backward)}
-BODIES["mhc_pre_backward_projection"] = mhc_pre_backward_projection
-BODIES["mhc_pre_backward_coefficients"] = mhc_pre_backward_coefficients
-BODIES["mhc_pre_backward_coefficients_norm"] = mhc_pre_backward_coefficients_norm
-BODIES["mhc_pre_backward_phi"] = mhc_pre_backward_phi
-BODIES["mhc_fused_backward_wide"] = mhc_fused_backward
+def of_op(name: str, t: dict, given: dict, outputs: dict) -> dict:
+    """The results, or the gradient of each array."""
+    op = name.removesuffix("_backward")
+    if op not in FUSED_OPS:
+        raise ValueError(f"[{name}] must be named as an op is or be in BODIES of standin.py.")
+    row = {k.lower(): a for k, a in OPS[op].arrays.items()}
+    cotangents = [k for k in given if k not in (*row, "params")]
+    taken = {k: a for k, a in given.items() if k not in cotangents}
+    streams = {k: t["T"] for k in taken.keys() & row.keys() if row[k].dtype == "dtype"}
+    taken = checked(name, taken, promised(t, given, row), streams)
+    arrays = {k: a for k, a in taken.items() if k in row}
+    arrays = {k: a if k in streams else a.astype(mx.float32) for k, a in arrays.items()}
+    known, params = {"round_aggregate": t.get("ROUND_U")}, taken.get("params")
+    if params is not None:
+        known |= Params(*params)._asdict() | {"convention": convention(t, params)}
+    names = list(inspect.signature(getattr(reference, op)).parameters)
+    fixed = [known[k] for k in names[len(row) :]]
+
+    def f(*present):
+        named = dict(zip(arrays, present, strict=True))
+        return several(getattr(reference, op)(*map(named.get, row), *fixed))
+
+    results = f(*arrays.values())
+    if name == op:
+        return dict(zip(outputs, results, strict=True))
+    like = dict(zip(cotangents, results, strict=True))
+    shapes, dtypes = ({k: getattr(a, of) for k, a in like.items()} for of in ("shape", "dtype"))
+    taken = checked(name, {k: given[k] for k in like}, shapes, dtypes)
+    return gradients(f, arrays, list(taken.values()))
 
 
-def promised(t: dict, given: dict) -> dict:
+# ---- what a launch promises
+
+
+def promised(t: dict, given: dict, row: dict) -> dict:
     """Shape of each input by name, as the headers of the bodies say."""
-    if "partial" in given:
-        n = t["N"]
-        return {"partial": given["partial"].shape, "h_pre": (n,), "h_post": (n,), "params": PARAMS}
-    if "logits" in given:
-        count = given["logits"].shape[0]
-        shape = (count, t["N"], t["N"])
-        return {
-            "logits": (count, t["NUM_LOGITS"]) if "NUM_LOGITS" in t else shape,
-            "dh_res": shape,
-            "params": PARAMS,
-        }
-    tokens, n, C = given["x"].shape
-    seam = "ROUND_U" in t  # its coefficients are per token
-    outs, gated = t.get("NUM_LOGITS"), n if head(t) else 2 * n
-    made = {
-        "phi": (outs, n * C),
-        "bias": (outs,),
-        "dp": (tokens, outs),
-        "token_factors": (tokens, n + 1),
-    }
-    made |= {"partial_logits": (tokens, -(-n * C // 32), outs + 4)} if outs else {}
-    made |= {"dz_res": (tokens, outs - gated), "l": (tokens, outs + 1)} if outs else {}
-    return made | {
-        "x": (tokens, t["N"], C),
-        "y": (tokens, C),
-        "dout": (tokens, n, C) if t.get("MIX") or seam else (tokens, C),
-        "du": (tokens, C),
-        "dx_out": (tokens, n, C),
-        "alpha": (1,) if head(t) else (3,),
-        "h_pre": (tokens, n) if t.get("PER_TOKEN", outs or seam) else (n,),
-        "dh_pre": (tokens, n),
-        "dh_post": (tokens, n),
-        "h_post": (tokens, n) if t.get("POST_PER_TOKEN") or seam else (n,),
-        "h_res": (tokens, n, n) if t.get("RES_PER_TOKEN") or seam else (n, n),
-        "dh_res": (tokens, n, n),
-        "weight": (C,),
-        "params": PARAMS,
-    }
+    n, L, seam, first = t["N"], t.get("NUM_LOGITS", 0), "ROUND_U" in t, next(iter(given.values()))
+    tokens, C, gates = len(first), first.shape[-1], n if head(t) else 2 * n
+
+    def lead(k: str) -> tuple:
+        if row[k].per_token in (always, never):
+            return (tokens,) * (row[k].per_token is always)
+        flag = f"{k.split('_')[-1]}_per_token".upper()  # a seam's coefficients are per token
+        return (tokens,) * t.get(flag, t.get("PER_TOKEN", seam))
+
+    sizes = {"n": n, "C": C, "K": n * C, "L": L, "1": 1, "3": 3}
+    shapes = {k: a.shape(lead(k), sizes.get) for k, a in row.items()}
+    each = {"dp": (L,), "token_factors": (n + 1,), "l": (L + 1,), "dz_res": (L - gates,)}
+    each |= {"partial_logits": (-(-n * C // 32), L + 4), "dx_out": (n, C), "du": (C,)}
+    each |= {"dout": (n, C) if t.get("MIX") or seam else (C,), "partial": (C,)}
+    each |= {"dh_pre": (n,), "dh_post": (n,), "dh_res": (n, n)} | ({"logits": (L,)} if L else {})
+    shapes |= {k: (tokens, *last) for k, last in each.items()}
+    return shapes | {"params": (len(Params._fields),)} | ({"alpha": (1,)} if head(t) else {})
 
 
 def agree(name: str, got: dict, want: dict) -> None:
@@ -378,25 +343,36 @@ def agree(name: str, got: dict, want: dict) -> None:
         raise ValueError(f"[{name}] got {got} but the body has {want}.")
 
 
-def run(name, inputs, outputs, groups, threads, template, verbose=False) -> list[mx.array]:
-    """`launch.run` by the reference: float32 inside, one rounding at the end."""
-    given = {k.lower(): a for k, a in inputs.items() if a is not None}
-    shapes = promised(template, given)
-    for k, a in given.items():  # of all but x the leading axes are as they come
+def checked(name: str, given: dict, shapes: dict, dtypes: dict) -> dict:
+    """Arrays in the shapes that the body has: of all but x the leading axes are as they come."""
+    given = dict(given)
+    for k, a in given.items():
         axes = len(shapes[k]) - 1
         if k != "x" and a.size == math.prod(shapes[k]) and a.shape[-axes:] == shapes[k][-axes:]:
             given[k] = a.reshape(shapes[k])
     agree(name, {k: a.shape for k, a in given.items()}, {k: shapes[k] for k in given})
-    dtypes = {k: template["T"] for k in given.keys() & SAME}
-    dtypes |= dict.fromkeys(given.keys() & FLOAT32, mx.float32)
+    dtypes = dict.fromkeys(given.keys() & FLOAT32, mx.float32) | dtypes
     agree(name, {k: given[k].dtype for k in dtypes}, dtypes)
+    return given
+
+
+def run(name, inputs, outputs, groups, threads, template, verbose=False) -> list[mx.array]:
+    """`launch.run` by the reference: float32 inside, one rounding at the end."""
+    given = {k.lower(): a for k, a in inputs.items() if a is not None}
+    wanted = {k: spec for k, spec in outputs.items() if spec is not None}
     agree(name, {"THREADS": threads}, {"THREADS": template.get("THREADS", 256)})
+    if name in BODIES:
+        same = {k: template["T"] for k in given.keys() & SAME}
+        given = checked(name, given, promised(template, given, LOWER), same)
+        made = BODIES[name](template, groups, **{k: a.astype(mx.float32) for k, a in given.items()})
+    else:
+        made = of_op(name, template, given, wanted)
     if "VEC" in template:
         C, vec = given["x"].shape[2], template["VEC"]
         most = threads * vec * template.get("PASSES", C)
         agree(name, {"C % VEC": C % vec, "C": min(C, most)}, {"C % VEC": 0, "C": C})
-    made = BODIES[name](template, groups, **{k: a.astype(mx.float32) for k, a in given.items()})
-    wanted = {k: spec for k, spec in outputs.items() if spec is not None}
+    if summed := [made.pop(k) for k in list(made) if k not in wanted]:  # gradients, over tokens
+        made["partial"] = partials(groups, *summed)
     rows = {k: (math.prod(shape), shape[-1]) for k, (shape, _) in wanted.items()}
     if name == "sum_partials":  # in the shape of a parameter
         rows = {"out": (rows["out"][0],) * 2}

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from cases import COVERING, DYNAMIC, SINGLE
+from cases import CASES
 
 from mhc_mlx import ops
 from proof import executor, results, tracing
 
 
-@pytest.mark.parametrize("case", COVERING + DYNAMIC + SINGLE, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_is_metal(case, need):
     need("dialect")
     with executor("dialect"):

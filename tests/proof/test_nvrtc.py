@@ -5,13 +5,11 @@ from collections import Counter
 
 import mlx.core as mx
 import pytest
-from cases import COVERING, DYNAMIC, SINGLE, Case
+from cases import CASES, COVERING, Case
 
 from mhc_mlx import PAPER, launch, ops
 from mhc_mlx.conventions import IDENTITY, MHC_LITE
 from proof import executor, results
-
-CASES = COVERING + DYNAMIC + SINGLE
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +73,7 @@ def test_a_ring_fits_its_device(capability, ring, need, monkeypatch):
         zip(("compute_capability_major", "compute_capability_minor"), capability, strict=True)
     )
     monkeypatch.setattr(mx, "device_info", lambda device: info)
+    monkeypatch.setattr(launch, "backend", lambda: "cuda")
     launch._cuda_limit.cache_clear()
     room = launch.threadgroup_memory_limit()
     launch._cuda_limit.cache_clear()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import simulate
 from cases import Case
-from mutation.test_mutation import MISTAKES, planted
+from mutation.planted import PLANTED, planted
 
 from mhc_mlx import launch
 from proof import executor, simulator
@@ -234,14 +234,12 @@ def test_debugging_command(need, capsys):
     case = Case("mhc_static", (5,), 4, 64)
     assert simulate.simulate(case, False)
     assert "right, under every schedule" in capsys.readouterr().out
-    wrong = next(m for m in MISTAKES if str(m) == "mhc_fused_backward: a term of du dropped")
-    with planted(wrong):
+    wrong, broken = (m for m in PLANTED if m.body == "mhc_fused_backward")
+    with planted(wrong.file, wrong.edit):
         assert not simulate.simulate(case, False)
     out = capsys.readouterr().out
-    assert "WRONG dx[0, 0, 0] is" in out
-    assert "stored by thread 0 of threadgroup 0 at mhc_fused_backward.metal" in out
-    broken = next(m for m in MISTAKES if str(m) == "mhc_fused_backward: the last token left out")
-    with planted(broken):
+    assert "WRONG dx[0, 0, 0] is" in out and "stored by thread 0 of threadgroup 0 at mhc_f" in out
+    with planted(broken.file, broken.edit):
         assert not simulate.simulate(case, False)
     assert (
         "BROKEN RULE mhc_fused_backward.metal, lock-step: nobody writes dx["

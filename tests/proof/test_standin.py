@@ -5,28 +5,25 @@ That it computes what the kernels do, test_parity says.
 
 import mlx.core as mx
 import pytest
+from cases import FUSED, OF_LOGITS, Case
 
 from mhc_mlx import MHC_LITE, ROW_FIRST, launch, ops, vmap
+from mhc_mlx.ops.autodiff import FUSED_OPS
 from proof import executor, standin
 
 N, C = 4, 8
 X, Y = mx.ones((3, N, C)), mx.ones((3, C))
-GATE, EACH, MIX, WEIGHT = mx.ones(N), mx.ones((3, N)), mx.ones((N, N)), mx.ones(C)
-OUTS = 2 * N + 24  # of MHC_LITE
-DYNAMIC = (X, mx.ones((OUTS, N * C)), mx.ones(OUTS), mx.ones(3))
-CALLS = {
-    "sinkhorn_knopp": (MIX, ROW_FIRST),
-    "stream_aggregate_norm": (X, GATE, WEIGHT),
-    "stream_mix_add": (X, Y, EACH, MIX),
-    "mhc_static": (X, GATE, GATE, MIX, WEIGHT),
-    "mhc_layer": (X, GATE, GATE, MIX, WEIGHT),
-    "stream_aggregate": (X, EACH),
-    "mhc_coefficients": (*DYNAMIC, MHC_LITE),
-    "mhc_pre": (*DYNAMIC, WEIGHT, MHC_LITE),
-    "mhc_head": (X, mx.ones((N, N * C)), GATE, mx.ones(1)),
-    "mhc_seam": (X, Y, EACH, EACH, MIX, WEIGHT),
-    "mhc_single_pass": (X, Y, *DYNAMIC[1:], WEIGHT, MHC_LITE),
-}
+GATE, EACH, MIX = mx.ones(N), mx.ones((3, N)), mx.ones((N, N))
+
+
+def call(op: str) -> tuple:
+    """Arrays of three tokens, some coefficients per token, and what follows them."""
+    convention = MHC_LITE if op in OF_LOGITS else ROW_FIRST
+    case = Case(op, (3,), N, C, convention=convention, per_token=(True, False))
+    return (*case.arrays(), *case.statics)
+
+
+CALLS = {op: call(op) for op in FUSED}
 
 
 @pytest.mark.parametrize("transform", ["vjp", "jvp", "vmap"])
@@ -51,7 +48,7 @@ def test_a_gradient_without_its_rules_is_noticed():
     """A backward's kernels have no gradient either: autodiff.py gives them the reference's."""
 
     def first(a):
-        op = ops.autodiff.FUSED_OPS["sinkhorn_knopp"](launch.Options(), ROW_FIRST)
+        op = FUSED_OPS["sinkhorn_knopp"](launch.Options(), ROW_FIRST)
         return op.backward([a], [a], ())[0].sum()
 
     with executor("stand-in"):
@@ -127,7 +124,7 @@ def test_a_wrong_launch_is_noticed(wrong):
         mix_add(**wrong)
 
 
-@pytest.mark.parametrize("name", list(CALLS))
+@pytest.mark.parametrize("name", CALLS)
 def test_a_wrong_array_of_any_launch_is_noticed(name, monkeypatch):
     """Of the forward and the backward: each array with one row more, and in another dtype."""
     launches = []

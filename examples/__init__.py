@@ -1,0 +1,1 @@
+"""These programs use mhc_mlx."""

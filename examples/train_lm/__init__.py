@@ -1,0 +1,1 @@
+"""This trainer runs as ``python -m examples.train_lm``."""

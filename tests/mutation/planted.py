@@ -1,0 +1,326 @@
+"""Mistakes planted by hand: what operators do not make, or what one rung alone can catch.
+
+A quote is as short as can be, and need not be a whole token: it is edited where it first stands in
+the file, or where it stands for the ``nth`` time, counted from 0.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+from cases import Case
+from proof import results
+
+from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, launch, ops
+from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE
+
+
+@contextlib.contextmanager
+def planted(file: str, edit: Callable[[str], str]):
+    """A file of kernels/ with its text edited."""
+    read, caches = launch._read, (launch.text, launch._build)
+    launch._read = lambda name: edit(read(name)) if name == file else read(name)
+    for f in caches:
+        f.cache_clear()
+    try:
+        yield
+    finally:
+        launch._read = read
+        for f in caches:
+            f.cache_clear()
+
+
+@dataclass(frozen=True)
+class Call(Case):
+    """A case with options of the call, or of how it is launched."""
+
+    threads: int | None = None
+    few_groups: bool = True  # else a threadgroup for each token
+    one_chunk: bool = False  # of tokens, in mhc_pre_backward_phi
+    slice_of_phi: bool = False  # which is then not aligned
+
+    def __str__(self) -> str:
+        special = {"threads": self.threads, "one_chunk": self.one_chunk, "slice": self.slice_of_phi}
+        marks = [f"{k}={v}" for k, v in special.items() if v]
+        return "-".join([super().__str__(), *marks])
+
+    def arrays(self, seed: int = 0) -> list[mx.array | None]:
+        arrays = super().arrays(seed)
+        if self.slice_of_phi:
+            longer = mx.concatenate([arrays[1].flatten()[:1], arrays[1].flatten()])
+            mx.eval(longer)
+            arrays[1] = longer[1:].reshape(arrays[1].shape)
+        return arrays
+
+
+def run(case: Case) -> list[mx.array]:
+    """Outputs and gradients of a case, launched as it says."""
+    options = {"threads_per_group": case.threads} if getattr(case, "threads", None) else {}
+    op, tiling = functools.partial(getattr(ops, case.op), **options), ops.tiling.phi_gradient_tiling
+    if getattr(case, "one_chunk", False):
+        ops.tiling.phi_gradient_tiling = lambda *shape: tiling(*shape)._replace(chunks=1)
+    try:
+        return results(op, case, [a for a in case.arrays() if a is not None])
+    finally:
+        ops.tiling.phi_gradient_tiling = tiling
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """``old`` becomes ``new`` where it stands for the ``nth`` time in ``file``."""
+
+    what: str
+    body: str
+    file: str
+    case: Case
+    caught: dict[str, str]  # the rungs that must object, and words of what they say
+    old: str
+    new: str
+    nth: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.body}: {self.what}"
+
+    def edit(self, text: str) -> str:
+        parts = text.split(self.old)
+        assert len(parts) > self.nth + 1, f"{self}: {self.old!r} is not in {self.file}"
+        at = self.nth + 1
+        return self.old.join(parts[:at]) + self.new + self.old.join(parts[at:])
+
+
+# What the rungs say.
+OUTSIDE, BOUNDS = "rules: out of bounds", "rules: the bounds of an array"
+TWO, UNALIGNED, NO_COMPILE = "rules: which thread", "rules: misaligned", "rules: does not compile"
+RACE, UNWRITTEN, NOBODY = "rules: race", "rules: nobody wrote", "rules: nobody writes"
+DIFFER, WRONG, MOVED = "rules: differs between", "parity: of the bound", "traffic: in all"
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+
+# Ops with shared or ready coefficients. 129 channels of float32 are one a load.
+STATIC = Case("mhc_static", (5,), 4, 64)
+RAGGED = Case("mhc_static", (5,), 3, 129, eps=0.5)
+HALF = Case("mhc_static", (5,), 4, 64, "bfloat16")
+SMALL = Case("mhc_static", (5,), 4, 8)
+TILED = Case("mhc_static", (5,), 10, 129)
+LAYER = Case("mhc_layer", (5,), 4, 64, convention=ROW_FIRST)
+MANY = Call("mhc_layer", (70,), 4, 8, convention=ROW_FIRST, few_groups=False)
+ADD = Case("stream_mix_add", (5,), 4, 64)
+ADD_FOUR = replace(ADD, per_token=(True, True))
+SINKHORN = Case("sinkhorn_knopp", (101,), 4, 4, convention=ROW_FIRST)
+SINKHORN_3 = Case("sinkhorn_knopp", (101,), 3, 3, convention=DEEPSEEK_V4)
+SINKHORN_64 = Case("sinkhorn_knopp", (3,), 64, 64, convention=replace(PAPER, iters=2))
+ADDITIVE_4 = replace(SINKHORN, convention=ADDITIVE)
+READ = Case("stream_aggregate", (5,), 4, 64)
+READ_EACH = Case("stream_aggregate", (5,), 3, 129, per_token=(True, False))
+# mhc_pre, in float32 and by products of matrices.
+PRE = Case("mhc_pre", (5,), 4, 64, convention=PAPER)
+PRE_4 = replace(PRE, C=31)  # aligned, but no whole runs
+PRE_12 = Case("mhc_pre", (5,), 12, 33, convention=PAPER)  # threadgroups share a tile
+PRE_65 = Case("mhc_pre", (65,), 4, 8, convention=PAPER)  # chunks of 33 and 32 tokens
+PRE_LONG = replace(PRE, C=160)  # several runs of k a simdgroup
+PRE_RUNS = replace(PRE, C=256)  # two packs of u a lane
+PRE_SLICE = Call("mhc_pre", (5,), 4, 64, convention=PAPER, slice_of_phi=True)
+ONE_CHUNK = Call("mhc_pre", (129,), 4, 8, convention=PAPER, one_chunk=True)
+MADE_TWICE = Call("mhc_pre", (5,), 4, 1280, convention=PAPER, threads=96)  # u, not kept
+SHARED_U = Case("mhc_pre", (19,), 4, 1280, "bfloat16", PAPER)  # two simdgroups share u
+IDENTITY_32 = Case("mhc_pre", (20,), 32, 8, convention=IDENTITY)  # three blocks, two shares
+TRANSPOSED = Case("mhc_pre", (5,), 3, 31, convention=replace(MHC_LITE, transposed=True))
+FACTORS = Case("mhc_pre", (5,), 4, 31, convention=KRONECKER)
+RINGED = Case("mhc_pre", (17,), 4, 256, "bfloat16", PAPER, norm=False)  # several runs a slice
+MULTIPLIED = replace(RINGED, C=64)  # three tiles
+RAGGED_PRODUCTS = Case("mhc_pre", (5,), 3, 31, "bfloat16", DEEPSEEK_V4, norm=False)
+CHUNKS = replace(MULTIPLIED, lead=(130,))  # of 65 tokens
+STAGES = replace(MULTIPLIED, lead=(70,))  # of 64 tokens
+TEAM = Call("mhc_pre", (19,), 4, 512, "bfloat16", PAPER, threads=64)  # simdgroups share a token
+TWICE = replace(TEAM, C=1000)  # and read it twice
+# "Single pass" models, and mhc_pre at few tokens.
+FEW = Case("mhc_pre", (2,), 4, 160, convention=PAPER)
+SEAM = Case("mhc_seam", (5,), 4, 64, per_token=(True, True))
+SEAM_ROUNDED = replace(SEAM, dtype="bfloat16", rounded=True)
+SEAM_RAGGED = replace(SEAM_ROUNDED, n=3, C=129)
+SEAM_LONG = Case("mhc_seam", (3,), 2, 8224, "bfloat16", per_token=(True, True))  # u is made twice
+
+# Of each body, and of a header in it: case, what, who objects and why, old, new, nth.
+# fmt: off
+TABLE = {
+    "mhc_fused common.h": [
+        (STATIC, "unaligned slices in packs", UNALIGNED, "if (aligned) return", "return"),
+        (RAGGED, "a barrier that orders nothing", f"{RACE}; dialect: mem_none; nvrtc: mem_none",
+         BARRIER, BARRIER.replace("_threadgroup)", "_none)")),
+        (RAGGED, "half a simdgroup at a simd operation", "rules: not all threads reach one barrier",
+         "v[a] = simd_sum", "if (simd_lane < 16) v[a] = simd_sum"),
+        (LAYER, "a double literal", "dialect: 1.0", "return 1.0f / (1", "return 1.0 / (1"),
+        (STATIC, "a reference in no address space", "dialect: address space",
+         "load_floats(thread float", "load_floats(float"),
+        (STATIC, "threadgroup memory for a device pointer", "dialect: device",
+         "typename P, typename S> inline void load_mix(P H, S mix",
+         "typename P> inline void load_mix(P H, device float* mix"),
+    ],
+    "mhc_fused": [
+        (HALF, "float assigned to bfloat", f"dialect: bfloat; {NO_COMPILE}",
+         "static_cast<T>(MIX ?", "(MIX ?"),
+        (HALF, "a load without a cast", "nvrtc: operator", "static_cast<float>(v.v[e])", "v.v[e]"),
+        (SMALL, "an early return", "rules: has returned; dialect: return",
+         "x_shape[2];", "x_shape[2]; if (int(tid) * VEC >= C) return;"),
+        (STATIC, "x read again", "traffic: x 3", "= CACHED ? xv", "= !CACHED ? xv"),
+        (STATIC, "two threads at one place", TWO, "i * C + c) = o[i]", "i * C + c / 8 * 8) = o[i]"),
+        (STATIC, "too much threadgroup memory", "rules: Metal has 32768; nvrtc: shared",
+         "float pre[N]", "float pre[N + 8192]"),
+    ],
+    "stream_mix_add": [
+        (ADD_FOUR, "wrong stride of h_res", f"{WRONG}; {MOVED}", "(t) * TOKEN_MIXES", "(t) * N"),
+        (ADD, "y of the first token", f"{WRONG}; {MOVED}", "y + size_t(t) * size_t(C)", "y"),
+    ],
+    "mhc_fused_backward": [
+        (STATIC, "a term of du dropped", WRONG, "- u[q] * slope", ""),
+        (STATIC, "the last token left out", NOBODY, "t < tokens;", "t + 1 < tokens;"),
+    ],
+    "mhc_fused_backward_wide": [
+        (TILED, "tile not padded", OUTSIDE, "c0 + c < C ?", "true ?"),
+        (TILED, "slices before the first", UNWRITTEN, "s == 0 ? 0.0f : ", ""),
+    ],
+    "sinkhorn_knopp": [
+        (SINKHORN_3, "orientation ignored", WRONG, "OUT_COLUMNS ? j", "false ? j"),
+    ],
+    "sinkhorn_knopp sinkhorn.h": [
+        (SINKHORN_64, "the first half's sums alone", WRONG, "scratch[64 + lane]", "scratch[lane]"),
+        (SINKHORN, "halves exchanged", WRONG, "high ? v[j] : v[j + O]", "high ? v[j + O] : v[j]"),
+    ],
+    "sinkhorn_knopp_backward": [
+        (SINKHORN, "a divisor for all lanes", RACE, "divisors + tid", "divisors"),
+    ],
+    "sinkhorn_knopp_backward sinkhorn_backward.h": [
+        (SINKHORN, "p not restored", WRONG, "p[j] *= published", "published"),
+        (ADDITIVE_4, "its own divisor for all", WRONG, "RECIPROCAL(all[j])", "RECIPROCAL(d)"),
+    ],
+    "sum_partials": [
+        (MANY, "a column too many", BOUNDS, "PER_GROUP && p <", "PER_GROUP + 1 && p <"),
+    ],
+    "stream_aggregate": [
+        (READ_EACH, "wrong stride of h_pre", f"{WRONG}; {MOVED}", "(t) * N + j", "(t) + j"),
+    ],
+    "stream_aggregate_backward": [
+        (READ, "du of the first token", f"{WRONG}; {MOVED}", "du + size_t(t) * size_t(C)", "du"),
+    ],
+    "mixing_matrix": [
+        (TRANSPOSED, "transposes by rows", WRONG, "TRANSPOSED ?", "false ?"),
+        (FACTORS, "factors in another order", WRONG, "NUM_LOGITS / 2 - 1 - b", "b"),
+    ],
+    "mixing_matrix_backward": [
+        (FACTORS, "sigmoid's slope dropped", WRONG, " * mhc::sigmoid(-z_b)", ""),
+    ],
+    "mhc_pre": [
+        (PRE, "mean over a stream", WRONG, "x_dot_x, K, alpha", "x_dot_x, C, alpha"),
+        (IDENTITY_32, "a tile for each of its shares", NOBODY, "grid.x / SPLITS *", "grid.x *", 1),
+        (IDENTITY_32, "a share past the last output", "traffic: x",
+         "= logit_begin + LOGITS_PER_GROUP <", "= -1 <"),
+    ],
+    "mhc_pre coefficients.h": [
+        (PRE, "h_res by columns", WRONG, "OUT_COLUMNS ? p", "false ? p"),
+    ],
+    "mhc_pre read_tile.h": [
+        (MADE_TWICE, "h_pre of another token", WRONG, "pre + i * N, C, C - c0",
+         "pre, C, C - c0", 2),
+        (SHARED_U, "no barrier after squares are added", RACE, BARRIER, "", 1),
+        (PRE_RUNS, "a lane's second pack its first", DIFFER, "+ j) * C + k * 32 * VEC", "+ j) * C"),
+    ],
+    "mhc_pre streams.h": [
+        (PRE, "r dropped", WRONG, "if (NORM) v *= r;", ""),
+    ],
+    "mhc_pre phi_product.h": [
+        (PRE_4, "ragged rows loaded whole", OUTSIDE, "return K % 32", "return K % 4"),
+        (PRE_SLICE, "unaligned phi loaded whole", UNALIGNED, ">()>(phi)", ">()>(x)"),
+        (PRE_LONG, "tokens past the last", OUTSIDE, "t < tokens ? t", "true ? t"),
+        (PRE, "half a simdgroup at a product", "rules: simd operations",
+         "multiply_add(sum", "if (lane < 16) multiply_add(sum"),
+    ],
+    "mhc_pre metal/matrices.h": [
+        (PRE, "sums transposed", RACE,
+         "sum_token(int lane) { return matrix_row", "sum_token(int lane) { return matrix_column"),
+        (PRE, "lanes in another order", RACE, "lane / 2 % 4", "lane / 4 % 4"),
+        (PRE, "a float for a matrix", f"dialect: no matching function; {NO_COMPILE}",
+         "(md, ma, mb, md)", "(md, ma, mb, d[0])"),
+        (PRE, "a tile in no address space", "dialect: address space", "(thread XTile", "(XTile"),
+    ],
+    "mhc_pre cuda/ptx.h": [
+        (PRE, "a longer instruction", "nvrtc: mma", "m16n8k8", "m16n8k16"),
+    ],
+    "mhc_pre cuda/matrices.h": [
+        (PRE, "the last bits of phi", WRONG, "phi, PHI)", "phi, 0)"),
+        (RINGED, "an element for two", WRONG, "= w << 16", "= w & 0xffff0000u"),
+    ],
+    "mhc_pre cuda/phi_product_ring.h": [
+        (RINGED, "a run before it is there", UNWRITTEN, "<SLOTS - 1>", "<SLOTS>"),
+        (RINGED, "a ring for all simdgroups", RACE, "runs.simd * SLOTS", "0 * SLOTS"),
+        (PRE, "odd rows as even ones", DIFFER, "(lane / 4 & 1)", "0"),
+    ],
+    "mhc_pre_backward_generic": [
+        (PRE_12, "dp by every share", TWO, "if (channel_begin == 0) dp", "dp"),
+        (PRE, "phi of the first stream", f"{WRONG}; traffic: phi", "phi + (j * C + c)", "phi + c"),
+    ],
+    "mhc_pre_backward_phi": [
+        (ONE_CHUNK, "no barrier after dp is used", RACE, BARRIER, "", 1),
+        (PRE_65, "dp past the chunk", "traffic: dp", "t < end && e", "t < tokens && e"),
+    ],
+    "mhc_pre_partial_logits": [
+        (FEW, "every run the first", f"{WRONG}; {MOVED}", "K, 32 * run", "K, 0"),
+    ],
+    "mhc_seam": [
+        (SEAM, "no barrier before ready coefficients", UNWRITTEN,
+         "  if (WRITE_BACK || !FROM_PARTIAL_LOGITS) thr", "  if (false) thr"),
+        (SEAM_ROUNDED, "u not rounded", "parity: times what", "true, ROUND_U,", "true, false,"),
+        (SEAM_LONG, "u cached where it is made twice", f"{WRONG}; traffic: x 1",
+         "(!NORM || !U_CACHED)", "(!NORM)"),
+    ],
+    "mhc_seam_backward": [
+        (SEAM_ROUNDED, "dweight of unrounded units", WRONG, "(ROUND_U ? st", "(false ? st"),
+    ],
+    "mhc_seam_backward seam_channel.h": [
+        (SEAM_RAGGED, "out not rounded", WRONG, "static_cast<float>(static_cast<T>(o))", "o"),
+        (SEAM, "dh_post of dout alone", WRONG, "ds[i] * y", "dout[i] * y"),
+    ],
+    "mhc_pre_backward_coefficients": [
+        (MULTIPLIED, "the first token's matrix", WRONG, "i * MATRIX_LANES", "0"),
+    ],
+    "mhc_pre_backward_coefficients coefficient_gradient.h": [
+        (MULTIPLIED, "another line's entry", WRONG, "entry_in_line == j", "line == j"),
+    ],
+    "mhc_pre_backward_coefficients_norm": [
+        (TWICE, "dweight of the last token", f"{WRONG}; traffic: partial",
+         "i > 0 || first != group_begin", "false"),
+    ],
+    "mhc_pre_backward_coefficients_norm stream_dots.h": [
+        (TEAM, "no barrier before shares are added", UNWRITTEN, BARRIER, ""),
+    ],
+    "mhc_pre_backward_projection": [
+        (CHUNKS, "sums of all chunks in one row", TWO, "(id / groups_per_chunk) *", "(0) *"),
+        (MULTIPLIED, "another stream's phi", f"{WRONG}; {MOVED}", "phi + (j * C + c0)", "phi + c0"),
+    ],
+    "mhc_pre_backward_projection phi_gradient.h": [
+        (RAGGED_PRODUCTS, "channels past the last", TWO, "if (e < remaining) to", "to"),
+    ],
+    "mhc_pre_backward_projection metal/phi_gradient_matrices.h": [
+        (MULTIPLIED, "the last tile's sums alone", WRONG, "[p][e] +=", "[p][e] ="),
+    ],
+    "mhc_pre_backward_projection cuda/ptx.h": [
+        (MULTIPLIED, "a transpose of bytes", "nvrtc: movmatrix", "m8n8.trans.b16 %0",
+         "m8n8.trans.b8 %0"),
+    ],
+    "mhc_pre_backward_projection cuda/phi_gradient_matrices.h": [
+        (MULTIPLIED, "dx_out in du's place", UNWRITTEN, "PASSED, from.dx_out", "DU, from.dx_out"),
+        (MULTIPLIED, "tokens not in pairs", WRONG, "= transposed(reint", "= (reint"),
+        (STAGES, "a tile too late", UNWRITTEN, "copies<SLOTS - 1>", "copies<SLOTS>"),
+    ],
+}
+# fmt: on
+
+
+def mistake(place: str, case: Case, what: str, caught: str, *edit) -> Mistake:
+    body, _, header = place.partition(" ")
+    rungs = dict(one.split(": ") for one in caught.split("; "))
+    file = f"include/{header}" if header else f"{body}.metal"
+    return Mistake(what, body, file, case, rungs, *edit)
+
+
+PLANTED = [mistake(place, *row) for place, rows in TABLE.items() for row in rows]

@@ -1,0 +1,66 @@
+"""The proof can fail: each mistake planted by hand in a body is caught by the rungs that must.
+
+`python tests/mutation/run.py planted` prints the table: mistake, body, rungs that caught it.
+
+dialect: clang with Metal's address spaces, and the lint. nvrtc: NVIDIA's compiler.
+rules: the simulator's (bounds, races, unwritten memory, divergence, limits).
+parity: results against the float64 oracle. traffic: loads and stores per buffer.
+"""
+
+import functools
+
+import pytest
+from cases import Case
+
+from mhc_mlx import launch
+from mutation.bodies import executed, launches, refused_by_dialect, refused_by_nvrtc
+from mutation.choice import backends
+from mutation.planted import PLANTED, Mistake, planted
+
+RUNGS = ("dialect", "nvrtc", "rules", "parity", "traffic")
+executed_as_it_is = functools.cache(executed)
+
+
+def objections(case: Case, body: str, mistake: Mistake | None = None, rungs=RUNGS) -> dict:
+    """What each rung says of the body, with the mistake or as it is; "" is dropped. NVRTC is slow:
+    without it in ``rungs`` nothing is compiled."""
+    backend = backends(mistake.file)[0] if mistake else "metal"
+    says, normal = executed_as_it_is(case, backend)
+    calls = {str(c[5]): c for c in launches(case, backend) if c[0] == body}.values()
+    with planted(mistake.file if mistake else "", mistake and mistake.edit):
+        if mistake:
+            says, moved = executed(case, backend)
+            says = says | {"traffic": "; ".join(set(moved) - set(normal))}
+        says |= {"dialect": "; ".join(filter(None, map(refused_by_dialect, calls)))}
+        says |= {"nvrtc": "".join(map(refused_by_nvrtc, calls if "nvrtc" in rungs else []))}
+    return {rung: message for rung, message in says.items() if message}
+
+
+@pytest.fixture
+def need_all(need):
+    for rung in ("simulator", "dialect", "nvrtc"):
+        need(rung)
+
+
+@pytest.mark.parametrize("mistake", PLANTED, ids=str)
+def test_caught(mistake, need_all):
+    rungs = tuple(r for r in RUNGS if r != "nvrtc" or r in mistake.caught)
+    says = objections(mistake.case, mistake.body, mistake, rungs)
+    assert set(says) == set(mistake.caught), says
+    for rung, reason in mistake.caught.items():
+        assert reason in says[rung], says[rung]
+
+
+CALLS = sorted({(m.case, m.body) for m in PLANTED}, key=str)
+
+
+@pytest.mark.parametrize("case, body", CALLS, ids=str)
+def test_nothing_to_catch(case, body, need_all):
+    """The same rungs on the bodies as they are."""
+    assert objections(case, body) == {}
+
+
+def test_enough():
+    """Every rung is the only one to catch some; a body without any has its mutants by operators."""
+    assert {m.body for m in PLANTED} <= {f.stem for f in launch._FOLDERS[1].glob("*.metal")}
+    assert {r for m in PLANTED if len(m.caught) == 1 for r in m.caught} == set(RUNGS)

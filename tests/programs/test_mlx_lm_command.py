@@ -1,0 +1,260 @@
+"""`python -m mhc_mlx.mlx_lm` checks its options, and times sites and models."""
+
+import json
+import math
+import types
+
+import mlx.core as mx
+import pytest
+
+from programs.figures import refused
+
+REPORT = {"command": "python -m mhc_mlx.mlx_lm --sites 64", "device": "d", "mlx": "1", "date": "d"}
+REPORT |= {"mlx-lm": "1", "backend": "b"}
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Return the module of the command, in which nothing may run."""
+    pytest.importorskip("mlx_lm")
+    from mhc_mlx.mlx_lm import __main__ as command
+
+    for name in ("bench", "bench_sites", "check", "patch", "_random_model"):
+        monkeypatch.setattr(command, name, None)
+    monkeypatch.setattr(command.mlx_lm, "load", None)
+    return command
+
+
+def test_options_of_the_models_command(tmp_path, capsys, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "memory", lambda: 4 << 30)
+    files = {
+        **{"bad.json": "{", "other.json": json.dumps(REPORT | {"command": "python b.py"})},
+        **{"list.json": "[]", "letter": "a letter", "lacks.json": json.dumps({"command": "x"})},
+        **{"nan.json": '{"command": NaN}', "good.json": json.dumps(REPORT)},
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    for name, text in {"llama": '{"model_type": "llama"}', "list": "[]", "bad": "{"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+    (tmp_path / "hollow").mkdir()
+    for options, message in {
+        "--sites=": "--sites must be positive numbers with commas between but is ''",
+        "--random=": "--random must be positive numbers with commas between but is ''",
+        "--model=": "--model must be a folder or a name but is empty",
+        "--sites 64 --tokens=": "--tokens must be positive numbers",
+        "--sites 64,64": "--sites must be numbers that differ but is '64,64'",
+        "--sites 64 --tokens 8,8": "--tokens must be numbers that differ but is '8,8'",
+        "--sites 64 --tokens 99999999999": "--tokens must fit in the device's memory but 9999999",
+        "--sites 64 --tokens " + "9" * 5000: "--tokens must be positive numbers",
+        "--sites 64,99999999": "--tokens must fit in the device's memory but 2048 of d = 99999999",
+        "--random 64 --tokens 9999999": "--tokens must fit in the device's memory",
+        "--model letter": "--model must be a folder or a name but is letter",
+        "--model ./nowhere": "--model must be a folder that exists but is ./nowhere",
+        "--model hollow": "--model must be a model's folder: its config.json must be a file but",
+        "--model bad": "--model must be a model's folder: its config.json must be a file of JSON",
+        "--model list": "but list is None",
+        "--model llama": "but llama is llama",
+        "--sites 64 --no-verify": "they go not with --sites",
+        "--tokens 8": "one of the arguments --model --random --sites is required",
+        "--model good --random 64": "--random: not allowed with argument --model",
+        "--random 64 --sites 64": "--sites: not allowed with argument --random",
+        "--random 64 --check --bench": "--bench: not allowed with argument --check",
+        "--sites 64 --json=": "--json must be a file but is empty",
+        "--sites 64 --json .": "--json must be a file but is the folder .",
+        "--sites 64 --json nowhere/a": "--json must be in a folder that exists but is nowhere/a",
+        "--sites 64 --json letter": "--json must be a file of JSON but is letter",
+        "--sites 64 --json bad.json": "--json must be a file of JSON but is bad.json",
+        "--sites 64 --json nan.json": "it holds NaN, which is no number",
+        "--sites 64 --json list.json": "it holds list, not an object",
+        "--sites 64 --json lacks.json": "its device is missing",
+        "--sites 64 --json other.json": "its command is python b.py",
+    }.items():
+        error = refused(command.main, options.split(), capsys)
+        assert message in error and "\n" not in error, (options, error)
+    assert all((tmp_path / name).read_text() == text for name, text in files.items())
+
+    def load(path):
+        raise FileNotFoundError("no such repository")
+
+    monkeypatch.setattr(command.mlx_lm, "load", load)
+    error = refused(command.main, ["--model", "some/name"], capsys)
+    assert error == "--model must be what mlx_lm.load takes but is some/name: no such repository"
+
+
+def test_parts_are_written_as_they_are_measured(tmp_path, command, monkeypatch, capsys):
+    """What failed parity fails the command; an exception loses no part before it."""
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(REPORT))
+
+    def bench_sites(d, tokens):
+        if d == 96:
+            raise KeyboardInterrupt
+        if d == 64:  # the part before is there: a kill loses nothing
+            assert len(json.loads(file.read_text())["per sublayer"]) == 1
+        return {"d": d, "tokens": tokens, "ok": d != 64, "times": []}
+
+    monkeypatch.setattr(command, "bench_sites", bench_sites)
+    argv = ["--sites", "32,64", "--tokens", "3", "--json", str(file)]
+    with pytest.raises(SystemExit, match="^parity fails: d = 64$"):
+        command.main(argv)
+    written = json.loads(file.read_text())
+    assert [(part["d"], part["tokens"]) for part in written["per sublayer"]] == [
+        (32, [3]),
+        (64, [3]),
+    ]
+    assert written["command"] == f"python -m mhc_mlx.mlx_lm {' '.join(argv)}"
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["--sites", "32,96", "--json", str(file)])
+    assert [part["d"] for part in json.loads(file.read_text())["per sublayer"]] == [32]
+    before = file.read_text()
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["--sites", "96,32", "--json", str(file)])
+    assert file.read_text() == before, "a report without a measurement replaces one with some"
+    report = command.main(["--sites", "32,128"])
+    assert [part["d"] for part in report["per sublayer"]] == [32, 128]
+    assert report["per sublayer"][0]["tokens"] == (1, 8, 512, 2048)
+
+    patched, model = [], object()
+    monkeypatch.setattr(command, "_random_model", lambda d, layers: (d, layers, model))
+    monkeypatch.setattr(command, "patch", lambda model, verify: patched.append((model, verify)))
+    monkeypatch.setattr(command, "check", lambda model, times: {"check of": model, "times": times})
+    monkeypatch.setattr(command, "bench", lambda model, lengths: {"bench of": model, "l": lengths})
+    report = command.main(["--random", "64"])
+    assert patched.pop() == ((64, 3, model), True)
+    assert report["check"] == {"check of": (64, 3, model), "times": (1, 512)}
+    assert report["bench"] == {"bench of": (64, 3, model), "l": (512, 2048)}
+    report = command.main(["--random", "64,2", "--bench", "--no-verify", "--tokens", "7"])
+    assert patched.pop() == ((64, 2, model), False) and "check" not in report
+    assert report["bench"]["l"] == (7,)
+    report = command.main(["--random", "64,2", "--check", "--tokens", "7"])
+    assert report["check"]["times"] == (7,) and "bench" not in report
+
+
+@pytest.fixture
+def times(monkeypatch):
+    pytest.importorskip("mlx_lm")
+    from mhc_mlx.mlx_lm import times
+
+    monkeypatch.setattr(mx, "compile", lambda f: f)
+    times._compiled_stock.cache_clear()
+    yield times
+    times._compiled_stock.cache_clear()
+
+
+def clocked(times, monkeypatch):
+    """Return a list whose first number is the time."""
+    now = [0.0]
+    fake = types.SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(times, "time", fake)
+    return now
+
+
+def test_seconds(times, monkeypatch):
+    """The median leaves out the two calls of warm-up; what is fast is called more often."""
+    now = clocked(times, monkeypatch)
+    for durations, want, count in (
+        ([9.0, 9.0, 3.0, 1.0, 2.0, 5.0, 7.0], 3.0, 7),
+        ([2e-3], 2e-3, 27),
+    ):
+        calls = []
+
+        def run(durations=durations, calls=calls):
+            calls.append(1)
+            now[0] += durations[min(len(calls), len(durations)) - 1]
+            return mx.zeros(1)
+
+        assert times._seconds(run) == pytest.approx(want) and abs(len(calls) - count) <= 1
+
+
+def test_times_of_sites(times, monkeypatch):
+    """Each chain runs every site once, by its own function, of as many tokens; a time is per
+    site."""
+    from mhc_mlx.mlx_lm import SinglePassConnection
+
+    sites, seen, chains = times.random_sites(32, 5), [], []
+    for name in ("run_site", "stock_site"):
+        usual = getattr(times, name)
+
+        def counted(hc, x, y, norm, name=name, usual=usual):
+            assert name == "run_site" or not isinstance(hc, SinglePassConnection)
+            seen.append((name, x.shape, x.dtype))
+            return usual(hc, x, y, norm)
+
+        monkeypatch.setattr(times, name, counted)
+
+    def seconds(run):
+        seen.clear()
+        mx.eval(run())
+        chains.append(list(seen))
+        return 10.0 * len(chains)
+
+    monkeypatch.setattr(times, "_seconds", seconds)
+    found = times.site_times([*sites[:4], sites[4]._replace(norm=None)], mx.float16, 3)
+    assert found == {"tokens": 3, "patched": 2.5, "mlx-lm": 5.0, "mlx-lm, compiled": 7.5}
+    shape = ((1, 3, 4, 32), mx.float16)
+    assert chains == [[("run_site", *shape)] * 4, *[[("stock_site", *shape)] * 4] * 2]
+    line = times.time_line({"tokens": 3, "patched": 1.0, "mlx-lm": 4.0, "mlx-lm, compiled": 2.0})
+    assert "1000000 us per sublayer, mlx-lm 4000000 us (4.0 x), compiled 2000000 us (2.0 x)" in line
+
+
+def test_sites_that_fail_are_not_timed(times, monkeypatch):
+    """This holds at any number of tokens that is timed, and for infinite errors of both."""
+    monkeypatch.setattr(times, "SITES", 2)
+    monkeypatch.setattr(times, "_peak", lambda run: 1 << 20)
+    timed = []
+    monkeypatch.setattr(times, "_seconds", lambda run: timed.append(1) or 1e-6)
+    right = times.site_errors
+    report = times.bench_sites(32, (1, 6))
+    assert report["ok"] and len(report["times"]) == 2 and len(timed) == 6
+    for wrong in (1, 6):
+        for errors in ((5.0, 2.5), (math.inf, math.inf)):
+
+            def failing(site, x, y, repeats=1, wrong=wrong, errors=errors):
+                tokens = x.shape[1] * repeats
+                return errors if tokens == wrong else right(site, x, y, repeats)
+
+            monkeypatch.setattr(times, "site_errors", failing)
+            report = times.bench_sites(32, (1, 6))
+            assert not report["ok"] and report["times"] == [] and len(timed) == 6
+
+
+def test_bench_times_both_models(times, monkeypatch, capsys):
+    """It counts tokens a second of the patched model, then of mlx-lm's: prompts of each length go
+    through an empty cache, and only the tokens after the warm-up count."""
+    from models.tiny_deepseek import tiny
+
+    from mhc_mlx import mlx_lm as adapter
+
+    model, now, prompts = tiny(layers=2), clocked(times, monkeypatch), []
+    adapter.patch(model, verify=False)
+    kinds = lambda: isinstance(model.layers[0], adapter.SinglePassLayer)  # noqa: E731
+    usual = type(model).__call__
+
+    def call(self, tokens, cache):
+        prompts.append(
+            (kinds(), tokens.shape, max(c.offset for c in cache if hasattr(c, "offset")))
+        )
+        return usual(self, tokens, cache)
+
+    def seconds(run):
+        run()
+        return 0.5 if kinds() else 2.0
+
+    def generate_step(prompt, generated_by, max_tokens):
+        assert generated_by is model and prompt.shape == (4,)
+        for k in range(max_tokens):  # the first tokens are slow
+            now[0] += (100.0 if k < 4 else 0.25) * (1 if kinds() else 2)
+            yield k, None
+
+    monkeypatch.setattr(type(model), "__call__", call)
+    monkeypatch.setattr(times, "_seconds", seconds)
+    monkeypatch.setattr(times, "generate_step", generate_step)
+    report = times.bench(model, (4, 6), steps=8)
+    assert report["patched"] == {"prefill": {"4": 8.0, "6": 12.0}, "decode": 4.0}
+    assert report["mlx-lm"] == {"prefill": {"4": 2.0, "6": 3.0}, "decode": 2.0}
+    assert prompts == [(kind, (1, n), 0) for kind in (True, False) for n in (4, 6)]
+    assert kinds(), "the model is left patched"
+    assert "prefill 6: 12 tokens/s, mlx-lm 3 (4.00 x)" in (printed := capsys.readouterr().out)
+    assert "decode: 4.0 tokens/s, mlx-lm 2.0 (2.00 x)" in printed
