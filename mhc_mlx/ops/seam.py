@@ -9,7 +9,7 @@ import mlx.core as mx
 from .. import launch, reference
 from ..conventions import DEEPSEEK_V4, Convention
 from . import tiling
-from .arrays import flat, identity, pre_params, unflat
+from .arrays import body_params, flat, identity, unflat
 from .autodiff import FusedOp, Options
 from .checks import check_array, check_dynamic, check_seam
 from .coefficients import (
@@ -63,7 +63,7 @@ class MhcSeam(FusedOp):
 
     @property
     def params(self) -> mx.array:
-        return pre_params(convention=DEEPSEEK_V4, eps=self.eps)
+        return body_params(None, eps=self.eps)
 
     def fallback(self, *arrays):
         return reference.mhc_seam(*arrays, eps=self.eps, round_aggregate=self.round_aggregate)
@@ -237,7 +237,7 @@ class MhcSinglePass(FusedOp):
     def _forward_few_tokens(self, x, y, phi, bias, alpha, weight):
         """Two launches: the phi product by many threadgroups, then all that is left."""
         flat_x, c = flat(x, 3), self.convention
-        params = pre_params(convention=c, norm_eps=self.norm_eps, eps=self.eps)
+        params = body_params(c, norm_eps=self.norm_eps, eps=self.eps)
         partial_logits, slices = launch_partial_logits(flat_x, phi, self.options)
         coefficients = {"partial_logits": partial_logits, "bias": bias, "alpha": alpha}
         inputs = SeamInputs(y=y, weight=weight, **coefficients, params=params)
