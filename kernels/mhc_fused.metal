@@ -4,7 +4,7 @@
 //   out[i] = sum_j h_res[i, j] x[j] + h_post[i] y          (out = y without MIX)
 //
 // in   x [tokens, N, C] T, H_pre [N], H_post [N], H_res [N, N], weight [C] any float,
-//      params [5] float: eps, pre_eps, post_scale, post_eps, the projection's eps
+//      params [6] float, by mhc::param: EPS; with GATES PRE_EPS, POST_SCALE, POST_EPS; with SINKHORN PROJECTION_EPS
 // out  out [tokens, N, C] T, without MIX [tokens, C] T
 // GATES: H_pre and H_post are logits, h_pre = sigmoid(H_pre) + pre_eps and h_post = post_scale * sigmoid(H_post) +
 //      post_eps; without GATES they are h_pre and h_post.
@@ -18,7 +18,7 @@ constexpr int SIMDS = THREADS / 32;
 constexpr int STREAM_UNROLL = N <= 8 ? N : 4;  // streams that are loaded before the first is used
 constexpr int CACHED_PASSES = CACHED ? PASSES : 1;
 constexpr int OUT_STREAMS = MIX ? N : 1;
-constexpr int CHANNEL_STEP = CACHED && N <= 4 && VEC > 1 ? 2 : VEC;  // channels whose sums a thread holds at once
+constexpr int CHANNEL_STEP = CACHED && N <= 4 && VEC > 1 ? 2 : VEC;  // a thread holds the sums of so many channels at once
 threadgroup float pre[N];
 threadgroup float post[N];
 threadgroup float mix[N * N];  // mix[j * N + i] = h_res[i, j]
@@ -30,7 +30,7 @@ mhc::load_gates<N, THREADS, GATES, false>(H_pre, pre, params, tid);
 if constexpr (MIX) mhc::load_gates<N, THREADS, GATES, true>(H_post, post, params, tid);
 if constexpr (SINKHORN) {
   if (simdgroup_index_in_threadgroup == 0)
-    mhc::project_lanes<N, START, COLUMNS, !OUT_COLUMNS, ITERS>(H_res, mix, thread_index_in_simdgroup < mhc::matrix_lanes(N), params[4], thread_index_in_simdgroup);
+    mhc::project_lanes<N, START, COLUMNS, !OUT_COLUMNS, ITERS>(H_res, mix, thread_index_in_simdgroup < mhc::matrix_lanes(N), static_cast<float>(params[mhc::param::PROJECTION_EPS]), thread_index_in_simdgroup);
 } else if constexpr (MIX) {
   mhc::load_mix<N, THREADS, true>(H_res, mix, tid);
 }
@@ -64,7 +64,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   }
   mhc::sum_everywhere<SIMDS>(squares, scratch, parity, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
   parity ^= 1;
-  const float r = metal::precise::rsqrt(squares[0] / static_cast<float>(C) + params[0]);
+  const float r = metal::precise::rsqrt(squares[0] / static_cast<float>(C) + static_cast<float>(params[mhc::param::EPS]));
 
 #pragma unroll CACHED_PASSES
   for (int k = 0; k < PASSES; ++k) {

@@ -9,7 +9,7 @@
 // in   x [tokens, N, C] T, dout [tokens, N, C] T, without MIX [tokens, C] T;
 //      H_pre [N] (with NORM), H_post [N] or [tokens, N], H_res [N, N] or [tokens, N, N] (both with MIX), weight [C]
 //      (with NORM) any float; y [tokens, C] T (without NORM);
-//      params [5] float: eps, pre_eps, post_scale, post_eps, the projection's eps
+//      params [6] float, by mhc::param: EPS; with GATES PRE_EPS, POST_SCALE, POST_EPS; with SINKHORN PROJECTION_EPS
 // out  dx [tokens, N, C] T, dy [tokens, C] T (without NORM),
 //      partial [threadgroups, P] float: the sums of dh_pre, dh_post, dh_res, dweight over this threadgroup's tokens, in
 //      this order; a coefficient that is given per token has no column there, but its gradient is dh_post [tokens, N]
@@ -28,7 +28,7 @@
 constexpr int SIMDS = THREADS / 32;
 constexpr int OUT_STREAMS = MIX ? N : 1;
 constexpr int CACHED_PASSES = CACHED ? PASSES : 1;
-constexpr int CHANNEL_STEP = VEC == 1 || (N > 4 && NORM) ? 1 : 2;  // channels at once, as registers allow
+constexpr int CHANNEL_STEP = VEC == 1 || (N > 4 && NORM) ? 1 : 2;  // a thread takes so many channels at once, as registers allow
 constexpr bool DWEIGHT_IN_THREADGROUP = CACHED && N > 4 && PASSES * VEC * THREADS <= 4096;
 constexpr int POST_AT = NORM ? N : 0;
 constexpr int RES_AT = POST_AT + (POST_PER_TOKEN || !MIX ? 0 : N);
@@ -47,7 +47,7 @@ if constexpr (NORM) mhc::load_gates<N, THREADS, GATES, false>(H_pre, pre, params
 if constexpr (MIX && !POST_PER_TOKEN) mhc::load_gates<N, THREADS, GATES, true>(H_post, post, params, tid);
 if constexpr (SINKHORN) {
   if (simdgroup_index_in_threadgroup == 0)
-    mhc::project_lanes<N, START, COLUMNS, OUT_COLUMNS, ITERS>(H_res, mix, thread_index_in_simdgroup < mhc::matrix_lanes(N), params[4], thread_index_in_simdgroup);
+    mhc::project_lanes<N, START, COLUMNS, OUT_COLUMNS, ITERS>(H_res, mix, thread_index_in_simdgroup < mhc::matrix_lanes(N), static_cast<float>(params[mhc::param::PROJECTION_EPS]), thread_index_in_simdgroup);
 } else if constexpr (MIX && !RES_PER_TOKEN) {
   mhc::load_mix<N, THREADS, false>(H_res, mix, tid);
 }
@@ -93,7 +93,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     }
     mhc::sum_everywhere<SIMDS>(dots, sums, parity, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
     parity ^= 1;
-    r = metal::precise::rsqrt(dots[0] / static_cast<float>(C) + static_cast<float>(params[0]));
+    r = metal::precise::rsqrt(dots[0] / static_cast<float>(C) + static_cast<float>(params[mhc::param::EPS]));
     slope = r * r * (dots[1] / static_cast<float>(C));
   }
 

@@ -10,7 +10,7 @@
 // in   x [tokens, N, C] T, dout [tokens, N, C] T, without MIX [tokens, C] T;
 //      H_pre [N] (with NORM), H_post [N] or [tokens, N], H_res [N, N] or [tokens, N, N] (both with MIX), weight [C]
 //      (with NORM) any float; H_res is always h_res, never logits; y [tokens, C] T (without NORM);
-//      params [5] float: eps, pre_eps, post_scale, post_eps, the projection's eps, which is not used
+//      params [6] float, by mhc::param: EPS; with GATES PRE_EPS, POST_SCALE, POST_EPS
 // out  dx [tokens, N, C] T, dy [tokens, C] T (without NORM),
 //      partial [threadgroups, P] float: the sums of dh_pre, dh_post, dh_res, dweight over this threadgroup's tokens, in
 //      this order; a coefficient that is given per token has no column there, but its gradient is dh_post [tokens, N]
@@ -32,8 +32,8 @@ constexpr int WEIGHT_AT = RES_AT + (RES_PER_TOKEN || !MIX ? 0 : N * N);
 constexpr int EDGE = (N + 3) / 4, BLOCKS = EDGE * EDGE;
 constexpr int CHANNEL_SPLITS = THREADS < BLOCKS || N > 48 ? 1 : THREADS / BLOCKS < TILE_CHANNELS ? THREADS / BLOCKS : TILE_CHANNELS;
 constexpr int BLOCKS_PER_THREAD = (BLOCKS + THREADS - 1) / THREADS;
-constexpr int ROWS_PER_SIMDGROUP = (N + SIMDS - 1) / SIMDS;  // of dh_pre and of dh_post
-constexpr int ROWS_AT_ONCE = ROWS_PER_SIMDGROUP < 8 ? ROWS_PER_SIMDGROUP : 8;  // of dx
+constexpr int ROWS_PER_SIMDGROUP = (N + SIMDS - 1) / SIMDS;  // a simdgroup sums so many elements of dh_pre and of dh_post
+constexpr int ROWS_AT_ONCE = ROWS_PER_SIMDGROUP < 8 ? ROWS_PER_SIMDGROUP : 8;  // a simdgroup makes so many rows of dx at once
 constexpr bool H_RES_IN_THREADGROUP = MIX && N <= 32;
 threadgroup float pre[N];
 threadgroup float post[N];
@@ -82,7 +82,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
       dots[1] += d * u * static_cast<float>(weight[c]);
     }
     mhc::sum_everywhere<SIMDS>(dots, sums, 0, uint(simd), uint(lane));
-    r = metal::precise::rsqrt(dots[0] / static_cast<float>(C) + static_cast<float>(params[0]));
+    r = metal::precise::rsqrt(dots[0] / static_cast<float>(C) + static_cast<float>(params[mhc::param::EPS]));
     slope = r * r * (dots[1] / static_cast<float>(C));
   }
 

@@ -12,8 +12,9 @@
 //   dx[j] = sum_o phi[o, j] dp[o] + pull x[j] + h_pre[j] du' (+ dx_out[j])
 //   dbias[o] = sum_t dz[o];   dalpha of a part = the sum of dz l over its logits and tokens
 //
-// in   x [tokens, N, C] T; phi [NUM_LOGITS, N * C], bias [NUM_LOGITS], alpha [parts], weight [C] any float;
-//      params [6] float: pre_eps, post_scale, post_eps, norm_eps, eps, the projection's eps;
+// in   x [tokens, N, C] T; phi [NUM_LOGITS, N * C], bias [NUM_LOGITS], alpha [parts], weight [C] any float,
+//      NUM_LOGITS = 2 N + R, or N (HEAD), where pre is the only part;
+//      params [6] float, by mhc::param: PRE_EPS; without HEAD POST_SCALE; with NORM EPS;
 //      l [tokens, NUM_LOGITS + 1] float: l, scale; dz_res [tokens, R] float; du [tokens, C] T (HAS_DU) or dh_pre
 //      [tokens, N] float; dh_post [tokens, N] float (without HEAD); dx_out [tokens, N, C] T (HAS_DX_OUT): the cotangent
 //      of the x that was passed through
@@ -22,16 +23,17 @@
 // owners  A threadgroup takes tiles of TILE tokens in turn, and a thread takes VEC neighbours of all streams: phi is
 //      read once a tile. For dh_pre a simdgroup takes a token. SPLITS threadgroups share a tile, each a range of
 //      channels of dx; that is for N > 8, where phi is most of the bytes, and each of them makes dh_pre and dp anew.
-// template  T, N, NUM_LOGITS, HEAD, HAS_DU, NORM, VEC, THREADS, TILE, SPLITS, HAS_DX_OUT
+// template  T, N, NUM_LOGITS, HAS_DU, NORM, VEC, THREADS, TILE, SPLITS, HAS_DX_OUT
 // grid  any multiple of SPLITS threadgroups
 #include "common.h"
 constexpr int SIMDS = THREADS / 32;
+constexpr bool HEAD = NUM_LOGITS == N;
 constexpr int NUM_GATE_LOGITS = HEAD ? N : 2 * N;
 constexpr int NUM_RES_LOGITS = NUM_LOGITS - NUM_GATE_LOGITS;
 constexpr int STREAM_UNROLL = N <= 8 ? N : 1;
-threadgroup mhc::Pack<float, TILE> dps[NUM_LOGITS];  // dps[o].v[i] is of logit o and token i: dz, then dp
+threadgroup mhc::Pack<float, TILE> dps[NUM_LOGITS];  // dps[o].v[i] = dz, then dp, of logit o and token i
 threadgroup float pre[TILE * N];
-threadgroup float inverse_rms[TILE];  // r
+threadgroup float inverse_rms[TILE];  // inverse_rms[i] = r of token i
 threadgroup float slopes[TILE];
 threadgroup float pull[TILE];
 const int tid = int(thread_position_in_threadgroup.x);
@@ -60,8 +62,8 @@ for (uint tile = tile_group; tile < tiles; tile += threadgroups_per_grid.x / SPL
         const float z = static_cast<float>(alpha[o < N ? 0 : 1]) * static_cast<float>(l[t * (NUM_LOGITS + 1) + o]) + static_cast<float>(bias[o]);
         const float s = mhc::sigmoid(z);
         g = s * mhc::sigmoid(-z);
-        h = s + static_cast<float>(params[0]);
-        if (!HEAD && o >= N) g *= static_cast<float>(params[1]) * static_cast<float>(dh_post[t * N + (o - N)]);
+        h = s + static_cast<float>(params[mhc::param::PRE_EPS]);
+        if (!HEAD && o >= N) g *= static_cast<float>(params[mhc::param::POST_SCALE]) * static_cast<float>(dh_post[t * N + (o - N)]);
         else if (!HAS_DU) g *= static_cast<float>(dh_pre[t * N + o]);
       } else if (NUM_RES_LOGITS > 0) {
         g = static_cast<float>(dz_res[t * NUM_RES_LOGITS + (o - NUM_GATE_LOGITS)]);
@@ -72,6 +74,7 @@ for (uint tile = tile_group; tile < tiles; tile += threadgroups_per_grid.x / SPL
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
+  // dh_pre[j] = r (sum du weight x[j] - slope sum u x[j])
   for (int i = simd; HAS_DU && i < TILE && first + uint(i) < tokens; i += SIMDS) {
     const size_t t = first + uint(i);
     const auto row = x + t * size_t(K);
@@ -104,7 +107,7 @@ for (uint tile = tile_group; tile < tiles; tile += threadgroups_per_grid.x / SPL
     }
     float r = 1.0f, slope = 0.0f;
     if (NORM) {
-      r = metal::precise::rsqrt(simd_sum(u_dot_u) / static_cast<float>(C) + static_cast<float>(params[4]));
+      r = metal::precise::rsqrt(simd_sum(u_dot_u) / static_cast<float>(C) + static_cast<float>(params[mhc::param::EPS]));
       slope = r * r * (simd_sum(du_dot_u) / static_cast<float>(C));
     }
 #pragma unroll STREAM_UNROLL

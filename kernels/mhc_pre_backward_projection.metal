@@ -36,7 +36,7 @@ const uint tokens_per_chunk = (tokens + chunks - 1) / chunks;
 const uint begin = chunk * tokens_per_chunk;
 const uint end = begin + tokens_per_chunk < tokens ? begin + tokens_per_chunk : tokens;
 const uint span_end = in_range ? end : 0u;
-const int first_channel = c0 + mhc::quarter_of(lane) * RUN;  // of the lane
+const int first_channel = c0 + mhc::quarter_of(lane) * RUN;  // the lane's run begins here
 const bool aligned = C % RUN == 0 && mhc::is_aligned<mhc::run_vec<T, RUN>()>(x) && (!HAS_DU || mhc::is_aligned<mhc::run_vec<T, RUN>()>(du)) &&
                        (!HAS_DX_OUT || mhc::is_aligned<mhc::run_vec<T, RUN>()>(dx_out));
 

@@ -20,7 +20,7 @@ const int groups_per_tile = (num_runs + SIMDS - 1) / SIMDS;
 const int run = int(threadgroup_position_in_grid.x) % groups_per_tile * SIMDS + int(simdgroup_index_in_threadgroup);
 const uint first = threadgroup_position_in_grid.x / uint(groups_per_tile) * 8;
 const uint tokens = x_shape[0];
-const bool x_and_phi_aligned = K % 32 == 0 && mhc::is_aligned<mhc::run_vec<T, 8>()>(x) && mhc::is_aligned<mhc::run_vec<PHI_T, 8 / mhc::PHI_ROWS>()>(phi);
+const bool x_and_phi_aligned = mhc::runs_aligned<T, PHI_T>(x, phi, K);
 
 const mhc::Runs runs = {tokens, K, 32 * run, K, lane, 0};
 for (int o0 = 0; run < num_runs && o0 < NUM_LOGITS; o0 += 8 * BLOCK) {

@@ -8,8 +8,7 @@
 //   dh_pre[i] = sum da out[i];   dh_post[i] = sum ds[i] y;   dh_res[i, j] = sum ds[i] x[j]
 //
 // in   x, dout [tokens, N, C] T, y, du [tokens, C] T, h_pre, h_post [tokens, N], h_res [tokens, N, N], weight [C]
-//      (NORM) any float; params [6] float: pre_eps, post_scale, post_eps, norm_eps, eps, the projection's eps, of which
-//      only eps is used
+//      (NORM) any float; params [6] float, by mhc::param: EPS
 // out  dx [tokens, N, C] T, dy [tokens, C] T; dh_pre, dh_post [tokens, N], dh_res [tokens, N, N] float;
 //      partial [threadgroups, C] float (NORM): the sum of dweight over this threadgroup's tokens
 // CACHED: x, y and du of a token stay in registers between the sums of the norm and dx; without CACHED they are read
@@ -45,7 +44,8 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   // dots = sum(u ** 2), sum(du * weight * u)
-  float r = 1.0f, slope = 0.0f, g_pre[N] = {}, g_post[N] = {}, g_res[N * N] = {};
+  float r = 1.0f, slope = 0.0f;
+  mhc::SeamSums<N> gradients = {};
   if (NORM) {
     float dots[2] = {};
 #pragma unroll CACHED_PASSES
@@ -67,7 +67,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     }
     mhc::sum_everywhere<SIMDS>(dots, sums, parity, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
     parity ^= 1;
-    r = metal::precise::rsqrt(dots[0] / static_cast<float>(C) + static_cast<float>(params[4]));
+    r = metal::precise::rsqrt(dots[0] / static_cast<float>(C) + static_cast<float>(params[mhc::param::EPS]));
     slope = r * r * (dots[1] / static_cast<float>(C));
   }
 
@@ -86,9 +86,12 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         if (NORM) {
           UNROLL for (int j = 0; j < N; ++j) { STAY_PACKED(xv[at * N + j]); }
         }
-        float xs[N], out[N], ds[N];
+        float xs[N], out[N], douts[N], dxs[N];
         const float ys = static_cast<float>(yv[at].v[e]);
-        UNROLL for (int j = 0; j < N; ++j) xs[j] = static_cast<float>(xv[at * N + j].v[e]);
+        UNROLL for (int j = 0; j < N; ++j) {
+          xs[j] = static_cast<float>(xv[at * N + j].v[e]);
+          douts[j] = static_cast<float>(ov[j].v[e]);
+        }
         float u = mhc::seam_channel<N, T>(out, xs, ys, pre, post, mix), da = static_cast<float>(dv[at].v[e]);
         if (NORM) {
           if (ROUND_U) u = static_cast<float>(static_cast<T>(u));
@@ -97,31 +100,17 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
           else group_partial[c + e] = (t < threadgroups_per_grid.x ? 0.0f : group_partial[c + e]) + d;
           da = r * (da * static_cast<float>(weight[c + e]) - u * slope);
         }
-        float dys = 0.0f;
-        UNROLL for (int i = 0; i < N; ++i) {
-          ds[i] = static_cast<float>(ov[i].v[e]) + pre[i] * da;
-          dys += post[i] * ds[i];
-          g_pre[i] += da * out[i];
-          g_post[i] += ds[i] * ys;
-        }
-        yv[at].v[e] = static_cast<T>(dys);
-        UNROLL for (int j = 0; j < N; ++j) {
-          float a = 0.0f;
-          UNROLL for (int i = 0; i < N; ++i) {
-            a += mix[j * N + i] * ds[i];
-            g_res[i * N + j] += ds[i] * xs[j];
-          }
-          xv[at * N + j].v[e] = static_cast<T>(a);
-        }
+        yv[at].v[e] = static_cast<T>(mhc::seam_channel_gradient(dxs, gradients, xs, ys, out, douts, da, pre, post, mix));
+        UNROLL for (int j = 0; j < N; ++j) xv[at * N + j].v[e] = static_cast<T>(dxs[j]);
       }
       UNROLL for (int j = 0; j < N; ++j)
         *(device mhc::Pack<T, VEC>*)(dx + size_t(t) * size_t(N * C) + j * C + c) = xv[at * N + j];
       *(device mhc::Pack<T, VEC>*)(dy + base + c) = yv[at];
     }
   }
-  mhc::group_sum<N, THREADS>(g_pre, scratch, dh_pre + size_t(t) * N, tid);
-  mhc::group_sum<N, THREADS>(g_post, scratch, dh_post + size_t(t) * N, tid);
-  mhc::group_sum<N * N, THREADS>(g_res, scratch, dh_res + size_t(t) * (N * N), tid);
+  mhc::group_sum<N, THREADS>(gradients.dh_pre, scratch, dh_pre + size_t(t) * N, tid);
+  mhc::group_sum<N, THREADS>(gradients.dh_post, scratch, dh_post + size_t(t) * N, tid);
+  mhc::group_sum<N * N, THREADS>(gradients.dh_res, scratch, dh_res + size_t(t) * (N * N), tid);
 }
 
 if (NORM && CACHED) {

@@ -6,7 +6,7 @@
 //   half-step k: p = p / (p.sum() + eps), along the lines for even k and across them for odd k; 2 * ITERS with those of
 //   the start
 //
-// in   logits [M, N, N] any float, eps [1] float
+// in   logits [M, N, N] any float, params [6] float, by mhc::param: PROJECTION_EPS (eps in the formula)
 // out  h_res [M, N, N] float
 // COLUMNS: lines are columns, without COLUMNS rows. OUT_COLUMNS: line i becomes column i of h_res, without OUT_COLUMNS
 //      row i.
@@ -26,7 +26,7 @@ for (size_t first = threadgroup_position_in_grid.x * (THREADS / MATRIX_LANES); f
   const size_t m = first + slot;
   const size_t base = (m < count ? m : first) * (N * N);
   float p[N];
-  mhc::sinkhorn<N, START, COLUMNS, ITERS>(p, logits + base, eps[0], lane, thread_index_in_simdgroup, scratch + slot * (N > 32 ? 128 : 0));
+  mhc::sinkhorn<N, START, COLUMNS, ITERS>(p, logits + base, static_cast<float>(params[mhc::param::PROJECTION_EPS]), lane, thread_index_in_simdgroup, scratch + slot * (N > 32 ? 128 : 0));
   if (m < count && lane < N) {
     UNROLL for (int j = 0; j < N; ++j) h_res[base + (OUT_COLUMNS ? j * N + lane : lane * N + j)] = p[j];
   }

@@ -7,7 +7,8 @@
 //   the start
 //   dlogits = the derivative of sum(p * dh_res) by l through all of these half-steps
 //
-// in   logits [M, N, N], dh_res [M, N, N] any float, eps [1] float
+// in   logits [M, N, N], dh_res [M, N, N] any float, params [6] float, by mhc::param: PROJECTION_EPS (eps in the
+//      formula)
 // out  dlogits [M, N, N] DLOGITS_T
 // COLUMNS: lines are columns, without COLUMNS rows. OUT_COLUMNS: line i becomes column i of h_res, without OUT_COLUMNS
 //      row i.
@@ -25,18 +26,15 @@ const uint lane = tid % MATRIX_LANES;
 const uint slot = tid / MATRIX_LANES;
 const uint scratch_at = slot * (N > 32 ? 128 : 0);
 const size_t count = logits_shape[0];
-const bool in_range = lane < N;
 
 for (size_t first = threadgroup_position_in_grid.x * (THREADS / MATRIX_LANES); first < count;
      first += threadgroups_per_grid.x * (THREADS / MATRIX_LANES)) {
   const size_t m = first + slot;
   const size_t base = (m < count ? m : first) * (N * N);
   float g[N];
-  mhc::load_line<N, OUT_COLUMNS>(g, dh_res + base, lane);
-  UNROLL for (int j = 0; j < N; ++j) g[j] = in_range ? g[j] : 0.0f;
-  mhc::sinkhorn_gradient<N, START, COLUMNS, ITERS, STORED_STEPS, THREADS>(
-      g, logits + base, divisors + tid, static_cast<float>(eps[0]), lane, thread_index_in_simdgroup, scratch + scratch_at);
-  if (m < count && in_range) {
+  mhc::walk_back_projection<N, START, COLUMNS, OUT_COLUMNS, ITERS, STORED_STEPS, THREADS>(
+      g, dh_res + base, logits + base, divisors + tid, static_cast<float>(params[mhc::param::PROJECTION_EPS]), lane, thread_index_in_simdgroup, scratch + scratch_at);
+  if (m < count && lane < N) {
     UNROLL for (int j = 0; j < N; ++j) dlogits[base + (COLUMNS ? j * N + lane : lane * N + j)] = static_cast<DLOGITS_T>(g[j]);
   }
 }

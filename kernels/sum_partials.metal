@@ -1,7 +1,6 @@
 // sum_partials: the second stage of the sums over tokens, out[p] = sum_g partial[g, p], in a fixed order.
 //
-// in   partial [G, P] float; H_pre [N], H_post [N] any float and params [5] float: eps, pre_eps, post_scale, post_eps,
-//      the projection's eps (GATES)
+// in   partial [G, P] float; with GATES H_pre [N], H_post [N] any float, params [6] float, by mhc::param: POST_SCALE
 // out  out [P] float
 // GATES: the first N columns are dh_pre and the next N dh_post, and become the gradients of the logits H_pre and
 //      H_post: dH_pre = dh_pre s sigmoid(-H_pre), s = sigmoid(H_pre);   dH_post = dh_post post_scale s
@@ -29,7 +28,7 @@ if (tid < COLUMNS_PER_GROUP && p < columns) {
   UNROLL for (uint k = 1; k < THREADS_PER_COLUMN; ++k) s += sums[k * COLUMNS_PER_GROUP + tid];
   if (GATES && p < 2 * N) {
     const float z = p < N ? static_cast<float>(H_pre[p]) : static_cast<float>(H_post[p - N]);
-    s *= (p < N ? 1.0f : static_cast<float>(params[2])) * mhc::sigmoid(z) * mhc::sigmoid(-z);
+    s *= (p < N ? 1.0f : static_cast<float>(params[mhc::param::POST_SCALE])) * mhc::sigmoid(z) * mhc::sigmoid(-z);
   }
   out[p] = s;
 }

@@ -1,7 +1,7 @@
-"""Commands share parsers, JSON that they read and write, and the device's memory.
+"""What commands share: their parsers, the JSON that they read and write, and the device's memory.
 
-A file is checked before anything is measured, and what was measured is never lost: where it cannot
-be written at the end, it is printed.
+A command checks its files before it measures anything, and never loses what it has measured: if it
+cannot write a report at the end, it prints the report.
 """
 
 import argparse
@@ -31,11 +31,11 @@ __all__ = [
     "write_all",
 ]
 
-_OPEN_FILE = re.compile(r"/dev/(fd/|std(in|out|err)$)|/proc/")  # these lead to open files
+_OPEN_FILE = re.compile(r"/dev/(fd/|std(in|out|err)$)|/proc/")  # such paths lead to open files
 
 
 def make_parser(command: str, description: str | None, **options: Any) -> argparse.ArgumentParser:
-    """Make a parser that takes no abbreviations, and whose help has the description as it is."""
+    """Make a parser that takes no abbreviations, and whose help keeps the description's lines."""
     kind = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(
         prog=command, description=description, allow_abbrev=False, formatter_class=kind, **options
@@ -43,7 +43,7 @@ def make_parser(command: str, description: str | None, **options: Any) -> argpar
 
 
 def memory() -> int:
-    """Return the bytes that the default device has."""
+    """Return the size of the default device's memory in bytes."""
     info: dict[str, Any] = mx.device_info() if mx.default_device().type == mx.gpu else {}
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return info.get("memory_size", info.get("total_memory", physical))
@@ -56,8 +56,13 @@ def _refuse(constant: str):
 def read(
     option: str, file: str, what: str = "", check: Callable[[Any], object] = lambda data: None
 ) -> Any:
-    """Return what a JSON file holds, if check, which raises ValueError with the reason, lets it
-    pass.
+    """Return the data of a JSON file.
+
+    Args:
+        option: The option that names the file, such as --json, for messages.
+        file: The path.
+        what: What the file must be, for the message if check refuses the data.
+        check: A function of the data that raises ValueError with the reason if it refuses them.
 
     Raises:
         ValueError: "{option} must be a file ... but ..." or "{option} must be {what} but ...".
@@ -89,7 +94,7 @@ def check_strings(report: Any, *names: str) -> None:
 
 
 def _finite(value):
-    """Return the value with non-finite floats, which JSON cannot hold, as their names."""
+    """Return the value with the names of non-finite floats in their place: JSON has none."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -98,11 +103,12 @@ def _finite(value):
 
 
 def _are_rows(value) -> bool:
+    """Tell whether a value is a list of objects and not empty: the rows of a table."""
     return isinstance(value, list) and value != [] and all(isinstance(v, dict) for v in value)
 
 
 def _lines(value, margin: str = "\n") -> str:
-    """Return the JSON of a report or, with the margin of its line, of a part."""
+    """Return the JSON of a report, or of a part whose lines begin with ``margin``."""
     if _are_rows(value):
         entries = [json.dumps(row, allow_nan=False) for row in value]
     elif isinstance(value, dict) and (margin == "\n" or any(map(_are_rows, value.values()))):
@@ -114,13 +120,16 @@ def _lines(value, margin: str = "\n") -> str:
 
 
 def text(report: dict[str, Any]) -> str:
-    """Return the report as JSON: each of its entries stands on a line, and so does each row, an
-    object in a list; infinities and NaN are the strings "inf", "-inf", "nan"."""
+    """Return the report as JSON.
+
+    Each entry of the report has a line, and so has each row (an object in a list). Infinities and
+    NaN become the strings "inf", "-inf" and "nan".
+    """
     return _lines(_finite(report)) + "\n"
 
 
 def _descriptor_of(path: Path) -> int | None:
-    """Return the descriptor, 1 or 2, of this process's output where a path leads there."""
+    """Return 1 or 2 if a path leads to this process's standard output or error, else None."""
     for descriptor in (1, 2):
         try:
             if os.path.samestat(os.stat(path), os.fstat(descriptor)):
@@ -131,8 +140,11 @@ def _descriptor_of(path: Path) -> int | None:
 
 
 def is_stream(path: Path) -> bool:
-    """Tell whether a path leads to what is written through, and never replaced: this process's
-    output, an open file, or what is neither a regular file nor a folder."""
+    """Tell whether a command must write to a path directly, and may not replace its file.
+
+    So it is if the path leads to this process's output, to an open file, or to something that is
+    neither a regular file nor a folder, such as a pipe.
+    """
     if not path.exists():
         return False
     mode = path.stat().st_mode
@@ -141,35 +153,43 @@ def is_stream(path: Path) -> bool:
 
 
 def open_to_append(path: Path) -> int:
-    """Return a descriptor. A file that it creates lies where a link points, and was not there."""
+    """Return a descriptor that appends to a path, which may lead to this process's output.
+
+    A missing file is created, at the target of the link if the path is a link. OSError is raised if
+    another process creates it first.
+    """
     output = _descriptor_of(path)
     if output is not None:
-        return os.dup(output)  # a file opened anew would have another position
+        return os.dup(output)  # a second opening of the file would have its own position
     if path.exists():
         return os.open(path, os.O_WRONLY | os.O_APPEND)
-    new = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
-    return os.open(os.path.realpath(path), new, 0o666)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
+    return os.open(os.path.realpath(path), flags, 0o666)
 
 
 def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of data, for which os.write may need several calls."""
     while data:
         data = data[os.write(descriptor, data) :]
 
 
 class Output:
-    """A command writes its report to a file that is new, empty, or an earlier report, which is
-    replaced as a whole and stays a link if it is one; or to a stream (see `is_stream`), which is
-    written through at the end.
+    """The file to which a command writes its report.
+
+    The file must be new, empty or an earlier report. Each writing replaces all of it at once; if
+    the path is a link, its target is replaced. A stream (see `is_stream`) gets the report at the
+    end.
 
     Args:
-        option: What names the file, such as --json, for messages.
-        file: Its path, or None: nothing is written.
-        what: What an existing file must be.
-        check: Raises ValueError with the reason for data that no such command wrote.
-        reader: Calls check for an existing file; by default for its JSON.
+        option: The option that names the file, such as --json, for messages.
+        file: The path; with None nothing is written.
+        what: What an existing file must be, for messages.
+        check: A function of an existing report that raises ValueError with the reason if this
+            command cannot have written it.
+        reader: A function with the arguments of `read` that calls check for an existing file.
 
     Raises:
-        ValueError: "{option} must be ... but ...": it cannot be written.
+        ValueError: "{option} must be ... but ...", if the file cannot be written.
     """
 
     option: str
@@ -210,7 +230,10 @@ class Output:
             raise ValueError(f"{must} but is {file}: {error}") from None
 
     def _try(self) -> None:
-        """Write nothing, or to a character device a space, which JSON may begin with."""
+        """Raise OSError or ValueError if the file cannot be written, and leave it as it is.
+
+        A character device gets a space, with which JSON may begin.
+        """
         if not self.stream:
             if os.path.exists(self.target):
                 with open(self.target, "r+"):
@@ -228,6 +251,7 @@ class Output:
             raise ValueError(f"{must} but is {self.file}")
 
     def _write(self, report: dict[str, Any]) -> None:
+        """Write the report to the stream, or to a second file that then replaces the first."""
         if self.stream:
             descriptor = open_to_append(Path(self.file))
             try:
@@ -247,8 +271,7 @@ class Output:
             raise
 
     def update(self, report: dict[str, Any]) -> None:
-        """Write a report that is not complete yet; a failure is told once, and `finish` tries
-        again."""
+        """Write a report that is not complete yet. The first failure is printed."""
         if self.file is None or self.stream:
             return
         try:
@@ -259,7 +282,7 @@ class Output:
             self.failed = True
 
     def finish(self, report: dict[str, Any]) -> str | None:
-        """Write the report, or else print it and say why it could not be written."""
+        """Write the report; if that fails, print it and return the reason."""
         if self.file is None:
             return None
         try:
@@ -274,17 +297,17 @@ class Output:
     def finishing(
         self, report: dict[str, Any], measured: Callable[[], object]
     ) -> Iterator[list[str]]:
-        """Write the report at the end, or at an exception if something was measured until then.
+        """Write the report at the end, or at an exception if ``measured()`` is true by then.
 
         Yields:
-            A list of what went wrong, to which a failure to write is added.
+            A list for messages of what went wrong; a failure to write is added to it.
         """
         wrong: list[str] = []
         try:
             yield wrong
         except BaseException:
-            if measured() and (lost := self.finish(report)):
-                print(lost, file=sys.stderr)
+            if measured() and (reason := self.finish(report)):
+                print(reason, file=sys.stderr)
             raise
-        if lost := self.finish(report):
-            wrong.append(lost)
+        if reason := self.finish(report):
+            wrong.append(reason)

@@ -1,4 +1,4 @@
-"""How coefficients are made from their logits: all that variants of hyper-connections differ in."""
+"""Conventions: how each variant of hyper-connections makes its coefficients from logits."""
 
 import math
 from dataclasses import dataclass
@@ -19,12 +19,13 @@ __all__ = [
     "Convention",
 ]
 
-# The starts of an iteration, by the values of START_EXP, ... in kernels/include/sinkhorn.h.
+# The starts before half-steps, with the values of START_EXP, ... in kernels/include/sinkhorn.h.
 START_CODES = {"exp": 0, "softmax": 1, "additive": 2}
 SINKHORN = tuple(START_CODES)
 STARTS = (*SINKHORN, "unconstrained", "permutations", "kronecker", "identity")
 AXES = ("rows", "columns")
-EPS_LEAST, NUMBER_MOST = 2.0**-100, 2.0**127  # sums beside less lose it; float32 holds no more
+# The smallest eps beside 0 (float32 sums lose a smaller one), and float32's largest power of two.
+EPS_LEAST, NUMBER_MOST = 2.0**-100, 2.0**127
 
 
 def _check_int(op: str, name: str, value: object) -> None:
@@ -34,32 +35,40 @@ def _check_int(op: str, name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class Convention:
-    """A projection of the mixing matrix, and the gates of the read and write coefficients.
+    """The projection of logits to the mixing matrix, and the gates of h_pre and h_post.
 
-    With the starts of SINKHORN the projection is 2 * iters half-steps ``P / (P.sum(axis) + eps)``,
-    alternating between rows and columns. The first may belong to the start: ``exp`` makes two of
-    them on the logits themselves (``l -= logsumexp(l)``, without eps: with eps = 0 the same map,
-    finite at any logits), ``softmax`` is a row half-step, and with eps = 0 the same as ``exp``. The
-    other starts are whole projections, without half-steps. An option that a start or the gates do
-    not use must keep its default.
+    After the starts ``"exp"``, ``"softmax"`` and ``"additive"`` the projection makes half-steps
+    ``P / (P.sum(axis) + eps)`` that alternate between rows and columns, 2 * iters in all. The first
+    of them may belong to the start. ``"exp"`` makes two on the logits, ``l -= logsumexp(l, axis)``,
+    without eps; with eps = 0 this is the same map and finite at any logits. ``"softmax"`` is itself
+    the first half-step, along rows; with eps = 0 it is the same as ``"exp"``. The other starts are
+    projections without half-steps. An option that the start or the gates do not use must keep its
+    default.
 
     Args:
-        name: How messages call the convention.
-        start: ``"exp"``: P = exp(l); ``"softmax"``: P = softmax(l, rows) + eps; ``"additive"``:
-            P = I + l. Without half-steps: ``"unconstrained"``: h_res = I + l; ``"permutations"``,
-            n <= 5: the sum of the n! permutation matrices, in lexicographic order, weighted by
-            softmax(l); ``"kronecker"``, n a power of two: the Kronecker product of
-            ``[[p, 1 - p], [1 - p, p]]`` with p = softmax(pair)[0], the first pair outermost;
-            ``"identity"``: h_res = I, no logits.
+        name: The name of the convention in messages.
+        start: With half-steps, P from the logits l: ``"exp"``: P = exp(l); ``"softmax"``:
+            P = softmax(l, rows) + eps; ``"additive"``: P = I + l. Without half-steps:
+            ``"unconstrained"``: h_res = I + l; ``"permutations"``, n <= 5: the sum of the n!
+            permutation matrices, in lexicographic order, weighted by softmax(l); ``"kronecker"``, n
+            a power of two: the Kronecker product of ``[[p, 1 - p], [1 - p, p]]`` with
+            p = softmax(pair)[0] for each pair of logits, the first pair outermost; ``"identity"``:
+            h_res = I, without logits.
         first: Axis of the first half-step, ``"rows"`` or ``"columns"``.
-        iters: Sinkhorn-Knopp iterations T, at least 1. The truncated map is the model.
+        iters: Sinkhorn-Knopp iterations T, at least 1. A model is defined with its T: the result is
+            not that of the converged iteration.
         eps: Added to each sum: 0, or at least 2**-100.
-        transposed: Whether the layer mixes with the transpose of P; ``sinkhorn_knopp`` and
-            ``project`` return ``h_res`` with row = output in either case. Not for ``"kronecker"``
-            and ``"identity"``, whose matrices are symmetric.
+        transposed: Whether h_res is the transpose of P. ``sinkhorn_knopp`` and ``project`` return
+            h_res, row = output, in either case. It must be False for ``"kronecker"`` and
+            ``"identity"``, whose matrices are symmetric.
         sigmoid: Whether h_pre = sigmoid(H_pre) + pre_eps and
-            h_post = post_scale * sigmoid(H_post) + post_eps; otherwise both are used as they are.
-        pre_eps, post_scale, post_eps: Of the gates, at least 0.
+            h_post = post_scale * sigmoid(H_post) + post_eps; otherwise h_pre = H_pre and
+            h_post = H_post.
+        pre_eps, post_scale, post_eps: The constants of these gates, at least 0.
+
+    Raises:
+        TypeError: An argument has another type.
+        ValueError: An argument is none of its values, out of its range, or must keep its default.
     """
 
     name: str
@@ -105,7 +114,7 @@ class Convention:
         self._refuse_unused()
 
     def _refuse_unused(self) -> None:
-        """ValueError where an option that nothing uses is not at its default."""
+        """Raise ValueError for an option that nothing uses and that differs from its default."""
         unused: dict[str, str] = {}
         if self.start not in SINKHORN:
             unused |= dict.fromkeys(("first", "iters", "eps"), f"start {self.start!r}")
@@ -122,23 +131,27 @@ class Convention:
 
     @property
     def in_logs(self) -> bool:
-        """Whether the first two half-steps are made on the logits."""
+        """Whether the first two half-steps are ``l -= logsumexp(l)``, on the logits."""
         return self.start == "exp" or (self.start == "softmax" and self.eps == 0)
 
     def in_range(self, n: int) -> bool:
-        """Whether float32 holds all elements of the half-steps' matrices that matter in the end.
+        """Whether float32 holds all elements of P, in each half-step, that matter for h_res.
 
-        Over many half-steps each multiplies an element by at most n - 1 (n - 1 rows need one
-        column, and one row has all others). If they multiply 2**-126, the smallest number, by at
-        most 2**107, what is below it stays below 2**-19.
+        In the mean of many half-steps one multiplies an element by at most n - 1: the worst matrix
+        has n - 1 rows that need the same column, and one row that needs all others. Float32 loses
+        elements below 2**-126. If all half-steps together multiply by at most 2**107, those
+        elements stay below 2**-19 in h_res.
         """
-        if self.start == "softmax" and self.eps < 2.0**-40:  # sums of it, squared in a gradient
+        if self.start == "softmax" and self.eps < 2.0**-40:  # a gradient squares sums of this size
             return False
-        grown = (2 * self.iters - 2) * math.log2(max(n - 1, 1))
-        return self.start == "additive" or grown <= 107
+        log2_growth = (2 * self.iters - 2) * math.log2(max(n - 1, 1))
+        return self.start == "additive" or log2_growth <= 107
 
     def check_streams(self, op: str, n: int) -> None:
-        """ValueError where the projection does not exist for n streams, n at least 1."""
+        """Raise TypeError unless n is an int, and ValueError unless the projection exists for n.
+
+        Messages begin with ``op``.
+        """
         _check_int(op, "n", n)
         if n < 1:
             raise ValueError(f"[{op}] n must be at least 1 but got {n}.")
@@ -151,8 +164,9 @@ class Convention:
             raise ValueError(f"[{op}] n must be a power of two with {self.name} but got {n}.")
 
     def res_size(self, n: int) -> int:
-        """R, the number of logits of a mixing matrix of n streams; ValueError as in
-        `check_streams`.
+        """Return R, the number of logits of the mixing matrix of n streams.
+
+        It raises TypeError and ValueError as `check_streams` does.
         """
         self.check_streams("res_size", n)
         if self.start == "permutations":
@@ -164,10 +178,10 @@ class Convention:
 
 PAPER = Convention("PAPER", first="columns")  # arXiv 2512.24880, eq. 8-9
 ROW_FIRST = Convention("ROW_FIRST")  # mHC.cu, mhc-mlx, SuperFused
-ADDITIVE = Convention("ADDITIVE", start="additive", eps=1e-8, sigmoid=False)  # static only
+ADDITIVE = Convention("ADDITIVE", start="additive", eps=1e-8, sigmoid=False)  # static layers alone
 DEEPSEEK_V4 = Convention("DEEPSEEK_V4", start="softmax", eps=1e-6, transposed=True, pre_eps=1e-6)
 MHC_LITE = Convention("MHC_LITE", start="permutations")  # arXiv 2601.05732, flash-mHC
 KRONECKER = Convention("KRONECKER", start="kronecker")  # KromHC
 IDENTITY = Convention("IDENTITY", start="identity", pre_eps=1e-6)  # iHC, Hunyuan V4
-# mHC without its projection, for ablations; not the tanh form of arXiv 2409.19606
+# mHC without its projection, for ablations. The tanh form of arXiv 2409.19606 is another one.
 UNCONSTRAINED = Convention("UNCONSTRAINED", start="unconstrained")

@@ -126,6 +126,7 @@ _RESIDENT = dict.fromkeys(
     (
         "mhc_pre",
         "mhc_pre_backward_coefficients",
+        "mhc_pre_backward_coefficients_norm",
         "mhc_pre_backward_generic",
         "mhc_pre_backward_phi",
         "mhc_pre_backward_projection",

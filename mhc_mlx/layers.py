@@ -1,4 +1,4 @@
-"""Modules: parameters, initial values, calls to ops."""
+"""Modules hold parameters, set their starting values and call ops."""
 
 import inspect
 import math
@@ -17,10 +17,10 @@ from .ops.checks import check_bools, check_dtype, check_number, check_sizes, che
 __all__ = ["HyperConnection", "HyperHead", "MHCBlock", "MHCLayer", "MHCLiteBlock"]
 
 
-def check_options(op: str, options: dict[str, Any], *taken: str) -> None:
-    """That options are keywords of `HyperConnection`, but for those that are taken."""
+def check_options(op: str, options: dict[str, Any], *excluded: str) -> None:
+    """Raise TypeError for an option that is no keyword of `HyperConnection`, or is excluded."""
     parameters = inspect.signature(HyperConnection.__init__).parameters.values()
-    keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in taken]
+    keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in excluded]
     for name in options:
         if name not in keywords:
             raise TypeError(f"[{op}] options must be of {', '.join(keywords)} but got {name}.")
@@ -35,7 +35,7 @@ def _check_input(module: nn.Module, x: mx.array, n: int, C: int) -> None:
 
 
 def _logit(p: float) -> float:
-    """Where the sigmoid is p, kept from 0.0001 to 0.9: beyond, a gate has hardly a gradient."""
+    """``log(p / (1 - p))``, p clamped to [0.0001, 0.9]: a gate outside hardly has a gradient."""
     p = min(max(p, 1e-4), 0.9)
     return math.log(p / (1 - p))
 
@@ -43,7 +43,10 @@ def _logit(p: float) -> float:
 def starting_logits(
     n: int, convention: Convention, layer_idx: int
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Starting H_pre [n], H_post [n] and H_res [R], as `HyperConnection` says."""
+    """The starting values of H_pre ``[n]``, H_post ``[n]`` and H_res ``[R]``, float32.
+
+    `HyperConnection` says what they are.
+    """
     c, R = convention, convention.res_size(n)
     if c.sigmoid:
         pre = [0.9 if j == layer_idx % n else 0.1 / (n - 1) for j in range(n)]
@@ -52,87 +55,36 @@ def starting_logits(
     else:
         H_pre, H_post = mx.full(n, 1 / n), mx.ones(n)
 
-    def off(others: int) -> float:
-        return -8 - math.log(max(others, 1))
+    def small_logit(count: int) -> float:
+        """``count * exp(small_logit(count)) = exp(-8)``."""
+        return -8 - math.log(max(count, 1))
 
     if c.start in ("exp", "softmax"):
-        H_res = (off(n - 1) * (1 - mx.eye(n))).flatten()
+        H_res = (small_logit(n - 1) * (1 - mx.eye(n))).flatten()
     elif c.start == "permutations":
-        H_res = mx.array([0.0] + [off(R - 1)] * (R - 1))
+        H_res = mx.array([0.0] + [small_logit(R - 1)] * (R - 1))
     elif c.start == "kronecker":
-        H_res = mx.array([0.0, off(R // 2)] * (R // 2))
+        H_res = mx.array([0.0, small_logit(R // 2)] * (R // 2))
     else:
         H_res = mx.zeros(R)
     return H_pre, H_post, H_res
 
 
-def _noise(outs: int, width: int) -> mx.array:
-    """phi at the start."""
-    return mx.random.normal((outs, width)) * (0.02 / math.sqrt(width))
+def _starting_phi(num_logits: int, width: int) -> mx.array:
+    """Starting values of phi ``[num_logits, width]``: normal with deviation 0.02 / sqrt(width)."""
+    return mx.random.normal((num_logits, width)) * (0.02 / math.sqrt(width))
 
 
-# What `stability_report` makes of (connection, x, the streams after it), in its own thread.
+# A connection calls it with itself, its input x and its output, and returns the result in place of
+# the output. `stability_report` sets it, in its thread alone.
 observer: ContextVar[Callable[..., mx.array]] = ContextVar(
     "observer", default=lambda connection, x, out: out
 )
 
-_OPTIONS = ("use_metal", "threads_per_group", "differentiable")  # of ops, attributes of modules
 
+class _StreamModule(nn.Module):
+    """What `HyperConnection` and `HyperHead` share: parameters and options of ops."""
 
-def _checked_options(module: nn.Module) -> dict[str, Any]:
-    """The options of ops as the module has them now: they may have been set since."""
-    op, options = type(module).__name__, {k: getattr(module, k) for k in _OPTIONS}
-    check_bools(op, use_metal=options["use_metal"], differentiable=options["differentiable"])
-    return options  # ops check the threads
-
-
-class HyperConnection(nn.Module):
-    """Reads the streams for a sublayer and writes its output back, with coefficients per token.
-
-        u, add_residual = connection(x)  # u = sum_j h_pre[j] x[j]
-        x = add_residual(sublayer(u))    # x[i] = sum_j h_res[i, j] x[j] + h_post[i] y
-
-    Dynamic (arXiv 2512.24880, eq. 3, 7-9): h_pre, h_post, h_res = mhc_coefficients(x, phi, bias,
-    alpha) with parameters ``phi [2n + R, n*C]``, ``bias [2n + R]``, ``alpha [3]``; R is
-    ``convention.res_size(n)``. Each token makes its own from its own streams: causal. Static: from
-    ``H_pre [n]``, ``H_post [n]`` and ``H_res``, ``[n, n]`` or ``[R]``, for all tokens. Parameters
-    start in float32, may be cast, and are read as float.
-
-    The start preserves a network's function: on n > 1 equal streams it is ``x + F(x)``, but for
-    rounding and, if dynamic, for the noise of phi: 1e-4 at the end of 12 of them.
-        h_pre: 0.9 on stream ``layer_idx % n``, so that neighbours differ, and 0.1 / (n - 1)
-            elsewhere. The sum is 1; for n = 1 it is 0.9, since a sigmoid at 1 has no gradient.
-        h_post: 1, the middle of its gate.
-        h_res: the identity but for e**-8 = 3e-4 that leaves each stream, so that a gradient comes
-            back: logits 0 on the diagonal, -(8 + ln(n - 1)) elsewhere; MHC_LITE 0 on the identity,
-            -(8 + ln(n! - 1)) on the other permutations; KRONECKER pairs (0, -(8 + ln log2 n)).
-            UNCONSTRAINED and ADDITIVE are linear and start with zeros.
-        phi: normal with deviation 0.02 / sqrt(n*C), so that at any width the noise that it adds to
-            a logit is 0.02 * ``init_scale``: too small for the model to notice, and enough for
-            alpha, which is ``init_scale``, to have a gradient at once, as phi has. The rows of
-            h_res are 0 with UNCONSTRAINED, where no gate dampens them.
-    ADDITIVE, static only, starts with h_pre = 1 / n. Streams that are equal copies hide h_res and,
-    but for its sum, h_pre from the loss: at step 0 their gradients may be zero by symmetry.
-
-    Args:
-        dim: C, channels per stream.
-        num_streams: n, 1 to 64; at most 5 with MHC_LITE, a power of two with KRONECKER.
-        layer_idx: Which stream is read at the start.
-        dynamic: Coefficients per token, or parameters.
-        convention: How coefficients are made.
-        sinkhorn_iters: Sinkhorn-Knopp iterations; None keeps the convention's, 20 in the presets.
-            None for a convention without half-steps.
-        init_scale: Start of alpha.
-        norm_eps: Added to the mean square of a token's n*C elements, above 0.
-        use_metal: Run the fused kernels where the default device has them (Metal or CUDA).
-        threads_per_group: Threads in a threadgroup; None picks from the shape.
-        differentiable: False calls the kernels bare: `mx.export_function` can record the module,
-            and it has no gradient. Like the two before, an attribute that may be set later.
-    """
-
-    dim: int
-    num_streams: int
-    dynamic: bool
     norm_eps: float
     use_metal: bool
     threads_per_group: int | None
@@ -140,6 +92,89 @@ class HyperConnection(nn.Module):
     phi: mx.array
     bias: mx.array
     alpha: mx.array
+
+    def _set_options(
+        self,
+        init_scale: float,
+        norm_eps: float,
+        use_metal: bool,
+        threads_per_group: int | None,
+        differentiable: bool,
+    ) -> None:
+        """Check these arguments of a constructor, and keep all but init_scale as attributes."""
+        op = type(self).__name__
+        check_number(op, "init_scale", init_scale)
+        ops.check_eps(op, norm_eps, "norm_eps")
+        ops.check_threads(op, threads_per_group)
+        check_bools(op, use_metal=use_metal, differentiable=differentiable)
+        self.norm_eps, self.use_metal = norm_eps, use_metal
+        self.threads_per_group, self.differentiable = threads_per_group, differentiable
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """The options of ops, checked at each use, because a user may set the attributes."""
+        options = {"use_metal": self.use_metal, "differentiable": self.differentiable}
+        check_bools(type(self).__name__, **options)
+        return options | {"threads_per_group": self.threads_per_group}  # ops check this one
+
+
+class HyperConnection(_StreamModule):
+    """Reads the streams for a sublayer and writes the sublayer's output back to them.
+
+        u, add_residual = connection(x)  # u = sum_j h_pre[j] x[j]
+        x = add_residual(sublayer(u))    # out[i] = sum_j h_res[i, j] x[j] + h_post[i] y
+
+    Dynamic (arXiv 2512.24880, eq. 3, 7-9): each token makes its coefficients from its streams
+    alone, so the connection is causal: h_pre, h_post, h_res = mhc_coefficients(x, phi, bias, alpha)
+    with the parameters ``phi [2n + R, n*C]``, ``bias [2n + R]`` and ``alpha [3]``, where R is
+    ``convention.res_size(n)``. Static: all tokens share the coefficients, which are made from the
+    parameters ``H_pre [n]``, ``H_post [n]`` and ``H_res``, ``[n, n]`` or ``[R]``. Parameters start
+    in float32 and may be cast; all arithmetic is float32.
+
+    The starting values preserve a network's function. On n > 1 equal streams a connection is
+    ``x + F(x)``, up to rounding and, if dynamic, up to the noise of phi, which has made an error of
+    1e-4 at the end of 12 connections. These are the starting values:
+        h_pre: 0.9 on stream ``layer_idx % n``, so that neighbouring layers read different streams,
+            and 0.1 / (n - 1) elsewhere. Their sum is 1; for n = 1 h_pre is 0.9, since a sigmoid at
+            1 has no gradient.
+        h_post: 1, the middle of the range of its gate.
+        h_res: the identity, except that a weight of e**-8 = 3e-4 goes to other streams, so that
+            the logits have a gradient. Logits are 0 on the diagonal and -(8 + ln(n - 1)) elsewhere;
+            with MHC_LITE they are 0 for the identity and -(8 + ln(n! - 1)) for the other
+            permutations; with KRONECKER each pair is (0, -(8 + ln log2 n)). UNCONSTRAINED and
+            ADDITIVE are linear in their logits, which start at 0.
+        phi: normal with deviation 0.02 / sqrt(n*C). At any width it adds noise of deviation
+            0.02 * ``init_scale`` to a logit. That is too small for the model to notice, and lets
+            phi and alpha, which starts at ``init_scale``, have a gradient at once. With
+            UNCONSTRAINED the rows of phi for h_res start at 0, because no gate dampens their noise.
+    ADDITIVE is static only and starts with h_pre = 1 / n. While the streams are equal, the loss
+    depends neither on h_res nor on h_pre apart from its sum, so at step 0 the gradients of both may
+    be zero by symmetry.
+
+    Args:
+        dim: C, channels per stream.
+        num_streams: n, 1 to 64; at most 5 with MHC_LITE, a power of two with KRONECKER.
+        layer_idx: The stream ``layer_idx % n`` has the largest h_pre at the start.
+        dynamic: Whether each token makes its coefficients; otherwise all tokens share them.
+        convention: How coefficients are made from logits.
+        sinkhorn_iters: Sinkhorn-Knopp iterations; None keeps the convention's, 20 in the presets.
+            It must be None for a convention without half-steps.
+        init_scale: Starting value of alpha.
+        norm_eps: Added to the mean square of a token's n*C elements, above 0.
+        use_metal: Run the fused kernels where the default device has them (Metal or CUDA).
+        threads_per_group: Threads in a threadgroup; None lets the shape decide.
+        differentiable: False calls the kernels without their gradients, which
+            `mx.export_function` needs. Like the two options before, it is an attribute that may be
+            set later.
+
+    Raises:
+        TypeError: An argument has another type.
+        ValueError: An argument is out of its range, or does not fit the convention.
+    """
+
+    dim: int
+    num_streams: int
+    dynamic: bool
     H_pre: mx.array
     H_post: mx.array
     H_res: mx.array
@@ -166,16 +201,14 @@ class HyperConnection(nn.Module):
             raise TypeError(f"[{op}] layer_idx must be an int but got {type(layer_idx).__name__}.")
         ops.check_convention(op, convention)
         convention.check_streams(op, n)
-        check_number(op, "init_scale", init_scale)
-        check_bools(op, dynamic=dynamic, use_metal=use_metal, differentiable=differentiable)
+        check_bools(op, dynamic=dynamic)
+        self._set_options(init_scale, norm_eps, use_metal, threads_per_group, differentiable)
         if sinkhorn_iters is not None:
             check_sizes(op, sinkhorn_iters=(sinkhorn_iters, math.inf))
         if dynamic and not convention.sigmoid:
             got = convention.name
             raise ValueError(f"[{op}] convention must have sigmoid gates if dynamic but got {got}.")
-        ops.check_threads(op, threads_per_group)
-        ops.check_eps(op, norm_eps, "norm_eps")
-        self.dim, self.num_streams, self.dynamic, self.norm_eps = dim, n, dynamic, norm_eps
+        self.dim, self.num_streams, self.dynamic = dim, n, dynamic
         if sinkhorn_iters is not None:
             if convention.start not in SINKHORN:
                 name, got = convention.name, sinkhorn_iters
@@ -185,12 +218,10 @@ class HyperConnection(nn.Module):
                 )
             convention = replace(convention, iters=sinkhorn_iters)
         self._convention = convention
-        self.use_metal, self.threads_per_group = use_metal, threads_per_group
-        self.differentiable = differentiable
         H_pre, H_post, H_res = starting_logits(n, convention, layer_idx)
         if dynamic:
-            self.phi = _noise(2 * n + H_res.size, n * dim)
-            if convention.start == "unconstrained":  # no gate makes the noise of h_res small
+            self.phi = _starting_phi(2 * n + H_res.size, n * dim)
+            if convention.start == "unconstrained":  # no gate dampens the noise of h_res
                 self.phi[2 * n :] = 0
             self.bias = mx.concatenate([H_pre, H_post, H_res])
             self.alpha = mx.full(3, init_scale)
@@ -201,14 +232,14 @@ class HyperConnection(nn.Module):
 
     @property
     def convention(self) -> Convention:
+        """How coefficients are made from logits, with this connection's ``sinkhorn_iters``."""
         return self._convention
 
-    @property
-    def _options(self) -> dict[str, Any]:
-        return _checked_options(self)
-
     def mixing_matrix(self) -> mx.array | None:
-        """h_res ``[n, n]`` float32, row = output, of a static connection; None is the identity."""
+        """Return h_res ``[n, n]`` float32, row = output; None stands for the identity.
+
+        A dynamic connection has a matrix per token, and raises ValueError.
+        """
         if self.dynamic:
             op = type(self).__name__
             raise ValueError(
@@ -221,7 +252,11 @@ class HyperConnection(nn.Module):
         return ops.project(logits, self.num_streams, self._convention)
 
     def coefficients(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array | None]:
-        """h_pre, h_post and h_res for streams x, float32: per token, or static ones."""
+        """Return h_pre, h_post and h_res, float32, for streams x ``[..., n, C]``.
+
+        The shapes are ``[..., n]``, ``[..., n]`` and ``[..., n, n]`` for a dynamic connection, and
+        ``[n]``, ``[n]`` and ``[n, n]`` for a static one. h_res is None where it is the identity.
+        """
         _check_input(self, x, self.num_streams, self.dim)
         if self.dynamic:
             arrays = (x, self.phi, self.bias, self.alpha)
@@ -231,6 +266,7 @@ class HyperConnection(nn.Module):
     def _read(
         self, x: mx.array, weight: mx.array | None = None, eps: float = 1e-5
     ) -> tuple[mx.array, Callable[[mx.array], mx.array]]:
+        """Return u, normalised if there is a weight, and the function ``add_residual``."""
         c, options = self._convention, self._options
         if self.dynamic:
             u, h_post, h_res, x = ops.mhc_pre(
@@ -249,8 +285,10 @@ class HyperConnection(nn.Module):
         return u, add_residual
 
     def __call__(self, x: mx.array) -> tuple[mx.array, Callable[[mx.array], mx.array]]:
-        """``[..., n, C]`` to u ``[..., C]`` and the function from y ``[..., C]`` to the streams,
-        all in x's dtype.
+        """Return u ``[..., C]`` of streams x ``[..., n, C]``, and the function ``add_residual``.
+
+        ``add_residual(y)`` takes y ``[..., C]`` and returns the new streams ``[..., n, C]``. All
+        arrays have x's dtype.
         """
         _check_input(self, x, self.num_streams, self.dim)
         return self._read(x)
@@ -264,20 +302,27 @@ class HyperConnection(nn.Module):
 
 
 class MHCLayer(HyperConnection):
-    """The self-contained layer of mHC.cu, static also of mhc-mlx and SuperFused.
+    """A hyper-connection with the RMSNorm of its sublayer: the layer of mHC.cu.
 
-    ``out[i] = sum_j h_res[i, j] x[j] + h_post[i] F(RMSNorm(sum_j h_pre[j] x[j]))``: a
-    `HyperConnection`, its parameters and its start, and ``rms_weight [C]``.
+    ``out[i] = sum_j h_res[i, j] x[j] + h_post[i] F(rms_norm(u, rms_weight, eps))`` with
+    ``u = sum_j h_pre[j] x[j]``.
+
+    Its parameters are those of `HyperConnection`, with the same starting values, and
+    ``rms_weight [C]``, which starts at 1. The static layer is also that of mhc-mlx and SuperFused.
 
     Args:
         n: Streams, 1 to 64.
         C: Channels per stream.
         sinkhorn_iters: Sinkhorn-Knopp iterations; None keeps the convention's.
-        eps: Of the RMSNorm, above 0.
-        convention: How coefficients are made.
-        dynamic: Coefficients per token, or parameters.
-        options: Of `HyperConnection`: layer_idx, init_scale, norm_eps, use_metal,
+        eps: Added to the mean square of u in the RMSNorm, above 0.
+        convention: How coefficients are made from logits.
+        dynamic: Whether each token makes its coefficients; otherwise all tokens share them.
+        options: Further keywords of `HyperConnection`: layer_idx, init_scale, norm_eps, use_metal,
             threads_per_group, differentiable.
+
+    Raises:
+        TypeError: An argument has another type, or an option is unknown.
+        ValueError: An argument is out of its range, or does not fit the convention.
     """
 
     eps: float
@@ -305,48 +350,48 @@ class MHCLayer(HyperConnection):
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: mx.array, sublayer: Callable[[mx.array], mx.array] | None = None
     ) -> mx.array:
-        """``[..., n, C] -> [..., n, C]`` in x's dtype; sublayer is F, the identity by default."""
+        """Return out ``[..., n, C]`` of x ``[..., n, C]``, in x's dtype.
+
+        ``sublayer`` is F, a function ``[..., C] -> [..., C]``; None is the identity.
+        """
         _check_input(self, x, self.num_streams, self.dim)
         if sublayer is not None and not callable(sublayer):
             got = type(sublayer).__name__
             raise TypeError(f"[MHCLayer] sublayer must be a module or function but got {got}.")
-        if sublayer is None and not self.dynamic and self._convention.start in SINKHORN:
+        if sublayer is not None or self.dynamic:
+            u, add_residual = self._read(x, self.rms_weight, self.eps)
+            return add_residual(u if sublayer is None else sublayer(u))
+        if self._convention.start in SINKHORN:
             parameters = (self.H_pre, self.H_post, self.H_res, self.rms_weight)
             out = ops.mhc_layer(x, *parameters, self._convention, self.eps, **self._options)
-            return observer.get()(self, x, out)
-        if sublayer is None and not self.dynamic:
+        else:
             parameters = (*self.coefficients(x), self.rms_weight)
             out = ops.mhc_static(x, *parameters, self.eps, **self._options)
-            return observer.get()(self, x, out)
-        u, add_residual = self._read(x, self.rms_weight, self.eps)
-        return add_residual(u if sublayer is None else sublayer(u))
+        return observer.get()(self, x, out)
 
     def _extra_repr(self) -> str:
         return f"{super()._extra_repr()}, eps={self.eps}"
 
 
-class HyperHead(nn.Module):
-    """The learned read-out of DeepSeek V4: ``u = sum_j h_pre[j] x[j]``, h_pre made per token.
+class HyperHead(_StreamModule):
+    """The learned read-out of DeepSeek V4: ``u = sum_j h_pre[j] x[j]``, with h_pre of each token.
 
     ``h_pre = sigmoid(alpha rsqrt(mean(x**2) + norm_eps) (phi @ vec(x)) + bias) + pre_eps``, as in
-    `mhc_head`; parameters ``phi [n, n*C]``, ``bias [n]``, ``alpha [1]``, float32 at the start. It
-    starts as the mean, h_pre = 1 / n, with phi as in `HyperConnection`: every sublayer has written
-    to all streams alike, and all must have a gradient at once. (For n = 1: 0.9.)
+    `mhc_head`. The parameters ``phi [n, n*C]``, ``bias [n]`` and ``alpha [1]`` start in float32.
+    h_pre starts at 1 / n (at 0.9 for n = 1): u is the mean of the streams, to all of which the
+    sublayers have written alike, and all streams have a gradient at once. phi starts as in
+    `HyperConnection`.
 
     Args:
         dim: C, channels per stream.
         num_streams: n, 1 to 64.
-        convention: Its pre_eps.
+        convention: A convention with sigmoid gates, of which the head uses pre_eps alone.
         init_scale, norm_eps, use_metal, threads_per_group, differentiable: As in `HyperConnection`.
-    """
 
-    norm_eps: float
-    use_metal: bool
-    threads_per_group: int | None
-    differentiable: bool
-    phi: mx.array
-    bias: mx.array
-    alpha: mx.array
+    Raises:
+        TypeError: An argument has another type.
+        ValueError: An argument is out of its range, or the convention has no sigmoid gates.
+    """
 
     def __init__(
         self,
@@ -368,40 +413,40 @@ class HyperHead(nn.Module):
             raise ValueError(
                 f"[{op}] convention must have sigmoid gates but got {convention.name}."
             )
-        ops.check_threads(op, threads_per_group)
-        ops.check_eps(op, norm_eps, "norm_eps")
-        check_number(op, "init_scale", init_scale)
-        check_bools(op, use_metal=use_metal, differentiable=differentiable)
-        self._convention, self.norm_eps = convention, norm_eps
-        self.use_metal, self.threads_per_group = use_metal, threads_per_group
-        self.differentiable = differentiable
-        self.phi = _noise(n, n * dim)
+        self._set_options(init_scale, norm_eps, use_metal, threads_per_group, differentiable)
+        self._convention = convention
+        self.phi = _starting_phi(n, n * dim)
         self.bias = mx.full(n, _logit(1 / n - convention.pre_eps))
         self.alpha = mx.full(1, init_scale)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """``[..., n, C] -> [..., C]`` in x's dtype."""
+        """Return u ``[..., C]`` of x ``[..., n, C]``, in x's dtype."""
         n, width = self.phi.shape
         _check_input(self, x, n, width // n)
-        options = _checked_options(self)
         parameters = (self.phi, self.bias, self.alpha)
-        return ops.mhc_head(x, *parameters, self._convention, self.norm_eps, **options)
+        return ops.mhc_head(x, *parameters, self._convention, self.norm_eps, **self._options)
 
 
 class MHCBlock(nn.Module):
-    """Any layer F in a hyper-connection: ``out[i] = sum_j h_res[i, j] x[j] + h_post[i] F(norm(u))``
-    with u and the coefficients of `HyperConnection`.
+    """A layer F in a hyper-connection: ``out[i] = sum_j h_res[i, j] x[j] + h_post[i] F(norm(u))``.
+
+    `HyperConnection` makes u and the coefficients.
 
         block = MHCBlock(Attention(dim), dim, norm=nn.RMSNorm(dim), layer_idx=k)
         x = block(x, mask, cache=cache)
 
     Args:
-        layer: A module or function ``[..., C] -> [..., C]`` that keeps its input's dtype. Where it
-            returns a tuple, y is the first element.
+        layer: F, a module or function ``[..., C] -> [..., C]`` that keeps its input's dtype. Where
+            it returns a tuple, the block writes back the tuple's first element.
         dim: C, channels per stream.
-        num_streams: n.
-        norm: Applied to u before the layer; None if the layer normalises or nothing should.
-        options: Of `HyperConnection`.
+        num_streams: n, 1 to 64.
+        norm: A module or function that the block applies to u before the layer, or None.
+        options: Further keywords of `HyperConnection`.
+
+    Raises:
+        TypeError: layer or norm is a class or cannot be called, another argument has another type,
+            or an option is unknown.
+        ValueError: An argument is out of its range, or does not fit the convention.
     """
 
     connection: HyperConnection
@@ -419,8 +464,8 @@ class MHCBlock(nn.Module):
     ):
         super().__init__()
         for name, f in (("layer", layer), ("norm", norm)):
-            given = callable(f) and not isinstance(f, type)
-            if not given and (name == "layer" or f is not None):
+            is_function = callable(f) and not isinstance(f, type)
+            if not is_function and (name == "layer" or f is not None):
                 op, got = type(self).__name__, type(f).__name__
                 raise TypeError(f"[{op}] {name} must be a module or function but got {got}.")
         check_options(type(self).__name__, options)
@@ -432,8 +477,10 @@ class MHCBlock(nn.Module):
         return self.layer(u if self.norm is None else self.norm(u), *args, **kwargs)
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array | Any:
-        """``[..., n, C] -> [..., n, C]``. The other arguments are the layer's; where it returns
-        (y, ...), this returns (out, ...).
+        """Return out ``[..., n, C]`` of x ``[..., n, C]``, in x's dtype.
+
+        The layer gets the other arguments. Where it returns a tuple (y, ...), this call returns
+        (out, ...).
         """
         u, add_residual = self.connection(x)
         y = self._branch(u, *args, **kwargs)
@@ -443,13 +490,18 @@ class MHCBlock(nn.Module):
 
 
 class MHCLiteBlock(MHCBlock):
-    """`MHCBlock` with MHC_LITE (arXiv 2601.05732): h_res is a weighted sum of permutations, doubly
-    stochastic without iterations; n <= 5.
+    """`MHCBlock` with the convention MHC_LITE (arXiv 2601.05732).
+
+    h_res is a weighted sum of the n! permutation matrices: doubly stochastic without iterations. n
+    is at most 5.
 
     Args:
-        layer, dim, num_streams, norm, options: Of `MHCBlock`.
+        layer, dim, num_streams, norm, options: As in `MHCBlock`.
         subtract_input: Write back ``h_post[i] (F(u) - u)`` instead of ``h_post[i] F(u)``, as
-            flash-mHC does: for weights trained with it.
+            flash-mHC does. Weights that flash-mHC has trained need it.
+
+    Raises:
+        TypeError, ValueError: As in `MHCBlock`.
     """
 
     subtract_input: bool

@@ -1,11 +1,12 @@
 """The maths in plain MLX: the source of truth that every kernel must match.
 
-Shapes: leading axes ``...`` are tokens, n streams (1 to 64), C channels (at least 1). Arrays are
-float32, float16 or bfloat16. All arithmetic is float32 whatever their dtype, and each result is
-rounded to its dtype once. Sums are elementwise rather than ``@``, which is TF32 on some GPUs.
+In shapes, leading axes ``...`` are tokens, n is the number of streams (1 to 64) and C that of
+channels (at least 1). Arrays are float32, float16 or bfloat16. All arithmetic is float32, whatever
+their dtype, and each result is rounded to its dtype once. Sums of products are elementwise, because
+``@`` is TF32 on some GPUs.
 
-Raises, in the ops of the same names: ValueError where a shape or a number does not fit, TypeError
-where a dtype or a type does not.
+The functions here do not check their arguments. The ops of the same names do: they raise ValueError
+for a shape or a number that does not fit, and TypeError for a dtype or a type.
 """
 
 import itertools
@@ -39,18 +40,22 @@ def _float(*arrays: mx.array) -> list[mx.array]:
 
 
 def _long_sum(v: mx.array, width: int = 128) -> mx.array:
-    """The sum over the last axis, by parts of that width: on a CPU MLX adds a row one by one."""
+    """The sum over the last axis, by sums of ``width`` elements, then by sums of these sums.
+
+    MLX on a CPU adds a row in a single chain, whose rounding errors grow with its length.
+    """
     while v.shape[-1] > width:
-        rest = -v.shape[-1] % width
-        if rest:
-            v = mx.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, rest)])
+        padding = -v.shape[-1] % width
+        if padding:
+            v = mx.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, padding)])
         v = v.reshape(*v.shape[:-1], v.shape[-1] // width, width).sum(-1)
     return v.sum(-1)
 
 
 def _line_sum(p: mx.array, axis: int) -> mx.array:
-    """Sums of matrices along axis, which stays, by eights: small elements are not rounded at each
-    step to the last digit of a large one beside them.
+    """``p.sum(axis, keepdims=True)`` of matrices, by sums of eight elements.
+
+    In one long chain each small element would be rounded to the last digit of a large one.
     """
     if p.shape[-1] <= 8:
         return p.sum(axis=axis, keepdims=True)
@@ -59,112 +64,115 @@ def _line_sum(p: mx.array, axis: int) -> mx.array:
 
 
 def _sigmoid(z: mx.array) -> mx.array:
-    """``1 / (1 + exp(-z))``, whose derivative is ``sigmoid(z) * sigmoid(-z)`` at any z: where it
-    is near 1, ``1 - sigmoid(z)`` has lost its digits.
+    """``1 / (1 + exp(-z))``, whose derivative is ``sigmoid(z) * sigmoid(-z)``.
+
+    The form ``sigmoid(z) * (1 - sigmoid(z))`` loses its digits where the sigmoid is near 1.
     """
     t = mx.exp(mx.where(z < 0, z, -z))
     return mx.where(z < 0, t, 1.0) / (1 + t)
 
 
 def _largest(a: mx.array, axis: int) -> mx.array:
-    """Where a is the first of the largest along axis."""
-    at = mx.argmax(mx.stop_gradient(a), axis=axis, keepdims=True)
-    places = mx.arange(a.shape[axis])
-    return at == (places if axis == -1 else places[:, None])
+    """A mask of the largest element along axis; of equal ones the first."""
+    index = mx.argmax(mx.stop_gradient(a), axis=axis, keepdims=True)
+    indices = mx.arange(a.shape[axis])
+    return index == (indices if axis == -1 else indices[:, None])
 
 
-def _from_rest(p: mx.array, axis: int, total: mx.array | float = 1.0) -> mx.array:
-    """p, whose sum along axis is total, with the largest computed as total minus all others: its
-    value is the same, its gradient is not.
+def _largest_by_sum(p: mx.array, axis: int, total: mx.array | float = 1.0) -> mx.array:
+    """p, whose sum along axis is total, with the largest as total minus the sum of all others.
 
-    The gradients of all others then hold differences from that of the largest. Otherwise
-    ``p * (dp - sum(p * dp))`` loses its digits where the largest is near 1.
+    The value stays the same, but the gradient of each other element becomes a difference from the
+    gradient of the largest. Otherwise ``p * (dp - sum(p * dp))`` loses its digits where the largest
+    is near 1.
     """
     largest = _largest(p, axis)
-    rest = total - _line_sum(mx.where(largest, 0.0, p), axis)
-    return mx.where(largest, mx.stop_gradient(p - rest) + rest, p)
+    remainder = total - _line_sum(mx.where(largest, 0.0, p), axis)
+    return mx.where(largest, mx.stop_gradient(p - remainder) + remainder, p)
 
 
-def _to_largest(a: mx.array, axis: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Where a is largest along axis, its distance to the largest (0 there), and ``sum(exp)`` of the
-    distances of all others: a softmax and its gradient need these.
+def _below_largest(a: mx.array, axis: int) -> tuple[mx.array, mx.array, mx.array]:
+    """The mask of the largest a along axis; d = a - max(a); ``sum(exp(d))`` without the largest.
+
+    A softmax and its gradient need these three.
     """
     largest = _largest(a, axis)
     top = mx.where(largest, a, 0.0).sum(axis=axis, keepdims=True)
-    a = a + mx.stop_gradient(mx.maximum(a, top - 3.4e38) - a)  # float32 then holds the distance
-    a = mx.where(largest, 0.0, a - top)
-    return largest, a, _line_sum(mx.where(largest, 0.0, mx.exp(a)), axis)
+    a = a + mx.stop_gradient(mx.maximum(a, top - 3.4e38) - a)  # so that a - top is finite
+    d = mx.where(largest, 0.0, a - top)
+    return largest, d, _line_sum(mx.where(largest, 0.0, mx.exp(d)), axis)
 
 
 def _softmax(a: mx.array) -> mx.array:
     """The softmax along the last axis."""
-    largest, a, others = _to_largest(a, -1)
-    return mx.where(largest, 1.0, mx.exp(a)) / (1 + others)
+    largest, d, sum_of_others = _below_largest(a, -1)
+    return mx.where(largest, 1.0, mx.exp(d)) / (1 + sum_of_others)
 
 
 def _log_softmax(a: mx.array, axis: int) -> mx.array:
-    _, a, others = _to_largest(a, axis)
-    return a - mx.log1p(others)
+    """``a - logsumexp(a)`` along axis."""
+    _, d, sum_of_others = _below_largest(a, axis)
+    return d - mx.log1p(sum_of_others)
 
 
 def sinkhorn_knopp(logits: mx.array, convention: Convention = ROW_FIRST) -> mx.array:
     """Project logits to a nearly doubly stochastic matrix by truncated Sinkhorn-Knopp iteration.
 
     ``P = start(logits)``, then alternately ``P = P / (P.sum(rows) + eps)`` and
-    ``P = P / (P.sum(columns) + eps)``, 2 * iters half-steps in all (arXiv 2512.24880, eq. 9); with
-    the start exp the first two are without eps. The gradient is that of the truncated map.
+    ``P = P / (P.sum(columns) + eps)``, 2 * iters half-steps in all (arXiv 2512.24880, eq. 9). With
+    the start exp the first two half-steps have no eps. The gradient is that of the truncated map.
 
     Args:
-        logits: ``[..., n, n]``; any finite values for the starts exp and softmax. ADDITIVE divides
-            by sums of ``I + logits`` as given: its lines must not sum to 0.
-        convention: Start, order, iterations and eps; one with half-steps.
+        logits: ``[..., n, n]``. The starts exp and softmax take any finite values. With ADDITIVE no
+            row or column of ``I + logits``, by whose sums it divides, may sum to 0.
+        convention: A convention with half-steps: its start, order, iterations and eps.
 
     Returns:
         h_res ``[..., n, n]`` float32, row = output: ``out[i] = sum_j h_res[i, j] x[j]``.
     """
     axes = (-1, -2) if convention.first == "rows" else (-2, -1)
-    eps, last = convention.eps, 2 * convention.iters
+    eps, half_steps = convention.eps, 2 * convention.iters
     (p,) = _float(logits)
     if p.size == 0:
         return p
     if convention.in_logs:
-        p, done = _log_softmax(_log_softmax(p, axes[0]), axes[1]), 2
+        p, first_step = _log_softmax(_log_softmax(p, axes[0]), axes[1]), 2
     elif convention.start == "softmax":
-        p, done = _softmax(p) + eps, 1
+        p, first_step = _softmax(p) + eps, 1
     else:
-        p, done = mx.eye(p.shape[-1]) + p, 0
+        p, first_step = mx.eye(p.shape[-1]) + p, 0
     eps_part = 0.0  # eps over the divisor of the last half-step
     if convention.in_range(p.shape[-1]):
         p = mx.exp(p) if convention.in_logs else p
-        for k in range(done, last):
+        for k in range(first_step, half_steps):
             d = _line_sum(p, axes[k % 2]) + eps
             p, eps_part = p / d, eps / d
     else:
         p = p if convention.in_logs else mx.log(p)
-        by: list[float | mx.array] = [0.0, 0.0]  # logs of what lines and columns were divided by
-        for k in range(done, last):
-            a = p - by[0] - by[1]
+        log_d: list[float | mx.array] = [0.0, 0.0]  # logs of all divisors along axes[0], axes[1]
+        for k in range(first_step, half_steps):
+            a = p - log_d[0] - log_d[1]
             m = mx.stop_gradient(a.max(axis=axes[k % 2], keepdims=True))
             d = _line_sum(mx.exp(a - m), axes[k % 2]) + eps * mx.exp(-m)
-            by[k % 2], eps_part = by[k % 2] + (m + mx.log(d)), eps * mx.exp(-m) / d
-        p = mx.exp(p - by[0] - by[1])
-    p = p if convention.start == "additive" else _from_rest(p, axes[1], 1 - eps_part)
+            log_d[k % 2], eps_part = log_d[k % 2] + (m + mx.log(d)), eps * mx.exp(-m) / d
+        p = mx.exp(p - log_d[0] - log_d[1])
+    p = p if convention.start == "additive" else _largest_by_sum(p, axes[1], 1 - eps_part)
     return p.swapaxes(-1, -2) if convention.transposed else p
 
 
 def project(logits: mx.array, n: int, convention: Convention = PAPER) -> mx.array | None:
-    """The mixing matrix h_res ``[..., n, n]`` float32, row = output, of R logits.
+    """Project R logits to the mixing matrix h_res.
 
-    ``sinkhorn_knopp`` of the logits as ``[..., n, n]``, or one of the projections that
-    `Convention` lists: exactly doubly stochastic or unconstrained.
+    With half-steps it is ``sinkhorn_knopp(logits.reshape(..., n, n))`` (arXiv 2512.24880, eq. 9).
+    Without, it is one of the other projections of `Convention`, which has their formulas.
 
     Args:
         logits: ``[..., R]``, R = ``convention.res_size(n)``.
-        n: Streams.
+        n: The number of streams.
         convention: The projection.
 
     Returns:
-        h_res, or None, the identity, where R is 0.
+        h_res ``[..., n, n]`` float32, row = output. It is None, for the identity, where R is 0.
     """
     lead = logits.shape[:-1]
     (logits,) = _float(logits)
@@ -178,7 +186,7 @@ def project(logits: mx.array, n: int, convention: Convention = PAPER) -> mx.arra
     if logits.size == 0:
         return mx.zeros((*lead, n, n))
     if convention.start == "permutations":
-        weights, eye = _from_rest(_softmax(logits), -1), mx.eye(n)
+        weights, eye = _largest_by_sum(_softmax(logits), -1), mx.eye(n)
         orders = enumerate(itertools.permutations(range(n)))
         terms = (weights[..., k, None, None] * eye[mx.array(order)] for k, order in orders)
         h_res = sum(terms, start=mx.array(0.0))
@@ -189,7 +197,7 @@ def project(logits: mx.array, n: int, convention: Convention = PAPER) -> mx.arra
         p = mx.stack([_sigmoid(z), _sigmoid(-z)], axis=-1)
         pair = mx.stack([p, p[..., ::-1]], axis=-2)
         size = 2 * h_res.shape[-1]
-        # one new axis at a time: MLX 0.32 maps two at once wrongly
+        # Each index adds one axis: with two, vmap of MLX 0.32 errs where it maps the last axis.
         h_res = h_res[..., :, None, :][..., None] * pair[..., None, :, :][..., None, :]
         h_res = h_res.reshape(*lead, size, size)
     return h_res
@@ -201,10 +209,10 @@ def gates(H_pre: mx.array, H_post: mx.array, convention: Convention) -> tuple[mx
 
     Args:
         H_pre, H_post: ``[...]``, each of any shape.
-        convention: Its gates; without sigmoid both are used as they are.
+        convention: The gates. Without sigmoid, h_pre = H_pre and h_post = H_post.
 
     Returns:
-        h_pre and h_post in their shapes, float32.
+        h_pre in H_pre's shape and h_post in H_post's, float32.
     """
     H_pre, H_post = _float(H_pre, H_post)
     if not convention.sigmoid:
@@ -214,23 +222,34 @@ def gates(H_pre: mx.array, H_post: mx.array, convention: Convention) -> tuple[mx
 
 
 def stream_aggregate(x: mx.array, h_pre: mx.array) -> mx.array:
-    """What a sublayer reads: ``u = sum_j h_pre[j] x[j]``.
+    """Read the streams for a sublayer: ``u = sum_j h_pre[j] x[j]`` (arXiv 2512.24880, eq. 3).
 
-    x ``[..., n, C]``, h_pre ``[n]`` or per token ``[..., n]``; u ``[..., C]`` in x's dtype.
+    Args:
+        x: ``[..., n, C]``.
+        h_pre: ``[n]``, or ``[..., n]`` with x's leading axes.
+
+    Returns:
+        u ``[..., C]`` in x's dtype, rounded once.
     """
     xf, h_pre = _float(x, h_pre)
     return (h_pre[..., None] * xf).sum(-2).astype(x.dtype)
 
 
 def _rounded(a: mx.array, dtype: mx.Dtype) -> mx.array:
-    """a as that dtype holds it, in float32; its gradient is the identity."""
+    """a rounded to dtype, as float32; the gradient is that of the identity."""
     return a + mx.stop_gradient(a.astype(dtype).astype(mx.float32) - a)
 
 
 def rms_norm(u: mx.array, weight: mx.array, eps: float = 1e-5) -> mx.array:
-    """``u * rsqrt(mean(u**2) + eps) * weight`` over the last axis, in u's dtype.
+    """``u * rsqrt(mean(u**2) + eps) * weight``, where the mean is over the last axis.
 
-    u ``[..., C]``, weight ``[C]``, eps above 0.
+    Args:
+        u: ``[..., C]``.
+        weight: ``[C]``.
+        eps: Added to the mean square, above 0.
+
+    Returns:
+        ``[..., C]`` in u's dtype, rounded once.
     """
     uf, weight = _float(u, weight)
     return (uf * mx.rsqrt(mx.mean(uf * uf, axis=-1, keepdims=True) + eps) * weight).astype(u.dtype)
@@ -239,7 +258,7 @@ def rms_norm(u: mx.array, weight: mx.array, eps: float = 1e-5) -> mx.array:
 def stream_aggregate_norm(
     x: mx.array, h_pre: mx.array, weight: mx.array, eps: float = 1e-5
 ) -> mx.array:
-    """The normalised input of a sublayer: ``rms_norm(stream_aggregate(x, h_pre), weight, eps)``.
+    """Read the streams and normalise: ``rms_norm(sum_j h_pre[j] x[j], weight, eps)``.
 
     Args:
         x: ``[..., n, C]``.
@@ -255,18 +274,32 @@ def stream_aggregate_norm(
 
 
 def stream_distribute(y: mx.array, h_post: mx.array) -> mx.array:
-    """What a sublayer writes: ``out[i] = h_post[i] y``.
+    """Write a sublayer's output to the streams: ``out[i] = h_post[i] y``.
 
-    y ``[..., C]``, h_post ``[n]`` or per token ``[..., n]``; out ``[..., n, C]`` in y's dtype.
+    This is a part of arXiv 2512.24880, eq. 3.
+
+    Args:
+        y: ``[..., C]``.
+        h_post: ``[n]``, or ``[..., n]`` with y's leading axes.
+
+    Returns:
+        ``[..., n, C]`` in y's dtype, rounded once.
     """
     yf, h_post = _float(y, h_post)
     return (h_post[..., None] * yf[..., None, :]).astype(y.dtype)
 
 
 def stream_mix(x: mx.array, h_res: mx.array) -> mx.array:
-    """How streams pass a sublayer: ``out[i] = sum_j h_res[i, j] x[j]``.
+    """Mix the streams beside a sublayer: ``out[i] = sum_j h_res[i, j] x[j]``.
 
-    x ``[..., n, C]``, h_res ``[n, n]`` or per token ``[..., n, n]``; out in x's dtype and shape.
+    This is a part of arXiv 2512.24880, eq. 3.
+
+    Args:
+        x: ``[..., n, C]``.
+        h_res: ``[n, n]``, or ``[..., n, n]`` with x's leading axes, row = output.
+
+    Returns:
+        ``[..., n, C]`` in x's dtype, rounded once.
     """
     xf, h_res = _float(x, h_res)
     terms = [h_res[..., j, None] * xf[..., j : j + 1, :] for j in range(x.shape[-2])]
@@ -300,7 +333,7 @@ def mhc_static(
     weight: mx.array,
     eps: float = 1e-5,
 ) -> mx.array:
-    """The self-contained layer with ready coefficients.
+    """The layer whose sublayer is an RMSNorm, from coefficients (arXiv 2512.24880, eq. 3).
 
     ``out[i] = sum_j h_res[i, j] x[j] + h_post[i] rms_norm(sum_j h_pre[j] x[j], weight, eps)``
 
@@ -328,17 +361,18 @@ def mhc_layer(
     convention: Convention = ROW_FIRST,
     eps: float = 1e-5,
 ) -> mx.array:
-    """The self-contained layer from its parameters (arXiv 2512.24880, eq. 3, 8, 9, static part).
+    """The layer whose sublayer is an RMSNorm, from parameters that all tokens share.
 
-    ``mhc_static`` with h_pre, h_post = gates(H_pre, H_post) and h_res = sinkhorn_knopp(H_res).
+    It is ``mhc_static`` with h_pre, h_post = gates(H_pre, H_post) and h_res = sinkhorn_knopp(H_res)
+    (arXiv 2512.24880, eq. 3, 8, 9, the static part).
 
     Args:
         x: ``[..., n, C]``.
         H_pre, H_post: ``[n]``.
         H_res: ``[n, n]``.
         weight: ``[C]``.
-        convention: How coefficients are made.
-        eps: Of the RMSNorm, above 0.
+        convention: How coefficients are made from the parameters; a convention with half-steps.
+        eps: Added to the mean square in the RMSNorm, above 0.
 
     Returns:
         ``[..., n, C]`` in x's dtype, rounded once.
@@ -348,11 +382,11 @@ def mhc_layer(
 
 
 def _logits(x: mx.array, phi: mx.array, norm_eps: float) -> mx.array:
-    """``rsqrt(mean(x**2) + norm_eps) * (phi @ vec(x))``, ``[..., O]`` float32."""
+    """``rsqrt(mean(x**2) + norm_eps) * (phi @ vec(x))``: float32, a logit per row of phi."""
     v = x.astype(mx.float32).reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
     (phi,) = _float(phi)
-    raw = mx.stack([_long_sum(v * row) for row in phi], axis=-1)
-    return raw * mx.rsqrt(_long_sum(v * v)[..., None] / v.shape[-1] + norm_eps)
+    phi_product = mx.stack([_long_sum(v * row) for row in phi], axis=-1)
+    return phi_product * mx.rsqrt(_long_sum(v * v)[..., None] / v.shape[-1] + norm_eps)
 
 
 def mhc_coefficients(
@@ -363,20 +397,21 @@ def mhc_coefficients(
     convention: Convention = PAPER,
     norm_eps: float = 1e-6,
 ) -> tuple[mx.array, mx.array, mx.array | None]:
-    """The coefficients that each token makes for itself (arXiv 2512.24880, eq. 7-9).
+    """Make the coefficients of each token from its streams (arXiv 2512.24880, eq. 7-9).
 
-    ``l = rsqrt(mean(x**2) + norm_eps) * (phi @ vec(x))``, in three parts pre [n], post [n], res
-    [R]; h_pre, h_post = gates(alpha[0] l_pre + b_pre, alpha[1] l_post + b_post);
+    The logits ``l = rsqrt(mean(x**2) + norm_eps) * (phi @ vec(x))`` have three parts, l_pre [n],
+    l_post [n] and l_res [R], and so has the bias b. Then
+    h_pre, h_post = gates(alpha[0] l_pre + b_pre, alpha[1] l_post + b_post) and
     h_res = project(alpha[2] l_res + b_res).
 
     Args:
         x: ``[..., n, C]``.
-        phi: ``[2n + R, n*C]``, R = ``convention.res_size(n)``; a norm weight of ``[n*C]`` folds
-            into it: ``phi * weight``.
+        phi: ``[2n + R, n*C]``, R = ``convention.res_size(n)``. A model whose norm of vec(x) has a
+            weight ``[n*C]`` passes ``phi * weight``.
         bias: ``[2n + R]``.
         alpha: ``[3]``.
-        convention: How coefficients are made; not ADDITIVE, whose gates take no logits.
-        norm_eps: Added to the mean square of the n*C elements, above 0.
+        convention: How coefficients are made from logits; not ADDITIVE, whose gates take none.
+        norm_eps: Added to the mean square of the n*C elements of a token, above 0.
 
     Returns:
         h_pre ``[..., n]``, h_post ``[..., n]``, h_res ``[..., n, n]``, float32; h_res is None, the
@@ -401,19 +436,20 @@ def mhc_pre(
     norm_eps: float = 1e-6,
     eps: float = 1e-5,
 ) -> tuple[mx.array, mx.array, mx.array | None, mx.array]:
-    """What a sublayer reads, and all that its write-back needs.
+    """Make u, which a sublayer reads, and the coefficients of its write-back.
 
     h_pre, h_post, h_res = mhc_coefficients(x, phi, bias, alpha, convention, norm_eps);
-    u = stream_aggregate(x, h_pre), or with a weight stream_aggregate and rms_norm, rounded once.
+    u = sum_j h_pre[j] x[j], or with a weight rms_norm(sum_j h_pre[j] x[j], weight, eps)
+    (arXiv 2512.24880, eq. 3, 7-9).
 
     Args:
         x, phi, bias, alpha, convention, norm_eps: As in `mhc_coefficients`.
         weight: ``[C]``, or None for no RMSNorm.
-        eps: Of that RMSNorm, above 0.
+        eps: Added to the mean square in that RMSNorm, above 0.
 
     Returns:
-        u ``[..., C]`` in x's dtype, h_post, h_res as in `mhc_coefficients`, and x itself: a
-        write-back that uses this x has its gradient summed inside the kernel.
+        u ``[..., C]`` in x's dtype, rounded once; h_post and h_res as in `mhc_coefficients`; and x
+        itself. If the write-back uses this x, the kernel adds its gradient to that of x.
     """
     h_pre, h_post, h_res = mhc_coefficients(x, phi, bias, alpha, convention, norm_eps)
     u = stream_aggregate(x.astype(mx.float32), h_pre)
@@ -429,18 +465,17 @@ def mhc_head(
     convention: Convention = PAPER,
     norm_eps: float = 1e-6,
 ) -> mx.array:
-    """The learned read-out of DeepSeek V4: only h_pre, made per token.
+    """The learned read-out of DeepSeek V4: ``u = sum_j h_pre[j] x[j]``, with h_pre of each token.
 
-    ``u = sum_j h_pre[j] x[j]``, h_pre = sigmoid(alpha[0] l + bias) + pre_eps with l as in
-    `mhc_coefficients`.
+    h_pre = sigmoid(alpha[0] l + bias) + pre_eps, with the n logits l of `mhc_coefficients`.
 
     Args:
         x: ``[..., n, C]``.
         phi: ``[n, n*C]``.
         bias: ``[n]``.
         alpha: ``[1]``.
-        convention: Its pre_eps.
-        norm_eps: Added to the mean square of the n*C elements, above 0.
+        convention: A convention with sigmoid gates, of which pre_eps alone is used.
+        norm_eps: Added to the mean square of the n*C elements of a token, above 0.
 
     Returns:
         ``[..., C]`` in x's dtype, rounded once.
@@ -460,11 +495,11 @@ def mhc_seam(
     eps: float = 1e-5,
     round_aggregate: bool = False,
 ) -> tuple[mx.array, mx.array]:
-    """Between two sublayers of a "single pass" model (DeepSeek V4.1): the write-back of one and
-    what the next one reads, with coefficients that were all made before.
+    """Write back one sublayer's output y and read for the next sublayer.
 
     ``out[i] = sum_j h_res[i, j] x[j] + h_post[i] y``, rounded to x's dtype;
     ``u = sum_i h_pre[i] out[i]``, or with a weight ``rms_norm(u, weight, eps)``, rounded once.
+    "Single pass" models (DeepSeek V4.1) have all coefficients before the write-back.
 
     Args:
         x: ``[..., n, C]``.
@@ -472,10 +507,10 @@ def mhc_seam(
         h_pre, h_post: ``[n]``, or ``[..., n]`` with x's leading axes.
         h_res: ``[n, n]``, or ``[..., n, n]``, row = output; None is the identity.
         weight: ``[C]``, or None for no RMSNorm.
-        eps: Of that RMSNorm, above 0.
-        round_aggregate: Round as a model does that aggregates and normalises in its own dtype: u to
-            x's dtype before its norm, and ``u * rsqrt(mean(u**2) + eps)`` before the weight. The
-            gradient passes such a rounding unchanged.
+        eps: Added to the mean square in that RMSNorm, above 0.
+        round_aggregate: Whether to round to x's dtype u before the norm, and
+            ``u * rsqrt(mean(u**2) + eps)`` before the weight, as a model does that aggregates and
+            normalises in that dtype. The gradient passes these roundings unchanged.
 
     Returns:
         out ``[..., n, C]`` and u ``[..., C]`` in x's dtype.
@@ -489,14 +524,14 @@ def mhc_seam(
 def _read(
     x: mx.array, h_pre: mx.array, weight: mx.array | None, eps: float, dtype: mx.Dtype
 ) -> mx.array:
-    """What `mhc_seam` reads of float32 streams, in float32, rounded to dtype in between."""
+    """The u of `mhc_seam`, float32, from float32 streams; dtype is that of the roundings in it."""
     u = stream_aggregate(x, h_pre)
     if weight is None:
         return u
     (weight,) = _float(weight)
     u = _rounded(u, dtype)
-    unit = u * mx.rsqrt(mx.mean(u * u, axis=-1, keepdims=True) + eps)
-    return _rounded(unit, dtype) * weight
+    normalized = u * mx.rsqrt(mx.mean(u * u, axis=-1, keepdims=True) + eps)
+    return _rounded(normalized, dtype) * weight
 
 
 def mhc_single_pass(
@@ -511,9 +546,9 @@ def mhc_single_pass(
     eps: float = 1e-5,
     round_aggregate: bool = False,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """All that stands between two sublayers of DeepSeek V4.1: the coefficients that x makes, the
-    write-back with them, and what the next sublayer reads with them.
+    """Compute all that stands between two sublayers of DeepSeek V4.1.
 
+    These are the coefficients of x, the write-back of y, and the read for the next sublayer:
     h_pre, h_post, h_res = mhc_coefficients(x, phi, bias, alpha, convention, norm_eps);
     out, u = mhc_seam(x, y, h_pre, h_post, h_res, weight, eps, round_aggregate).
 

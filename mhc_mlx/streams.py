@@ -1,4 +1,4 @@
-"""Between a network's hidden state and its streams."""
+"""Functions between a network's hidden state ``[..., C]`` and its streams ``[..., n, C]``."""
 
 import math
 
@@ -10,7 +10,12 @@ __all__ = ["expand_streams", "merge_streams", "reduce_streams", "split_streams"]
 
 
 def split_streams(h: mx.array, n: int) -> mx.array:
-    """``[..., n*C] -> [..., n, C]``."""
+    """Reshape h ``[..., n*C]`` of any dtype to n streams ``[..., n, C]``.
+
+    Raises:
+        TypeError: h is no array, or n is no int.
+        ValueError: n is not positive, or does not divide the last axis of h.
+    """
     check_type("split_streams", h=h)
     check_sizes("split_streams", n=(n, math.inf))
     if h.ndim < 1 or h.shape[-1] % n:
@@ -19,7 +24,12 @@ def split_streams(h: mx.array, n: int) -> mx.array:
 
 
 def merge_streams(x: mx.array) -> mx.array:
-    """``[..., n, C] -> [..., n*C]``."""
+    """Reshape streams x ``[..., n, C]`` of any dtype to ``[..., n*C]``.
+
+    Raises:
+        TypeError: x is no array.
+        ValueError: x has fewer than two axes.
+    """
     check_type("merge_streams", x=x)
     if x.ndim < 2:
         raise ValueError(f"[merge_streams] x must have shape [..., n, C] but got {list(x.shape)}.")
@@ -27,7 +37,14 @@ def merge_streams(x: mx.array) -> mx.array:
 
 
 def expand_streams(h: mx.array, n: int) -> mx.array:
-    """Copy ``[..., C]`` into n equal streams ``[..., n, C]``: how a model enters."""
+    """Copy a hidden state h ``[..., C]`` of any dtype to n equal streams ``[..., n, C]``.
+
+    A model does this before its first hyper-connection.
+
+    Raises:
+        TypeError: h is no array, or n is no int.
+        ValueError: n is not positive, or h has no axis.
+    """
     check_type("expand_streams", h=h)
     check_sizes("expand_streams", n=(n, math.inf))
     if h.ndim < 1:
@@ -36,8 +53,14 @@ def expand_streams(h: mx.array, n: int) -> mx.array:
 
 
 def reduce_streams(x: mx.array, how: str = "mean") -> mx.array:
-    """``[..., n, C] -> [..., C]`` by ``"mean"``, ``"sum"`` or ``"first"``: how a model leaves
-    hyper-connections. Sums run in float32 and are rounded to x's dtype once.
+    """Reduce streams x ``[..., n, C]`` to a hidden state ``[..., C]`` in x's dtype.
+
+    A model does this after its last hyper-connection: ``"mean"`` is sum_j x[j] / n, ``"sum"`` is
+    sum_j x[j] and ``"first"`` is x[0]. Sums are float32 and rounded to x's dtype once.
+
+    Raises:
+        TypeError: x is no array of float32, float16 or bfloat16.
+        ValueError: x has fewer than two axes, or ``how`` is none of the three.
     """
     check_dtype("reduce_streams", x=x)
     if x.ndim < 2:

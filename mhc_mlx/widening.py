@@ -1,4 +1,4 @@
-"""Hyper-connections around the residual branches of a transformer that exists."""
+"""`widen` puts hyper-connections around the residual branches of an existing transformer."""
 
 import copy
 import functools
@@ -23,7 +23,10 @@ Model = TypeVar("Model", bound=nn.Module | None)
 
 
 class _Widened(nn.Module):
-    """`widen` puts a subclass of this before the class of each module that it changes."""
+    """A subclass of this is the first base of the class that `widen` gives to a module.
+
+    The second base is the module's class of before.
+    """
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         _, _, *state = super().__reduce_ex__(protocol)
@@ -32,24 +35,26 @@ class _Widened(nn.Module):
 
 @functools.cache
 def _widened(kind: type[_Widened], cls: type) -> Any:
-    if issubclass(cls, kind):  # a module whose blocks are widened in parts
+    """The class of widened modules of class cls: one that derives from kind, then from cls."""
+    if issubclass(cls, kind):  # an earlier call of `widen` has widened some of its blocks
         return cls
     return type(f"Widened{cls.__name__}", (kind, cls), {})
 
 
 def _new_widened(kind: type[_Widened], cls: type) -> _Widened:
-    """Pickle calls this, because it does not find a class that `_widened` made."""
+    """Make an empty instance for pickle, which cannot find the classes of `_widened` by name."""
     widened = _widened(kind, cls)
     return widened.__new__(widened)
 
 
 class WidenedBlock(_Widened):
-    """What `widen` puts before a block's own class: the same module, called on streams.
+    """A block after `widen`: the same module, called on streams ``[..., n, C]``.
 
     Attributes:
         connections: A `HyperConnection` for each of the block's branches.
-        enters, leaves: The streams to expand to before the block, how to reduce after; or None.
-        is_first, is_last: Whether the block is an end of its row of blocks.
+        enters: n if the block first expands ``[..., C]`` to n streams, else None.
+        leaves: How the block reduces its streams at its end, as in `reduce_streams`, or None.
+        is_first, is_last: Whether the block was the first or the last of ``layers`` in `widen`.
     """
 
     connections: list[HyperConnection]
@@ -65,7 +70,7 @@ class WidenedBlock(_Widened):
         for connection, branch in zip(self.connections, branches, strict=True):
             u, add_residual = connection(x)
             y = branch(u)
-            if y.dtype != x.dtype:  # then the streams get the dtype of x + y, as the block's x did
+            if y.dtype != x.dtype:  # the streams go on in the dtype of x + y, as in the block
                 dtype = mx.result_type(x, y)
                 if dtype != x.dtype:
                     _, add_residual = connection(x.astype(dtype))
@@ -75,11 +80,13 @@ class WidenedBlock(_Widened):
 
 
 class WidenedStack(_Widened):
-    """What `widen` puts before the class of the module that keeps the blocks in a list.
+    """A module after `widen` that has a list with the first or the last widened block.
+
+    A call raises ValueError if the list has lost a first or a last block since.
 
     Attributes:
-        widened_firsts, widened_lasts: How many of its blocks were the first, and the last, of their
-            row: one more for each `widen` of its blocks.
+        widened_firsts, widened_lasts: How many of its blocks were the first, and the last, of the
+            ``layers`` of a call of `widen`. Each call that widens its blocks adds to them.
     """
 
     widened_firsts: int
@@ -95,9 +102,10 @@ class WidenedStack(_Widened):
 
 
 class WidenedPipeline(WidenedStack):
-    """A `WidenedStack` whose class can split its blocks among processes."""
+    """A `WidenedStack` whose class of before can split its blocks among processes."""
 
     def pipeline(self, group: mx.distributed.Group, *args: Any, **kwargs: Any) -> Any:
+        """Split the blocks as before; raise ValueError if group has more than one process."""
         if group.size() > 1:
             got = f"a pipeline of {group.size()} processes, {_STREAMS}"
             raise ValueError(fail("widen", "model", "run in one process once widened", got))
@@ -106,11 +114,12 @@ class WidenedPipeline(WidenedStack):
 
 
 _STREAMS = "between which streams would have to travel"
-_LLAMA = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-_ADDED = ("connections", "enters", "leaves", "is_first", "is_last")
+_LLAMA = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}  # children of a block
+_ADDED = ("connections", "enters", "leaves", "is_first", "is_last")  # attributes of a WidenedBlock
 
 
 def _listed(module: nn.Module) -> list[Any]:
+    """The items of all lists that are attributes of a module."""
     return [item for value in module.values() if isinstance(value, list) for item in value]
 
 
@@ -129,7 +138,7 @@ def _names_after_x(f: Callable[..., Any]) -> list[str]:
 
 
 def _check_form(name: str, block: nn.Module) -> None:
-    """Raises unless a block is a module of one of the two forms."""
+    """Raise TypeError or ValueError unless a block has one of the two forms of `widen`."""
     if not isinstance(block, nn.Module) or not callable(block):
         raise TypeError(fail("widen", "layers", "be modules that can be called", name))
     if isinstance(block, WidenedBlock):
@@ -157,7 +166,7 @@ def _check_form(name: str, block: nn.Module) -> None:
 def _check_arguments(
     name: str, f: Callable[..., Any], count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Raises unless a function takes the example after ``count`` positional arguments."""
+    """Raise TypeError unless f takes the example after ``count`` positional arguments."""
     try:
         inspect.signature(f).bind(*(None for _ in range(count)), *args, **kwargs)
     except TypeError as error:
@@ -167,7 +176,7 @@ def _check_arguments(
 
 
 def _run(name: str, what: str, f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The result of a trial call, evaluated."""
+    """The evaluated result of f; ValueError says that ``what`` of the block ``name`` raised."""
     try:
         result = f(*args, **kwargs)
         if isinstance(result, mx.array):
@@ -183,14 +192,17 @@ def _run(name: str, what: str, f: Callable[..., Any], *args: Any, **kwargs: Any)
 def _check_block(
     name: str, block: Any, dim: int, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> int:
-    """The number of branches; raises unless the block is x + F(x) for each, on two tokens."""
+    """The number of branches F of a block.
+
+    Raises TypeError or ValueError unless the block computes x + F(x) for each, on two tokens.
+    """
     parameters: Any = tree_flatten(block.parameters())
     floats = (a.dtype for _, a in parameters if a.dtype in FLOATS)
     dtype = next(floats, mx.float32)
     x = mx.random.normal((1, 2, dim), dtype=dtype, key=mx.random.key(0))
 
     def example() -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return copy.deepcopy((args, kwargs))  # a cache is filled by each call
+        return copy.deepcopy((args, kwargs))  # because a call fills the caches among them
 
     a, k = example()
     want = _run(name, "the call", block, x, *a, **k)
@@ -209,11 +221,11 @@ def _check_block(
         raise TypeError(fail("widen", "layers", must, f"{what} from {name}"))
     got32, want32 = got.astype(mx.float32), want.astype(mx.float32)
     error: Any = mx.where(got32 == want32, 0, mx.abs(got32 - want32)).max().item()
-    most: Any = mx.abs(want32).max().item()
-    if got.dtype != want.dtype or not error <= 8 * mx.finfo(dtype).eps * most:  # NaN is an error
+    largest: Any = mx.abs(want32).max().item()
+    if got.dtype != want.dtype or not error <= 8 * mx.finfo(dtype).eps * largest:  # or it is NaN
         raise ValueError(
-            f"[widen] layers must compute x + F(x) for each branch F but got {name}, which does "
-            f"not (largest error {error:.1e} of {most:.1e}): give it a method residual_branches."
+            f"[widen] layers must compute x + F(x) for each branch F but got {name}, which does not"
+            f" (largest error {error:.1e} of {largest:.1e}): give it a method residual_branches."
         )
     return len(branches)
 
@@ -221,8 +233,9 @@ def _check_block(
 def _check_blocks(
     layers: Sequence[nn.Module], dim: int, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[int]:
-    """The number of branches of each block, which runs in evaluation: dropout is off, and no module
-    counts its calls.
+    """The number of branches of each block, by trial calls.
+
+    During these the blocks are in evaluation mode: dropout is off, and no module counts its calls.
     """
     modes = [(module, module.training) for block in layers for module in block.modules()]
     try:
@@ -232,7 +245,7 @@ def _check_blocks(
             counts.append(_check_block(_name(block, k), block, dim, args, kwargs))
         return counts
     finally:
-        for module, mode in modes:  # a module comes before those inside
+        for module, mode in modes:  # a module comes before its children, which train() sets too
             module.train(mode)
 
 
@@ -241,7 +254,7 @@ def _name(block: nn.Module, k: int) -> str:
 
 
 def _check_one_process(model: nn.Module | None, layers: Sequence[nn.Module | None]) -> None:
-    """Raises where the model is a stage of a pipeline, which would be widened alone."""
+    """Raise ValueError if the model is a stage of a pipeline; other stages would not be widened."""
     modules = [] if model is None else model.modules()
     size = max((getattr(module, "pipeline_size", 1) for module in modules), default=1)
     if any(block is None for block in layers):
@@ -264,42 +277,50 @@ def widen(
 ) -> Model:
     """Put a hyper-connection around every residual branch of a transformer, in place.
 
-    The first block expands ``[..., C]`` to n equal streams and the last one reduces them, so the
-    model's own code stays as it is; `HyperConnection` starts so that its outputs do too, but for
-    rounding, for phi's noise (1e-4 in 12 branches) and, with one stream, for its h_pre of 0.9.
-    Blocks keep their parameters, names and attributes (weights, adapters, quantization and caches
-    work as before) and gain ``connections.0``, ``connections.1``, ..., trainable even in a frozen
-    model: to train those alone, call ``model.freeze()`` first. Where a branch makes another dtype
-    than the streams', they go on in that of x + F(x), as in the block.
+    For each branch F of a block, ``x = x + F(x)`` becomes ``u, add_residual = connection(x);
+    x = add_residual(F(u))`` with a `HyperConnection`. The first block expands ``[..., C]`` to n
+    equal streams and the last one reduces them, so the code of the model needs no change. At the
+    start its outputs do not change either, up to rounding, the noise of phi (an error of 1e-4 after
+    12 branches) and, with one stream, an h_pre of 0.9.
 
-    A block is a module whose call is ``for F in branches: x = x + F(x)``. It has a method
-    ``residual_branches(*args, **kwargs)``, which gets the arguments of the call after x and returns
-    that list of functions, or is like llama's in mlx-lm: ``self_attn`` after ``input_layernorm``,
-    called with these arguments, then ``mlp`` after ``post_attention_layernorm``, and no other
-    children or arrays. Each block is run on two tokens, in evaluation, to see that it is so. Until
-    that is seen of all, nothing changes.
+    Blocks keep their parameters, names and attributes, so that weights, adapters, quantization and
+    caches work as before. They gain ``connections.0``, ``connections.1``, ..., which are trainable
+    even in a frozen model: to train the connections alone, call ``model.freeze()`` first. Where F
+    returns another dtype than that of the streams, these go on in the dtype of x + F(x), as x does
+    in the block.
 
-    All blocks run in one process: a pipeline of mlx-lm hands on ``[..., C]`` and would lose the
-    streams. A model that is one is refused, and a widened one refuses to become one.
+    A block is a module whose call computes ``for F in branches: x = x + F(x)``. It has one of two
+    forms. Either it has a method ``residual_branches(*args, **kwargs)``, which takes the arguments
+    of the call after x and returns the list of functions F. Or it is like the block of llama in
+    mlx-lm: it calls ``self_attn`` with these arguments on the output of ``input_layernorm``, then
+    ``mlp`` on that of ``post_attention_layernorm``, and has no other children or arrays. `widen`
+    checks this by calls of each block on two tokens, in evaluation mode, before it changes any.
+
+    All blocks must run in one process, because a pipeline of mlx-lm passes ``[..., C]`` between
+    processes and would lose the streams. `widen` raises ValueError for a stage of a pipeline, and a
+    widened model raises ValueError if it is to become one.
 
     Args:
-        model: The transformer.
-        num_streams: n.
-        convention: How coefficients are made.
-        layers: The blocks in the order in which they run; None is ``model.layers``.
-        dim: C; None is the size of ``input_layernorm``'s weight.
-        reduce: ``"mean"``, ``"first"`` or, in a model that then normalises, ``"sum"``.
-        example: What a block is called with after x in that run: positional arguments in a tuple,
-            or arguments by name in a dict. Blocks of gpt_oss take ``(None, None)``: mask and cache.
-        options: Of `HyperConnection`: dynamic, sinkhorn_iters, ...
+        model: The transformer, or None if ``layers`` are given.
+        num_streams: n, 1 to 64.
+        convention: How coefficients are made from logits.
+        layers: The blocks in the order in which they run; None takes ``model.layers``.
+        dim: C; None takes the size of the weight of ``input_layernorm`` in the first block.
+        reduce: How the last block reduces the streams, as in `reduce_streams`: ``"mean"``,
+            ``"first"`` or, in a model that normalises afterwards, ``"sum"``.
+        example: The arguments after x with which the check calls a block: a tuple of positional
+            arguments, or a dict of arguments by name. Blocks of gpt_oss need ``(None, None)``, for
+            mask and cache.
+        options: Further keywords of `HyperConnection`: dynamic, sinkhorn_iters, ...
 
     Returns:
         The model.
 
     Raises:
-        TypeError: A block is not a module of one of the two forms, or needs another example.
-        ValueError: A block is widened already, there twice, does not run, or is not the sum of its
-            branches; or the model is a stage of a pipeline.
+        TypeError: A block has neither of the two forms, does not take the example, or an argument
+            has another type.
+        ValueError: A block is widened already, occurs twice, does not run, or is not the sum of its
+            branches; or the model is a stage of a pipeline; or an argument is out of its range.
     """
     if model is not None and not isinstance(model, nn.Module):
         got = type(model).__name__
@@ -307,7 +328,7 @@ def widen(
     if layers is None and not hasattr(model, "layers"):
         got = type(model).__name__
         raise TypeError(f"[widen] model must have layers, or layers be given, but got {got}.")
-    network: Any = model  # or None
+    network: Any = model  # which may be None
     blocks: Any = network.layers if layers is None else layers
     if not isinstance(blocks, (list, tuple)):
         raise TypeError(fail("widen", "layers", "be a list of blocks", type(blocks).__name__))
@@ -347,8 +368,8 @@ def widen(
         [HyperConnection(dim, num_streams, layer_idx=next(index), **options) for _ in range(count)]
         for count in counts
     ]
-    for block, of_block in zip(blocks, connections, strict=True):
-        block.connections = of_block
+    for block, block_connections in zip(blocks, connections, strict=True):
+        block.connections = block_connections
         block.enters = num_streams if block is blocks[0] else None
         block.leaves = reduce if block is blocks[-1] else None
         block.is_first, block.is_last = block is blocks[0], block is blocks[-1]

@@ -1,19 +1,25 @@
 """Inputs per op, shapes with their reasons, tolerances: the only test file with numbers."""
 
-import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import NamedTuple
+from dataclasses import replace
 
-import mlx.core as mx
-import numpy as np
+from calls import (
+    DTYPES,
+    Array,
+    Case,
+    Op,
+    always,
+    half,
+    logits,
+    never,
+    normal,
+    scaled,
+    uniform,
+)
 
 from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, Convention
 from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE, UNCONSTRAINED
 from mhc_mlx.ops.autodiff import FUSED_OPS
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 CONVENTIONS = {c.name: c for c in (PAPER, ROW_FIRST, ADDITIVE, DEEPSEEK_V4)}
 EXACT = {c.name: c for c in (MHC_LITE, KRONECKER, IDENTITY, UNCONSTRAINED)}  # no half-steps
 STREAMS = (1, 2, 3, 4, 8, 12, 16, 32, 64)
@@ -30,183 +36,7 @@ AT_SCALE = ((0.1, 1e-5), (1.0, 1e-5), (5.0, 1e-5), (30.0, 1e-3))  # of logits; l
 MAX_VARIANTS = (150, 200, 100, 100, 100)  # of COVERING, DYNAMIC, SINGLE, UNUSUAL, STANDARD
 
 
-LAYOUTS = ("plain", "transposed", "strided", "broadcast")
-
-
-def laid_out(a: mx.array, layout: str, offset: int = 0) -> mx.array:
-    """The same values, but where broadcast repeats the first of an axis, in another order of memory
-    or from an offset in elements."""
-    if layout == "transposed" and a.ndim > 1:
-        a = mx.contiguous(a.T).T
-    elif layout == "strided" and a.ndim > 0:
-        a = mx.stack([a, mx.full(a.shape, 7.0, a.dtype)], -1)
-        mx.eval(a)
-        a = a.flatten(-2)[..., ::2]
-    elif layout == "broadcast" and a.ndim > 1 and a.size:
-        a = mx.broadcast_to(a[:1], a.shape)
-    elif offset:
-        whole = mx.concatenate([mx.zeros(offset, a.dtype), a.flatten()])
-        mx.eval(whole)
-        a = whole[offset:].reshape(a.shape)
-    return a
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call: op, tokens (leading axes), n, C, dtype of the streams, and what is special."""
-
-    op: str
-    lead: tuple[int, ...]
-    n: int
-    C: int
-    dtype: str = "float32"
-    convention: Convention | None = None
-    eps: float = 1e-5
-    per_token: tuple[bool, bool] = (False, False)  # h_post (or h_pre, where it is alone), h_res
-    identity: bool = False  # h_res is None
-    offset: int = 0  # elements between the buffer's start and the slice that is passed
-    weights: str = "float32"  # dtype of coefficients and weights
-    scale: float = 2.0  # of logits
-    phi: str = "float32"  # dtype of phi
-    norm: bool = True  # mhc_pre, mhc_seam, mhc_single_pass have a weight
-    rounded: bool = False  # round_aggregate
-    norm_eps: float = 1e-6
-    layouts: tuple[tuple[str, int], ...] = ()  # per array, in turn: see laid_out
-
-    def __str__(self) -> str:
-        marks = [self.convention.name] if self.convention else []
-        marks += (
-            [f"iters={self.convention.iters}"]
-            if self.convention and self.convention.iters != 20
-            else []
-        )
-        first = "post" if "h_post" in OPS[self.op].arrays else "pre"
-        marks += [n for n, flag in zip((first, "res"), self.per_token, strict=True) if flag]
-        marks += ["identity"] * self.identity + [f"offset{self.offset}"] * bool(self.offset)
-        marks += [self.weights] * (self.weights != "float32")
-        marks += [f"phi-{self.phi}"] * (self.phi != "float32") + ["plain"] * (not self.norm)
-        marks += ["rounded"] * self.rounded
-        marks += [f"scale{self.scale:g}"] * (self.scale != 2.0)
-        marks += ["".join(f"{name[0]}{offset}" for name, offset in self.layouts)]
-        marks = [mark for mark in marks if mark]
-        lead = "x".join(map(str, self.lead)) or "one"
-        return "-".join([self.op, lead, f"n{self.n}", f"C{self.C}", self.dtype, *marks])
-
-    @property
-    def tokens(self) -> int:
-        return int(np.prod(self.lead, initial=1))
-
-    @property
-    def statics(self) -> tuple:
-        """What a call has after its arrays."""
-        return tuple(getattr(self, name) for name in OPS[self.op].statics)
-
-    @property
-    def absent(self) -> list[int]:
-        """Which of the arrays are None."""
-        row, gone = OPS[self.op], lambda name: self.identity if name != "weight" else not self.norm
-        return [k for k, name in enumerate(row.arrays) if name in row.optional and gone(name)]
-
-    def arrays(self, seed: int = 0) -> list[mx.array | None]:
-        """The inputs, laid out in memory as the case says."""
-        arrays, layouts = self.plain_arrays(seed), self.layouts or (("plain", 0),)
-        turns = zip(arrays, itertools.cycle(layouts), strict=False)
-        return [None if a is None else laid_out(a, *layout) for a, layout in turns]
-
-    def plain_arrays(self, seed: int = 0) -> list[mx.array | None]:
-        """Non-symmetric random inputs; each slice starts ``offset`` elements into its buffer."""
-        row, rng = OPS[self.op], np.random.default_rng([seed, self.n, self.C, len(self.op)])
-        drawn = {}
-        for name in row.drawn:
-            if not (name == "h_res" and self.identity):
-                drawn[name] = self.drawn(row.arrays.get(name) or ARRAYS[name], rng)
-        absent = self.absent
-        return [None if k in absent else drawn[name] for k, name in enumerate(row.arrays)]
-
-    def drawn(self, array: "Array", rng: np.random.Generator) -> mx.array:
-        shape = array.shape(self.lead if array.per_token(self) else (), self.sizes)
-        name, other = getattr(self, array.dtype, self.weights), array.dtype == "other_weights"
-        if name == "mixed":  # neighbours among the arguments differ
-            name = "float32" if other else "bfloat16"
-        values = array.draw(self, rng, shape).astype(np.float32).ravel()
-        a = mx.array(values).astype(DTYPES[name])
-        if self.offset:
-            a = mx.concatenate([mx.zeros(self.offset, a.dtype), a])
-            mx.eval(a)
-            a = a[self.offset :]
-        return a.reshape(shape)
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Of the axes that `Array` names."""
-        n, C = self.n, self.C
-        R = self.convention.res_size(n) if self.convention else 0
-        return {"n": n, "C": C, "K": n * C, "R": R, "L": 2 * n + R}
-
-    def cotangent(self, like, seed: int = 1):
-        """Of the output, or a tuple of the outputs of an op that has several."""
-        if isinstance(like, tuple):
-            return tuple(self.cotangent(a, seed + k) for k, a in enumerate(like))
-        rng = np.random.default_rng([seed, self.n, self.C])
-        return mx.array(rng.normal(size=like.shape).astype(np.float32)).astype(like.dtype)
-
-
 # ---- the ops
-
-Draw = Callable[[Case, np.random.Generator, tuple[int, ...]], np.ndarray]
-
-
-def normal(scale: Callable[[Case], float] = lambda case: 1.0) -> Draw:
-    return lambda case, rng, shape: scale(case) * rng.normal(size=shape)
-
-
-def uniform(low: float, scale: Callable[[Case], float] = lambda case: 1.0) -> Draw:
-    """From low to low + 1, times the scale."""
-    return lambda case, rng, shape: scale(case) * rng.uniform(low, low + 1, shape)
-
-
-def half(case: Case) -> float:
-    """Of alpha and bias: logits alpha * l + bias have the scale where l has variance 1."""
-    return case.scale / 2**0.5
-
-
-def logits(otherwise: Draw) -> Draw:
-    """Positive where the matrix is I + logits."""
-    return lambda case, *how: (uniform(0.1) if case.convention.start == "additive" else otherwise)(
-        case, *how
-    )
-
-
-def scaled(case: Case, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Scaled in float32."""
-    return np.float32(case.scale) * rng.normal(size=shape).astype(np.float32)
-
-
-def never(case: Case) -> bool:
-    return False
-
-
-def always(case: Case) -> bool:
-    return True
-
-
-class Array(NamedTuple):
-    """An array of a call.
-
-    axes: But for tokens: n, C, K (n * C), R (logits of h_res), L (2 n + R), or a number.
-    draw: Makes its values.
-    dtype: The field of Case that has its dtype; "other_weights" differs where weights are mixed.
-    per_token: Whether the leading axes of a case come first.
-    """
-
-    axes: str
-    draw: Draw
-    dtype: str = "weights"
-    per_token: Callable[[Case], bool] = never
-
-    def shape(self, lead: tuple[int, ...], sizes: dict[str, int]) -> tuple[int, ...]:
-        return (*lead, *(sizes[k] if k in sizes else int(k) for k in self.axes.split()))
-
 
 ARRAYS = {  # by the names that arguments have in every op, in the order in which they are drawn
     "x": Array("n C", normal(), "dtype", always),
@@ -225,42 +55,14 @@ ARRAYS = {  # by the names that arguments have in every op, in the order in whic
 }
 
 
-class Op(NamedTuple):
-    """What tests know of an op.
-
-    arrays: By name, in the order of a call.
-    optional: Those of them that may be None.
-    rows: Of n, the fewest rows of C elements per token: read and written forward, read and written
-        backward (DESIGN, section 4). None of an op whose arrays have no such rows.
-    statics: The fields of Case that follow the arrays in a call.
-    drawn: The names of arrays in the order in which they are drawn, some of which it has not.
-    """
-
-    arrays: dict[str, Array]
-    optional: tuple[str, ...]
-    rows: Callable[[int], tuple[int, int, int, int]] | None
-    statics: tuple[str, ...]
-    drawn: tuple[str, ...]
-
-    @property
-    def per_token(self) -> tuple[bool, bool]:
-        """Which of `Case.per_token` say something of its arrays."""
-
-        def forms(*flags):
-            return [a.per_token(SimpleNamespace(per_token=flags)) for a in self.arrays.values()]
-
-        shared = forms(False, False)
-        return forms(True, False) != shared, forms(False, True) != shared
-
-
 def op(arrays: str, rows, statics: str = "", also: str = "", **special: Array) -> Op:
     """A row of OPS: names, those of arrays that may be None with a ?; `also` is drawn and left;
     `special` are arrays that are not in ARRAYS, or otherwise."""
     names, left = arrays.replace("?", "").split(), [*also.split(), "weight" if rows else ""]
     optional = tuple(name[:-1] for name in arrays.split() if name.endswith("?"))
-    drawn = [k for k in ARRAYS if k in names or k in left] + [k for k in names if k not in ARRAYS]
-    found = {name: special.get(name) or ARRAYS[name] for name in names}
-    return Op(found, optional, rows, tuple(statics.split()), tuple(drawn))
+    known = ARRAYS | special
+    drawn = {name: array for name, array in known.items() if name in names or name in left}
+    return Op({k: known[k] for k in names}, optional, rows, tuple(statics.split()), drawn)
 
 
 SHARED = {k: ARRAYS[k]._replace(per_token=never) for k in ("h_pre", "h_post", "h_res")}

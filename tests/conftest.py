@@ -1,10 +1,11 @@
-"""Options, fixtures that every test may use, and the count of compiled kernel variants."""
+"""Options of pytest, fixtures for every test, and a summary of the kernel variants that ran."""
 
 import sys
 
 import mlx.core as mx
 import pytest
 from proof import missing, variants
+from proof.precompiled import precompile_mlx_header
 
 from mhc_mlx import launch
 
@@ -14,9 +15,24 @@ def pytest_addoption(parser):
     parser.addoption("--examples", type=int, help="new random calls of each op")
 
 
+# A file is one worker's: those that take minutes start first, or the other worker waits at the end.
+LONGEST = ("test_hypothesis", "test_nvrtc", "test_cuda_form", "test_parity", "test_mlx_lm")
+LONGEST += ("test_mlx_lm_training", "test_models", "test_planted", "test_operators")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda i: LONGEST.index(i.path.stem) if i.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist's: by the number of tests, not by their time
+    if not hasattr(config, "workerinput"):  # once, before xdist's workers start
+        precompile_mlx_header()
+
+
 @pytest.fixture(autouse=True)
 def alone():
-    """A test draws the same numbers alone and among others, and leaves no executor behind."""
+    """Each test starts with the same seed, and must put `launch.run` back before it ends."""
     mx.random.seed(1)
     run = launch.run
     yield
@@ -25,7 +41,7 @@ def alone():
 
 @pytest.fixture
 def need(request):
-    """need(rung) skips, or with --all-rungs fails, where the rung cannot run."""
+    """need(rung) skips the test, or with --all-rungs fails it, if the rung cannot run here."""
 
     def need(rung: str) -> None:
         reason = missing(rung)

@@ -3,11 +3,11 @@
 python tests/simulate.py mhc_static --tokens 1 --n 4 --C 8 --dtype bfloat16
 python tests/simulate.py --case mhc_layer-5-n4        (the cases of tests/cases.py that match)
 
-Each launch runs under every schedule of the simulator and is compared with the reference's maths
-for that kernel (standin.py). Printed: threads, template, loads and stores of each buffer; for a
-broken rule the schedule, line, thread and element; for a wrong result the first wrong element, the
-thread and the line that stored it. --source prints the Metal source. --cuda runs the text that CUDA
-gets.
+Each launch runs under every schedule of the simulator, and its results are compared with the
+reference's maths for that kernel (standin.py). The command prints threads, template arguments, and
+loads and stores of each buffer. For a broken rule it prints the schedule, line, thread and element;
+for a wrong result it prints the first wrong element, and the thread and line that stored it.
+--source prints the Metal source. --cuda runs the text that CUDA gets.
 """
 
 import argparse
@@ -35,13 +35,13 @@ from mhc_mlx import launch, ops
 
 
 def first_wrong(record: simulator.Record, name: str, got: mx.array, want: mx.array) -> str | None:
-    """Where an output leaves the reference by more than rounding, or None."""
+    """Describe the first element that differs from want by more than rounding, or return None."""
     a, b = doubles(got), doubles(want)
-    if name in simulator.SUMS:  # the stand-in has the total alone
+    if name in simulator.SUMS:  # the stand-in returns only the sum of the rows
         a, b = a.sum(0), b.sum(0)
     ulp = next(ULP[k] for k, d in DTYPES.items() if d == got.dtype)
     terms = record.buffers["x"].array.size if name in (*simulator.SUMS, "dh_res", "dh_post") else 1
-    relative = max(OUTPUT_ULPS * ulp * np.sqrt(max(terms, 1)), 2e-5)  # sums over n * C, too
+    relative = max(OUTPUT_ULPS * ulp * np.sqrt(max(terms, 1)), 2e-5)  # 2e-5 for sums over n * C
     bound = relative * np.abs(b).max(initial=0) + 1e-6
     wrong = ~(np.abs(a - b) <= bound)
     if not wrong.any():
@@ -55,7 +55,7 @@ def first_wrong(record: simulator.Record, name: str, got: mx.array, want: mx.arr
 
 
 def simulate(case: Case, source: bool, form: str = "simulator") -> bool:
-    """Whether every kernel that the case launches is right."""
+    """Run every launch of a case, print what each does, and return whether all are right."""
     right = True
 
     def both(name, inputs, outputs, groups, threads, template, verbose=False):

@@ -1,17 +1,46 @@
-// The coefficients that a token makes of its own logits, for mhc_pre, mhc_seam and mhc_pre_backward_coefficients.
+// A token makes its coefficients of its own logits by these steps.
 #include "sinkhorn.h"
 
 namespace mhc {
 
-template <int N> inline int part_of(int o) { return o < N ? 0 : o < 2 * N ? 1 : 2; }  // pre, post, res
-
-// h_pre = sigmoid(z) + pre_eps and h_post = post_scale * sigmoid(z) + post_eps; params holds these three numbers.
-template <typename Q> inline float gate(float z, int part, Q params) {
-  const float scale = part == 0 ? 1.0f : static_cast<float>(params[1]);
-  return scale * sigmoid(z) + static_cast<float>(params[part == 0 ? 0 : 2]);
+// Returns the coefficient of logit o, h_pre, h_post or for h_res z, from its phi product and x_dot_x = sum(x ** 2):
+//   scale = rsqrt(x_dot_x / K + norm_eps);   l = scale * product;   z = alpha l + bias
+// SAVE_LOGITS: l[o] = l and l[NUM_LOGITS] = scale are saved.
+template <int N, int NUM_LOGITS, bool SAVE_LOGITS, typename A, typename B, typename Q, typename O>
+inline float finish_logit(int o, float product, float x_dot_x, int K, A alpha, B bias, Q params, O l) {
+  const int part = part_of<N>(o);
+  const float scale = metal::precise::rsqrt(x_dot_x / static_cast<float>(K) + static_cast<float>(params[param::NORM_EPS]));
+  const float value = scale * product;
+  const float z = static_cast<float>(alpha[part]) * value + static_cast<float>(bias[o]);
+  if (SAVE_LOGITS) l[o] = value;
+  if (SAVE_LOGITS && o == 0) l[NUM_LOGITS] = scale;
+  return part == 0 ? gate(z, 0, params) : part == 1 ? gate(z, 1, params) : z;
 }
 
-// A token's logits alpha l + bias, which are read like an array.
+// Row w of sums, PITCH floats, = the sum of a token's runs w, w + SLICES, ...; these are the runs of slice w in
+// mhc_pre.
+template <int PITCH, int SLICES, int THREADS, typename S, typename P> inline void add_runs(S sums, P runs, int num_runs, int tid) {
+  for (int q = tid; q < SLICES * PITCH; q += THREADS) {
+    float s = 0.0f;
+#pragma unroll 8
+    for (int r = q / PITCH; r < num_runs; r += SLICES) s += static_cast<float>(runs[r * PITCH + q % PITCH]);
+    sums[q] = s;
+  }
+}
+
+// Adds column o over the slices, and sum(x ** 2), whose four shares follow the NUM_LOGITS columns.
+struct SliceSums { float product, x_dot_x; };
+template <int NUM_LOGITS, int SLICES, typename S> inline SliceSums add_slices(S sums, int o) {
+  SliceSums found = {0.0f, 0.0f};
+  UNROLL for (int w = 0; w < SLICES; ++w) {
+    const int row = w * (NUM_LOGITS + 4), at = row + NUM_LOGITS;
+    found.product += sums[row + o];
+    found.x_dot_x += (sums[at] + sums[at + 1]) + (sums[at + 2] + sums[at + 3]);
+  }
+  return found;
+}
+
+// Logits are read like an array: [i] = alpha l[i] + bias[i].
 template <typename L, typename B> struct Logits {
   L l;
   B bias;
@@ -20,7 +49,7 @@ template <typename L, typename B> struct Logits {
 };
 template <typename L, typename B> inline Logits<L, B> logits_of(L l, B bias, float alpha) { return {l, bias, alpha}; }
 
-// Lanes that project a token's N x N logits, N <= 8: one lane holds four lines if it need not return to the logits.
+// So many lanes project a token's N x N logits, N <= 8: one lane holds four lines if it need not return to the logits.
 constexpr int projection_lanes(int n, int start, int iters) { return n <= 4 && return_period(n, start, iters) == 0 ? 1 : matrix_lanes(n); }
 
 // h_res = sinkhorn_knopp of the logits at z, written by lanes in_range. COLUMNS: lines are columns of the logits, and
@@ -36,6 +65,19 @@ inline void project_token(S z, O h_res, bool in_range, float eps, int simd_lane)
     }
   } else {
     project_lanes<N, START, COLUMNS, OUT_COLUMNS, ITERS>(z, h_res, in_range, eps, uint(simd_lane));
+  }
+}
+
+// h_res = the projection of the logits at z, for the tokens from `first` on of a tile of TILE_TOKENS, whose logits lie
+// one behind the other. The last simdgroups project, and the others may go on.
+template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, int SIMDS, int TILE_TOKENS, typename S, typename O>
+inline void project_tile(S z, O h_res, uint first, uint tokens, float eps, int simd, int lane) {
+  constexpr int LANES = projection_lanes(N, START, ITERS);
+  for (int m0 = (SIMDS - 1 - simd) * (32 / LANES); m0 < TILE_TOKENS; m0 += SIMDS * (32 / LANES)) {
+    const int m = m0 + lane / LANES;
+    const size_t t = first + uint(m);
+    const bool in_range = m < TILE_TOKENS && t < tokens;
+    project_token<N, START, COLUMNS, OUT_COLUMNS, ITERS>(z + (in_range ? m : 0) * N * N, h_res + (in_range ? t : 0) * (N * N), in_range, eps, lane);
   }
 }
 

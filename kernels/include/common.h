@@ -1,4 +1,4 @@
-// What all bodies share: packs and their loads and stores, the gates, sums over a threadgroup.
+// What all bodies share: the slots of params, packs and their loads and stores, gates, sums over a threadgroup.
 
 #ifndef UNROLL  // Metal; on CUDA cuda/metal_words.h defines these
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -10,7 +10,13 @@
 
 namespace mhc {
 
-// VEC neighbours that move in one load or store.
+// The slots of the array params, which all bodies read by these names: the gates' three numbers, the projection's eps,
+// norm_eps of the logits, eps of the RMSNorm of u. Python fills them; a test compares its order with this one.
+namespace param {
+enum { PRE_EPS, POST_SCALE, POST_EPS, PROJECTION_EPS, NORM_EPS, EPS, COUNT };
+}
+
+// A Pack is VEC neighbours, which move in one load or store.
 template <typename T, int VEC> struct alignas(sizeof(T) * VEC) Pack { T v[VEC]; };
 
 template <int VEC, typename T> inline const device Pack<T, VEC>* packs(const device T* p) {
@@ -70,7 +76,7 @@ template <int COUNT, typename P> inline void load_all(thread float* v, P p) {
   }
 }
 
-// A lane's neighbours in a row, in loads of up to 16 bytes.
+// A Run is a lane's COUNT neighbours in a row, which loads of up to 16 bytes bring.
 template <typename T, int COUNT> constexpr int run_vec() { return COUNT * int(sizeof(T)) > 16 ? 16 / int(sizeof(T)) : COUNT; }
 template <typename T, int COUNT> struct Run { Pack<T, run_vec<T, COUNT>()> p[COUNT / run_vec<T, COUNT>()]; };
 template <typename T, int COUNT> inline float run_float(const thread Run<T, COUNT>& r, int e) {
@@ -99,15 +105,20 @@ inline void load_streams(thread Pack<T, VEC>* to, P row, int C, int c, bool alig
 
 inline float sigmoid(float v) { return 1.0f / (1.0f + metal::precise::exp(-v)); }
 
-// GATES: h = sigmoid(H) + params[1], with POST h = params[2] * sigmoid(H) + params[3]. Without GATES h = H.
+template <int N> inline int part_of(int o) { return o < N ? 0 : o < 2 * N ? 1 : 2; }  // 0, 1, 2: logit o is of pre, post, res
+
+// h_pre = sigmoid(z) + pre_eps, and with part 1 h_post = post_scale * sigmoid(z) + post_eps.
+template <typename Q> inline float gate(float z, int part, Q params) {
+  const float scale = part == 0 ? 1.0f : static_cast<float>(params[param::POST_SCALE]);
+  return scale * sigmoid(z) + static_cast<float>(params[part == 0 ? param::PRE_EPS : param::POST_EPS]);
+}
+
+// h = gate(H), without GATES h = H. POST: h_post, without POST h_pre.
 template <int N, int THREADS, bool GATES, bool POST, typename P, typename S, typename Q>
 inline void load_gates(P H, S h, Q params, uint tid) {
   for (uint i = tid; i < uint(N); i += THREADS) {
-    h[i] = static_cast<float>(H[i]);
-    if (GATES) {
-      const float scale = POST ? static_cast<float>(params[2]) : 1.0f;
-      h[i] = scale * sigmoid(h[i]) + static_cast<float>(params[POST ? 3 : 1]);
-    }
+    const float z = static_cast<float>(H[i]);
+    h[i] = GATES ? gate(z, POST ? 1 : 0, params) : z;
   }
 }
 

@@ -3,18 +3,18 @@
 
 namespace mhc {
 
-// A lane's elements of a run: of TILES tiles of tokens and BLOCK tiles of logits.
+// LaneRuns are a lane's elements of a run, of TILES tiles of tokens and BLOCK tiles of logits.
 template <typename T, typename PHI_T, int TILES, int BLOCK> struct LaneRuns {
   Run<T, 8> xs[TILES];
   Run<PHI_T, 8 / PHI_ROWS> ps[BLOCK][PHI_ROWS];
 };
 
-// Where a lane reads them. Rows past the last are clamped to row 0; their sums are discarded.
+// RunPointers say where a lane reads them. Rows past the last are clamped to row 0; their sums are discarded.
 template <typename XP, typename PP, int TILES, int BLOCK> struct RunPointers {
   XP x[TILES];
   PP phi[BLOCK][PHI_ROWS];
 };
-// The pointers at k, for tokens from `token` on and logits from `logit` on.
+// Returns the pointers at k, for tokens from `token` on and logits from `logit` on.
 template <int TILES, int BLOCK, int NUM_LOGITS, typename XP, typename PP>
 inline RunPointers<XP, PP, TILES, BLOCK> run_pointers(XP x, PP phi, uint tokens, int K, uint token, int logit, int k, int lane) {
   RunPointers<XP, PP, TILES, BLOCK> pointers;
@@ -57,8 +57,8 @@ struct Runs {
   int K, first, step, lane, simd;
 };
 
-// The sums over these runs, for tokens from `token` on and logits from `logit` on. ALIGNED: x and phi are aligned, and
-// K % 32 == 0.
+// Adds the sums over these runs, for tokens from `token` on and logits from `logit` on. ALIGNED: x and phi are aligned,
+// and K % 32 == 0.
 template <bool ALIGNED, int NUM_LOGITS, typename T, typename PHI_T, int TILES, int BLOCK, typename XP, typename PP>
 inline void accumulate_runs(thread float (&sum)[TILES][BLOCK][2], thread float (&squares)[TILES], XP x, PP phi, const thread Runs& runs, uint token, int logit) {
   if (runs.first < runs.K) {
@@ -71,6 +71,23 @@ inline void accumulate_runs(thread float (&sum)[TILES][BLOCK][2], thread float (
     }
     for (int k = runs.first + runs.step; k < runs.K; k += runs.step) multiply_run<ALIGNED, true>(sum, squares, lane_runs, pointers, runs.step, runs.K - k, runs.lane);
     multiply_run<ALIGNED, false>(sum, squares, lane_runs, pointers, runs.step, 0, runs.lane);
+  }
+}
+
+// Returns whether x and phi are aligned and K % 32 == 0.
+template <typename T, typename PHI_T, typename XP, typename PP> inline bool runs_aligned(XP x, PP phi, int K) {
+  return K % 32 == 0 && is_aligned<run_vec<T, 8>()>(x) && is_aligned<run_vec<PHI_T, 8 / PHI_ROWS>()>(phi);
+}
+
+// Each token gets a row of sums: its 8 * BLOCK logits, then sum(x ** 2).
+template <int TILES, int BLOCK, typename S> inline void store_sums(S sums, thread const float (&sum)[TILES][BLOCK][2], thread const float (&squares)[TILES], int lane) {
+  constexpr int PITCH = 8 * BLOCK + 1;
+  UNROLL for (int m = 0; m < TILES; ++m) {
+    UNROLL for (int b = 0; b < BLOCK; ++b) {
+      UNROLL for (int e = 0; e < 2; ++e) sums[(m * 8 + sum_token(lane)) * PITCH + b * 8 + sum_logit(lane, e)] = sum[m][b][e];
+    }
+    const float s = sum_squares(squares[m]);
+    if (x_k(lane) == 0) sums[(m * 8 + x_row(lane)) * PITCH + 8 * BLOCK] = s;
   }
 }
 

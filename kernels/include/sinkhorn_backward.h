@@ -127,4 +127,12 @@ inline void sinkhorn_gradient(thread float (&g)[N], P logits, D divisors, float 
   }
 }
 
+// g = a line of dlogits, the gradient of the projection of these logits for dh_res; zeros in lanes beyond the matrix.
+template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, int STORED_STEPS, int STRIDE, typename H, typename P, typename D, typename S>
+inline void walk_back_projection(thread float (&g)[N], H dh_res, P logits, D divisors, float eps, uint lane, uint simd_lane, S scratch) {
+  load_line<N, OUT_COLUMNS>(g, dh_res, lane);
+  UNROLL for (int j = 0; j < N; ++j) g[j] = lane < uint(N) ? g[j] : 0.0f;
+  sinkhorn_gradient<N, START, COLUMNS, ITERS, STORED_STEPS, STRIDE>(g, logits, divisors, eps, lane, simd_lane, scratch);
+}
+
 }  // namespace mhc

@@ -1,4 +1,4 @@
-"""`plot`: reports and logs of several runs side by side, by matplotlib."""
+"""`plot` draws the reports and logs of several runs side by side, with matplotlib."""
 
 import csv
 import math
@@ -10,17 +10,17 @@ from .report import StabilityReport
 
 
 def _runs(values, kind: type | tuple, called: str, argument: str) -> dict[str, list]:
-    """The values of a dict as lists: one for each seed of a run."""
+    """The dict with a list for each run, which has a value for each seed of the run."""
     if not isinstance(values, dict):
         got = type(values).__name__
         raise TypeError(f"[plot] {argument} must be a dict by name of run but got {got}.")
     runs = {k: list(v) if isinstance(v, (list, tuple)) else [v] for k, v in values.items()}
-    for name, each in runs.items():
-        for v in each:
+    for name, seeds in runs.items():
+        for v in seeds:
             if not isinstance(v, kind):
                 got = f"{type(v).__name__} for {name!r}"
                 raise TypeError(f"[plot] {argument} must hold {called} but got {got}.")
-        if not each:
+        if not seeds:
             raise ValueError(f"[plot] {argument} must hold a value for each run but got {name!r}.")
     return runs
 
@@ -32,22 +32,29 @@ def plot(
     logs: dict[str, "str | Path | list[Any]"] | None = None,
     column: str = "bits_per_byte",
 ) -> list[Path]:
-    """Draw runs side by side into PNG files of a folder. Needs matplotlib, the extra ``plot``.
+    """Draw runs side by side into PNG files. This needs matplotlib, the extra ``plot``.
 
-    gains.png: composite gains over depth, on a log axis. streams.png: similarity between streams
-    and gradient norms over depth. h_res.png: mixing matrices as heat maps, at four depths, and
-    the composite. gates.png: h_pre and h_post of each stream over depth. loss.png: the logs.
+    gains.png has composite gains over depth, on a log axis; streams.png the similarity between
+    streams, and gradient norms, over depth; h_res.png mixing matrices at up to four depths, and the
+    composite, as heat maps; gates.png h_pre and h_post of each stream over depth; loss.png a column
+    of the logs over steps. The fields are those of `ConnectionReport`.
 
     Args:
-        reports: By name of run; a list has one for each seed. The matrices and gates drawn are the
-            first's.
-        folder: Made if need be.
-        logs: CSV files by name of run, with columns ``step`` and ``column``. Rows in which the
-            column is empty are left out.
-        column: What loss.png shows; of ``bits_per_byte`` also ``validation``, if logs have it.
+        reports: A report, or a list with a report for each seed, by name of run. The matrices and
+            gates of the first seed are drawn.
+        folder: The folder of the files, which is created if it is missing.
+        logs: Paths of CSV files by name of run, with columns ``step`` and ``column``. Rows in which
+            that column is empty are left out.
+        column: The column that loss.png shows; with ``bits_per_byte`` it also shows the column
+            ``validation`` of logs that have one.
 
     Returns:
-        The files written: the first four if there are reports, the last if there are logs.
+        The paths of the files: the first four if there are reports, the last if there are logs.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        TypeError: reports or logs have another type.
+        ValueError: There is no run, a run has no values, or a log has no such column or no values.
     """
     try:
         from matplotlib.figure import Figure
@@ -81,16 +88,16 @@ def _depths(report: StabilityReport) -> range:
 
 
 def _lines(axes, runs: dict, colors: dict, value: Callable, widths: dict, **style) -> None:
-    """A line per seed of value(connection) over depth; the first seed's is in the legend."""
+    """Draw value(connection) over depth, a line per seed; the legend has the first seed's line."""
     for name, seeds in runs.items():
         for k, report in enumerate(seeds):
             ys = [value(c) for c in report.connections]
             label = None if k or style else name
-            odd = [
-                not math.isfinite(y) and c.streams > 1
+            missing = [
+                not math.isfinite(y) and c.streams > 1  # a single stream has no similarity
                 for c, y in zip(report.connections, ys, strict=True)
             ]
-            if label and any(odd):  # one stream has no similarity
+            if label and any(missing):
                 label = f"{name} (not finite)"
             options = {"color": colors[name], "label": label, "linewidth": widths[name]} | style
             axes.plot(_depths(report), ys, marker="o" if len(ys) == 1 else None, **options)
@@ -110,7 +117,7 @@ def _log_axis(axes) -> None:
             return ""
         return f"{y:g}" if 1e-3 < y < 1e4 else f"{first}e{math.floor(math.log10(y) + 1e-9)}"
 
-    if not any(y > 0 for line in axes.lines for y in line.get_ydata()):  # all of it is NaN
+    if not any(y > 0 for line in axes.lines for y in line.get_ydata()):  # all values are NaN
         return
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(tick)
@@ -125,7 +132,7 @@ def _legend(figure, title: str | None = None) -> None:
 
 def _draw_gains(Figure, runs: dict, colors: dict):
     figure = Figure(figsize=(11, 5), layout="constrained")
-    # Gains of 1 coincide: each run is thinner than those below it.
+    # Lines of gain 1 coincide, so each run's line is thinner than those of the runs before it.
     widths = {name: 1.5 + 1.5 * (1 - k / len(runs)) for k, name in enumerate(runs, 1)}
     for axes, way in zip(figure.subplots(1, 2, sharey=True), ("forward", "backward"), strict=True):
         line, gain = "row" if way == "forward" else "column", f"composite_{way}_gain"
@@ -168,11 +175,11 @@ def _draw_streams(Figure, runs: dict, colors: dict):
     return figure
 
 
-def _some(count: int, most: int = 4) -> list[int]:
-    """Up to so many indices, the first and the last among them."""
-    if count <= most:
+def _spread_indices(count: int, limit: int = 4) -> list[int]:
+    """At most ``limit`` indices below count, evenly spread from the first to the last."""
+    if count <= limit:
         return list(range(count))
-    return [round(k * (count - 1) / (most - 1)) for k in range(most)]
+    return [round(k * (count - 1) / (limit - 1)) for k in range(limit)]
 
 
 def _draw_matrix(axes, matrix: list[list[float]], top: float):
@@ -189,26 +196,27 @@ def _draw_matrix(axes, matrix: list[list[float]], top: float):
 
 
 def _top(matrices: list) -> float:
-    """The largest size of a finite element, at least 1."""
-    sizes = [abs(v) for matrix in matrices for line in matrix for v in line]
-    return max([1.0, *filter(math.isfinite, sizes)])
+    """The largest absolute value of a finite element, at least 1."""
+    absolute = [abs(v) for matrix in matrices for row in matrix for v in row]
+    return max([1.0, *filter(math.isfinite, absolute)])
 
 
 def _draw_matrices(Figure, runs: dict):
-    columns = 1 + max(len(_some(len(seeds[0].connections))) for seeds in runs.values())
+    columns = 1 + max(len(_spread_indices(len(seeds[0].connections))) for seeds in runs.values())
     figure = Figure(figsize=(2.2 * columns + 3, 2.4 * len(runs) + 0.3), layout="constrained")
     grid = figure.subplots(len(runs), columns, squeeze=False)
     for row, (name, seeds) in zip(grid, runs.items(), strict=True):
-        found = seeds[0].connections
-        shown = _some(len(found))
-        top, image = _top([found[k].h_res for k in shown]), None
-        for axes, k in zip(row, shown, strict=False):
-            image = _draw_matrix(axes, found[k].h_res, top)
+        connections = seeds[0].connections
+        indices = _spread_indices(len(connections))
+        top, image = _top([connections[k].h_res for k in indices]), None
+        for axes, k in zip(row, indices, strict=False):
+            image = _draw_matrix(axes, connections[k].h_res, top)
             axes.set_title(f"{name}, h_res {k + 1}", fontsize=9)
-        for axes in row[len(shown) : -1]:
+        for axes in row[len(indices) : -1]:
             axes.set_axis_off()
         figure.colorbar(image, ax=list(row[:-1]), label="mean over tokens")
-        image = _draw_matrix(row[-1], found[-1].composite, _top([found[-1].composite]))
+        composite = connections[-1].composite
+        image = _draw_matrix(row[-1], composite, _top([composite]))
         row[-1].set_title(f"{name}, product", fontsize=9)
         figure.colorbar(image, ax=row[-1], label="mean over tokens")
         row[0].set_ylabel("output stream")
@@ -226,16 +234,16 @@ def _draw_gates(Figure, runs: dict):
         tops[gate] = max([1.0 if gate == "h_pre" else 2.0, *filter(math.isfinite, values)])
     for row, (name, seeds) in zip(grid, runs.items(), strict=True):
         for axes, gate in zip(row, tops, strict=True):
-            found = seeds[0].connections
-            n = max(c.streams for c in found)
-            gap = [math.nan] * n
-            lines = [(getattr(c, gate) + gap)[:n] for c in found]
-            values = [list(line) for line in zip(*lines, strict=True)]  # stream by depth
-            extent = (0.5, len(found) + 0.5, n - 0.5, -0.5)
+            connections = seeds[0].connections
+            n = max(c.streams for c in connections)
+            padding = [math.nan] * n
+            columns = [(getattr(c, gate) + padding)[:n] for c in connections]
+            values = [list(row) for row in zip(*columns, strict=True)]  # [stream][depth]
+            extent = (0.5, len(connections) + 0.5, n - 0.5, -0.5)
             scale = {"vmin": 0, "vmax": tops[gate], "cmap": "viridis", "aspect": "auto"}
             axes.imshow(values, extent=extent, interpolation="nearest", **scale)
             axes.set_yticks(range(n) if n <= 8 else [0, n - 1])
-            _depth_axis(axes, len(found))
+            _depth_axis(axes, len(connections))
             axes.set_title(f"{name}, {gate}", fontsize=9)
             axes.set_ylabel("stream")
     for k in range(2):
@@ -246,19 +254,19 @@ def _draw_gates(Figure, runs: dict):
 
 
 def _read_log(path: str | Path, column: str) -> tuple[list, list, list, list]:
-    """Steps and values, and steps and values of the validation."""
+    """Steps and values of the column, then steps and values of the validation."""
     with open(path, newline="") as f:
         rows = list(csv.DictReader(f))
     if not rows or "step" not in rows[0] or column not in rows[0]:
         got = f"{path} with {sorted(rows[0]) if rows else 'no rows'}"
         raise ValueError(f"[plot] logs must have columns step and {column} but got {got}.")
-    tested = [r for r in rows if r.get("validation") and column == "bits_per_byte"]
+    validated = [r for r in rows if r.get("validation") and column == "bits_per_byte"]
     rows = [r for r in rows if r[column]]
     return (
         [int(r["step"]) for r in rows],
         [float(r[column]) for r in rows],
-        [int(r["step"]) for r in tested],
-        [float(r["validation"]) for r in tested],
+        [int(r["step"]) for r in validated],
+        [float(r["validation"]) for r in validated],
     )
 
 
@@ -266,14 +274,14 @@ def _draw_curves(Figure, curves: dict, colors: dict, column: str):
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     logs = {name: [_read_log(path, column) for path in paths] for name, paths in curves.items()}
-    if not any(values for each in logs.values() for _, values, _, _ in each):
+    if not any(values for seeds in logs.values() for _, values, _, _ in seeds):
         got = ", ".join(str(path) for paths in curves.values() for path in paths)
         raise ValueError(
             f"[plot] column must have a value in a log but {column} is empty in {got}."
         )
-    tested = False
-    for name, each in logs.items():
-        for k, (steps, values, at, validation) in enumerate(each):
+    has_validation = False
+    for name, seeds in logs.items():
+        for k, (steps, values, validation_steps, validation) in enumerate(seeds):
             window = max(1, len(values) // 50)
             means = [
                 sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1)
@@ -282,9 +290,9 @@ def _draw_curves(Figure, curves: dict, colors: dict, column: str):
             label = None if k else name if values else f"{name} (none)"
             mark = "o" if len(steps) == 1 else None
             axes.plot(steps, means, color=colors[name], linewidth=1.2, label=label, marker=mark)
-            axes.plot(at, validation, "x", color=colors[name], markersize=6)
-            tested = tested or bool(at)
-    title = "line: mean over a 50th of the run" + ("\ncross: validation" if tested else "")
+            axes.plot(validation_steps, validation, "x", color=colors[name], markersize=6)
+            has_validation = has_validation or bool(validation_steps)
+    title = "line: mean over a 50th of the run" + ("\ncross: validation" if has_validation else "")
     axes.legend(title=title, fontsize=9)
     axes.set_xlabel("step")
     axes.set_ylabel(column.replace("_", " "))

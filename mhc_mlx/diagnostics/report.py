@@ -1,4 +1,4 @@
-"""`stability_report`: what each connection of a model did in one run, as plain data."""
+"""`stability_report` runs a model once and reports what each connection did, as plain data."""
 
 import contextlib
 import dataclasses
@@ -18,27 +18,31 @@ from ..reference import gates
 
 @dataclasses.dataclass(frozen=True)
 class ConnectionReport:
-    """One connection in one run; plain numbers and nested lists.
+    """What one connection did in one run, as numbers and nested lists.
 
-    Each token has its matrices, and its gains are their largest line; a field without ``_max`` is
-    the mean over tokens, one with ``_max`` the largest token's.
+    Gains are computed for the matrix of each token (arXiv 2512.24880, section 3.1). A field with
+    ``_max`` is the largest gain of a token, one without it is the mean over tokens.
 
     Attributes:
-        name: Where the model keeps it.
-        convention, dynamic, streams: Its options; n streams.
+        name: The path of the connection in the model.
+        convention, dynamic, streams: The name of the convention; whether the connection is dynamic;
+            n.
         h_pre, h_post: ``[n]``, means over tokens.
         h_res: ``[n][n]``, mean over tokens, row = output.
-        composite: ``[n][n]``, the same of the product of h_res from the first connection to this.
-        forward_gain, forward_gain_max: Of h_res.
-        backward_gain, backward_gain_max: Of h_res.
-        composite_forward_gain, composite_forward_gain_max: Of the composite.
-        composite_backward_gain, composite_backward_gain_max: Of the composite.
-        row_error, column_error: ``max |line's sum - 1|`` of h_res, over lines and tokens.
-        similarity: Mean cosine between two different streams after the connection; 1 where they
-            have collapsed into copies, None for n = 1.
-        h_pre_moved, h_post_moved: Largest ``|h - start|`` of an element, h the mean over tokens.
-        gradient_norms: ``[n]``, the norm of d loss / d streams[i] after the connection, over all
-            tokens and channels; None without a loss.
+        composite: ``[n][n]``, mean over tokens of the product of h_res from the first connection to
+            this one, row = output.
+        forward_gain, forward_gain_max: ``max_i |sum_j h_res[i, j]|``.
+        backward_gain, backward_gain_max: ``max_j |sum_i h_res[i, j]|``.
+        composite_forward_gain, composite_forward_gain_max: The forward gain of the composite.
+        composite_backward_gain, composite_backward_gain_max: The backward gain of the composite.
+        row_error: ``max |sum_j h_res[i, j] - 1|`` over rows and tokens.
+        column_error: ``max |sum_i h_res[i, j] - 1|`` over columns and tokens.
+        similarity: `stream_similarity` of the streams after the connection: 1 where they have
+            collapsed into copies. None for n = 1.
+        h_pre_moved, h_post_moved: ``max_j |h[j] - start[j]|``, h the mean over tokens, and start
+            the value before training.
+        gradient_norms: ``[n]``, the norm of d loss / d x[i] over tokens and channels, x the streams
+            after the connection. None without a loss.
     """
 
     name: str
@@ -83,47 +87,52 @@ _COLUMNS = {
 def _finite(v: Any) -> Any:
     """The same data with None for each number that is not finite."""
     if isinstance(v, dict):
-        return {k: _finite(each) for k, each in v.items()}
+        return {k: _finite(value) for k, value in v.items()}
     if isinstance(v, list):
-        return [_finite(each) for each in v]
+        return [_finite(value) for value in v]
     return None if isinstance(v, float) and not math.isfinite(v) else v
 
 
 def _numbers(v: Any) -> Any:
     """The same numbers with NaN for each None."""
-    return [_numbers(each) for each in v] if isinstance(v, list) else math.nan if v is None else v
+    if isinstance(v, list):
+        return [_numbers(value) for value in v]
+    return math.nan if v is None else v
 
 
 def _read_connection(
-    gradient_norms: Any = None, similarity: Any = None, **rest: Any
+    gradient_norms: Any = None, similarity: Any = None, **fields: Any
 ) -> ConnectionReport:
+    """The report with these fields, as `StabilityReport.to_dict` writes them."""
     return ConnectionReport(
         gradient_norms=None if gradient_norms is None else _numbers(gradient_norms),
-        similarity=None if rest["streams"] == 1 else _numbers(similarity),
-        **{k: _numbers(v) for k, v in rest.items()},
+        similarity=None if fields["streams"] == 1 else _numbers(similarity),
+        **{k: _numbers(v) for k, v in fields.items()},
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class StabilityReport:
-    """The connections of a model in the order in which they ran; ``str`` is a table.
+    """What the connections of a model did in one run; ``str`` of it is a table.
 
     Attributes:
-        connections: A report of each call of a connection.
-        loss: What the loss function returned; None without one.
+        connections: A report for each call of a connection, in the order of the calls.
+        loss: The result of the loss function, or None without one.
     """
 
     connections: list[ConnectionReport]
     loss: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Of plain numbers, strings and lists, for JSON, which has no NaN and no infinity: a number
-        that is not finite is None."""
+        """Return the report as a dict of numbers, strings, lists and dicts, for JSON.
+
+        JSON has no NaN and no infinity: a number that is not finite becomes None.
+        """
         return _finite(dataclasses.asdict(self))
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> "StabilityReport":
-        """The report of such a dict; where a number was not finite it has NaN."""
+        """Return the report of a dict of `to_dict`; numbers that were not finite become NaN."""
         connections = [_read_connection(**c) for c in d["connections"]]
         graded = any(c.gradient_norms is not None for c in connections)
         return cls(connections, _numbers(d["loss"]) if graded else d["loss"])
@@ -142,50 +151,59 @@ class StabilityReport:
 
 
 def stream_similarity(x: mx.array) -> mx.array:
-    """Mean cosine similarity between two different streams of a token, a float32 scalar.
+    """Return the mean cosine similarity between two different streams of a token.
 
-    x ``[..., n, C]``; 1 where the streams are copies of each other, at any scale; a stream of zeros
-    is like none, 0; NaN for n = 1 and where x is not finite.
+    ``mean of x[i] . x[j] / (|x[i]| |x[j]|)`` over i != j and tokens. It is 1 where the streams are
+    copies of each other, at any scale. The cosine with a stream of zeros is 0.
+
+    Args:
+        x: Streams ``[..., n, C]``.
+
+    Returns:
+        A float32 scalar; NaN for n = 1 and where x is not finite.
     """
     x, n = x.astype(mx.float32), x.shape[-2]
     if n == 1:
         return mx.array(math.nan)
     largest = mx.abs(x).max(-1, keepdims=True)
-    x = x / mx.where(largest > 0, largest, 1)  # or squares leave float32
-    norms = (x * x).sum(-1, keepdims=True)
-    x = x * mx.rsqrt(mx.where(norms > 0, norms, 1))
-    alone = (norms > 0).sum((-2, -1))  # their squares
-    return ((x.sum(-2) ** 2).sum(-1) - alone).mean() / (n * (n - 1))
+    x = x / mx.where(largest > 0, largest, 1)  # so that float32 holds the squares
+    squares = (x * x).sum(-1, keepdims=True)
+    x = x * mx.rsqrt(mx.where(squares > 0, squares, 1))
+    diagonal = (squares > 0).sum((-2, -1))  # sum_i x[i] . x[i] of unit vectors and zeros
+    return ((x.sum(-2) ** 2).sum(-1) - diagonal).mean() / (n * (n - 1))
 
 
 def _product(a: mx.array, b: mx.array) -> mx.array:
-    """``a @ b`` of ``[..., n, n]`` by sums of elements: ``@`` is TF32 on some GPUs."""
+    """``a @ b`` of ``[..., n, n]`` by elementwise products, because ``@`` is TF32 on some GPUs."""
     terms = [a[..., :, j, None] * b[..., None, j, :] for j in range(a.shape[-1])]
     return sum(terms[1:], terms[0])
 
 
 def _composed(h_res: mx.array, composite: mx.array | None) -> mx.array:
-    """``h_res @ composite``; h_res alone where streams or tokens are others than before."""
+    """``h_res @ composite``, or h_res if it is the first or its n or its leading axes differ."""
     if composite is None or h_res.shape[-1] != composite.shape[-1]:
         return h_res
     a, b = h_res.shape[:-2], composite.shape[:-2]
     return _product(h_res, composite) if a == b or () in (a, b) else h_res
 
 
-def _gains(h: mx.array, what: str) -> dict[str, mx.array]:
-    """Mean and largest, over tokens, of the gains of ``[..., n, n]``."""
+def _gains(h: mx.array, prefix: str) -> dict[str, mx.array]:
+    """Mean and maximum over tokens of the gains of h ``[..., n, n]``, by name with this prefix."""
     gains = {"forward": mx.abs(h.sum(-1)).max(-1), "backward": mx.abs(h.sum(-2)).max(-1)}
-    each = {f"{what}{k}_gain": g.mean() for k, g in gains.items()}
-    return each | {f"{what}{k}_gain_max": g.max() for k, g in gains.items()}
+    means = {f"{prefix}{k}_gain": g.mean() for k, g in gains.items()}
+    return means | {f"{prefix}{k}_gain_max": g.max() for k, g in gains.items()}
 
 
 def _mean(h: mx.array, ndim: int) -> mx.array:
-    """Over tokens."""
+    """The mean over tokens: over all axes but the last ``ndim``."""
     return h.mean(axis=tuple(range(h.ndim - ndim)))
 
 
 def _moved(connection: HyperConnection, h_pre, h_post, before: ConnectionReport | None) -> list:
-    """How far each gate is from its start, the nearest one that `HyperConnection` may have had."""
+    """``max_j |h[j] - start[j]|`` of h_pre and of h_post.
+
+    The start is that of the report before, or else the nearest that `HyperConnection` may have had.
+    """
     c, n = connection.convention, connection.num_streams
     if before is not None:
         starts = [(mx.array(before.h_pre), mx.array(before.h_post))]
@@ -199,7 +217,7 @@ def _moved(connection: HyperConnection, h_pre, h_post, before: ConnectionReport 
 
 @contextlib.contextmanager
 def _observed(observe: Callable[..., mx.array]) -> Iterator[None]:
-    """Connections that run in this thread return ``observe(connection, x, out)`` instead of out."""
+    """Let connections in this thread return ``observe(connection, x, out)`` instead of out."""
     token = observer.set(observe)
     try:
         yield
@@ -208,10 +226,11 @@ def _observed(observe: Callable[..., mx.array]) -> Iterator[None]:
 
 
 def _recomputed(loss: mx.array, outs: list[mx.array]) -> int | None:
-    """The first of outs whose gradient mx.checkpoint takes for itself, so that none is seen here.
+    """The index of the first of outs inside an mx.checkpoint, or None.
 
-    Of a checkpoint the loss's graph has the arguments as inputs, and behind StopGradient what it
-    computed of them; its gradient computes that again.
+    The gradient of a checkpoint computes everything inside it again, so it would miss what this
+    module adds to outs there. In the loss's graph a checkpoint is a CustomTransforms node whose
+    inputs are its arguments and, behind StopGradient, the arrays that it computed from them.
     """
     text, labels, before, after = io.StringIO(), {}, defaultdict(list), defaultdict(list)
     names = [f"out{k}" for k in range(len(outs))]
@@ -224,7 +243,7 @@ def _recomputed(loss: mx.array, outs: list[mx.array]) -> int | None:
         else:
             before[end].append(start)
             after[start].append(end)
-    behind = {
+    checkpointed = {
         array
         for node, label in labels.items()
         if label == "CustomTransforms"
@@ -232,18 +251,18 @@ def _recomputed(loss: mx.array, outs: list[mx.array]) -> int | None:
     }
 
     def reached(start: str, edges: dict) -> set:
-        """The nodes on paths from start along edges, which end at StopGradient."""
-        found, left = {start}, [start]
-        while left:
-            node = left.pop()
+        """The nodes on paths from start along edges; a path ends at StopGradient."""
+        found, stack = {start}, [start]
+        while stack:
+            node = stack.pop()
             new = {*edges[node]} - found if labels.get(node) != "StopGradient" else set()
             found |= new
-            left += new
+            stack += new
         return found
 
     graded = reached("loss", before)
     for k, name in enumerate(names):
-        if name not in graded and not behind.isdisjoint(
+        if name not in graded and not checkpointed.isdisjoint(
             array
             for node in reached(name, after)
             if labels.get(node) == "StopGradient"
@@ -253,7 +272,7 @@ def _recomputed(loss: mx.array, outs: list[mx.array]) -> int | None:
     return None
 
 
-def _plain(a: Any) -> Any:
+def _without_arrays(a: Any) -> Any:
     return a.tolist() if isinstance(a, mx.array) else a
 
 
@@ -264,31 +283,33 @@ def stability_report(
     *,
     before: StabilityReport | None = None,
 ) -> StabilityReport:
-    """Run a model once and report on its connections in the order in which they ran.
+    """Run a model once and report on its connections in the order of their calls.
 
-    Connections are the `HyperConnection` and `MHCLayer` modules in it, also inside `MHCBlock`, its
-    subclasses and blocks of `widen`; static or dynamic, with any convention. With a loss function
-    the model runs once more, for gradients. The model, and its parameters, stay as they are.
+    Connections are the `HyperConnection` and `MHCLayer` modules of the model, static or dynamic,
+    with any convention, also inside `MHCBlock`, its subclasses and blocks of `widen`. With a loss
+    function the model runs once more, for gradients. The model and its parameters do not change.
 
-    The composite multiplies h_res of each token in that order (float32, not TF32); it starts anew
-    where the number of streams or the leading axes change.
+    The composite multiplies the h_res of each token in that order, in float32 without TF32. It
+    starts anew at a connection where the number of streams or the leading axes change.
 
     Args:
-        model: Not compiled: that would hide its connections. And with a loss function without
-            mx.checkpoint: nobody sees gradients inside.
-        batch: What the model takes: an array, or a tuple of positional arguments.
-        loss_fn: A scalar loss, called as ``loss_fn(model, *batch)`` instead of ``model(*batch)``.
-        before: A report of the same model, from which gates moved. None measures from the nearest
-            of the n starts that a connection may have: it does not keep its layer_idx, and the
-            start of h_pre is 0.9 on that stream.
+        model: The model. It must not be compiled, because mx.compile hides its connections. With a
+            loss function it must not use mx.checkpoint, which hides the gradients inside.
+        batch: The model's input: an array, or a tuple of positional arguments.
+        loss_fn: A function that returns a scalar loss, called as ``loss_fn(model, *batch)`` instead
+            of ``model(*batch)``.
+        before: An earlier report of the same model, relative to which ``h_pre_moved`` and
+            ``h_post_moved`` are measured. With None they are measured relative to the nearest of
+            the n starts of a connection: h_pre starts at 0.9 on stream ``layer_idx % n``, and a
+            connection does not store its layer_idx.
 
     Returns:
-        Numbers and nested lists; ConnectionReport has the formulas.
+        A report of numbers and nested lists; `ConnectionReport` has the formulas.
 
     Raises:
-        TypeError: An argument is of the wrong type.
-        ValueError: No connection ran, one ran in mx.checkpoint, the loss is not a scalar, there
-            were no tokens, or ``before`` is of another model.
+        TypeError: An argument has another type.
+        ValueError: No connection ran, one ran in mx.checkpoint, the loss is not a scalar, the batch
+            has no tokens, or ``before`` is a report of another model.
     """
     op = "stability_report"
     if not isinstance(model, nn.Module):
@@ -368,26 +389,28 @@ def stability_report(
         others = f"[{op}] model must run the same {len(outs)} connections each time but got"
 
         def loss_of(deltas):
-            left = list(deltas)
+            remaining = list(deltas)
 
             def shift(connection, x, out):
                 if id(connection) not in names:
                     return out
-                if not left:
+                if not remaining:
                     raise ValueError(f"{others} more.")
-                return out + left.pop(0)
+                return out + remaining.pop(0)
 
             with _observed(shift):
                 loss = loss_fn(model, *batch).squeeze()
-            if left:
-                raise ValueError(f"{others} {len(left)} fewer.")
+            if remaining:
+                raise ValueError(f"{others} {len(remaining)} fewer.")
             return loss
 
         gradients = mx.grad(loss_of)([mx.zeros_like(out) for out in outs])
-        for each, g in zip(found, gradients, strict=True):
-            g = g.astype(mx.float32).moveaxis(-2, 0).reshape(each["streams"], -1)
-            each["gradient_norms"] = mx.sqrt((g * g).sum(-1))
+        for fields, g in zip(found, gradients, strict=True):
+            g = g.astype(mx.float32).moveaxis(-2, 0).reshape(fields["streams"], -1)
+            fields["gradient_norms"] = mx.sqrt((g * g).sum(-1))
     mx.eval(found)
-    connections = [ConnectionReport(**{k: _plain(v) for k, v in each.items()}) for each in found]
+    connections = [
+        ConnectionReport(**{k: _without_arrays(v) for k, v in fields.items()}) for fields in found
+    ]
     value: Any = None if loss_fn is None else loss.item()
     return StabilityReport(connections, value)

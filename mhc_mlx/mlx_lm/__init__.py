@@ -1,20 +1,20 @@
-"""DeepSeek V4.1 of mlx-lm on these kernels: `patch`, `unpatch`, `check`; and V4's tensor names.
+"""Run mlx-lm's DeepSeek V4.1 on these kernels: `patch`, `unpatch`, `check`; `load_v4` loads V4.
 
     model, tokenizer = mlx_lm.load(path)
     mhc_mlx.mlx_lm.patch(model)
 
     python -m mhc_mlx.mlx_lm --model PATH [--check | --bench]    on a model of yours
-    python -m mhc_mlx.mlx_lm --random 256,4                      on a random one
-    python -m mhc_mlx.mlx_lm --sites 4096,5120,7168              hyper-connections alone
+    python -m mhc_mlx.mlx_lm --random 256,4                      on a random model
+    python -m mhc_mlx.mlx_lm --sites 4096,5120,7168              on hyper-connections alone
 
-A *site* is what stands between two sublayers: the coefficients that the streams x make, the
-write-back of the sublayer's output y, and what the next sublayer reads, normalised:
+A *site* is all that stands between two sublayers: the coefficients of the streams x, the write-back
+of a sublayer's output y, and the normalised read u for the next sublayer:
 
     h_pre, h_post, h_res = mhc_coefficients(x, fn, base, scale)
     out[i] = sum_j h_res[i, j] x[j] + h_post[i] y;  u = norm(sum_i h_pre[i] out[i])
 
-mlx-lm makes u when the next sublayer begins; here one op makes all of it when the last one ends.
-Importing this raises ImportError without mlx-lm, or with a version whose code it does not know.
+mlx-lm computes u when the next sublayer begins. Here one op computes the site when a sublayer ends.
+The import raises ImportError if mlx-lm is missing or has a version that this code does not support.
 """
 
 import importlib.util

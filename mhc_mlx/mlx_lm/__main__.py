@@ -22,7 +22,7 @@ from .times import bench, bench_sites, machine, random_sites
 
 
 def _random_model(d: int, layers: int) -> nn.Module:
-    """Make a deepseek_v41 of hidden size d: few experts, 4-bit weights, bfloat16 activations."""
+    """Make a deepseek_v41 of hidden size d with 8 experts, 4-bit weights, bfloat16 activations."""
     args = stock.ModelArgs(
         hidden_size=d,
         num_hidden_layers=layers,
@@ -47,10 +47,10 @@ def _random_model(d: int, layers: int) -> nn.Module:
     for k, hc in enumerate(sites):
         hc.fn = random_sites(d, 1)[0].hc.fn
         hc.base = mx.random.normal(hc.base.shape, key=mx.random.key(k))
-    keep = model.cast_predicate
+    cast = model.cast_predicate
     model.update(
         tree_map_with_path(
-            lambda name, a: a.astype(mx.bfloat16) if keep(name) else a, model.parameters()
+            lambda name, a: a.astype(mx.bfloat16) if cast(name) else a, model.parameters()
         )
     )
     nn.quantize(model, group_size=32, bits=4)
@@ -62,7 +62,7 @@ COMMAND = "python -m mhc_mlx.mlx_lm"
 
 
 def _check_report(report) -> None:
-    """Raise ValueError where --json has not written a report."""
+    """Raise ValueError unless --json of this command has written the report."""
     check_strings(report, "device", "mlx", "mlx-lm", "date", "command")
     if not report["command"].startswith(COMMAND):
         raise ValueError(f"its command is {report['command']}")
@@ -80,7 +80,10 @@ def _numbers(option: str, text: str) -> list[int]:
 
 
 def _check_tokens(tokens: Sequence[int], d: int) -> None:
-    """Check the memory: for 4 streams mlx-lm makes 32 float32 arrays of the size of x."""
+    """Raise ValueError if the device's memory is too small for this number of tokens.
+
+    With 4 streams mlx-lm makes 32 float32 arrays of the size of x.
+    """
     needed, size = 4 * 4 * d * 32 * max(tokens), memory()
     if needed > size:
         got = f"{max(tokens)} of d = {d} need {needed / 2**30:.1f} of its {size / 2**30:.1f} GiB"
@@ -88,7 +91,10 @@ def _check_tokens(tokens: Sequence[int], d: int) -> None:
 
 
 def _check_folder(model: str) -> None:
-    """Check that a folder holds a model of the right kind, before its weights are read."""
+    """Raise ValueError unless model is a name, or a folder with a deepseek_v41.
+
+    This reads config.json alone, so that a wrong folder fails before its weights are read.
+    """
     path = Path(model)
     if not model or path.is_file():
         raise ValueError(f"--model must be a folder or a name but is {model or 'empty'}")
@@ -103,7 +109,11 @@ def _check_folder(model: str) -> None:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """Parse and check the options; args gets sizes, lengths (numbers of tokens) and output."""
+    """Parse and check the options.
+
+    The result has three more attributes: sizes (of --sites or --random), lengths (numbers of
+    tokens) and output.
+    """
     description = "Patch a DeepSeek V4.1 of mlx-lm, check it against float64, and time it."
     parser = make_parser(COMMAND, description)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -153,7 +163,7 @@ def _load(args: argparse.Namespace) -> nn.Module:
 
 
 def _measures(args: argparse.Namespace):
-    """Yield (name in the report, what measures it) of each part."""
+    """Yield for each part of the report its name and the function that measures it."""
     if args.sites is not None:
         for d in args.sizes:
             yield (
@@ -172,7 +182,10 @@ def _measures(args: argparse.Namespace):
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run ``python -m mhc_mlx.mlx_lm``."""
+    """Run ``python -m mhc_mlx.mlx_lm`` with these arguments and return its report.
+
+    It exits with a message if parity fails or the report cannot be written.
+    """
     argv = sys.argv[1:] if argv is None else argv
     args = _parse(argv)
     report = {"command": f"{COMMAND} {shlex.join(argv)}", **machine()}

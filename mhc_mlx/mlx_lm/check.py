@@ -1,4 +1,4 @@
-"""`check`: errors and times of every site of a model, with its weights on this machine."""
+"""`check` measures errors and times of every site of a model, with its weights."""
 
 import statistics
 from typing import Any
@@ -37,22 +37,26 @@ def check(
     times: tuple[int, ...] = (1, 512),
     verbose: bool = True,
 ) -> dict[str, Any]:
-    """Run every hyper-connection of a model, patched and mlx-lm's, with its weights on this
-    machine: errors of both against float64 NumPy on random and on real tokens, and times of both.
+    """Measure errors and times of every site of a model, patched and by mlx-lm's own code.
+
+    Each site runs with its weights, on this machine. Its errors are against float64 NumPy, on
+    random streams and on the streams that the model has at that site.
 
     Args:
-        model: A ``deepseek_v41`` model, patched or not; it is left as it was.
-        tokens: ``[batch, length]`` or ``[length]``, whose activations are the real tokens; by
-            default 64 random ones.
-        times: Numbers of tokens in one call to time.
-        verbose: Print it.
+        model: A ``deepseek_v41`` model, patched or not; it does not change.
+        tokens: Integers ``[batch, length]`` or ``[length]``; the streams of the model's sites are
+            those of these tokens. By default there are 64 random tokens.
+        times: The numbers of tokens in one call for which sites are timed.
+        verbose: Whether to print the report.
 
     Returns:
-        Numbers and strings by name. Errors are in units in the last place of the model's dtype,
-        by site and their max, median and worst site; times are seconds per site.
+        Numbers and strings by name. Errors are in units in the last place of the model's dtype:
+        those of each site, their maximum and median, and the name of the worst site. Times are in
+        seconds per site.
 
     Raises:
-        TypeError: The model is another, tokens are no array of integers, or times no integers.
+        TypeError: The model is no ``deepseek_v41``, tokens are no array of integers, or times no
+            tuple of integers.
         ValueError: Tokens have another shape, or are not in the model's vocabulary; or a number in
             times is not positive.
     """
@@ -82,10 +86,10 @@ def _check_tokens(tokens: mx.array, vocabulary: int) -> None:
     if tokens.ndim not in (1, 2) or tokens.size == 0:
         must = "have shape [length] or [batch, length], not empty,"
         raise ValueError(f"[check] tokens must {must} but got {list(tokens.shape)}.")
-    least: Any = tokens.min().item()
-    most: Any = tokens.max().item()
-    if least < 0 or most >= vocabulary:  # MLX would read what is not there
-        got = f"{least} to {most}"
+    lowest: Any = tokens.min().item()
+    highest: Any = tokens.max().item()
+    if lowest < 0 or highest >= vocabulary:  # MLX would read beyond the embedding
+        got = f"{lowest} to {highest}"
         raise ValueError(f"[check] tokens must be from 0 to {vocabulary - 1} but got {got}.")
 
 
@@ -97,9 +101,9 @@ def _check(
         tokens = mx.random.randint(0, model.args.vocab_size, (64,), key=mx.random.key(0))
     real = activations(model, sites, tokens.reshape(-1, tokens.shape[-1]))
     rows = []
-    for k, (site, found) in enumerate(zip(sites, real, strict=True)):
+    for k, (site, real_inputs) in enumerate(zip(sites, real, strict=True)):
         row = {"site": site.name, "patched": isinstance(site.hc, SinglePassConnection)}
-        for kind, (x, y) in (("random", random_inputs(site, dtype, 4, k)), ("real", found)):
+        for kind, (x, y) in (("random", random_inputs(site, dtype, 4, k)), ("real", real_inputs)):
             row[kind], row[f"{kind}, mlx-lm"] = site_errors(site, x, y)
         rows.append(row)
     kinds = ("random", "random, mlx-lm", "real", "real, mlx-lm")

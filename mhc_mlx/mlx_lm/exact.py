@@ -1,4 +1,4 @@
-"""A site in float64 NumPy, and the errors of others against it."""
+"""A site in float64 NumPy, and the errors of the patched site and of mlx-lm's against it."""
 
 from typing import Any
 
@@ -6,18 +6,21 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np  # mlx-lm needs it
 
-from .sites import Made, Site, own_coefficients, run_site, stock, stock_site
+from .sites import Site, SiteOutputs, run_site, stock, stock_coefficients, stock_site
 
 
 def streams_dtype(text: stock.TextModel) -> mx.Dtype:
-    """Of the streams."""
+    """The dtype of the model's streams, which is that of its embeddings."""
     return text.embed_tokens(mx.zeros((1, 1), mx.int32)).dtype
 
 
 def random_inputs(
     site: Site, dtype: mx.Dtype, tokens: int, seed: int = 0
 ) -> tuple[mx.array, mx.array]:
-    """Streams ``[1, tokens, n, C]`` of different sizes and y ``[1, tokens, C]``, random."""
+    """Random streams x ``[1, tokens, n, C]`` and y ``[1, tokens, C]``.
+
+    y is normal with deviation 1, and a stream of a token with deviation exp(z), z normal.
+    """
     n, C = site.hc.hc, site.hc.fn.shape[1] // site.hc.hc
     kx, ks, ky = mx.random.split(mx.random.key(seed), 3)
     scale = mx.exp(mx.random.normal((1, tokens, n, 1), key=ks))
@@ -30,7 +33,7 @@ def _float64(a: mx.array) -> np.ndarray:
 
 
 def _exact(site: Site, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
-    """out, h_pre and, unless its norm is another than an RMSNorm, u, in float64."""
+    """out, h_pre and, if the norm is an nn.RMSNorm, u, by name in float64."""
     hc, n = site.hc, site.hc.hc
     fn, base, scale = map(_float64, (hc.fn, hc.base, hc.scale))
     v = x.reshape(*x.shape[:-2], -1)
@@ -45,32 +48,33 @@ def _exact(site: Site, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
     h_pre, h_post = gate[..., :n] + hc.hc_eps, 2 * gate[..., n:]
     out = np.swapaxes(p, -1, -2) @ x + h_post[..., None] * y[..., None, :]
     u = (h_pre[..., None] * out).sum(-2)
-    made = {"out": out, "h_pre": h_pre}
+    outputs = {"out": out, "h_pre": h_pre}
     if type(site.norm) is nn.RMSNorm:
         r = np.sqrt((u * u).mean(-1, keepdims=True) + site.norm.eps)
-        made["u"] = u / r * _float64(site.norm.weight)
-    return made
+        outputs["u"] = u / r * _float64(site.norm.weight)
+    return outputs
 
 
 def _error(got: mx.array, want: np.ndarray, dtype: mx.Dtype) -> float:
-    """The largest error, in units in the last place that the largest value of its row has."""
-    unit = np.exp2(np.floor(np.log2(np.abs(want).max(-1, keepdims=True) + 1e-300)))
-    wrong = np.abs(_float64(got) - want) / (unit * mx.finfo(dtype).eps)
-    return float("inf") if np.isnan(wrong).any() else float(wrong.max())
+    """The largest error, in units in the last place (in dtype) of the largest value of its row."""
+    power = np.exp2(np.floor(np.log2(np.abs(want).max(-1, keepdims=True) + 1e-300)))
+    ulps = np.abs(_float64(got) - want) / (power * mx.finfo(dtype).eps)
+    return float("inf") if np.isnan(ulps).any() else float(ulps.max())
 
 
 def site_errors(site: Site, x: mx.array, y: mx.array, repeats: int = 1) -> tuple[float, float]:
-    """The largest errors of the site as it is and of mlx-lm's, all outputs in units of x's dtype;
-    repeats runs that many copies of the tokens in one call.
+    """The largest errors of the site's outputs, as the site runs now and by mlx-lm's functions.
+
+    They are in units in the last place of x's dtype. One call runs ``repeats`` copies of x and y.
     """
     want = _exact(site, _float64(x), _float64(y))
     x, y = mx.tile(x, (1, repeats, 1, 1)), mx.tile(y, (1, repeats, 1))
 
-    def largest(made: Made) -> float:
-        got: dict[str, Any] = dict(zip(("out", "u", "h_pre"), made, strict=True))
+    def largest(outputs: SiteOutputs) -> float:
+        got: dict[str, Any] = dict(zip(("out", "u", "h_pre"), outputs, strict=True))
         exact = {k: np.concatenate([a] * repeats, 1) for k, a in want.items()}
         return max(_error(got[k], a, x.dtype) for k, a in exact.items())
 
     ours = run_site(site.hc, x, y, site.norm)
-    theirs = stock_site(own_coefficients(site.hc), x, y, site.norm)
+    theirs = stock_site(stock_coefficients(site.hc), x, y, site.norm)
     return largest(ours), largest(theirs)

@@ -1,7 +1,7 @@
-"""Gradients that mlx-lm's own functions lack: classes of modules that have them.
+"""Classes of modules with the gradients that mlx-lm's classes lack.
 
-Their methods are mlx-lm's, run with other globals: the code stays mlx-lm's, and no other model sees
-this.
+Their methods have the code of mlx-lm's methods and other globals, in which the functions without a
+gradient are replaced. So they follow mlx-lm's code, and models that are not patched do not change.
 """
 
 import functools
@@ -14,12 +14,12 @@ from .sites import stock
 
 
 def _constant(f: Callable) -> Callable:
-    """f, whose results have no gradient."""
+    """f with results that pass no gradient to its arguments."""
     return functools.wraps(f)(lambda a, *args, **kw: mx.stop_gradient(f(a, *args, **kw)))
 
 
 def _straight_through(quantise: Callable) -> Callable:
-    """quantise, bit for bit, with the gradient of the identity."""
+    """quantise with the same results, bit for bit, and the gradient of the identity."""
 
     @functools.wraps(quantise)
     def f(x: mx.array, *args, **kwargs) -> mx.array:
@@ -28,31 +28,33 @@ def _straight_through(quantise: Callable) -> Callable:
     return f
 
 
-def _with_names(f: types.FunctionType, names: dict) -> types.FunctionType:
-    made = types.FunctionType(f.__code__, names, f.__name__, f.__defaults__, f.__closure__)
-    made.__kwdefaults__ = f.__kwdefaults__
-    return made
+def _with_globals(f: types.FunctionType, names: dict) -> types.FunctionType:
+    """f with these globals."""
+    copy = types.FunctionType(f.__code__, names, f.__name__, f.__defaults__, f.__closure__)
+    copy.__kwdefaults__ = f.__kwdefaults__
+    return copy
 
 
-def _differentiable_names() -> dict:
+def _differentiable_globals() -> dict:
+    """The globals of mlx-lm's module, with functions that have a gradient."""
     core = types.ModuleType(mx.__name__)
     vars(core).update(vars(mx))
-    vars(core)["argpartition"] = _constant(
-        mx.argpartition
-    )  # indices of experts and of compressed keys
-    names = {**vars(stock), "mx": core, "_sinkhorn_kernel": None}  # it has no vjp
-    names["_sinkhorn"] = _with_names(stock._sinkhorn, names)
+    # argpartition picks indices of experts and of compressed keys.
+    vars(core)["argpartition"] = _constant(mx.argpartition)
+    names = {**vars(stock), "mx": core, "_sinkhorn_kernel": None}  # mlx-lm's kernel has no vjp
+    names["_sinkhorn"] = _with_globals(stock._sinkhorn, names)
     for name in ("_fake_quant_fp8", "_fake_quant_fp4"):
         names[name] = _straight_through(names[name])
     return names
 
 
-_NAMES = _differentiable_names()
+_GLOBALS = _differentiable_globals()
 
 
 def _differentiable(cls: type) -> type:
+    """A subclass of an mlx-lm class whose methods have the globals with gradients."""
     methods = {
-        name: _with_names(f, _NAMES)
+        name: _with_globals(f, _GLOBALS)
         for name, f in vars(cls).items()
         if isinstance(f, types.FunctionType) and name != "__init__"
     }

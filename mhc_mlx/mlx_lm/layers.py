@@ -1,4 +1,4 @@
-"""mlx-lm's decoder layer on these kernels."""
+"""`SinglePassLayer` is mlx-lm's decoder layer on these kernels."""
 
 import weakref
 from typing import Any
@@ -9,22 +9,24 @@ from .sites import run_site, stock
 
 
 class Owner:
-    """The text model of a layer. No module, list or dict: nothing that a tree of parameters or
-    modules would enter. The reference is weak, or a model that nobody has any more would keep its
-    memory until Python looks for cycles."""
+    """A layer's reference to its text model.
+
+    It is no module, list or dict, so that trees of parameters and modules do not enter it. It is
+    weak, so that a model frees its memory with its last reference, not when Python collects cycles.
+    """
 
     def __init__(self, text: stock.TextModel | None):
         self._text = (lambda: None) if text is None else weakref.ref(text)
 
     @property
     def layers(self) -> list[Any]:
-        """Of the model, none where it is gone."""
+        """The layers of the model; an empty list if the model no longer exists."""
         text = self._text()
         return [] if text is None else text.layers
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Owner":
         text = self._text()
-        return Owner(memo.get(id(text), text))  # a layer that is copied alone stays this model's
+        return Owner(memo.get(id(text), text))  # the copy of a layer alone refers to this model
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Owner, (None,), self._text()
@@ -33,18 +35,21 @@ class Owner:
         Owner.__init__(self, text)
 
 
-_HANDED = "_mhc_mlx"  # in the dict that layers share
+_HANDED = "_mhc_mlx"  # the key of (layer_idx, streams, u) in the dict that layers share
 
 
 class SinglePassLayer(stock.DecoderLayer):
-    """mlx-lm's DecoderLayer, whose second site makes what the next layer of this pipeline stage
-    reads and leaves it in ``shared``. The next layer uses it only with the streams it was made of;
-    without, it makes its own from the streams and pre_mix, as mlx-lm does.
+    """mlx-lm's DecoderLayer, in which each site runs when its sublayer ends.
+
+    The second site makes the u of the next layer of this pipeline stage and puts it in ``shared``.
+    That layer takes it from there if it gets the same streams; otherwise it makes u from streams
+    and pre_mix, as mlx-lm does.
     """
 
     _owner: Owner
 
     def _next(self) -> "SinglePassLayer | None":
+        """The next layer of this pipeline stage, if it is one and patched."""
         layers, k = self._owner.layers, self.layer_idx + 1
         after = layers[k] if k < len(layers) else None  # other stages' layers are None
         return after if isinstance(after, SinglePassLayer) else None
@@ -65,8 +70,8 @@ class SinglePassLayer(stock.DecoderLayer):
                 "of deepseek_v41 share arrays in a way that it does not see, and results would be "
                 "wrong."
             )
-        layer, of, u = shared.pop(_HANDED, (None, None, None))
-        if layer != self.layer_idx or of is not streams:
+        layer_idx, read_streams, u = shared.pop(_HANDED, (None, None, None))
+        if layer_idx != self.layer_idx or read_streams is not streams:
             u = self.input_layernorm(stock._collapse(streams, pre_mix))
         y = self.self_attn(
             u, start_pos=start_pos, window_idx=window_idx, cache=cache, shared=shared

@@ -1,4 +1,4 @@
-"""`patch`, `unpatch`, and which sites are kept: classes of modules change, nothing else."""
+"""`patch` and `unpatch` change the classes of a model's modules, and nothing else."""
 
 import contextlib
 import math
@@ -24,8 +24,8 @@ from .sites import (
     text_model,
 )
 
-_OWN = {v: k for k, v in TRAINED.items()}
-_OWN |= {SinglePassLayer: stock.DecoderLayer, SinglePassConnection: stock.HyperConnection}
+_STOCK = {v: k for k, v in TRAINED.items()}
+_STOCK |= {SinglePassLayer: stock.DecoderLayer, SinglePassConnection: stock.HyperConnection}
 
 
 def _set_class(module: nn.Module, classes: dict[type, type]) -> None:
@@ -48,33 +48,38 @@ def patch(
 ) -> nn.Module:
     """Run the hyper-connections of mlx-lm's DeepSeek V4.1 on these kernels, in place.
 
-    Classes of modules change, nothing else: parameters keep their names ``fn``, ``base``,
-    ``scale``, so checkpoints, quantised models, adapters, `shard` and `pipeline`, before or after,
-    work as they did. Between two sublayers one `mhc_single_pass` computes what mlx-lm does, rounded
-    where mlx-lm rounds; by kernels and without a gradient it is compiled, parameters its arguments.
-    Patching a patched model anew applies the new options.
+    Only the classes of modules change. Parameters keep their names ``fn``, ``base`` and ``scale``,
+    so checkpoints, quantised models, adapters, `shard` and `pipeline`, before or after, work as
+    they did. Between two sublayers one `mhc_single_pass` computes what mlx-lm does and rounds where
+    mlx-lm rounds. Where kernels run without a gradient it is compiled, with the parameters as
+    arguments. A second call on a patched model applies the new options.
 
-    With ``trainable=True`` the model has a gradient, which mlx-lm's has not: hyper-connections
-    through these ops' own; no gradient through the choice of experts and of compressed keys, so
-    that what serves that choice alone (the indexer) learns nothing; and the gradient of the
-    identity for simulated quantisation of keys and values. The results stay the same. mlx-lm's
-    ``grad_checkpoint`` is refused, because it breaks the arrays that layers of this model share.
+    With ``trainable=True`` the model gets a gradient, which mlx-lm's model does not have.
+    Hyper-connections have the gradient of these ops. The choice of experts and of compressed keys
+    passes no gradient, so the indexer, which serves that choice alone, does not learn. The
+    simulated quantisation of keys and values has the gradient of the identity. The results of the
+    model stay the same. A call under mlx-lm's ``grad_checkpoint`` raises ValueError, because that
+    breaks the arrays that the layers of this model share.
 
     Args:
-        model: A ``deepseek_v41`` model, evaluated or not; on a pipeline, its own stage is patched.
+        model: A ``deepseek_v41`` model, evaluated or not. On a pipeline the stage of this process
+            is patched.
         trainable: Whether the model gets a gradient.
-        verify: Keep a site only if, on random tokens and with its own weights, its error against
-            float64 is at most the larger of mlx-lm's and 2 units in the last place of the model's
-            dtype; a warning names the sites that stay mlx-lm's. Kernels follow the number of
-            tokens, so one site of each kind runs 1 and 512 too; where one fails, all stay.
-        use_metal: Run the kernels where the default device has them; otherwise the reference.
+        verify: Whether to patch a site only if its error is small enough: on random tokens, with
+            its weights, its error against float64 must be at most that of mlx-lm's code, or 2 units
+            in the last place of the model's dtype. A warning names the other sites, which stay
+            mlx-lm's. The number of tokens decides which kernels run, so a site of each kind also
+            runs with 1 and 512 tokens; if one of these fails, no site is patched.
+        use_metal: Run the kernels where the default device has them; otherwise the reference runs.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: The model is another, or a layer of it; or an option is no bool.
-        ValueError: Its ``hc_sinkhorn_iters`` or an eps is not positive.
+        TypeError: The model is no ``deepseek_v41``, a layer has another class, or an option is no
+            bool.
+        ValueError: The model's ``hc_sinkhorn_iters`` or ``rms_norm_eps`` is not positive, or its
+            ``hc_eps`` is negative.
     """
     text = text_model("patch", model)
     check_bools("patch", trainable=trainable, verify=verify, use_metal=use_metal)
@@ -105,11 +110,13 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Give a model back the classes that mlx-lm gave it: its results are bit for bit what they were
-    before `patch`. A model that is not patched stays as it is.
+    """Undo `patch`: give the modules of a model mlx-lm's classes again, and return the model.
+
+    The results are then, bit for bit, those of before `patch`. A model that is not patched does not
+    change.
 
     Raises:
-        TypeError: The model is not a ``deepseek_v41``.
+        TypeError: The model is no ``deepseek_v41``.
     """
     for layer in stage_layers(text_model("unpatch", model)):
         if isinstance(layer, SinglePassLayer):
@@ -117,23 +124,24 @@ def unpatch(model: nn.Module) -> nn.Module:
         for module in layer.modules():
             if isinstance(module, SinglePassConnection):
                 _release(module)
-            _set_class(module, _OWN)
+            _set_class(module, _STOCK)
     return model
 
 
 def _release(hc: Any) -> None:
+    """Give a patched hyper-connection mlx-lm's class again."""
     del hc.use_metal, hc.differentiable
     hc.__class__ = stock.HyperConnection
 
 
 @contextlib.contextmanager
 def as_stock(text: stock.TextModel) -> Iterator[None]:
-    """Classes as mlx-lm's for a while."""
+    """Give all modules mlx-lm's classes until the context ends."""
     modules = [module for layer in stage_layers(text) for module in layer.modules()]
     classes = [type(module) for module in modules]
     try:
         for module in modules:
-            _set_class(module, _OWN)
+            _set_class(module, _STOCK)
         yield
     finally:
         for module, kind in zip(modules, classes, strict=True):
@@ -145,23 +153,24 @@ def _fails(ours: float, theirs: float) -> bool:
 
 
 def _kind_of_norm(norm: nn.Module | None) -> tuple[Any, ...]:
-    """Sites whose norms are of one kind run the same kernels."""
+    """The kind of a site's norm: sites with norms of one kind run the same kernels."""
     parameters: Any = [] if norm is None else tree_flatten(norm.parameters())
     return type(norm), *(a.dtype for _, a in parameters)
 
 
 def _drop_failing(text: stock.TextModel, trainable: bool) -> None:
-    dtype, sites, failing, counted = streams_dtype(text), find_sites(text), [], set()
+    """Give sites whose errors are too large mlx-lm's class again, and warn about them."""
+    dtype, sites, failing, checked_kinds = streams_dtype(text), find_sites(text), [], set()
     for k, site in enumerate(sites):
         x, y = random_inputs(site, dtype, 4, k)
         if _fails(*site_errors(site, x, y)):
             failing.append(site)
-        elif (kind := _kind_of_norm(site.norm)) not in counted:
+        elif (kind := _kind_of_norm(site.norm)) not in checked_kinds:
             one_token = site_errors(site, x[:, :1], y[:, :1])
             if _fails(*one_token) or _fails(*site_errors(site, x, y, 128)):
-                failing = sites  # not its weights but the number of tokens is why
+                failing = sites  # the number of tokens is the cause, not the weights of this site
                 break
-            counted.add(kind)
+            checked_kinds.add(kind)
     for site in failing:
         _release(site.hc)
         if trainable:

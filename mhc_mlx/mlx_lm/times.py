@@ -1,4 +1,7 @@
-"""Times, dispatches and memory of sites, and tokens per second of a model, beside mlx-lm's."""
+"""Measure times, dispatches and memory of sites, and tokens per second of a model.
+
+All are measured patched and by mlx-lm's own code.
+"""
 
 import datetime
 import functools
@@ -23,19 +26,19 @@ from .patch import _fails, as_stock
 from .sites import (
     SinglePassConnection,
     Site,
-    own_coefficients,
     run_site,
     stage_layers,
     stock,
+    stock_coefficients,
     stock_site,
     text_model,
 )
 
-SITES = 122  # of 61 layers
+SITES = 122  # DeepSeek V4.1 has 61 layers with two sites each
 
 
 def check_counts(op: str, **counts: tuple[int, ...]) -> None:
-    """Numbers of tokens or of steps."""
+    """Raise TypeError or ValueError unless each argument is a tuple of positive ints."""
     for name, values in counts.items():
         if not isinstance(values, (tuple, list)):
             must = "be a tuple of positive ints"
@@ -45,6 +48,7 @@ def check_counts(op: str, **counts: tuple[int, ...]) -> None:
 
 
 def machine() -> dict[str, Any]:
+    """The device, the backend, the versions of MLX and mlx-lm, and the date, for reports."""
     return {
         "device": mx.device_info().get("device_name", "cpu"),
         "backend": launch.backend() or "none: the reference runs",
@@ -55,7 +59,10 @@ def machine() -> dict[str, Any]:
 
 
 def _seconds(run: Callable) -> float:
-    """Median time of an evaluation of what run() returns: 5 times, or more within 50 ms."""
+    """The median time of ``mx.eval(run())`` after two calls, in seconds.
+
+    There are at least 5 calls, and up to 50 until they have taken 50 ms together.
+    """
     for _ in range(2):
         mx.eval(run())
     times = []
@@ -68,20 +75,23 @@ def _seconds(run: Callable) -> float:
 
 @functools.cache
 def _compiled_stock(n: int, iters: int, hc_eps: float, norm_eps: float, eps: float) -> Callable:
-    """mlx-lm's site of (x, y, fn, base, scale, weight), compiled."""
+    """mlx-lm's code of a site, compiled, as a function of (x, y, fn, base, scale, weight)."""
     fixed = {"hc": n, "iters": iters, "hc_eps": hc_eps, "norm_eps": norm_eps}
     fixed |= {"_eps": mx.array([hc_eps]), "_scale_ids": mx.array([0] * n + [1] * n + [2] * n * n)}
 
     def run(x, y, fn, base, scale, weight):
-        hc = own_coefficients(types.SimpleNamespace(**fixed, fn=fn, base=base, scale=scale))
+        hc = stock_coefficients(types.SimpleNamespace(**fixed, fn=fn, base=base, scale=scale))
         return stock_site(hc, x, y, lambda u: mx.fast.rms_norm(u, weight, eps))
 
     return mx.compile(run)
 
 
 def _chains(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict[str, Callable]:
-    """Ways to run all sites one after the other, the identity between them: as a patched model runs
-    them (compiled one by one), as mlx-lm's does, and mlx-lm's compiled one by one."""
+    """Functions that run all sites one after the other; the sublayers are the identity.
+
+    "patched" runs them as a patched model does, which compiles each; "mlx-lm" as mlx-lm's model
+    does; "mlx-lm, compiled" runs mlx-lm's code of each site, compiled.
+    """
     sites = [site for site in sites if type(site.norm) is nn.RMSNorm]
     x, y = random_inputs(sites[0], dtype, tokens)
     hc = sites[0].hc
@@ -103,28 +113,31 @@ def _chains(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict[str, Callab
 
     return {
         "patched": chain(lambda site, x, y: run_site(site.hc, x, y, site.norm)),
-        "mlx-lm": chain(lambda site, x, y: stock_site(own_coefficients(site.hc), x, y, site.norm)),
+        "mlx-lm": chain(
+            lambda site, x, y: stock_site(stock_coefficients(site.hc), x, y, site.norm)
+        ),
         "mlx-lm, compiled": chain(lambda site, x, y: compiled(x, y, *arrays(site))),
     }
 
 
 def site_times(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict[str, Any]:
-    """Seconds per site."""
+    """The number of tokens, and the seconds per site of each function of `_chains`."""
     count = sum(type(site.norm) is nn.RMSNorm for site in sites)
     chains = _chains(sites, dtype, tokens)
     return {"tokens": tokens} | {k: _seconds(run) / count for k, run in chains.items()}
 
 
 def time_line(t: dict) -> str:
-    ours, plain, compiled = t["patched"], t["mlx-lm"], t["mlx-lm, compiled"]
+    """The result of `site_times` in words."""
+    ours, theirs, compiled = t["patched"], t["mlx-lm"], t["mlx-lm, compiled"]
     return (
-        f"{t['tokens']:5} tokens: {ours * 1e6:.0f} us per sublayer, mlx-lm {plain * 1e6:.0f} us "
-        f"({plain / ours:.1f} x), compiled {compiled * 1e6:.0f} us ({compiled / ours:.1f} x)"
+        f"{t['tokens']:5} tokens: {ours * 1e6:.0f} us per sublayer, mlx-lm {theirs * 1e6:.0f} us "
+        f"({theirs / ours:.1f} x), compiled {compiled * 1e6:.0f} us ({compiled / ours:.1f} x)"
     )
 
 
 def _dispatches(run: Callable) -> dict[str, Any]:
-    """Primitives that a further site of a chain adds to the graph, and how many of them launch."""
+    """The number of primitives that the third site adds to a graph, and how many of them launch."""
     added = launch.primitives(*run(3))
     added.subtract(launch.primitives(*run(2)))
     launching = sum(count for name, count in added.items() if name not in launch.VIEWS)
@@ -132,7 +145,7 @@ def _dispatches(run: Callable) -> dict[str, Any]:
 
 
 def _peak(run: Callable) -> int:
-    """Bytes that two sites need at most, beyond their inputs."""
+    """The peak memory of two sites in bytes, beyond their inputs."""
     mx.eval(run(2))
     mx.synchronize()
     mx.clear_cache()
@@ -160,15 +173,27 @@ def random_sites(d: int, count: int) -> list[Site]:
 def bench_sites(
     d: int, tokens: tuple[int, ...] = (1, 8, 512, 2048), dtype: mx.Dtype = mx.bfloat16
 ) -> dict[str, Any]:
-    """Time per sublayer of hidden size d with the identity for a sublayer: patched (sites are
-    compiled), mlx-lm's and mlx-lm's compiled, in a row as long as DeepSeek V4.1's (of 122; their
-    weights are larger than a cache), the largest errors of both at 24 of them, the dispatches of
-    each in MLX's graph, and the most memory that two sublayers of the most tokens need. Nothing is
-    timed where an error, also one of the first of them at each number of tokens, is more than
-    `patch` allows.
+    """Measure random hyper-connections of hidden size d, patched and by mlx-lm's code, and print.
+
+    A call runs 122 sites one after the other, as many as DeepSeek V4.1 has (their weights are
+    larger than a cache); the sublayers between them are the identity. Measured are the time per
+    site of the patched sites, which are compiled, of mlx-lm's code and of mlx-lm's code compiled;
+    the dispatches of a site in MLX's graph; and the peak memory of two sites at the largest number
+    of tokens. Errors are measured first, at 24 sites with 4 tokens and at the first site with each
+    number of tokens. If one is larger than `patch` allows, nothing is timed.
+
+    Args:
+        d: C, channels per stream; n is 4.
+        tokens: The numbers of tokens in one call.
+        dtype: The dtype of x and y.
 
     Returns:
-        Numbers by name: seconds, bytes, units in the last place; ok: whether the errors are right.
+        Numbers by name, in seconds, bytes, and units in the last place; ``ok`` tells whether the
+        errors are small enough.
+
+    Raises:
+        TypeError: An argument has another type.
+        ValueError: A number is not positive, or tokens is empty.
     """
     check_sizes("bench_sites", d=(d, math.inf))
     check_counts("bench_sites", tokens=tokens)
@@ -180,8 +205,9 @@ def bench_sites(
     checked = enumerate(sites[:24])
     errors = [site_errors(site, *random_inputs(site, dtype, 4, k)) for k, site in checked]
     for count in tokens:
-        few = math.gcd(4, count)  # repeated, because float64 is slow
-        errors.append(site_errors(sites[0], *random_inputs(sites[0], dtype, few), count // few))
+        distinct = math.gcd(4, count)  # these tokens are repeated, because float64 is slow
+        inputs = random_inputs(sites[0], dtype, distinct)
+        errors.append(site_errors(sites[0], *inputs, count // distinct))
     print(f"d = {d}, {str(dtype).split('.')[-1]}")
     report = {"d": d, "n": sites[0].hc.hc, "dtype": str(dtype).split(".")[-1], "sites": len(sites)}
     report["errors"] = {"patched": max(e for e, _ in errors), "mlx-lm": max(e for _, e in errors)}
@@ -212,7 +238,7 @@ def bench_sites(
 
 
 def _model_times(model: Any, lengths: tuple[int, ...], steps: int) -> dict[str, Any]:
-    """Tokens per second of prefill by length, and of mlx-lm's generator after the first of them."""
+    """Tokens per second: of prefill by length, and of decoding after the first of the lengths."""
 
     def prompt(length: int) -> mx.array:
         return mx.random.randint(0, model.args.vocab_size, (length,), key=mx.random.key(1))
@@ -232,12 +258,20 @@ def _model_times(model: Any, lengths: tuple[int, ...], steps: int) -> dict[str, 
 def bench(
     model: nn.Module, lengths: tuple[int, ...] = (512, 2048), steps: int = 32
 ) -> dict[str, Any]:
-    """Tokens per second of a patched model and of the same one as mlx-lm runs it, prefill by length
-    and decode after the first; the model is left patched with the same sites.
+    """Measure tokens per second of a patched model, and of the same model as mlx-lm runs it.
+
+    Args:
+        model: A patched ``deepseek_v41`` model; it stays patched at the same sites.
+        lengths: Prompt lengths in tokens: prefill is timed for each, decoding after the first.
+        steps: The number of tokens to decode.
+
+    Returns:
+        Tokens per second by name.
 
     Raises:
-        TypeError: The model is another, or lengths or steps are no integers.
-        ValueError: It is not patched, or a length or steps is not positive.
+        TypeError: The model is no ``deepseek_v41``, or lengths or steps are no integers.
+        ValueError: The model is not patched, lengths is empty, or a length or steps is not
+            positive.
     """
     text = text_model("bench", model)
     check_counts("bench", lengths=lengths)

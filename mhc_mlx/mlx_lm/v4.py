@@ -1,4 +1,4 @@
-"""DeepSeek V4's tensor names."""
+"""`load_v4` loads the tensors of DeepSeek V4 by their names."""
 
 from dataclasses import replace
 
@@ -18,21 +18,21 @@ def load_v4(
         load_v4(connection, weights, "layers.0.hc_attn")  # or "layers.0.hc_ffn"
         head = load_v4(HyperHead(dim, 4, convention=DEEPSEEK_V4), weights, "hc_head")
 
-    ``{prefix}_fn``, ``{prefix}_base`` and ``{prefix}_scale`` are phi, bias and alpha; with a dot in
-    place of the underscore (mlx-lm's names), too.
+    ``{prefix}_fn``, ``{prefix}_base`` and ``{prefix}_scale`` are phi, bias and alpha. mlx-lm's
+    names, which have a dot in place of the underscore, work too.
 
     Args:
-        module: A dynamic `HyperConnection` with 24 outputs for 4 streams, or a `HyperHead`, of
-            DEEPSEEK_V4 or one with other iters or eps.
-        weights: Arrays by name; others are left alone.
-        prefix: Of the three names.
+        module: A dynamic `HyperConnection` or a `HyperHead` with the convention DEEPSEEK_V4, or
+            with one that differs from it only in iters, eps and pre_eps.
+        weights: Arrays by name, of which three are loaded.
+        prefix: The beginning of the three names.
 
     Returns:
         The module.
 
     Raises:
-        TypeError: The module is neither, or a tensor is no array of floats.
-        ValueError: Its convention is another, or a tensor is missing or has another shape.
+        TypeError: The module is neither of the two, or a tensor is no array of floats.
+        ValueError: The module has another convention, or a tensor is missing or has another shape.
     """
     if not isinstance(module, (HyperConnection, HyperHead)) or "phi" not in module:
         got = type(module).__name__
@@ -56,5 +56,5 @@ def load_v4(
             must, got = list(module[ours].shape), list(weights[name].shape)
             raise ValueError(f"[load_v4] {name} must have shape {must} but got {got}.")
         found.append((ours, weights[name]))
-    module.load_weights(found, strict=False)  # an MHCLayer has a norm too
+    module.load_weights(found, strict=False)  # because an MHCLayer also has the weight of a norm
     return module

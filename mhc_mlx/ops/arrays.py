@@ -1,6 +1,7 @@
 """Small arrays that kernels read, and tokens in a row."""
 
 import functools
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -8,7 +9,7 @@ from ..conventions import ROW_FIRST, Convention
 
 
 @functools.cache
-def constants(*values: float) -> mx.array:
+def constants(values: tuple[float, ...]) -> mx.array:
     return mx.array(values, dtype=mx.float32)
 
 
@@ -18,16 +19,32 @@ def identity(n: int) -> mx.array:
     return mx.array([[float(i == j) for j in range(n)] for i in range(n)])
 
 
-def fused_params(*, eps: float, convention: Convention | None) -> mx.array:
-    """``params`` of `mhc_fused`, its gradients and `sum_partials`."""
+class Params(NamedTuple):
+    """The numbers of ``params``, in the order of mhc::param in kernels/include/common.h."""
+
+    pre_eps: float
+    post_scale: float
+    post_eps: float
+    projection_eps: float
+    norm_eps: float
+    eps: float
+
+
+def body_params(
+    convention: Convention | None, *, norm_eps: float = 1.0, eps: float = 1.0
+) -> mx.array:
+    """``params`` of any body; what it does not read may be any number."""
     c = convention or ROW_FIRST
-    return constants(eps, c.pre_eps, c.post_scale, c.post_eps, c.eps)
-
-
-def pre_params(*, convention: Convention, norm_eps: float = 1.0, eps: float = 1.0) -> mx.array:
-    """``params`` of `mhc_pre`, `mhc_seam` and their gradients; 1 where nothing is read."""
-    c = convention
-    return constants(c.pre_eps, c.post_scale, c.post_eps, norm_eps, eps, c.eps)
+    return constants(
+        Params(
+            pre_eps=c.pre_eps,
+            post_scale=c.post_scale,
+            post_eps=c.post_eps,
+            projection_eps=c.eps,
+            norm_eps=norm_eps,
+            eps=eps,
+        )
+    )
 
 
 def flat(a: mx.array, ndim: int) -> mx.array:

@@ -16,7 +16,7 @@ from .. import launch
 from ..conventions import SINKHORN, Convention
 from ..launch import Spec
 from . import tiling
-from .arrays import flat, pre_params, unflat
+from .arrays import body_params, flat, unflat
 from .autodiff import Options
 from .sinkhorn import HalfSteps, half_steps, launch_projection, launch_projection_backward
 from .sums import sum_partials
@@ -81,7 +81,6 @@ class MhcSeamBody(launch.Body):
     NORM: bool
     ROUND_U: bool
     FROM_PARTIAL_LOGITS: bool
-    HEAD: bool
     SAVE_LOGITS: bool
     PROJECT: bool
     WRITE_H_PRE: bool
@@ -113,7 +112,6 @@ def launch_seam(
     outputs: Mapping[str, Spec | None],
     *,
     slices: int = 1,
-    head: bool = False,
     round_u: bool = False,
     projection: Convention | None = None,
     options: Options,
@@ -121,8 +119,8 @@ def launch_seam(
     """The write-back and the read of x ``[tokens, n, C]``: what ``outputs`` asks for, by names of
     `SEAM_OUTPUTS`.
 
-    With partial logits it makes the coefficients: ``slices`` is how it adds those, ``head`` that
-    there are only those of h_pre, ``projection`` the convention by which it makes h_res.
+    With partial logits it makes the coefficients: ``slices`` is how it adds those, ``projection``
+    the convention by which it makes h_res.
     """
     tokens, n, C = x.shape
     outputs = {k: outputs.get(k) for k in SEAM_OUTPUTS}
@@ -135,7 +133,6 @@ def launch_seam(
         tuple([k for k, spec in outputs.items() if spec is not None]),
         2 * n if inputs.bias is None else inputs.bias.shape[0],
         slices,
-        head=head,
         round_u=round_u,
         projection=projection,
     )
@@ -153,7 +150,6 @@ def _mhc_seam_body(
     num_logits: int,
     slices: int,
     *,
-    head: bool,
     round_u: bool,
     projection: Convention | None,
 ) -> MhcSeamBody:
@@ -172,7 +168,6 @@ def _mhc_seam_body(
         FROM_PARTIAL_LOGITS="partial_logits" in inputs,
         NUM_LOGITS=num_logits,
         SLICES=slices,
-        HEAD=head,
         SAVE_LOGITS="l" in outputs,
         PROJECT=projection is not None,
         WRITE_H_PRE="new_h_pre" in outputs,
@@ -196,10 +191,8 @@ class MhcPreBody(launch.Body):
     U_PACKS: int
     SPLITS: int
     RING_BYTES: int
-    HEAD: bool
     WRITE_U: bool
     NORM: bool
-    WRITE_H_PRE: bool
     SAVE_LOGITS: bool
     PROJECT: bool
     half_steps: HalfSteps
@@ -217,7 +210,6 @@ def _mhc_pre_body(
     limit: int,
     outputs: tuple[str, ...],
     *,
-    head: bool,
     norm: bool,
     projection: Convention | None,
 ) -> MhcPreBody:
@@ -234,12 +226,10 @@ def _mhc_pre_body(
         TILES=t.tiles,
         BLOCK=t.block,
         SPLITS=t.splits,
-        HEAD=head,
         WRITE_U="u" in outputs,
         NORM=norm,
         U_SIMDGROUPS=u.simdgroups,
         U_PACKS=u.packs,
-        WRITE_H_PRE="h_pre" in outputs,
         SAVE_LOGITS="l" in outputs,
         RING_BYTES=tiling.ring_bytes(t, n, C, dtype, phi_dtype, num_logits, limit),
         PROJECT=projection is not None,
@@ -248,18 +238,26 @@ def _mhc_pre_body(
 
 
 @dataclass(frozen=True)
-class TokenGradientBody(launch.Body):
+class MhcPreBackwardCoefficientsBody(launch.Body):
+    name = "mhc_pre_backward_coefficients"
     T: mx.Dtype
     N: int
     NUM_LOGITS: int
-    HEAD: bool
     HAS_DU: bool
-    NORM: bool
+    PROJECT: bool
+    half_steps: HalfSteps
+    VEC: int
+    THREADS: int
+    BATCH: int
+    STORED_STEPS: int
 
 
 @dataclass(frozen=True)
-class MhcPreBackwardCoefficientsBody(TokenGradientBody):
-    name = "mhc_pre_backward_coefficients"
+class MhcPreBackwardCoefficientsNormBody(launch.Body):
+    name = "mhc_pre_backward_coefficients_norm"
+    T: mx.Dtype
+    N: int
+    NUM_LOGITS: int
     PROJECT: bool
     half_steps: HalfSteps
     VEC: int
@@ -286,8 +284,13 @@ class MhcPreBackwardProjectionBody(launch.Body):
 
 
 @dataclass(frozen=True)
-class MhcPreBackwardGenericBody(TokenGradientBody):
+class MhcPreBackwardGenericBody(launch.Body):
     name = "mhc_pre_backward_generic"
+    T: mx.Dtype
+    N: int
+    NUM_LOGITS: int
+    HAS_DU: bool
+    NORM: bool
     VEC: int
     THREADS: int
     TILE: int
@@ -349,7 +352,7 @@ class TokenCoefficients:
 
     @property
     def params(self) -> mx.array:
-        return pre_params(convention=self.convention, norm_eps=self.norm_eps, eps=self.eps)
+        return body_params(self.convention, norm_eps=self.norm_eps, eps=self.eps)
 
     def projects(self, n: int) -> bool:
         return not self.head and use_fused_projection(n, self.convention)
@@ -391,7 +394,6 @@ class TokenCoefficients:
             SeamInputs(**inputs, params=self.params),
             {new_names.get(k, k): spec for k, spec in outputs.items()},
             slices=slices,
-            head=self.head,
             projection=self.convention if outputs["h_res"] else None,
             options=self.options,
         )
@@ -407,7 +409,6 @@ class TokenCoefficients:
         body = _mhc_pre_body(
             *(n, C, x.dtype, phi.shape[0], phi.dtype, t, backend, limit),
             tuple([k for k, spec in outputs.items() if spec is not None]),
-            head=self.head,
             norm=parameters.weight is not None,
             projection=self.convention if outputs["h_res"] else None,
         )
@@ -420,15 +421,18 @@ class TokenCoefficients:
     ) -> tuple[mx.array, Parameters]:
         """The gradients of x and of the parameters; saved is l."""
         phi, norm = parameters.phi, parameters.weight is not None
-        (n, C), num_logits = x.shape[-2:], phi.shape[0]
-        columns, dx_spec = 2 * num_logits + (C if norm else 0), (x.shape, x.dtype)
+        n, num_logits = x.shape[-2], phi.shape[0]
+        dx_spec = (x.shape, x.dtype)
         x = flat(x, 3)
         if tiling.use_matrix_gradient(num_logits, x.dtype):
-            token = self._launch_backward_coefficients(x, parameters, saved, d, columns)
-            d = d._replace(u=token["dread"] if norm else d.u)
+            if norm:
+                token = self._launch_backward_coefficients_norm(x, parameters, saved, d)
+                d = d._replace(u=token["dread"])
+            else:
+                token = self._launch_backward_coefficients(x, parameters, saved, d)
             dx, dphi = self._launch_backward_projection(x, phi, token, d, dx_spec)
         else:
-            token = self._launch_backward_generic(x, parameters, saved, d, columns, dx_spec)
+            token = self._launch_backward_generic(x, parameters, saved, d, dx_spec)
             dx, dphi = token["dx"], self._launch_backward_phi(x, token["dp"])
         sums = sum_partials(token["partial"], self.options)
         parts = part_masks(n, num_logits, parameters.alpha.shape[0])
@@ -442,36 +446,62 @@ class TokenCoefficients:
     def _token_inputs(
         self, n: int, parameters: Parameters, saved: mx.array, d: Cotangents, projects: bool
     ) -> dict[str, mx.array | None]:
-        """What both bodies of a token's gradient read. Unless the body projects, another launch
+        """What all bodies of a token's gradient read. Unless the body projects, another launch
         makes the gradient of the logits of h_res."""
-        phi, bias, alpha, weight = parameters
+        phi, bias, alpha, _ = parameters
         num_gate_logits, num_logits = n if self.head else 2 * n, phi.shape[0]
         dz_res = None
         if d.h_res is not None and num_logits > num_gate_logits and not projects:
             slope, offset = alpha[2].astype(mx.float32), bias[num_gate_logits:].astype(mx.float32)
             logits, dh_res = slope * saved[:, num_gate_logits:num_logits] + offset, flat(d.h_res, 3)
             dz_res = launch_projection_backward(logits, dh_res, n, self.convention, self.options)
-        coefficients = {"bias": bias, "alpha": alpha, "weight": weight, "l": saved}
-        cotangents = {"dz_res": dz_res, "du": d.u, "dh_pre": d.h_pre, "dh_post": d.h_post}
-        return {**coefficients, "params": self.params, **cotangents}
+        coefficients = {"bias": bias, "alpha": alpha, "l": saved, "params": self.params}
+        return {**coefficients, "dz_res": dz_res, "du": d.u, "dh_post": d.h_post}
 
     def _launch_backward_coefficients(
-        self, x: mx.array, parameters: Parameters, saved: mx.array, d: Cotangents, columns: int
+        self, x: mx.array, parameters: Parameters, saved: mx.array, d: Cotangents
     ) -> dict[str, mx.array]:
-        """token_factors, dp, with a norm dread, and sums over tokens in rows to be added."""
-        (tokens, n, C), norm = x.shape, parameters.weight is not None
+        """token_factors, dp, and sums over tokens in rows to be added."""
+        (tokens, n, C), num_logits = x.shape, parameters.phi.shape[0]
+        projects = self.projects(n)
         backend, threads = launch.kernel_backend(), self.options.threads_per_group
-        num_logits, projects = parameters.phi.shape[0], self.projects(n)
-        token_inputs = self._token_inputs(n, parameters, saved, d, projects)
-        t = tiling.coefficient_gradient_tiling(n, C, tokens, norm, threads, backend)
+        t = tiling.coefficient_gradient_tiling(n, C, tokens, False, threads, backend)
         steps = half_steps(self.convention if projects else None)
         body = MhcPreBackwardCoefficientsBody(
             T=x.dtype,
             N=n,
             NUM_LOGITS=num_logits,
-            HEAD=self.head,
             HAS_DU=d.u is not None,
-            NORM=norm,
+            PROJECT=projects,
+            half_steps=steps,
+            VEC=t.vec,
+            THREADS=t.threads,
+            BATCH=t.batch,
+            STORED_STEPS=tiling.stored_half_steps(steps.ITERS, t.threads, backend),
+        )
+        token_inputs = self._token_inputs(n, parameters, saved, d, projects)
+        dh_res = d.h_res if projects else None
+        inputs = {"x": x, **token_inputs, "dh_pre": d.h_pre, "dh_res": dh_res}
+        outputs = {
+            "token_factors": ((tokens, n + 1), mx.float32),
+            "dp": ((tokens, num_logits), mx.float32),
+            "partial": ((t.rows, 2 * num_logits), mx.float32),
+        }
+        return launch.launch(body, inputs, outputs, t.groups, self.options)
+
+    def _launch_backward_coefficients_norm(
+        self, x: mx.array, parameters: Parameters, saved: mx.array, d: Cotangents
+    ) -> dict[str, mx.array]:
+        """The same where u has a norm, and dread, the gradient of the u before it."""
+        (tokens, n, C), num_logits = x.shape, parameters.phi.shape[0]
+        projects = self.projects(n)
+        backend, threads = launch.kernel_backend(), self.options.threads_per_group
+        t = tiling.coefficient_gradient_tiling(n, C, tokens, True, threads, backend)
+        steps = half_steps(self.convention if projects else None)
+        body = MhcPreBackwardCoefficientsNormBody(
+            T=x.dtype,
+            N=n,
+            NUM_LOGITS=num_logits,
             PROJECT=projects,
             half_steps=steps,
             VEC=t.vec,
@@ -481,12 +511,14 @@ class TokenCoefficients:
             BATCH=t.batch,
             STORED_STEPS=tiling.stored_half_steps(steps.ITERS, t.threads, backend),
         )
-        inputs = {"x": x, **token_inputs, "dh_res": d.h_res if projects else None}
+        token_inputs = self._token_inputs(n, parameters, saved, d, projects)
+        dh_res = d.h_res if projects else None
+        inputs = {"x": x, **token_inputs, "weight": parameters.weight, "dh_res": dh_res}
         outputs = {
             "token_factors": ((tokens, n + 1), mx.float32),
-            "dread": ((tokens, C), x.dtype) if norm else None,
+            "dread": ((tokens, C), x.dtype),
             "dp": ((tokens, num_logits), mx.float32),
-            "partial": ((t.rows, columns), mx.float32),
+            "partial": ((t.rows, 2 * num_logits + C), mx.float32),
         }
         return launch.launch(body, inputs, outputs, t.groups, self.options)
 
@@ -524,7 +556,6 @@ class TokenCoefficients:
         parameters: Parameters,
         saved: mx.array,
         d: Cotangents,
-        columns: int,
         dx_spec: Spec,
     ) -> dict[str, mx.array]:
         """dx, dp, and sums over tokens in rows to be added."""
@@ -537,7 +568,6 @@ class TokenCoefficients:
             T=x.dtype,
             N=n,
             NUM_LOGITS=num_logits,
-            HEAD=self.head,
             HAS_DU=d.u is not None,
             NORM=norm,
             VEC=t.vec,
@@ -546,11 +576,12 @@ class TokenCoefficients:
             SPLITS=t.splits,
             HAS_DX_OUT=d.x is not None,
         )
+        token_inputs |= {"weight": parameters.weight, "dh_pre": d.h_pre}
         inputs = {"x": x, "phi": phi, **token_inputs, "dx_out": d.x}
         outputs = {
             "dx": dx_spec,
             "dp": ((tokens, num_logits), mx.float32),
-            "partial": ((t.rows, columns), mx.float32),
+            "partial": ((t.rows, 2 * num_logits + C * norm), mx.float32),
         }
         return launch.launch(body, inputs, outputs, t.rows * t.splits, self.options)
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 from .. import launch, reference
 from ..conventions import DEEPSEEK_V4, Convention
 from . import tiling
-from .arrays import flat, identity, pre_params, unflat
+from .arrays import body_params, flat, identity, unflat
 from .autodiff import FusedOp, Options
 from .checks import check_array, check_dynamic, check_seam
 from .coefficients import (
@@ -64,7 +64,7 @@ class MhcSeam(FusedOp):
 
     @property
     def params(self) -> mx.array:
-        return pre_params(convention=DEEPSEEK_V4, eps=self.eps)
+        return body_params(None, eps=self.eps)
 
     def fallback(
         self,
@@ -282,7 +282,7 @@ class MhcSinglePass(FusedOp):
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Two launches: the phi product by many threadgroups, then all that is left."""
         flat_x, c = flat(x, 3), self.convention
-        params = pre_params(convention=c, norm_eps=self.norm_eps, eps=self.eps)
+        params = body_params(c, norm_eps=self.norm_eps, eps=self.eps)
         phi, bias, alpha, weight = parameters
         partial_logits, slices = launch_partial_logits(flat_x, phi, self.options)
         coefficients = {"partial_logits": partial_logits, "bias": bias, "alpha": alpha}

@@ -10,7 +10,7 @@ import mlx.core as mx
 from .. import launch, reference
 from ..conventions import PAPER, ROW_FIRST, SINKHORN, START_CODES, Convention
 from . import tiling
-from .arrays import constants, flat, unflat
+from .arrays import body_params, flat, unflat
 from .autodiff import FusedOp, Options
 from .checks import MAX_STREAMS, check_convention, check_dtype, check_half_steps, check_rows, fail
 
@@ -63,7 +63,7 @@ def launch_sinkhorn(logits: mx.array, convention: Convention, options: Options) 
     n, matrices = logits.shape[-1], flat(logits, 3)
     t = tiling.sinkhorn_tiling(n, matrices.shape[0], options.threads_per_group)
     body = SinkhornKnoppBody(N=n, half_steps=half_steps(convention), THREADS=t.threads)
-    inputs = {"logits": matrices, "eps": constants(convention.eps)}
+    inputs = {"logits": matrices, "params": body_params(convention)}
     outputs = {"h_res": (matrices.shape, mx.float32)}
     h_res = launch.launch(body, inputs, outputs, t.groups, options)["h_res"]
     return unflat(h_res, logits.shape)
@@ -82,8 +82,8 @@ def launch_sinkhorn_backward(
         STORED_STEPS=tiling.stored_steps(n, convention.iters, t.threads),
         DLOGITS_T=logits.dtype,
     )
-    eps = constants(convention.eps)
-    inputs = {"logits": matrices, "dh_res": flat(dh_res, 3), "eps": eps}
+    params = body_params(convention)
+    inputs = {"logits": matrices, "dh_res": flat(dh_res, 3), "params": params}
     outputs = {"dlogits": (matrices.shape, logits.dtype)}
     dlogits = launch.launch(body, inputs, outputs, t.groups, options)["dlogits"]
     return unflat(dlogits, logits.shape)

@@ -8,7 +8,7 @@ import mlx.core as mx
 from .. import launch, reference
 from ..conventions import ROW_FIRST, Convention
 from . import tiling
-from .arrays import flat, fused_params
+from .arrays import body_params, flat
 from .autodiff import FusedOp, Options
 from .checks import check_convention, check_dtype, check_half_steps, check_static
 from .sinkhorn import HalfSteps, half_steps, launch_sinkhorn, launch_sinkhorn_backward
@@ -61,7 +61,7 @@ def launch_fused(
         GATES=convention is not None and convention.sigmoid,
         half_steps=half_steps(convention),
     )
-    params = fused_params(eps=eps, convention=convention)
+    params = body_params(convention, eps=eps)
     inputs = {"x": flat_x, **layer._asdict(), "params": params}
     outputs = {"out": (x.shape if mix else (*x.shape[:-2], C), x.dtype)}
     groups = tiling.even_groups(tokens, tiling.FORWARD_GROUPS)

@@ -9,7 +9,7 @@ import mlx.core as mx
 from .. import launch, reference
 from ..conventions import Convention
 from . import tiling
-from .arrays import flat, fused_params, unflat
+from .arrays import body_params, flat, unflat
 from .autodiff import FusedOp, Options
 from .checks import check_array, check_branch, check_eps, check_rows, check_streams
 from .sinkhorn import HalfSteps, half_steps
@@ -177,7 +177,7 @@ def launch_fused_backward(
     flat_x, columns = flat(x, 3), sum(a.size for a in shared.values())
     tokens = flat_x.shape[0]
     groups = tiling.backward_groups(tokens, body.THREADS) if shared else tiling.many_groups(tokens)
-    params = fused_params(eps=eps, convention=convention) if y is None else None
+    params = body_params(convention, eps=eps) if y is None else None
     inputs = {"x": flat_x, "y": y, "dout": dout, **layer._asdict(), "params": params}
     outputs = {
         "dx": (x.shape, x.dtype),

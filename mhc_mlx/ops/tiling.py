@@ -279,8 +279,8 @@ def generic_gradient_tiling(
 
 
 COEFFICIENT_GRADIENT_SIMDGROUPS = 132 * 16  # an H100 holds these at 128 registers
-# Bytes of x that a thread of `mhc_pre_backward_coefficients` keeps with a norm: at (65536, 4, 1024)
-# it takes 408 us with 128 bytes and 460 us with 64.
+# Bytes of x that a thread of `mhc_pre_backward_coefficients_norm` keeps. H100, (65536, 4, 1024):
+# 408 us with 128 bytes, 460 us with 64.
 COEFFICIENT_GRADIENT_X_BYTES = {"metal": 64, "cuda": 128}
 STORED_HALF_STEPS = {"metal": 8, "cuda": 40}  # 128 bytes each of a simdgroup's threadgroup memory
 
@@ -299,8 +299,9 @@ class CoefficientGradientTiling(NamedTuple):
 def coefficient_gradient_tiling(
     n: int, C: int, tokens: int, norm: bool, threads: int | None, backend: str
 ) -> CoefficientGradientTiling:
-    """How `mhc_pre_backward_coefficients` takes tokens of 2-byte elements: each by a simdgroup, or
-    with a norm by a threadgroup, which keeps it in registers as far as they reach."""
+    """How `mhc_pre_backward_coefficients` takes tokens of 2-byte elements, each by a simdgroup, and
+    with a norm `mhc_pre_backward_coefficients_norm`, each by a threadgroup, which keeps it in
+    registers as far as they reach."""
     vec = math.gcd(C, 8)
     while n > 8 and n * vec > 32:
         vec //= 2
@@ -323,7 +324,8 @@ def coefficient_gradient_tiling(
 
 
 def stored_half_steps(iters: int, threads: int, backend: str) -> int:
-    """Half-steps whose divisors `mhc_pre_backward_coefficients` stores: 20 KiB at most."""
+    """Half-steps whose divisors `mhc_pre_backward_coefficients` (or `_norm`) stores: 20 KiB at
+    most."""
     return min(2 * iters, STORED_HALF_STEPS[backend], (20 << 10) // (4 * threads))
 
 

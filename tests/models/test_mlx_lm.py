@@ -27,8 +27,8 @@ from mhc_mlx.mlx_lm.exact import random_inputs, streams_dtype  # noqa: E402
 from mhc_mlx.mlx_lm.sites import (  # noqa: E402
     activations,
     find_sites,
-    own_coefficients,
     run_site,
+    stock_coefficients,
     stock_site,
 )
 from models import modules  # noqa: E402
@@ -111,7 +111,7 @@ def test_every_site_on_real_activations(kind, wide, launched):
         if wide:
             y = y.astype(mx.float32) * (1 + 2**-10)
         ours = site.hc.site(x, y, site.norm)
-        theirs = stock_site(own_coefficients(site.hc), x, y, site.norm)
+        theirs = stock_site(stock_coefficients(site.hc), x, y, site.norm)
         assert (ours[1] is None) == (theirs[1] is None) == (site.norm is None)
         for a, b in zip(ours, theirs, strict=True):
             if b is not None:

@@ -23,7 +23,7 @@ from mhc_mlx.mlx_lm.sites import (  # noqa: E402
     SinglePassConnection,
     activations,
     find_sites,
-    own_coefficients,
+    stock_coefficients,
     stock_site,
 )
 from models import modules  # noqa: E402
@@ -58,7 +58,7 @@ def test_every_constant_of_a_site(dtype, launched):
         for wide in (False, True):
             given = y.astype(mx.float32) * (1 + 2**-10) if wide else y
             ours = first.hc.site(x, given, norm)
-            theirs = stock_site(own_coefficients(first.hc), x, given, norm)
+            theirs = stock_site(stock_coefficients(first.hc), x, given, norm)
             for a, b in zip(ours, theirs, strict=True):
                 assert (a is None) == (b is None) and (a is None or a.dtype == b.dtype), name
                 if b is not None:
@@ -68,11 +68,11 @@ def test_every_constant_of_a_site(dtype, launched):
             assert max(site_errors(site, x, y)) < 2
         else:
             want = exact._exact(site, *(np.array(a, np.float64) for a in (x, y)))
-            made = stock_site(own_coefficients(site.hc), x, y, site.norm)
+            made = stock_site(stock_coefficients(site.hc), x, y, site.norm)
             for a, k in zip(made, ("out", "u", "h_pre"), strict=True):
                 if a is not None:
                     within(a, mx.array(want[k].astype(np.float32)), mx.float32)
-    for a, b in zip(last.hc(x), own_coefficients(last.hc)(x), strict=True):
+    for a, b in zip(last.hc(x), stock_coefficients(last.hc)(x), strict=True):
         within(a, b, mx.float32)
 
 

@@ -211,21 +211,26 @@ TABLE = {
         (FACTORS, "sigmoid's slope dropped", WRONG, " * mhc::sigmoid(-z_b)", ""),
     ],
     "mhc_pre": [
-        (PRE_4, "ragged rows loaded whole", OUTSIDE, "K % 32 == 0", "K % 4 == 0"),
-        (PRE_SLICE, "unaligned phi loaded whole", UNALIGNED, ">()>(phi)", ">()>(x)"),
-        (MADE_TWICE, "h_pre of another token", DIFFER, "pre + i * N, C, C - c0", "pre, C, C - c0"),
+        (PRE, "mean over a stream", WRONG, "x_dot_x, K, alpha", "x_dot_x, C, alpha"),
         (IDENTITY_32, "a tile for each of its shares", NOBODY, "grid.x / SPLITS *", "grid.x *", 1),
         (IDENTITY_32, "a share past the last output", "traffic: x",
          "= logit_begin + LOGITS_PER_GROUP <", "= -1 <"),
-        (SHARED_U, "no barrier after squares are added", RACE, BARRIER, "", 3),
     ],
     "mhc_pre coefficients.h": [
         (PRE, "h_res by columns", WRONG, "OUT_COLUMNS ? p", "false ? p"),
     ],
-    "mhc_pre streams.h": [
+    "mhc_pre read_tile.h": [
+        (MADE_TWICE, "h_pre of another token", WRONG, "pre + i * N, C, C - c0",
+         "pre, C, C - c0", 2),
+        (SHARED_U, "no barrier after squares are added", RACE, BARRIER, "", 1),
         (PRE_RUNS, "a lane's second pack its first", DIFFER, "+ j) * C + k * 32 * VEC", "+ j) * C"),
     ],
+    "mhc_pre streams.h": [
+        (PRE, "r dropped", WRONG, "if (NORM) v *= r;", ""),
+    ],
     "mhc_pre phi_product.h": [
+        (PRE_4, "ragged rows loaded whole", OUTSIDE, "return K % 32", "return K % 4"),
+        (PRE_SLICE, "unaligned phi loaded whole", UNALIGNED, ">()>(phi)", ">()>(x)"),
         (PRE_LONG, "tokens past the last", OUTSIDE, "t < tokens ? t", "true ? t"),
         (PRE, "half a simdgroup at a product", "rules: simd operations",
          "multiply_add(sum", "if (lane < 16) multiply_add(sum"),
@@ -264,20 +269,29 @@ TABLE = {
     "mhc_seam": [
         (SEAM, "no barrier before ready coefficients", UNWRITTEN,
          "  if (WRITE_BACK || !FROM_PARTIAL_LOGITS) thr", "  if (false) thr"),
-        (SEAM_ROUNDED, "u not rounded", "parity: times what", "ROUND_U && NORM", "false"),
+        (SEAM_ROUNDED, "u not rounded", "parity: times what", "true, ROUND_U,", "true, false,"),
         (SEAM_LONG, "u cached where it is made twice", f"{WRONG}; traffic: x 1",
-         " || !U_CACHED)", ")"),
+         "(!NORM || !U_CACHED)", "(!NORM)"),
     ],
     "mhc_seam_backward": [
         (SEAM_ROUNDED, "dweight of unrounded units", WRONG, "(ROUND_U ? st", "(false ? st"),
     ],
     "mhc_seam_backward seam_channel.h": [
         (SEAM_RAGGED, "out not rounded", WRONG, "static_cast<float>(static_cast<T>(o))", "o"),
+        (SEAM, "dh_post of dout alone", WRONG, "ds[i] * y", "dout[i] * y"),
     ],
     "mhc_pre_backward_coefficients": [
+        (MULTIPLIED, "the first token's matrix", WRONG, "i * MATRIX_LANES", "0"),
+    ],
+    "mhc_pre_backward_coefficients coefficient_gradient.h": [
         (MULTIPLIED, "another line's entry", WRONG, "entry_in_line == j", "line == j"),
+    ],
+    "mhc_pre_backward_coefficients_norm": [
         (TWICE, "dweight of the last token", f"{WRONG}; traffic: partial",
-         "i > 0 || first != team * TOKENS_PER_TURN", "false"),
+         "i > 0 || first != group_begin", "false"),
+    ],
+    "mhc_pre_backward_coefficients_norm stream_dots.h": [
+        (TEAM, "no barrier before shares are added", UNWRITTEN, BARRIER, ""),
     ],
     "mhc_pre_backward_projection": [
         (CHUNKS, "sums of all chunks in one row", TWO, "(id / groups_per_chunk) *", "(0) *"),

@@ -17,7 +17,6 @@ BYTES = "an element has 2 or 4 bytes: 17 // of that is the same"
 # fmt: off
 EQUIVALENT = {
     "mhc_pre_partial_logits.metal": [
-        ("8 / mhc::PHI_ROWS>()", "9 / mhc::PHI_ROWS>()", "a pack has at most 16 bytes either way"),
         ("o0 < NUM_LOGITS;", "o0 < NUM_LOGITS - 1;",
          "for n <= 8 the logits are never one more than whole blocks"),
     ],
@@ -26,7 +25,10 @@ EQUIVALENT = {
          "one place for coefficients and one barrier more do the same as two places"),
         ("r = 1.0f;", "r = 1.5f;", "without a norm r is not read"),
     ],
-    "streams.h": [
+    "phi_product.h": [
+        ("8 / PHI_ROWS>()", "9 / PHI_ROWS>()", "a pack has at most 16 bytes either way"),
+    ],
+    "read_tile.h": [
         ("8 ? N : 1;", "8 ? 1 : N;", UNROLLED),
     ],
     "mixing_matrix_backward.metal": [
@@ -50,8 +52,6 @@ EQUIVALENT = {
     ],
     "mhc_pre.metal": [
         ("PER_GROUP < NUM_LOGITS ?", "PER_GROUP <= NUM_LOGITS ?", LEAST),
-        ("(phase == 0) mhc::read", "(phase != 0) mhc::read",
-         "it is a hint to the cache which loads are the last"),
         ("LANES + 31", "LANES",
          "a simdgroup that projects makes u of some tokens too: another makes the same"),
     ],
@@ -70,11 +70,6 @@ EQUIVALENT = {
     ],
     "mhc_seam_backward.metal": [
         ("at * N,", "at,", "at is 0: what is CACHED takes one pass"),
-    ],
-    "mhc_pre_backward_coefficients.metal": [
-        ("u_dot_x = 0.0f", "u_dot_x", SET_LATER),
-        ("= 2 * N + 2;", "= 2 * N + 3;",
-         "rows of sums lie one float further apart, which no one reads"),
     ],
     "cuda/phi_gradient_matrices.h": [
         ("<__nv_bfloat16> = 1;", "<__nv_bfloat16> = 2;",

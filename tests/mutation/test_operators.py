@@ -110,6 +110,7 @@ def one_of(file: str, operator: str, word: str) -> operators.Mutant:
 
 
 SAMPLE = {  # text: the operator of its mutant
+    "include/coefficient_gradient.h": "drop_operand",
     "include/coefficients.h": "swap_indices",
     "include/common.h": "move_bound",
     "include/cuda/matrices.h": "turn_sum",
@@ -119,14 +120,18 @@ SAMPLE = {  # text: the operator of its mutant
     "include/metal/phi_gradient_matrices.h": "drop_reset",
     "include/phi_gradient.h": "wrong_stride",
     "include/phi_product.h": "drop_first_iteration",
+    "include/read_tile.h": "drop_operand",
     "include/seam_channel.h": "drop_reset",
     "include/sinkhorn.h": "turn_sum",
     "include/sinkhorn_backward.h": "drop_statement",
+    "include/stream_dots.h": "turn_sum",
+    "include/streams.h": "turn_sum",
     "mhc_fused.metal": "drop_barrier",
     "mhc_fused_backward.metal": "drop_operand",
     "mhc_fused_backward_wide.metal": "drop_barrier",
     "mhc_pre.metal": "drop_operand",
     "mhc_pre_backward_coefficients.metal": "negate_condition",
+    "mhc_pre_backward_coefficients_norm.metal": "drop_operand",
     "mhc_pre_backward_generic.metal": "swap_indices",
     "mhc_pre_backward_phi.metal": "drop_operand",
     "mhc_pre_backward_projection.metal": "drop_statement",

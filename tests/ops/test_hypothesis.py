@@ -7,12 +7,12 @@ from functools import partial
 
 import numpy as np
 import pytest
+from calls import LAYOUTS
 from cases import (
     DRAWS,
     DTYPES,
     FUSED,
     GRADIENT,
-    LAYOUTS,
     OF_LOGITS,
     OPS,
     OUTPUT_ULPS,

@@ -13,6 +13,7 @@ from proof import standin, tracing
 
 from mhc_mlx import DEEPSEEK_V4, PAPER, MHCLayer, launch, ops, reference, vmap
 from mhc_mlx.conventions import KRONECKER, MHC_LITE, START_CODES
+from mhc_mlx.ops.arrays import Params
 from mhc_mlx.ops.autodiff import FUSED_OPS
 
 N, C = 4, 8
@@ -274,3 +275,8 @@ def test_starts_have_the_names_and_values_of_the_header():
     (words,) = re.findall(r"enum \{ (START_[^}]*) \};", launch.text("include/sinkhorn.h"))
     values = dict(word.split(" = ") for word in words.split(", "))
     assert {f"START_{start.upper()}": str(code) for start, code in START_CODES.items()} == values
+
+
+def test_params_have_the_slots_of_the_header():
+    (words,) = re.findall(r"enum \{ (PRE_EPS[^}]*) \};", launch.text("include/common.h"))
+    assert words.lower().split(", ") == [*Params._fields, "count"]

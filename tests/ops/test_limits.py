@@ -146,6 +146,7 @@ def test_threadgroup_memory_of_long_rows(backend, need):
         "mhc_pre_partial_logits",
         "mhc_seam",
         "mhc_pre_backward_coefficients",
+        "mhc_pre_backward_coefficients_norm",
     }
     found = declared_bytes(list(variants.values()), backend)
     for bytes_, variant in zip(found, variants, strict=True):
@@ -201,7 +202,9 @@ def shares(name: str, template: dict, C: int) -> tuple[int, int, int]:
     if name == "mhc_pre_backward_generic":
         return t["TILE"], t["SPLITS"], 1
     if name == "mhc_pre_backward_coefficients":
-        return t["BATCH"] * simds, 1, 1 if t["NORM"] else simds
+        return t["BATCH"] * simds, 1, simds
+    if name == "mhc_pre_backward_coefficients_norm":
+        return t["BATCH"] * simds, 1, 1
     if name == "mhc_pre_backward_projection":
         return SEEN, math.ceil(n * math.ceil(C / t["SPAN"]) / simds), 1
     if name == "mhc_pre_backward_phi":

@@ -201,7 +201,7 @@ def test_tokens_that_simdgroups_share(C, threads, form, need):
     forms = [
         dict(t)
         for _, name, t, _ in launched
-        if name in ("mhc_pre", "mhc_pre_backward_coefficients")
+        if name in ("mhc_pre", "mhc_pre_backward_coefficients_norm")
     ]
     shared = {(t["U_SIMDGROUPS"] > 1, t["U_PACKS"] > 0) for t in forms if "U_SIMDGROUPS" in t}
     kept = {(t["THREADS"] > 32, t["PASSES"], t["CACHED"]) for t in forms if "CACHED" in t}

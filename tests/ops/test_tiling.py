@@ -391,7 +391,7 @@ LAUNCHES = {
     "mhc_pre": (
         {
             "mhc_pre": 16384,
-            "mhc_pre_backward_coefficients": 2112,
+            "mhc_pre_backward_coefficients_norm": 2112,
             "mhc_pre_backward_projection": 528,
         },
         {"mhc_pre": 16384, "sinkhorn_knopp": 32768, "sinkhorn_knopp_backward": 32768}
@@ -438,7 +438,7 @@ def test_threadgroups_of_many_tokens():
 FEW = {
     # runs of 32 k of 8 tokens by four simdgroups: 8 runs are two threadgroups; 9 tokens two tiles
     ("mhc_pre", 2, 4, PAPER): {"mhc_pre_partial_logits": 2, "mhc_seam": 2}
-    | {"mhc_pre_backward_coefficients": 1, "mhc_pre_backward_projection": 2},
+    | {"mhc_pre_backward_coefficients_norm": 1, "mhc_pre_backward_projection": 2},
     ("mhc_head", 9, 4, PAPER): {"mhc_pre_partial_logits": 4, "mhc_seam": 9}
     | {
         "mhc_pre_backward_coefficients": 2,
@@ -446,15 +446,15 @@ FEW = {
     },  # a simdgroup two tokens, or a span
     # tiles of 8; backward with a norm two tokens each
     ("mhc_pre", 40, 4, PAPER): {"mhc_pre": 5}
-    | {"mhc_pre_backward_coefficients": 20, "mhc_pre_backward_projection": 2},
+    | {"mhc_pre_backward_coefficients_norm": 20, "mhc_pre_backward_projection": 2},
     # tiles of 16, each shared by four; 8 matrices; tiles of two; 3 spans of 7 parts
     ("mhc_pre", 40, 12, PAPER): {"mhc_pre": 12, "sinkhorn_knopp": 5, "sinkhorn_knopp_backward": 5}
     | {"mhc_pre_backward_generic": 20, "mhc_pre_backward_phi": 21},
     # of matrices a thread takes a row, backward all
     ("mhc_pre", 40, 3, MHC_LITE): {"mhc_pre": 5, "mixing_matrix": 1, "mixing_matrix_backward": 1}
-    | {"mhc_pre_backward_coefficients": 20, "mhc_pre_backward_projection": 2},
+    | {"mhc_pre_backward_coefficients_norm": 20, "mhc_pre_backward_projection": 2},
     ("mhc_pre", 40, 8, KRONECKER): {"mhc_pre": 5, "mixing_matrix": 3, "mixing_matrix_backward": 1}
-    | {"mhc_pre_backward_coefficients": 40, "mhc_pre_backward_projection": 4},
+    | {"mhc_pre_backward_coefficients_norm": 40, "mhc_pre_backward_projection": 4},
     ("sinkhorn_knopp", 40, 4, PAPER): {"sinkhorn_knopp": 2, "sinkhorn_knopp_backward": 2},
     ("stream_mix_add", 40, 4, PAPER): {"stream_mix_add": 40, "mhc_fused_backward": 40},
     ("mhc_static", 40, 12, PAPER): {"mhc_fused": 40, "mhc_fused_backward_wide": 40},

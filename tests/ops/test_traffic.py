@@ -13,7 +13,7 @@ from mhc_mlx import PAPER, ROW_FIRST, ops
 from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE
 
 STREAMS = ("x", "y", "dout", "out", "dx", "dy", "u", "du", "dx_out")
-SCALARS = ("params", "eps", "alpha", "rows", "_shape")  # a few numbers in registers
+SCALARS = ("params", "alpha", "rows", "_shape")  # a few numbers in registers
 HERE = {"lead": (5,), "n": 4, "C": 64}  # one pass, a token in registers
 WIDE = {"lead": (2,), "n": 8, "C": 4096, "dtype": "float16"}  # backward: not in registers
 TILED = HERE | {"n": 12}
@@ -149,8 +149,8 @@ PINNED = [
     (
         Case("mhc_pre", **TILES | {"dtype": "bfloat16"}),  # u is kept for its norm, du' is written
         "mhc_pre: x 2, u 1; phi 1, bias 16, weight 16, h_post 1, h_res 1, l 1",
-        "mhc_pre_backward_coefficients: x 1, du 2; bias 7296 in all, weight 32, l 8192 in all, "
-        "dh_post 1, dh_res 1024 in all, token_factors 1, dread 1, dp 1, partial 1",
+        "mhc_pre_backward_coefficients_norm: x 1, du 2; bias 7296 in all, weight 32, l 8192 in "
+        "all, dh_post 1, dh_res 1024 in all, token_factors 1, dread 1, dp 1, partial 1",
         "mhc_pre_backward_projection: x 1, du 4, dx_out 1, dx 1; phi 1, dp 2, token_factors 2, "
         "partial 1",
         "sum_partials: out 1; partial 1",

@@ -1,9 +1,9 @@
-"""Arrays in float64 with a bound on how far float32 may leave them, element by element.
+"""Arrays in float64, each element with a bound of the error that float32 may make.
 
-The oracle's functions run on them unchanged (`evaluate`). Each operation carries the bounds of its
-operands on and adds 2^-24 of its result; a sum of m terms adds 2^-24 of the sum of their absolute
-values for each addition on the longest way: m, or m / LANES + 6 where a kernel shares a long sum
-among a simdgroup's lanes. So the bound of a sum follows its terms, not what is left of them.
+The oracle's functions run on them unchanged (`evaluate`). An operation propagates the bounds of its
+operands and adds 2^-24 of its result. A sum of m terms t adds 2^-24 sum(|t|) for each addition of
+its longest chain; these are m, or m / lanes + 6 where a kernel shares a long sum among the lanes of
+a simdgroup. So the bound of a sum grows with its terms, also where they cancel.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ import numpy as np
 from proof import oracle
 
 U = 2.0**-24
-PROJECTION = 2e-6  # of the largest element: float32's error after Sinkhorn-Knopp's half-steps
-PROJECTION_GRADIENT = 1e-5  # likewise of the gradient of its logits
-LONG = 64  # terms of a sum from which lanes share it
+PROJECTION = 2e-6  # error of a float32 projection by half-steps, relative to the largest element
+PROJECTION_GRADIENT = 1e-5  # the same of the gradient of its logits
+LONG = 64  # lanes share a sum of more terms
 
 
 def additions(count: int, lanes: int) -> float:
@@ -24,8 +24,11 @@ def additions(count: int, lanes: int) -> float:
 
 
 class Bounded:
-    """Values ``v`` and bounds ``e``; ``lanes`` as in `additions`; ``ties`` counts what `rounding`
-    left open."""
+    """An array with values ``v`` and bounds ``e``.
+
+    ``lanes`` is that of `additions`; ``ties`` counts the elements that `rounding` may round to
+    either side.
+    """
 
     __array_ufunc__ = None  # so that NumPy leaves operators to this class
     lanes, ties = 1, 0
@@ -109,11 +112,11 @@ class Bounded:
         return total / (self.size // max(1, total.size))
 
     def max(self, axis=None, keepdims=False):
-        """For what is subtracted and cancels: any number near would do."""
+        """Return numbers without bounds: the oracle subtracts a maximum only where it cancels."""
         return self.v.max(axis=axis, keepdims=keepdims)
 
     def argmax(self, axis=None, keepdims=False):
-        """Of the value: which element is largest decides a shift alone, and any is right."""
+        """Return the index of the largest value, which selects a shift; any shift is right."""
         return self.v.argmax(axis=axis, keepdims=keepdims)
 
     def prod(self, axis):
@@ -136,15 +139,17 @@ def rounded_once(v, e) -> Bounded:
 
 
 def product(a: Bounded, b: Bounded, f, count: int) -> Bounded:
-    """f(a, b), linear in each and a sum of `count` products."""
+    """Return f(a, b) for an f that is linear in both and a sum of `count` products."""
     x, y = np.abs(a.v), np.abs(b.v)
     e = f(x, b.e) + f(a.e, y) + f(a.e, b.e)
     return Bounded(f(a.v, b.v), e + (additions(count, Bounded.lanes) + 1) * U * f(x, y))
 
 
 def rounding(round_to):
-    """Rounds an array in between to a shorter dtype. Where the bound leaves open to which side, the
-    other one is in the new bound."""
+    """Return the function that rounds arrays with bounds to a shorter dtype.
+
+    Where the bound allows a result of either side, the new bound contains both.
+    """
 
     def rounded(a):
         if not isinstance(a, Bounded):
@@ -157,7 +162,7 @@ def rounding(round_to):
 
 
 def elementwise(f, slope):
-    """f, whose derivative `slope` bounds near v, of the value and of the result."""
+    """Return f for arrays with bounds; |f'| is at most slope(v, f(v)) near v."""
 
     def g(a):
         if not isinstance(a, Bounded):
@@ -169,7 +174,7 @@ def elementwise(f, slope):
 
 
 def moved(name: str):
-    """A function of NumPy that only moves elements."""
+    """Return a function of NumPy that only moves elements, for arrays with bounds."""
     f = getattr(np, name)
 
     def g(a, *rest, **options):
@@ -217,7 +222,7 @@ def zeros_like(a):
 
 
 class NumPy(types.SimpleNamespace):
-    """NumPy's functions as the oracle uses them, of arrays with bounds too."""
+    """The module `np` of the oracle: NumPy's functions, some of them for arrays with bounds."""
 
     def __getattr__(self, name):
         f = getattr(np, name)
@@ -248,8 +253,10 @@ numpy = NumPy(
 
 
 def sinkhorn_knopp(plain):
-    """The projection as one step: its half-steps pull errors together, which a bound by absolute
-    values does not see."""
+    """Return the projection with one bound for all half-steps.
+
+    Half-steps make errors smaller, but a bound of absolute values for each of them would grow.
+    """
 
     def projected(logits, convention):
         if not isinstance(logits, Bounded):
@@ -273,7 +280,7 @@ def sinkhorn_knopp(plain):
 
 @contextlib.contextmanager
 def evaluate(lanes: int, **replaced):
-    """The oracle computes with bounds; `replaced` functions of it take the place of its own."""
+    """Let the oracle compute with bounds, with the `replaced` functions in place of its own."""
     names = {"np": numpy, "sinkhorn_knopp": sinkhorn_knopp(oracle.sinkhorn_knopp)} | replaced
     before = {name: getattr(oracle, name) for name in names}
     vars(oracle).update(names)

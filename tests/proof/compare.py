@@ -1,4 +1,4 @@
-"""Outputs and every gradient of a call, and how far they are from the float64 oracle."""
+"""Compute the outputs and all gradients of a call, and their errors against the float64 oracle."""
 
 from typing import NamedTuple
 
@@ -23,14 +23,14 @@ from proof.bounded import Bounded, bounded, evaluate, rounding
 
 
 def doubles(a):
-    """An array, or each of a tuple, in float64."""
+    """Return an array, or each array of a tuple, in float64."""
     if isinstance(a, tuple):
         return tuple(map(doubles, a))
     return np.array(a.astype(mx.float32)).astype(np.float64)
 
 
 def several(out) -> tuple:
-    """The outputs of an op: without h_res where that is None."""
+    """Return the outputs of an op as a tuple, without those that are None."""
     return tuple(a for a in out if a is not None) if isinstance(out, tuple) else (out,)
 
 
@@ -39,7 +39,10 @@ def places_of_none(out) -> list[int]:
 
 
 def results(f, case, given):
-    """Outputs and gradients of every array, evaluated; None exactly where the reference has it."""
+    """Return the outputs and the gradients of all arrays, evaluated.
+
+    An output must be None exactly where that of the reference is.
+    """
     want = getattr(reference, case.op)(*case_arrays(case, given), *case.statics)
 
     def call(*arrays):
@@ -50,7 +53,8 @@ def results(f, case, given):
 
     cotangents = several(case.cotangent(case_output(case, given)))
     outputs, gradients = mx.vjp(call, given, cotangents)
-    if case.op == "mhc_single_pass" and f is not reference.mhc_single_pass:  # without l
+    # With differentiable=False mhc_single_pass does not save l, and may launch other kernels.
+    if case.op == "mhc_single_pass" and f is not reference.mhc_single_pass:
         outputs = f(*case_arrays(case, given), *case.statics, differentiable=False)
     mx.eval(outputs, gradients)
     return [*outputs, *gradients]
@@ -69,13 +73,16 @@ def case_output(case, given):
 
 
 def rounded(case):
-    """The function that rounds float64 to the dtype of the streams."""
+    """Return the function that rounds float64 to the dtype of the streams."""
     return lambda a: doubles(mx.array(a.astype(np.float32)).astype(DTYPES[case.dtype]))
 
 
 def exact(case, wide, cotangent, got=None) -> list[np.ndarray]:
-    """Outputs and gradients by the oracle, of arrays in float64. What a seam reads is the streams
-    as they were rounded: a tie that falls otherwise is no error of what follows."""
+    """Return the outputs and gradients by the oracle, for arrays in float64.
+
+    The oracle of a seam reads the rounded streams of ``got``: a tie that was rounded to the other
+    side is then no error of u and of the gradients.
+    """
     f, options = getattr(oracle, case.op), {}
     if case.op in SEAMS and got is not None:
         options = {"out": doubles(got[0]), "rounded": rounded(case)}
@@ -85,7 +92,7 @@ def exact(case, wide, cotangent, got=None) -> list[np.ndarray]:
 
 
 class Error(NamedTuple):
-    """Of one array: what is compared, in float64, and how far apart it is."""
+    """The error of one array: its name, what was computed, what is right, and their distance."""
 
     name: str
     got: np.ndarray
@@ -95,14 +102,15 @@ class Error(NamedTuple):
 
 
 def logit_ulps(case, wide, outs, chain) -> list[float]:
-    """Per output, how far the rounding of float32 logits moves it: the root mean square, in ulps.
+    """Return by how much the rounding of float32 logits moves each output: the rms, in ulps.
 
-    With u = 2**-24, a sum s is rounded by u |s| / sqrt(3), rms, each time independently. Terms t of
-    either sign add up as random walks: in chains of m additions the squares of all partial sums
-    have the mean m/2 sum(t**2), so phi @ vec(x) is off by u sqrt(m/6 sum(t**2)). Partial sums of
-    the m squares in the norm grow evenly to s: m/3 s**2, so s is off by u s sqrt(m) / 3, and its
-    rsqrt by half of that. Products, scale, bias and x as it is read: once u each.
-    The oracle carries the errors of the logits, drawn per token, to the outputs.
+    Let u = 2**-24. Each rounding of a sum s has the rms error u |s| / sqrt(3), independent of the
+    others. The phi product adds terms t of either sign, so its partial sums are a random walk: in a
+    chain of m additions their squares have the sum m/2 sum(t**2) in the mean, and the error is
+    u sqrt(m/6 sum(t**2)). The norm adds m squares, so its partial sums grow evenly to s: their
+    squares have the sum m/3 s**2, the error of s is u s sqrt(m) / 3, and that of its rsqrt is half
+    as large. Products, scale, bias and the load of x add u each.
+    Errors of the logits are drawn for each token, and the oracle carries them to the outputs.
     """
     x, *y, phi, bias, alpha = wide[: 5 if case.op in SEAMS else 4]
     rest = wide[len(y) + 4 :]
@@ -127,15 +135,16 @@ def logit_ulps(case, wide, outs, chain) -> list[float]:
 
 
 def errors(case, got, slack=1) -> list[Error]:
-    """Of every output and every gradient, against the oracle."""
+    """Return the Error of every output and every gradient against the oracle."""
     given = [a for a in case.arrays() if a is not None]
     out = case_output(case, given)
     wide, outputs, found = [doubles(a) for a in given], several(out), []
     wants, logits = exact(case, wide, doubles(case.cotangent(out)), got), [0.0] * len(outputs)
-    if case.op in OF_LOGITS and case.tokens:  # MLX sums in one chain at worst, a kernel in 32 lanes
+    # MLX may sum in a single chain; a kernel shares a sum among 32 lanes.
+    if case.op in OF_LOGITS and case.tokens:
         chain = case.n * case.C if slack > 1 else case.n * case.C / 32 + 5
         logits = logit_ulps(case, wide, wants[: len(outputs)], chain)
-    # a tie of round_aggregate that falls otherwise moves a gradient by what it rounds
+    # A tie of round_aggregate may be rounded to the other side; that moves a gradient.
     open_ties = [0.0] * len(wants)
     if case.rounded and case.dtype != "float32" and case.tokens:
         wide_wants = evaluated(case, got, slack == 1, True)
@@ -161,15 +170,17 @@ def errors(case, got, slack=1) -> list[Error]:
 
 
 def roundings(case) -> dict:
-    """The oracle's functions with the roundings between kernels, and the products of fewer bits,
-    that ONBOARDING.md declares, of what has bounds."""
+    """Return functions for the oracle that also round between kernels, on arrays with bounds.
+
+    docs/equations.md declares these roundings, and the products of fewer bits.
+    """
     plain, made, round_to = vars(oracle).copy(), {}, rounding(rounded(case))
     outs = 2 * case.n + (case.convention.res_size(case.n) if case.convention else 0)
     outs = case.n if case.op == "mhc_head" else outs
     multiplied = ops.tiling.use_matrix_gradient(outs, DTYPES[case.dtype])
 
     def token_logits(x, phi, norm_eps):
-        """mhc_pre_backward_projection, on CUDA: dx's products are of two parts of bfloat16."""
+        """On CUDA mhc_pre_backward_projection splits dp and phi in two bfloat16 parts for dx."""
         logits, back = plain["token_logits"](x, phi, norm_eps)
         v, size = bounded(x).v.reshape(*x.shape[:-2], -1), x.shape[-1] * x.shape[-2]
         r = 1 / np.sqrt((v * v).mean(-1, keepdims=True) + norm_eps)
@@ -183,12 +194,12 @@ def roundings(case) -> dict:
         return logits, backward
 
     def stream_aggregate(x, h_pre):
-        """mhc_pre_backward_coefficients writes du' of a norm in x's dtype."""
+        """With a norm mhc_pre_backward_coefficients writes du' in x's dtype."""
         u, back = plain["stream_aggregate"](x, h_pre)
         return u, lambda du: (back(round_to(du))[0], back(du)[1])
 
     def mhc_seam(*arrays):
-        """The gradient of mhc_single_pass: the seam's dx is in x's dtype."""
+        """In the gradient of mhc_single_pass the dx of the seam is rounded to x's dtype."""
         made, back = plain["mhc_seam"](*arrays)
 
         def backward(g):
@@ -205,7 +216,7 @@ def roundings(case) -> dict:
 
 
 def evaluated(case, got, kernels, gradients) -> list[Bounded]:
-    """Outputs and gradients by the oracle, with bounds."""
+    """Return the outputs and gradients by the oracle, with bounds."""
     arrays, options = case.arrays(), {}
     outputs = several(case_output(case, [a for a in arrays if a is not None]))
     wide = [None if a is None else Bounded(doubles(a)) for a in arrays]
@@ -222,9 +233,12 @@ def evaluated(case, got, kernels, gradients) -> list[Bounded]:
 
 
 def bounds(case, got, slack):
-    """Of each output, and of kernels each gradient, of 16 bits: its name, got, want, and how far
-    each element may be off: half a unit in its last place and BOUNDS times what float32 may make of
-    its terms. A rounding in between that nobody declared is another half unit of what it rounds."""
+    """Yield the bounds of each 16-bit output and, for kernels, of each 16-bit gradient.
+
+    A tuple has the name, got, want, half a unit in the last place of each element, and the bound e
+    of the error of float32 on its terms: an element may be off by the half unit and BOUNDS * e. A
+    rounding that `roundings` does not declare adds half a unit of what it rounds, and so fails.
+    """
     count = len(several(case_output(case, [a for a in case.arrays() if a is not None])))
     wants = evaluated(case, got, slack == 1, slack == 1)
     for k, (a, want) in enumerate(zip(got, wants, strict=False)):
@@ -237,7 +251,7 @@ def bounds(case, got, slack):
 
 
 def check_bounds(case, got, slack=1):
-    """Every element of 16 bits is within its own bound."""
+    """Assert that every element of 16 bits is within its own bound."""
     for name, value, want, half, off in bounds(case, got, slack):
         excess = (np.abs(value - want) - half) / np.maximum(off, 1e-30)
         worst = np.unravel_index(np.argmax(excess), excess.shape)
@@ -247,8 +261,10 @@ def check_bounds(case, got, slack=1):
 
 
 def check(case, got, slack=1):
-    """The largest error and where, against the oracle and its bound, and every element of 16 bits
-    against its own."""
+    """Assert that the largest error of each array, and every 16-bit element, is within its bound.
+
+    The message says where the largest error is.
+    """
     for name, value, want, ulps, bound in errors(case, got, slack):
         if value.size == 0:
             continue

@@ -1,10 +1,11 @@
-"""How far the reference, the simulator and this machine's GPU are from the float64 oracle.
+"""Print the errors of the reference, the simulator and this machine's GPU, by the float64 oracle.
 
     python tests/proof/error_table.py [--op OP ...] [--dtype DTYPE ...] [--quick] [--markdown]
 
-A figure is the largest error / the 99.9th percentile, in units in the last place of the dtype of
-each array: of the largest value of a token or matrix (outputs) or of the array (gradients). These
-are the errors that test_parity bounds. Parameters, coefficients and their gradients are float32.
+A cell has the largest error and the 99.9th percentile of the errors, as "largest / percentile".
+Errors are in units in the last place of the array's dtype: of the largest value of a token or
+matrix for outputs, and of the largest value of the array for gradients. test_parity bounds the same
+errors. Parameters, coefficients and their gradients are float32.
 """
 
 import argparse
@@ -28,18 +29,19 @@ from proof import errors, executor, missing, results
 
 RUNGS = ("reference", "simulator", "gpu")
 QUANTITIES = ("output", "gradient")
-TOKENS = 12  # in two axes: enough values for a percentile, and sums over tokens that round
-SHAPES = {  # n, C: of cases.STREAMS and cases.CHANNELS; conventions of coefficients per token
-    (2, 31): (ROW_FIRST, IDENTITY),  # few terms to a sum; C is prime, so loads are single
-    (4, 1280): (PAPER, DEEPSEEK_V4, MHC_LITE),  # streams of every published model, a model width
-    (8, 129): (KRONECKER, UNCONSTRAINED),  # the most in registers; ragged above a simdgroup
-    (16, 64): (PAPER,),  # the bodies that read twice
+TOKENS = 12  # 12 tokens in two axes give enough values for a percentile, and sums that round
+# (n, C) of cases.STREAMS and cases.CHANNELS, and the conventions of coefficients per token.
+SHAPES = {
+    (2, 31): (ROW_FIRST, IDENTITY),  # sums have few terms; C is prime, so loads are single
+    (4, 1280): (PAPER, DEEPSEEK_V4, MHC_LITE),  # the n of all published models; C of a model
+    (8, 129): (KRONECKER, UNCONSTRAINED),  # the most streams that registers hold; C = 4 * 32 + 1
+    (16, 64): (PAPER,),  # bodies for many streams, which read x twice
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """One case by one executor: per quantity the largest error and its 99.9th percentile."""
+    """A case on a rung, with (largest error, 99.9th percentile) of outputs and of gradients."""
 
     case: Case
     rung: str
@@ -57,9 +59,9 @@ def cases(names=FUSED, dtypes=tuple(DTYPES), quick=False) -> list[Case]:
 
 
 def variants(case: Case) -> list[Case]:
-    """By convention, coefficients shared or per token, with the weight of a norm or without."""
+    """Return the case with each convention, shared and per-token coefficients, and norm or none."""
     row = OPS[case.op]
-    if not row.rows:  # it has no C, and no dtype but that of the logits
+    if not row.rows:  # the op has no C, and only the dtype of its logits
         logits = {"C": case.n, "dtype": "float32", "weights": case.dtype}
         return [replace(case, convention=ROW_FIRST, **logits)]
     each = replace(case, per_token=row.per_token)
@@ -94,7 +96,7 @@ def dtype_of(case: Case) -> str:
 
 
 def table(rows: list[Row], by_shape: bool) -> list[list[str]]:
-    """Cells, header first: a line per op and dtype, with ``by_shape`` one per case."""
+    """Return lines of cells, the header first: a line per op and dtype, or per case."""
     rungs = [r for r in RUNGS if any(row.rung == r for row in rows)]
     lines: dict[tuple, list[Row]] = {}
     for row in rows:

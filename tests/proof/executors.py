@@ -1,11 +1,12 @@
-"""Who runs the kernels of a test: the simulator, the stand-in, clang, NVRTC or a GPU."""
+"""Executors run the kernels of a test: the simulator, the stand-in, clang, NVRTC or a GPU."""
 
 import contextlib
 import os
 import shutil
 import sys
 
-# Before MLX multiplies: its float32 products are TF32 by default on some GPUs, right to 1e-3.
+# MLX reads this at its first product. By default its float32 products are TF32 on some GPUs, with
+# errors of 1e-3.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 import mlx.core as mx
@@ -13,15 +14,15 @@ import mlx.core as mx
 from mhc_mlx import launch, ops
 
 variants: set = set()
-# In the simulator: so few threadgroups that each takes several of a case's tokens or matrices.
+# The simulator gets so few threadgroups that each computes several tokens or matrices of a case.
 FEW_GROUPS = {"FORWARD_GROUPS": 2, "MANY_GROUPS": 2, "BACKWARD_THREADS": 64}
 FEW_GROUPS |= {"COEFFICIENT_GRADIENT_SIMDGROUPS": 4}
-# So few that cases have both sizes of tile.
+# The limits are so low that cases have tokens on both sides of them.
 FEW_TOKENS = {"FEW_TOKENS": 6, "PARTIAL_LOGITS_TOKENS": 2}
 
 
 def set_tiling(**literals) -> None:
-    """Set literals of ops/tiling.py, which caches what follows from them."""
+    """Set literals of ops/tiling.py, and clear its caches, whose entries depend on them."""
     vars(ops.tiling).update(literals)
     for f in vars(ops.tiling).values():
         if hasattr(f, "cache_clear"):
@@ -29,7 +30,7 @@ def set_tiling(**literals) -> None:
 
 
 def missing(rung: str) -> str | None:
-    """Why a rung cannot run here, or None."""
+    """Return why a rung cannot run here, or None if it can."""
     if rung == "stand-in":
         return None
     if rung == "gpu":
@@ -48,17 +49,17 @@ def missing(rung: str) -> str | None:
 
 
 def forget_traces() -> None:
-    """Compiled sites of mlx_lm keep the launches of the executor that they were traced with."""
+    """Drop the compiled sites of mhc_mlx.mlx_lm: a trace keeps the launches of its executor."""
     if "mhc_mlx.mlx_lm.sites" in sys.modules:
         sys.modules["mhc_mlx.mlx_lm.sites"]._site.cache_clear()
 
 
 @contextlib.contextmanager
 def executor(rung: str, few_groups: bool = True):
-    """Kernels run by the simulator, as Metal or as CUDA has them, by this machine's GPU or the
-    stand-in, or compiled by NVRTC.
+    """Let a rung run the kernels: the simulator (for Metal or CUDA), the stand-in, or the GPU.
 
-    Yields the set of the variants that were launched.
+    The rungs "dialect" and "nvrtc" check or compile them instead. Yields the set of the variants
+    that were launched.
     """
     real_run, backend = launch.run, launch.backend
     literals = {k: getattr(ops.tiling, k) for k in (*FEW_GROUPS, *FEW_TOKENS)}
@@ -68,7 +69,7 @@ def executor(rung: str, few_groups: bool = True):
     if rung.startswith("simulator"):
         from proof import simulator
 
-        mx.disable_compile()  # it evaluates what it is given
+        mx.disable_compile()  # because the simulator evaluates its inputs
         run = simulator.run
         set_tiling(**(FEW_GROUPS if few_groups else {}))
         launch.backend = lambda: "metal"

@@ -1,26 +1,28 @@
-"""Records what the kernels are and do, and says what differs between two recordings; needs no GPU.
+"""Record what the kernels are and do, and compare two recordings. This needs no GPU.
 
     python tests/proof/freeze.py record OUT.json
     python tests/proof/freeze.py compare OLD.json NEW.json --allow 'bits .*mhc_lite'
 
-Run at the root of the checkout that is recorded, whose tests/ and mhc_mlx are used; another
-checkout is recorded with its root as the working directory and as PYTHONPATH, by this same file.
+`record` uses tests/ and mhc_mlx of the working directory, which must be the root of a checkout. To
+record another checkout with this file, run it there, with that root as PYTHONPATH.
 
-Of every case in the lists of tests/cases.py, forward and backward, per launch:
+A recording has these entries for each launch, forward and backward, of each case in the lists of
+tests/cases.py:
 
-    launch    body, threadgroups, threads, template, as Metal and as CUDA have it
-    ptx       of the CUDA form by NVRTC: without comments, lines and names (numbered by appearance)
-    figures   registers, bytes of spills, stack and shared memory
-    bits      of every output, in the simulator's first schedule, and of the op's results
+    launch    body, threadgroups, threads and template arguments, for Metal and for CUDA
+    ptx       NVRTC's PTX of the CUDA form, without comments and lines; names are numbered
+    figures   registers, and bytes of spills, stack and shared memory
+    bits      each output in the simulator's first schedule, and the results of the op
     traffic   loads and stores of each buffer
 
-and of the package all public signatures. What is recorded in OUT.json is short: texts are digests.
-The PTX and sources lie, compressed, by digest in the folder freeze-texts beside it, which also
-saves compiling a source again: `compare --diff` prints how the PTX of a changed launch differs.
-A case is known by its name. `compare` fails where anything changed or is gone and --allow, a
-regular expression searched in the lines "kind key" that it prints, does not match it; what is new
-is printed alone. --renamed FILE says how names of bodies, template arguments and arrays in OLD are
-called in NEW: each line is "old new", or "old new body..." where only these bodies of OLD have it.
+and the signatures of all public names of the package. OUT.json has digests in place of long texts.
+The folder freeze-texts beside it has the PTX and the sources, compressed, by digest; a source that
+lies there is not compiled again, and `compare --diff` prints how the PTX of a launch has changed.
+
+`compare` identifies a case by its name. It fails if an entry has changed or is gone, unless the
+regular expression of --allow is found in the line "kind key" that it prints. Entries that are new
+are printed and do not fail. --renamed FILE gives the new names of bodies, template arguments and
+arrays of OLD: each line is "old new", or "old new body..." if only these bodies of OLD have it.
 """
 
 import argparse
@@ -40,7 +42,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-if __name__ in ("__main__", "__mp_main__"):  # the checkout in which this runs, not this file's
+if __name__ in ("__main__", "__mp_main__"):  # import from the working directory's checkout
     sys.path[:0] = [os.path.join(os.getcwd(), "tests"), os.getcwd()]
 
 import mlx.core as mx
@@ -59,7 +61,7 @@ def digest(*parts: str | bytes) -> str:
 
 
 def array_digest(a) -> str:
-    """Of an array's shape, dtype and bits."""
+    """Return the digest of an array's shape, dtype and bits."""
     if a is None:
         return "None"
     bits = np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a)
@@ -67,7 +69,7 @@ def array_digest(a) -> str:
 
 
 def all_cases() -> list:
-    """The cases of every list in tests/cases.py, each once."""
+    """Return the cases of all lists in tests/cases.py, each once."""
     import cases
 
     lists = [v for v in vars(cases).values() if isinstance(v, list)]
@@ -75,7 +77,7 @@ def all_cases() -> list:
 
 
 def named(cases: list) -> dict:
-    """Cases by name; names that recur are numbered."""
+    """Return cases by name; a name that recurs gets a number."""
     found = {}
     for case in cases:
         name, k = str(case), 2
@@ -89,7 +91,7 @@ def named(cases: list) -> dict:
 
 
 def normalized(ptx: str) -> str:
-    """PTX without comments, lines of source and paths, its symbols numbered by appearance."""
+    """Return PTX without comments, source lines and paths, its symbols numbered by appearance."""
     ptx = re.sub(r"/\*.*?\*/", "", ptx, flags=re.S)
     lines = [re.sub(r"\s*//.*", "", line).rstrip() for line in ptx.split("\n")]
     ptx = "\n".join(k for k in lines if k and not re.match(r"\s*\.(file|loc)\b", k))
@@ -102,7 +104,7 @@ def normalized(ptx: str) -> str:
 
 
 def compiled(job: tuple[str, str, str]) -> dict:
-    """What NVRTC makes of a body's CUDA source, kept in a folder by the digest of the source."""
+    """Return the result of NVRTC on a body's CUDA source, which the folder keeps by digest."""
     name, source, folder = job
     from proof import nvrtc
 
@@ -177,7 +179,7 @@ def launch_words(name, groups, threads, template) -> str:
 
 
 def sources(case) -> list[tuple[str, str, str]]:
-    """Per launch of a case on CUDA: the body, the launch in words, the source."""
+    """Return (body, launch in words, source) of each launch of a case on CUDA."""
     from mhc_mlx import launch, ops
     from proof import executor, nvrtc, results
 
@@ -195,7 +197,7 @@ def sources(case) -> list[tuple[str, str, str]]:
 
 
 def counts(buffer) -> str:
-    """Loads and stores of a buffer: least, most and all."""
+    """Return the least, the most and all loads and stores of the elements of a buffer, in words."""
     words = []
     for kind, each in (("loads", buffer.loads), ("stores", buffer.stores)):
         if each.size and each.any():
@@ -204,7 +206,7 @@ def counts(buffer) -> str:
 
 
 def simulated(case, form: str) -> dict:
-    """Launches of a case in the simulator, and the bits of its results."""
+    """Return the launches of a case in the simulator, and the bits of its results."""
     from mhc_mlx import launch, ops
     from proof import executor, results, simulator
 
@@ -236,13 +238,13 @@ def simulated(case, form: str) -> dict:
 
 
 def of_case(case) -> dict:
-    """All of a case but its PTX, of which the sources are given; or the error that it raised."""
+    """Return all entries of a case but its PTX, with the sources for it, or the error it raised."""
     found = {"inputs": digest(*(array_digest(a) for a in case.arrays()))}
     try:
         found["cuda"] = sources(case)
         for form in FORMS:
             found[form] = simulated(case, form)
-    except Exception as error:  # recorded: a case that fails must not hide the others
+    except Exception as error:  # it is recorded: a case that fails must not hide the others
         found["error"] = f"{type(error).__name__}: {error}"[:2000]
     return found
 
@@ -259,7 +261,7 @@ def signature(f) -> str:
 
 
 def signatures() -> dict[str, str]:
-    """Every public name of the package's modules, and the public methods of its classes."""
+    """Return the signatures of all public names of the package, and of its classes' methods."""
     found = {}
     for module in map(importlib.import_module, MODULES):
         for name, v in sorted(vars(module).items()):
@@ -286,7 +288,7 @@ def signatures() -> dict[str, str]:
 
 
 def record(cases: dict, folder: Path, workers: int = 0) -> dict[str, dict[str, str]]:
-    """Texts by kind and key of cases by name; in this process where workers is 0."""
+    """Return the entries of cases, by kind and key; with 0 workers this process computes them."""
     folder.mkdir(parents=True, exist_ok=True)
     if workers:
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
@@ -329,13 +331,13 @@ def record(cases: dict, folder: Path, workers: int = 0) -> dict[str, dict[str, s
 
 
 def jobs_of(made: dict, folder: Path) -> list[tuple[str, str, str]]:
-    """What NVRTC must compile, each once."""
+    """Return the arguments of `compiled` for all sources, each once."""
     each = [(name, s, str(folder)) for one in made.values() for name, _, s in one.get("cuda", [])]
     return list(dict.fromkeys(each))
 
 
 def renamed(recording: dict, lines: str) -> dict:
-    """A recording with new names in its keys, behind the case's, and in its launches."""
+    """Return a recording with new names in its launches, and in its keys after the case's name."""
     rules = [line.split() for line in lines.splitlines() if line.strip()]
 
     def renew(text: str) -> str:
@@ -354,7 +356,7 @@ def renamed(recording: dict, lines: str) -> dict:
 
 
 def compared(old: dict, new: dict) -> dict[str, dict[str, list[str]]]:
-    """By kind the keys that are equal, changed, new and gone."""
+    """Return, by kind, the keys of entries that are equal, changed, new and gone."""
     found = {}
     for kind in (*KINDS, "error"):
         a, b = old.get(kind, {}), new.get(kind, {})
@@ -369,7 +371,7 @@ def compared(old: dict, new: dict) -> dict[str, dict[str, list[str]]]:
 
 
 def report(old: dict, new: dict, allow: str | None, most: int, diff: tuple | None) -> bool:
-    """Print what differs; whether all of it is allowed."""
+    """Print what differs, and return whether all of it is allowed."""
     right = True
     for kind, lists in compared(old, new).items():
         line = ", ".join(f"{len(keys)} {word}" for word, keys in lists.items())

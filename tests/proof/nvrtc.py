@@ -1,4 +1,4 @@
-"""Compiles the CUDA form of a launch with NVRTC and MLX's own options; needs no GPU.
+"""Compile the CUDA form of a launch with NVRTC and MLX's own options. This needs no GPU.
 
 pip install nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-cccl
 """
@@ -43,15 +43,16 @@ FIGURES = {
     "shared": r"(\d+) bytes smem",
     "stack": r"(\d+) bytes stack frame",
 }
-TOGETHER = 12  # launches in a program
-PRECOMPILED = 320 << 20  # bytes for NVIDIA's headers, precompiled once in each process
-figures: dict = {}  # per compiled variant: registers, spills, stack and shared bytes, seconds
+TOGETHER = 12  # a program has at most this number of launches
+PRECOMPILED = 320 << 20  # bytes of NVIDIA's headers, which each process precompiles once
+# Registers, bytes of spills, stack and shared memory, and seconds of each compiled variant.
+figures: dict = {}
 TYPES = {mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16"}
 
 
 @functools.cache
 def toolkit():
-    """(NVRTC, include folders), or None where the wheels are missing."""
+    """Return (NVRTC's library, its include folders), or None if the wheels are missing."""
     for packages in [*site.getsitepackages(), site.getusersitepackages()]:
         for root in Path(packages).glob("nvidia/cu1*"):
             libraries = sorted(root.glob("lib/libnvrtc.so.1*"))
@@ -63,7 +64,7 @@ def toolkit():
 
 
 def cuda_source(name, inputs, outputs, threads, template) -> str:
-    """What MLX's cuda_kernel would compile for this launch."""
+    """Return the source that MLX's cuda_kernel would compile for this launch."""
     body = launch.absent_pointers(inputs, outputs) + launch.text(f"{name}.metal")
     parameters = []
     for k, a in inputs.items():
@@ -90,14 +91,16 @@ def cuda_source(name, inputs, outputs, threads, template) -> str:
 
 
 def compile_cuda(name: str, source: str, arch: str = "sm_90a") -> tuple[str, dict[str, float]]:
-    """The compiler's errors ("" if none) and registers, spilled bytes, shared bytes, seconds."""
+    """Compile one launch; return the compiler's errors ("" if none) and its `figures`."""
     error, found = compile_together(name, (source,), arch)
     return error, found[0] if found else {}
 
 
 def compile_together(name: str, sources: tuple[str, ...], arch: str) -> tuple[str, list[dict]]:
-    """Likewise of launches with one header, in one program: what stands before a kernel is most of
-    the time. Each has the seconds of all, divided by their number."""
+    """Compile launches with the same header as one program; return the errors and all figures.
+
+    Most of the time goes into what stands before a kernel. Each launch gets an equal part of it.
+    """
     start = time.perf_counter()
     error, log, _ = compile_program(name, sources, arch)
     seconds = time.perf_counter() - start
@@ -118,8 +121,10 @@ def compile_together(name: str, sources: tuple[str, ...], arch: str) -> tuple[st
 
 
 def compile_program(name: str, sources: tuple[str, ...], arch: str) -> tuple[str, str, str]:
-    """The errors, the log and the PTX of a program of launches with one header; their kernels are
-    custom_kernel_{name}_0 and so on."""
+    """Compile launches with the same header as one program; return the errors, the log and the PTX.
+
+    The kernels are called custom_kernel_{name}_0, custom_kernel_{name}_1, ...
+    """
     nvrtc, includes = toolkit()
     kernels, parts = [f"custom_kernel_{name}_{k}" for k in range(len(sources))], []
     for kernel_name, source in zip(kernels, sources, strict=True):
@@ -138,7 +143,7 @@ def compile_program(name: str, sources: tuple[str, ...], arch: str) -> tuple[str
         "--device-as-default-execution-space",
         f"--gpu-architecture={arch}",
         "--ptxas-options=-v",
-        "--pch",  # or two thirds of the time go into NVIDIA's headers
+        "--pch",  # without it two thirds of the time go into NVIDIA's headers
         "--pch-messages=false",
     ]
     flags = [f.encode() for f in flags + [f"--include-path={p}" for p in includes]]
@@ -158,7 +163,7 @@ def compile_program(name: str, sources: tuple[str, ...], arch: str) -> tuple[str
 
 
 def run(name, inputs, outputs, groups, threads, template, verbose=False) -> list[mx.array]:
-    """`launch.run` that compiles, for two architectures, and runs nothing."""
+    """Compile a launch in place of `launch.run`, and return zeros."""
     key = (name, cuda_source(name, inputs, outputs, threads, template))
     rings[key] = template.get("RING_BYTES", 0)
     if _collecting is not None:
@@ -169,12 +174,12 @@ def run(name, inputs, outputs, groups, threads, template, verbose=False) -> list
 
 
 _collecting: list | None = None
-rings: dict[tuple[str, str], int] = {}  # bytes of threadgroup memory that a launch adds
+rings: dict[tuple[str, str], int] = {}  # RING_BYTES, threadgroup memory that a launch adds
 
 
 @contextlib.contextmanager
 def collecting():
-    """Launches only collect (name, source), for `compile_all`."""
+    """Let launches append (name, source) to a list, for `compile_all`, and compile nothing."""
     global _collecting
     _collecting = []
     try:
@@ -184,9 +189,11 @@ def collecting():
 
 
 def compile_all(keys: list[tuple[str, str]]) -> None:
-    """Fills `figures`; a body's first variant also compiles for sm_80. Launches with one header are
-    a program, and many programs go to processes, one a core, since NVRTC compiles one program at a
-    time in each."""
+    """Compile launches for sm_90a, and the first variant of each body for sm_80; fill `figures`.
+
+    Launches with the same header form a program. Many programs are spread over one process per
+    core, because NVRTC compiles one program at a time in a process.
+    """
     new = [key for key in dict.fromkeys(keys) if key not in figures]
     seen = {name for name, _ in figures}
     older = {k: s for k, s in reversed(new) if k not in seen}

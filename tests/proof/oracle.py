@@ -1,4 +1,8 @@
-"""The equations in float64 NumPy, with gradients by hand; written from the paper."""
+"""The equations of arXiv 2512.24880 in float64 NumPy, with gradients derived by hand.
+
+Each function returns its results and a function ``backward`` that takes their cotangents to the
+gradients of its array arguments. This module shares no code with the package.
+"""
 
 import dataclasses
 
@@ -11,8 +15,10 @@ def logsumexp(a, axis):
 
 
 def log_step_backward(q, y, axis, left=0.0):
-    """Of ``b = a - log(sum(exp(a)) + eps)``, from q, the gradient of b, and y = exp(b): ``q - y *
-    sum(q)``, where the largest y is one minus all others and minus left, eps over the sum.
+    """The gradient of a, ``q - y * sum(q)``, for ``b = a - log(sum(exp(a)) + eps)``.
+
+    q is the gradient of b and y = exp(b). For the largest y, ``1 - y`` is computed as the sum of
+    the other y and of left = eps / (sum(exp(a)) + eps).
     """
     largest = np.zeros(y.shape, dtype=bool)
     np.put_along_axis(largest, y.argmax(axis=axis, keepdims=True), True, axis)
@@ -22,7 +28,7 @@ def log_step_backward(q, y, axis, left=0.0):
 
 
 def sinkhorn_logs(logits, convention):
-    """`sinkhorn_knopp` for the starts exp and softmax, all of it in logs."""
+    """`sinkhorn_knopp` for the starts exp and softmax, computed entirely in logs."""
     order = [-1, -2] if convention.first == "rows" else [-2, -1]
     eps, softmax = convention.eps, convention.start == "softmax"
     log_eps = np.log(eps) if eps else -np.inf
@@ -41,7 +47,7 @@ def sinkhorn_logs(logits, convention):
     def backward(g):
         q, shift = g, 0.0
         for k, (axis, y, left) in reversed(list(enumerate(steps))):
-            if k == len(steps) - 1:  # any shift of a line's g is right but for eps
+            if k == len(steps) - 1:  # a shift of a line of g changes the gradient only through eps
                 at = y.argmax(axis=axis, keepdims=True)
                 shift = np.take_along_axis(g, at, axis)
                 q = log_step_backward(y * (g - shift), y, axis, left) + y * shift * left
@@ -53,7 +59,7 @@ def sinkhorn_logs(logits, convention):
 
 
 def sinkhorn_knopp(logits, convention):
-    """h_res, and the function that takes its cotangent to the gradient of the logits."""
+    """h_res of the logits, by half-steps."""
     if convention.start == "additive":
         order = [-1, -2] if convention.first == "rows" else [-2, -1]
         steps, final = [], np.eye(logits.shape[-1]) + logits
@@ -82,7 +88,7 @@ def sigmoid(v):
 
 
 def gates(H_pre, H_post, convention):
-    """h_pre and h_post, and the function of their cotangents."""
+    """h_pre and h_post of H_pre and H_post."""
     c = convention
     if not c.sigmoid:
         return (H_pre, H_post), lambda dpre, dpost: (dpre, dpost)
@@ -108,7 +114,7 @@ def rms_norm(u, weight, eps, rounded=lambda a: a):
 
 
 def over_tokens(a, ndim):
-    """Sum of leading axes, for a coefficient that all tokens share."""
+    """The sum of a over its leading axes, down to ndim axes: tokens share the coefficient."""
     return a.reshape(-1, *a.shape[a.ndim - ndim :]).sum(0) if a.ndim > ndim else a
 
 
@@ -180,7 +186,7 @@ def softmax_backward(p, dp):
 
 
 def project(logits, n, convention):
-    """h_res of R logits; where R is 0, None for the identity, and backward takes nothing."""
+    """h_res of R logits; where R is 0 it is None, for the identity, and backward takes nothing."""
     lead = logits.shape[:-1]
     if logits.shape[-1] == 0:
         return None, lambda: np.zeros_like(logits)
@@ -235,7 +241,7 @@ def token_logits(x, phi, norm_eps):
 
 
 def mhc_coefficients(x, phi, bias, alpha, convention, norm_eps=1e-6):
-    """h_pre, h_post and, unless it is the identity, h_res; backward takes as many cotangents."""
+    """h_pre, h_post and, unless it is the identity, h_res; backward takes a tuple of as many."""
     n = x.shape[-2]
     logits, logits_back = token_logits(x, phi, norm_eps)
     scale = np.repeat(alpha, (n, n, len(phi) - 2 * n))
@@ -253,7 +259,7 @@ def mhc_coefficients(x, phi, bias, alpha, convention, norm_eps=1e-6):
 
 
 def mhc_pre(x, phi, bias, alpha, weight, convention, norm_eps=1e-6, eps=1e-5):
-    """u, h_post, h_res unless it is the identity, and x; backward takes as many cotangents."""
+    """u, h_post, h_res unless it is the identity, and x; backward takes a tuple of as many."""
     (h_pre, *kept), make_back = mhc_coefficients(x, phi, bias, alpha, convention, norm_eps)
     u, read_back = stream_aggregate(x, h_pre)
     u, norm_back = (u, lambda du: (du,)) if weight is None else rms_norm(u, weight, eps)
@@ -286,7 +292,10 @@ def mhc_head(x, phi, bias, alpha, convention, norm_eps=1e-6):
 def mhc_seam(
     x, y, h_pre, h_post, h_res, weight, eps=1e-5, round_aggregate=False, out=None, rounded=None
 ):
-    """``out`` is the streams as they were rounded, ``rounded`` rounds to their dtype."""
+    """out and u. The read takes the argument ``out``, the rounded streams, if it is there.
+
+    ``rounded`` is the function that rounds to the dtype of the streams.
+    """
     made, back = stream_mix_add(x, y, h_post, h_res)
     streams = made if out is None else out
     u, read_back = stream_aggregate(streams, h_pre)

@@ -13,17 +13,19 @@ import math
 from types import SimpleNamespace
 
 import mlx.core as mx
-from cases import ARRAYS, OPS, always, never
+from calls import always, never
+from cases import ARRAYS, OPS
 
 from mhc_mlx import reference
 from mhc_mlx.conventions import START_CODES, Convention
+from mhc_mlx.ops.arrays import Params
 from mhc_mlx.ops.autodiff import FUSED_OPS
 from proof.compare import several
 
 LOWER = {k: a for k, a in ARRAYS.items() if k.islower()}
 SAME = {"x", "y", "dout", "du", "dx_out", "partial"}  # of dtype T
 STARTS = {code: start for start, code in START_CODES.items()}
-FLOAT32 = {"params", "eps", "l", "dz_res", "dp", "partial_logits", "token_factors"}
+FLOAT32 = {"params", "l", "dz_res", "dp", "partial_logits", "token_factors"}
 FLOAT32 |= {"dh_pre", "dh_post"}
 
 
@@ -37,18 +39,9 @@ def opaque(a: mx.array) -> mx.array:
     return mx.as_strided(bits).view(a.dtype).reshape(a.shape)
 
 
-NUMBERS = {1: ("projection_eps",)}  # the slots of params, by how many it has
-NUMBERS[5] = ("eps", "pre_eps", "post_scale", "post_eps", "projection_eps")
-NUMBERS[6] = ("pre_eps", "post_scale", "post_eps", "norm_eps", "eps", "projection_eps")
-
-
-def numbers(params: mx.array) -> dict[str, mx.array]:
-    return dict(zip(NUMBERS[params.size], params, strict=True))
-
-
 def convention(t: dict, params: mx.array) -> SimpleNamespace:
     """What `reference` reads of a Convention, from the template and the arrays of a launch."""
-    columns, p = t.get("COLUMNS", False), numbers(params)
+    columns, p = t.get("COLUMNS", False), Params(*params)
     c = Convention("", STARTS[t.get("START", 0)], iters=t.get("ITERS", 20), eps=1.0)
     return SimpleNamespace(
         start=c.start,
@@ -58,8 +51,10 @@ def convention(t: dict, params: mx.array) -> SimpleNamespace:
         iters=c.iters,
         transposed=columns != t.get("OUT_COLUMNS", columns),
         sigmoid=t.get("GATES", False),
-        eps=p["projection_eps"],
-        **{name: p.get(name) for name in ("pre_eps", "post_scale", "post_eps")},
+        eps=p.projection_eps,
+        pre_eps=p.pre_eps,
+        post_scale=p.post_scale,
+        post_eps=p.post_eps,
     )
 
 
@@ -72,7 +67,7 @@ def layer(t: dict, params: mx.array | None, arrays: dict):
     """The function of a layer's bodies, and its arrays by name: coefficients as they are used."""
     if not t.get("NORM", True):
         return reference.stream_mix_add, arrays
-    c, eps = convention(t, params), numbers(params)["eps"]
+    c, eps = convention(t, params), Params(*params).eps
     h_pre, h_post = reference.gates(arrays["h_pre"], arrays.get("h_post", mx.zeros(1)), c)
     if not t["MIX"]:
         return lambda *a: reference.stream_aggregate_norm(*a, eps), arrays | {"h_pre": h_pre}
@@ -118,10 +113,15 @@ def mixing_matrix_backward(t, groups, logits, dh_res):
     return {"dlogits": dlogits}
 
 
+def head(t: dict) -> bool:
+    """Whether h_pre is all that the logits make."""
+    return t.get("NUM_LOGITS") == t["N"]
+
+
 def of_outputs(t: dict, alpha: mx.array) -> mx.array:
     """The alpha of each row of phi."""
     n = t["N"]
-    sizes = [n] if t["HEAD"] else [n, n, t["NUM_LOGITS"] - 2 * n]
+    sizes = [n] if head(t) else [n, n, t["NUM_LOGITS"] - 2 * n]
     return mx.concatenate([mx.broadcast_to(alpha[i], (k,)) for i, k in enumerate(sizes)])
 
 
@@ -137,21 +137,21 @@ def pre_parts(t, alpha, bias, params):
 
 def mhc_pre(t, groups, x, phi, bias, alpha, params, weight=None):
     n, (logits, pre, post) = t["N"], pre_parts(t, alpha, bias, params)
-    unit = reference._logits(x, phi, params[3])
+    unit = reference._logits(x, phi, Params(*params).norm_eps)
     z, made = logits(unit), {}
     h_pre = pre(z[:, :n])
     if t["SAVE_LOGITS"]:
-        scale = mx.rsqrt((x * x).mean((1, 2)) + params[3])
+        scale = mx.rsqrt((x * x).mean((1, 2)) + Params(*params).norm_eps)
         made["l"] = mx.concatenate([unit, scale[:, None]], -1)
     if t["WRITE_U"]:
         u = reference.stream_aggregate(x, h_pre)
-        made["u"] = reference.rms_norm(u, weight, params[4]) if t["NORM"] else u
-    made |= {"h_pre": h_pre} if t["WRITE_H_PRE"] else {}
-    made |= {} if t["HEAD"] else {"h_post": post(z[:, n : 2 * n])}
+        made["u"] = reference.rms_norm(u, weight, Params(*params).eps) if t["NORM"] else u
+    made |= {} if t["WRITE_U"] else {"h_pre": h_pre}
+    made |= {} if head(t) else {"h_post": post(z[:, n : 2 * n])}
     if t["PROJECT"]:
         c = convention(t, params)
         made["h_res"] = reference.sinkhorn_knopp(z[:, 2 * n :].reshape(-1, n, n), c)
-    elif not t["HEAD"] and t["NUM_LOGITS"] > 2 * n:
+    elif not head(t) and t["NUM_LOGITS"] > 2 * n:
         made["logits"] = z[:, 2 * n :]
     return made
 
@@ -159,7 +159,7 @@ def mhc_pre(t, groups, x, phi, bias, alpha, params, weight=None):
 def coefficient_gradients(t, x, bias, alpha, params, weight, d):
     """What a token's coefficients give: h_pre, dp, pull, the gradient of x where it is read, and
     the sums over tokens."""
-    n, gated, eps = t["N"], t["N"] if t["HEAD"] else 2 * t["N"], params[4]
+    n, gated, eps = t["N"], t["N"] if head(t) else 2 * t["N"], Params(*params).eps
     (logits, pre, post), (unit, scale) = (
         pre_parts(t, alpha, bias, params),
         mx.split(d["l"], [-1], -1),
@@ -171,13 +171,13 @@ def coefficient_gradients(t, x, bias, alpha, params, weight, d):
         return reference.rms_norm(u, *weight, eps) if weight else u
 
     dx, dz, sums = 0, [], []
-    if t["HAS_DU"]:
-        given = [x, z[:, :n]] + ([weight] if t["NORM"] else [])
+    if "du" in d:
+        given = [x, z[:, :n]] + ([] if weight is None else [weight])
         dx, dz_pre, *sums = mx.vjp(read, given, [d["du"]])[1]
         dz = [dz_pre]
     else:
         dz = mx.vjp(pre, [z[:, :n]], [d["dh_pre"]])[1]
-    dz = list(dz) + ([] if t["HEAD"] else mx.vjp(post, [z[:, n:gated]], [d["dh_post"]])[1])
+    dz = list(dz) + ([] if head(t) else mx.vjp(post, [z[:, n:gated]], [d["dh_post"]])[1])
     if t.get("PROJECT"):
         c, logits = convention(t, params), z[:, gated:].reshape(-1, n, n)
         res = mx.vjp(lambda a: reference.sinkhorn_knopp(a, c), [logits], [d["dh_res"]])[1][0]
@@ -190,15 +190,20 @@ def coefficient_gradients(t, x, bias, alpha, params, weight, d):
     return pre(z[:, :n]), scale * dl, pull, dx, [dz.sum(0), (dz * unit).sum(0), *sums]
 
 
-def mhc_pre_backward_coefficients(t, groups, x, bias, alpha, params, weight=None, **d):
+def mhc_pre_backward_coefficients(t, groups, x, bias, alpha, params, **d):
+    h_pre, dp, pull, _, sums = coefficient_gradients(t, x, bias, alpha, params, None, d)
+    factors = mx.concatenate([h_pre, pull], -1)
+    rows = partials(groups * (t["THREADS"] // 32), *sums)
+    return {"token_factors": factors, "dp": dp, "partial": rows}
+
+
+def mhc_pre_backward_coefficients_norm(t, groups, x, bias, alpha, params, weight, **d):
     h_pre, dp, pull, _, sums = coefficient_gradients(t, x, bias, alpha, params, weight, d)
-    made = {"dp": dp, "partial": partials(groups * (1 if t["NORM"] else t["THREADS"] // 32), *sums)}
-    made["token_factors"] = mx.concatenate([h_pre, pull], -1)
-    if t["NORM"]:
-        u = reference.stream_aggregate(x, h_pre)
-        norm = [lambda u: reference.rms_norm(u, weight, params[4]), [u], [d["du"]]]
-        made["dread"] = mx.vjp(*norm)[1][0]
-    return made
+    factors = mx.concatenate([h_pre, pull], -1)
+    eps, u = Params(*params).eps, reference.stream_aggregate(x, h_pre)
+    (dread,) = mx.vjp(lambda u: reference.rms_norm(u, weight, eps), [u], [d["du"]])[1]
+    made = {"token_factors": factors, "dread": dread, "dp": dp}
+    return made | {"partial": partials(groups, *sums)}
 
 
 def mhc_pre_backward_generic(t, groups, x, bias, alpha, params, phi, weight=None, **d):
@@ -243,7 +248,9 @@ def mhc_seam(
     n, made = t["N"], {}
     if t["FROM_PARTIAL_LOGITS"]:
         sums = partial_logits.sum(1)
-        scale = mx.rsqrt(sums[:, t["NUM_LOGITS"] :].sum(-1, keepdims=True) / x[0].size + params[3])
+        scale = mx.rsqrt(
+            sums[:, t["NUM_LOGITS"] :].sum(-1, keepdims=True) / x[0].size + Params(*params).norm_eps
+        )
         unit, (logits, pre, post) = (
             scale * sums[:, : t["NUM_LOGITS"]],
             pre_parts(t, alpha, bias, params),
@@ -252,24 +259,25 @@ def mhc_seam(
         h = {"h_pre": pre(z[:, :n]), "h_post": post(z[:, n : 2 * n])}
         made |= {"l": mx.concatenate([unit, scale], -1)} if t["SAVE_LOGITS"] else {}
         made |= {"new_h_pre": h["h_pre"]} if t["WRITE_H_PRE"] else {}
-        made |= {} if t["HEAD"] or t["WRITE_BACK"] else {"new_h_post": h["h_post"]}
+        made |= {} if head(t) or t["WRITE_BACK"] else {"new_h_post": h["h_post"]}
         if t["PROJECT"]:
             c = convention(t, params)
             h["h_res"] = reference.sinkhorn_knopp(z[:, 2 * n :].reshape(-1, n, n), c)
             made |= {} if t["WRITE_BACK"] else {"new_h_res": h["h_res"]}
-        elif not t["HEAD"] and t["NUM_LOGITS"] > 2 * n:
+        elif not head(t) and t["NUM_LOGITS"] > 2 * n:
             made["logits"] = z[:, 2 * n :]
     if t["WRITE_BACK"]:
         arrays = [x.astype(t["T"]), y.astype(t["T"]), h["h_pre"], h["h_post"], h["h_res"], weight]
-        made["out"], made["u"] = reference.mhc_seam(*arrays, params[4], t["ROUND_U"])
+        made["out"], made["u"] = reference.mhc_seam(*arrays, Params(*params).eps, t["ROUND_U"])
     elif t["WRITE_U"]:
-        made["u"] = reference._read(x, h["h_pre"], weight, params[4], mx.float32)
+        made["u"] = reference._read(x, h["h_pre"], weight, Params(*params).eps, mx.float32)
     return made
 
 
 BODIES = (mhc_fused, mhc_fused_backward, sum_partials, mixing_matrix, mixing_matrix_backward)
 BODIES += (mhc_pre, mhc_pre_backward_coefficients, mhc_pre_backward_generic, mhc_pre_backward_phi)
 BODIES += (mhc_pre_backward_projection, mhc_pre_partial_logits, mhc_seam)
+BODIES += (mhc_pre_backward_coefficients_norm,)
 BODIES = {f.__name__: f for f in BODIES} | {"mhc_fused_backward_wide": mhc_fused_backward}
 
 # ---- bodies with an op's name
@@ -281,15 +289,15 @@ def of_op(name: str, t: dict, given: dict, outputs: dict) -> dict:
     if op not in FUSED_OPS:
         raise ValueError(f"[{name}] must be named as an op is or be in BODIES of standin.py.")
     row = {k.lower(): a for k, a in OPS[op].arrays.items()}
-    cotangents = [k for k in given if k not in (*row, "params", "eps")]
+    cotangents = [k for k in given if k not in (*row, "params")]
     taken = {k: a for k, a in given.items() if k not in cotangents}
     streams = {k: t["T"] for k in taken.keys() & row.keys() if row[k].dtype == "dtype"}
     taken = checked(name, taken, promised(t, given, row), streams)
     arrays = {k: a for k, a in taken.items() if k in row}
     arrays = {k: a if k in streams else a.astype(mx.float32) for k, a in arrays.items()}
-    known, params = {"round_aggregate": t.get("ROUND_U")}, taken.get("params", taken.get("eps"))
+    known, params = {"round_aggregate": t.get("ROUND_U")}, taken.get("params")
     if params is not None:
-        known |= numbers(params) | {"convention": convention(t, params)}
+        known |= Params(*params)._asdict() | {"convention": convention(t, params)}
     names = list(inspect.signature(getattr(reference, op)).parameters)
     fixed = [known[k] for k in names[len(row) :]]
 
@@ -312,7 +320,7 @@ def of_op(name: str, t: dict, given: dict, outputs: dict) -> dict:
 def promised(t: dict, given: dict, row: dict) -> dict:
     """Shape of each input by name, as the headers of the bodies say."""
     n, L, seam, first = t["N"], t.get("NUM_LOGITS", 0), "ROUND_U" in t, next(iter(given.values()))
-    tokens, C, gates = len(first), first.shape[-1], n if t.get("HEAD") else 2 * n
+    tokens, C, gates = len(first), first.shape[-1], n if head(t) else 2 * n
 
     def lead(k: str) -> tuple:
         if row[k].per_token in (always, never):
@@ -320,15 +328,14 @@ def promised(t: dict, given: dict, row: dict) -> dict:
         flag = f"{k.split('_')[-1]}_per_token".upper()  # a seam's coefficients are per token
         return (tokens,) * t.get(flag, t.get("PER_TOKEN", seam))
 
-    sizes = {"n": n, "C": C, "K": n * C, "L": L}
-    shapes = {k: a.shape(lead(k), sizes) for k, a in row.items()}
+    sizes = {"n": n, "C": C, "K": n * C, "L": L, "1": 1, "3": 3}
+    shapes = {k: a.shape(lead(k), sizes.get) for k, a in row.items()}
     each = {"dp": (L,), "token_factors": (n + 1,), "l": (L + 1,), "dz_res": (L - gates,)}
     each |= {"partial_logits": (-(-n * C // 32), L + 4), "dx_out": (n, C), "du": (C,)}
     each |= {"dout": (n, C) if t.get("MIX") or seam else (C,), "partial": (C,)}
     each |= {"dh_pre": (n,), "dh_post": (n,), "dh_res": (n, n)} | ({"logits": (L,)} if L else {})
     shapes |= {k: (tokens, *last) for k, last in each.items()}
-    params = {"params": (6,) if L or seam else (5,), "eps": (1,)}
-    return shapes | params | ({"alpha": (1,)} if t.get("HEAD") else {})
+    return shapes | {"params": (len(Params._fields),)} | ({"alpha": (1,)} if head(t) else {})
 
 
 def agree(name: str, got: dict, want: dict) -> None:
@@ -362,8 +369,7 @@ def run(name, inputs, outputs, groups, threads, template, verbose=False) -> list
         made = of_op(name, template, given, wanted)
     if "VEC" in template:
         C, vec = given["x"].shape[2], template["VEC"]
-        loops = name == "mhc_pre_backward_coefficients" and not template["NORM"]
-        most = threads * vec * (C if loops else template.get("PASSES", C))
+        most = threads * vec * template.get("PASSES", C)
         agree(name, {"C % VEC": C % vec, "C": min(C, most)}, {"C % VEC": 0, "C": C})
     if summed := [made.pop(k) for k in list(made) if k not in wanted]:  # gradients, over tokens
         made["partial"] = partials(groups, *summed)

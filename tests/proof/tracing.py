@@ -1,4 +1,4 @@
-"""The Metal source of launches, captured in this process: fast, for tests in one thread."""
+"""Capture the Metal source of launches in this process. This is fast, and for one thread only."""
 
 import contextlib
 import os
@@ -13,9 +13,9 @@ from mhc_mlx import launch
 
 
 def metal_source(f: Callable, *arrays: mx.array) -> str:
-    """What MLX prints on this process's standard output while it records f for export.
+    """Return what MLX prints on standard output while `mx.export_function` records f.
 
-    f launches with ``verbose=True``. Ops in it run by `launch.run`, for Metal.
+    f must launch with ``verbose=True``. Its ops launch by `launch.run`, with Metal as the backend.
     """
     sys.stdout.flush()
     saved = os.dup(1)

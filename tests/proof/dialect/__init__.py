@@ -1,4 +1,4 @@
-"""Checks the exact Metal source that MLX generates for a launch as Apple's compiler would; no GPU.
+"""Check the Metal source that MLX generates for a launch as Apple's compiler would, without a GPU.
 
 pip install libclang
 """
@@ -15,9 +15,10 @@ STUB = Path(__file__).parent / "metal.hpp"
 FLAGS = ["-x", "clcpp", "-cl-std=clc++2021", "-target", "spir64", "-cl-no-stdinc"]
 FLAGS += ["-Xclang", "-cl-ext=-all,+cl_khr_fp16,+__opencl_c_generic_address_space"]
 FLAGS += ["-include", str(STUB), "-Wfloat-conversion", "-Wimplicit-float-conversion"]
-FLAGS += ["-Wno-duplicate-decl-specifier", "-Wno-null-dereference"]  # by `constant`, by `parse`
+# The first warning comes from the macro `constant`, the second from the references of `parse`.
+FLAGS += ["-Wno-duplicate-decl-specifier", "-Wno-null-dereference"]
 SPACES = {"__global_device": "device", "__global_host": "constant", "__local": "threadgroup"}
-NO_SPACE = (0, 5)  # clang's numbers: none written, and generic, which OpenCL makes of that
+NO_SPACE = (0, 5)  # clang's numbers of no address space, and of generic, OpenCL's default
 POINTERS = ("POINTER", "LVALUEREFERENCE", "RVALUEREFERENCE")
 TYPED = ("PARM_DECL", "VAR_DECL", "FIELD_DECL", "CSTYLE_CAST_EXPR", "CXX_STATIC_CAST_EXPR")
 ABSENT = {"LAMBDA_EXPR": "a lambda", "GOTO_STMT": "goto", "ASM_STMT": "inline assembly"}
@@ -32,7 +33,7 @@ ATTRIBUTES = """dispatch_quadgroups_per_threadgroup dispatch_simdgroups_per_thre
 
 @functools.cache
 def _index():
-    """libclang's Index, or None where it is missing."""
+    """Return libclang's Index, or None if libclang is missing."""
     try:
         from clang import cindex
     except ImportError:
@@ -48,9 +49,10 @@ def available() -> bool:
 
 
 def parse(source: str):
-    """Clang's tree of generated source, with what only Apple's clang takes put otherwise.
+    """Return clang's tree of generated source, after replacing what only Apple's clang accepts.
 
-    Lines stay: the attributes go, and threadgroup variables of the kernel become references.
+    Attributes are removed, and the kernel's threadgroup variables become references. The numbers of
+    the lines do not change.
     """
 
     def references(found) -> str:
@@ -77,14 +79,17 @@ def parse(source: str):
 
 
 def _alike(diagnostic) -> bool:
-    """Whether it refuses `a ? object : value` of one struct: right in Metal (complex64 in MLX's
-    steel/gemm/loader.h), but in OpenCL the object's type has an address space."""
+    """Tell whether a diagnostic refuses `a ? object : value` of one struct.
+
+    Metal accepts this (complex64 in MLX's steel/gemm/loader.h). In OpenCL the type of the object
+    has an address space, so clang sees two types.
+    """
     pair = re.match(r"incompatible operand types \('(.*)' and '(.*)'\)", diagnostic.spelling)
     return bool(pair) and len({re.sub("__private |const ", "", t) for t in pair.groups()}) == 1
 
 
 def _compiler(unit):
-    """(line, message) of each error and warning."""
+    """Yield (line, message) of each error and warning of clang."""
     for d in unit.diagnostics:
         notes = [n.spelling for n in d.children if "in instantiation" not in n.spelling]
         message = re.sub("__private ?", "", "; ".join([d.spelling, *notes[:1]]))
@@ -95,7 +100,7 @@ def _compiler(unit):
 
 
 def _text_lint(source: str):
-    """(line, message) of what a parser does not see."""
+    """Yield (line, message) of faults that a parser does not see."""
     constants = set(re.findall(r"(?:typename|int|bool) (\w+)[,>]", source))
     for number, line in enumerate(source.split("\n"), 1):
         if not line.isascii():
@@ -105,14 +110,14 @@ def _text_lint(source: str):
 
 
 def _declarations(cursor):
-    """What the source declares, in namespaces too."""
+    """Yield the declarations of the source, also those in namespaces."""
     for c in cursor.get_children():
         if c.location.file and c.location.file.name == "launch.metal":
             yield from _declarations(c) if c.kind.name == "NAMESPACE" else (c,)
 
 
 def _lacks_space(c) -> bool:
-    """Whether c is or returns a pointer or reference for which no address space is written."""
+    """Tell whether c is or returns a pointer or reference without a written address space."""
     kind = c.type.kind.name
     if c.kind.name == "PARM_DECL" and kind.endswith("ARRAY"):  # whose pointer OpenCL makes private
         return not {t.spelling for t in c.get_tokens()} & {"thread", *SPACES.values()}
@@ -126,14 +131,14 @@ def _lacks_space(c) -> bool:
 
 
 def _after_parameters(method) -> list[str]:
-    """The words between a member function's parameters and its body."""
+    """Return the words between a member function's parameters and its body."""
     words = [t.spelling for t in method.get_tokens()]
     words = words[: words.index("{")] if "{" in words else words
     return words[len(words) - words[::-1].index(")") :]
 
 
 def _tree_lint(declarations: list, source: str):
-    """(line, message) of what clang takes, but Metal, MLX or CUDA does not."""
+    """Yield (line, message) of what clang accepts, but Metal, MLX or CUDA does not."""
     kernel_name = re.search(r"\[\[kernel\]\] void (\w+)", source).group(1)
     inputs = re.findall(r"const (?:device|constant) \w+[*&] (\w+) \[\[buffer", source)
     taken = ATTRIBUTES + [f"{k}_{word}" for k in inputs for word in ("shape", "strides", "ndim")]
@@ -163,9 +168,9 @@ def _tree_lint(declarations: list, source: str):
 
 
 def _recursion(declarations: list, source: str):
-    """(line, message) of functions that may call themselves.
+    """Yield (line, message) of functions that may call themselves.
 
-    A call that computes its template arguments is of another function.
+    A call whose template arguments are computed calls another instance, and does not count.
     """
     lines, first, calls = source.split("\n"), {}, {}
     for f in declarations:
@@ -186,7 +191,7 @@ def _recursion(declarations: list, source: str):
 
 
 def refusals(source: str) -> list[str]:
-    """Why Metal, MLX or CUDA would refuse generated Metal source, each with its line."""
+    """Return why Metal, MLX or CUDA would refuse generated Metal source, with the lines."""
     source = [source, *re.findall(r"```\n(.*?)```", source, re.S)][-1]
     unit = parse(source)
     declarations = list(_declarations(unit.cursor))
@@ -200,7 +205,7 @@ _checked: set[str] = set()
 
 
 def run(name, inputs, outputs, groups, threads, template, verbose=False) -> list[mx.array]:
-    """`launch.run` that checks, and runs nothing."""
+    """Check the source of a launch in place of `launch.run`, and return zeros."""
     source = simulator.generated(name, inputs, outputs, groups, threads, template)
     if source not in _checked:
         found = refusals(source)

@@ -1,10 +1,11 @@
-"""Runs the exact Metal source that MLX generates for a launch, on the CPU; sees every access.
+"""The simulator runs the Metal source that MLX generates for a launch on the CPU.
 
-Linux, with g++ >= 12 or clang >= 15. `run` stands in for `launch.run`: it runs the kernel
-under every schedule and raises SimulationError, naming body, line, thread and element, for an
-access out of bounds or misaligned, a read of memory that nobody wrote, a race, an output element
-written twice or never, lanes that part before a simd operation or a barrier, a limit of Metal's
-exceeded, or results that differ between schedules.
+It sees every access of every thread. It needs Linux, with g++ >= 12 or clang >= 15. `run` takes the
+place of `launch.run`: it runs the kernel under every schedule and raises SimulationError, which
+names body, line, thread and element, for these faults: an access out of bounds or misaligned; a
+read of memory that no thread wrote; a race; an output element that is written twice or never; lanes
+that diverge before a simd operation or a barrier; a limit of Metal that is exceeded; results that
+differ between schedules.
 """
 
 import contextlib
@@ -31,15 +32,17 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++
 CACHE = Path(tempfile.gettempdir()) / f"mhc_mlx_simulator_{os.getuid()}"
 SCHEDULES = ("lock-step", "greedy forward", "greedy reverse", "lock-step, inputs one element off")
 MAX_THREADS, MAX_BUFFERS = 1024, 31
-SUMS = ("partial",)  # outputs in which a thread may keep a running sum
-GAP = 1 << 20  # bytes between buffers: memory that nobody may touch
+SUMS = ("partial",)  # outputs whose elements a thread may read and write again, as running sums
+GAP = 1 << 20  # bytes between buffers, which no thread may access
 BOUNDS = "bounds" if "clang" in (COMPILER or "") else "bounds-strict"
 BODY_FLAGS = ["-std=c++20", "-O1", "-g1", "-w", "-ffp-contract=off", "-fPIC", "-c"]
-BODY_FLAGS += ["-ftrivial-auto-var-init=pattern"]  # a register that nobody wrote reads as -1.7e38
+BODY_FLAGS += ["-ftrivial-auto-var-init=pattern"]  # a register that was never set reads as -1.7e38
 BODY_FLAGS += [
     f"-fsanitize=thread,alignment,{BOUNDS},signed-integer-overflow,shift,integer-divide-by-zero",
     f"-I{HERE}",
 ]
+# The runtime brings the libraries of C and C++. The linker spends 45 ms on them, g++ 130 on a body.
+WITHOUT_LIBRARIES = ("-nostdlib", "-lgcc")
 ENTRY = """
 extern "C" void simulated() {{
   {kernel}({arguments});
@@ -56,19 +59,19 @@ POSITIONS = {
 
 
 class SimulationError(RuntimeError):
-    """The kernel broke a rule."""
+    """A kernel broke a rule of the simulator."""
 
 
 @dataclass
 class Watched:
-    """A buffer of a launch: how often each element was loaded and stored, and who stored it."""
+    """A buffer of a launch, with the loads and stores of each element and its last writer."""
 
     output: bool
     array: np.ndarray
     loads: np.ndarray = field(init=False)
     stores: np.ndarray = field(init=False)
-    writer: np.ndarray = field(init=False)  # thread of the grid
-    where: np.ndarray = field(init=False)  # its instruction
+    writer: np.ndarray = field(init=False)  # the index of the thread in the grid
+    where: np.ndarray = field(init=False)  # the address of the instruction that stored
 
     def __post_init__(self):
         self.loads, self.stores, self.writer = np.zeros((3, self.array.size), np.uint32)
@@ -83,7 +86,7 @@ class Watched:
 
 @dataclass
 class Record:
-    """A simulated launch."""
+    """A simulated launch and its buffers."""
 
     name: str
     threads: int
@@ -92,7 +95,7 @@ class Record:
     library: Path
 
     def line(self, buffer: str, element: int) -> str:
-        """Thread and source line that stored an element."""
+        """The thread and the source line that stored an element, in words."""
         b = self.buffers[buffer]
         group, thread = divmod(int(b.writer[element]), self.threads)
         line = source_line(self.library, runtime().sim_offset(int(b.where[element])))
@@ -107,9 +110,9 @@ _shifted: set | None = None
 
 @contextlib.contextmanager
 def shifting():
-    """Launches run once more for each input: it alone is an element off, then 8 bytes.
+    """Run launches twice more for each input, which is moved alone: by an element, and by 8 bytes.
 
-    Yields a set to which each launch adds (its body, an input, bytes off).
+    Yields a set to which each launch adds (body, input, bytes).
     """
     global _shifted
     before, _shifted = _shifted, set()
@@ -121,7 +124,7 @@ def shifting():
 
 @contextlib.contextmanager
 def recording():
-    """Collects a Record of every launch (of its first schedule)."""
+    """Yield a list to which each launch adds the Record of its first schedule."""
     global _recording
     before, _recording = _recording, []
     try:
@@ -137,9 +140,10 @@ class _Buffer(ctypes.Structure):
 
 
 def check_private(folder: Path) -> None:
-    """Make the folder if need be; refuse one in which others could leave programs for us to load.
+    """Create the folder if it is missing; raise RuntimeError if other users can write to it.
 
-    Its name is known to all users, in a folder where all may make it.
+    All users know its name and may create it. This process loads programs from it, so it must not
+    hold theirs.
     """
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
@@ -156,8 +160,8 @@ def check_private(folder: Path) -> None:
     raise RuntimeError(f"[simulator] {folder} must {must} but got {got}: remove it.")
 
 
-def build(source: Path | str, flags: list[str], digest: str) -> Path:
-    """A shared library of C++ source, made once."""
+def build(source: str, flags: list[str], digest: str, link_flags=WITHOUT_LIBRARIES) -> Path:
+    """Return the shared library of C++ source; it is compiled once for each digest."""
     check_private(CACHE)
     library = CACHE / f"{hashlib.sha256(digest.encode()).hexdigest()[:24]}.so"
     if library.exists():
@@ -166,7 +170,8 @@ def build(source: Path | str, flags: list[str], digest: str) -> Path:
         path, compiled, made = (Path(folder, f"program.{end}") for end in ("cpp", "o", "so"))
         path.write_text(source)
         compile_it = [COMPILER, *flags, str(path), "-o", str(compiled)]
-        for command in (compile_it, [COMPILER, "-shared", str(compiled), "-o", str(made)]):
+        link_it = [COMPILER, "-shared", str(compiled), "-o", str(made), *link_flags]
+        for command in (compile_it, link_it):
             run = subprocess.run(command, capture_output=True, text=True)
             if run.returncode:
                 raise SimulationError(f"it does not compile:\n{run.stderr[:4000]}")
@@ -177,7 +182,7 @@ def build(source: Path | str, flags: list[str], digest: str) -> Path:
 @functools.cache
 def runtime() -> ctypes.CDLL:
     text = (HERE / "runtime.cpp").read_text()
-    library = build(text, ["-std=c++20", "-O2", "-fPIC", "-c", "-U_FORTIFY_SOURCE"], text)
+    library = build(text, ["-std=c++20", "-O2", "-fPIC", "-c", "-U_FORTIFY_SOURCE"], text, ())
     loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     loaded.simulate.restype = ctypes.c_char_p
     loaded.sim_offset.restype = ctypes.c_uint64
@@ -187,7 +192,7 @@ def runtime() -> ctypes.CDLL:
 
 @functools.cache
 def program(source: str) -> tuple[Path, ctypes._SimpleCData]:
-    """The library and the entry of a body's C++, compiled once per source."""
+    """Return the library and the entry function of a body's C++, compiled once per source."""
     runtime()
     words = "".join((HERE / file).read_text() for file in ("body.hpp", "ptx.hpp"))
     library = build(source, BODY_FLAGS, source + words + str(BODY_FLAGS))
@@ -196,7 +201,7 @@ def program(source: str) -> tuple[Path, ctypes._SimpleCData]:
 
 @functools.cache
 def source_line(library: Path, offset: int) -> str:
-    """file:line of an instruction, with the lines of the calls it was inlined into."""
+    """Return file:line of an instruction, and of the calls into which it was inlined."""
     tool = shutil.which("addr2line")
     if not tool or not offset:
         return "an unknown line"
@@ -207,13 +212,13 @@ def source_line(library: Path, offset: int) -> str:
 
 
 def kernel_files() -> list[str]:
-    """The files of kernels/ by the names that `launch.text` takes."""
+    """Return the files of kernels/ by the names that `launch.text` takes."""
     folder = launch._FOLDERS[1]
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.*"))
 
 
 def generated(name, inputs, outputs, groups, threads, template) -> str:
-    """The Metal source that MLX generates for a launch."""
+    """Return the Metal source that MLX generates for a launch."""
     arrays = {k: v for k, v in inputs.items() if v is not None}
 
     def traced(*values):
@@ -225,12 +230,15 @@ def generated(name, inputs, outputs, groups, threads, template) -> str:
 
 
 _run = launch.run
-_cuda = False  # headers of CUDA instead of Metal's
+_cuda = False  # whether launches include the headers of CUDA instead of Metal's
 
 
 @contextlib.contextmanager
 def cuda_form():
-    """Launches run the text of kernels/ that CUDA gets, PTX by `ptx.hpp`, in MLX's Metal kernel."""
+    """Let launches run the text of kernels/ for CUDA, inside the Metal kernel that MLX generates.
+
+    `ptx.hpp` takes the place of `ptx.h`.
+    """
     global _cuda
     header = launch._header
     _cuda, launch._header = True, lambda name, backend: header(name, "cuda")
@@ -243,7 +251,7 @@ def cuda_form():
 
 
 def cpp(name: str, source: str) -> tuple[str, list[str]]:
-    """C++ for generated Metal source, and the names of its buffers in order."""
+    """Return C++ for generated Metal source, and the names of its buffers in order."""
     names, arguments = [], []
     (parameters,) = re.findall(r"(?s)\[\[kernel\]\] void \w+\((.*?)\) \{", source)
     for kind, parameter, attribute in re.findall(
@@ -260,7 +268,7 @@ def cpp(name: str, source: str) -> tuple[str, list[str]]:
     headers = [file for file in kernel_files() if file.endswith(".h")]
     if _cuda:
         source = source.replace(launch.text("include/cuda/ptx.h"), '\n#include "ptx.hpp"\n')
-    for file in (*headers, f"{name}.metal"):  # so that errors name our lines
+    for file in (*headers, f"{name}.metal"):  # so that errors name the lines of kernels/
         text = launch.text(file)
         source = source.replace(text, f'\n#line 1 "{file}"\n{text}\n#line 1 "generated"\n')
     source = re.sub(r"(?m)^template \[\[host_name.*$", "", source)
@@ -278,7 +286,10 @@ def cpp(name: str, source: str) -> tuple[str, list[str]]:
 
 
 def to_numpy(a: mx.array) -> np.ndarray:
-    """Without a copy where a is contiguous, so that its address is the one MLX would pass."""
+    """Return a as NumPy's array, without a copy where it is contiguous.
+
+    Its address is then the one that MLX would pass to a kernel.
+    """
     return np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a, copy=False)
 
 
@@ -288,7 +299,7 @@ def from_numpy(a: np.ndarray, dtype: mx.Dtype) -> mx.array:
 
 @functools.cache
 def fresh() -> int:
-    """Where MLX's allocations begin, modulo 16."""
+    """Return the address of an array that MLX has just allocated, modulo 16."""
     return to_numpy(mx.arange(64) + 0).ctypes.data % 16
 
 
@@ -296,7 +307,7 @@ NUMPY = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}
 
 
 def place(arrays: dict[str, np.ndarray], offsets: dict[str, int]) -> dict[str, np.ndarray]:
-    """Copies, ``offsets`` bytes after a multiple of 64, with gaps between them."""
+    """Copy arrays to addresses ``offsets`` bytes after a multiple of 64, with gaps between them."""
     room = np.empty(sum(a.nbytes + 2 * GAP for a in arrays.values()), np.uint8)
     placed, at = {}, -room.ctypes.data % 64
     for k, a in arrays.items():
@@ -308,7 +319,7 @@ def place(arrays: dict[str, np.ndarray], offsets: dict[str, int]) -> dict[str, n
 
 
 def run(name, inputs, outputs, groups, threads, template, verbose=False) -> list[mx.array]:
-    """`launch.run` on the CPU, under every schedule."""
+    """Run a launch on the CPU, under every schedule, in place of `launch.run`."""
     body = f"{name}.metal"
     if not 1 <= threads <= MAX_THREADS or threads % 32 or groups * threads >= 1 << 31:
         raise SimulationError(f"{body}: {groups} groups of {threads} threads")
@@ -320,7 +331,7 @@ def run(name, inputs, outputs, groups, threads, template, verbose=False) -> list
     shapes = {f"{k}_shape": np.array(v.shape, np.int32) for k, v in given.items()}
     made = {k: v for k, v in outputs.items() if v is not None}
     blank = {k: np.empty(v[0], NUMPY[v[1]]) for k, v in made.items()}
-    contiguous = {k: v for k, v in given.items() if v.flags.c_contiguous}  # others MLX copies
+    contiguous = {k: v for k, v in given.items() if v.flags.c_contiguous}  # MLX copies the others
     offsets = {k: (v.ctypes.data - fresh()) % 16 for k, v in contiguous.items()}
     odd = {k: (offsets.get(k, 0) + v.itemsize) % 16 for k, v in given.items()}
     schedules = [(title, k % 3, odd if k == 3 else offsets) for k, title in enumerate(SCHEDULES)]

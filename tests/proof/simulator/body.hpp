@@ -46,6 +46,7 @@ void* sim_buffer(int k);
 void* sim_threadgroup(const char* name, size_t bytes, size_t element);
 void sim_barrier(int flags, const char* file, int line);
 float sim_exchange(float v, uint lane, const char* file, int line);
+float sim_sum(float v, const char* file, int line);
 uint sim_row();
 uint sim_column();
 void sim_matrix(float* d, const float* a, const float* b, const float* c, const char* file, int line);
@@ -55,10 +56,7 @@ void sim_matrix(float* d, const float* a, const float* b, const float* c, const 
 inline void threadgroup_barrier(mem_flags flags, HERE) { sim_barrier(int(flags), file, line); }
 inline float simd_shuffle_xor(float v, ushort mask, HERE) { return sim_exchange(v, (sim_thread() & 31u) ^ mask, file, line); }
 inline float simd_shuffle(float v, ushort lane, HERE) { return sim_exchange(v, lane, file, line); }
-inline float simd_sum(float v, HERE) {
-  for (ushort o = 1; o < 32; o *= 2) v += sim_exchange(v, (sim_thread() & 31u) ^ o, file, line);
-  return v;
-}
+inline float simd_sum(float v, HERE) { return sim_sum(v, file, line); }
 
 struct simdgroup_float8x8 {
   typedef float Elements __attribute__((vector_size(8)));  // of this lane

@@ -7,10 +7,12 @@ inline uint __float_as_uint(float v) { return __builtin_bit_cast(uint, v); }
 inline float __uint_as_float(uint v) { return __builtin_bit_cast(float, v); }
 
 extern "C" {
-void sim_lanes(const void* mine, void* all, size_t bytes, const char* file, int line);
+void sim_multiply_tf32(float* d, const uint* factors, const char* file, int line);
+void sim_multiply_16(float* d, const uint* factors, uint K, const char* file, int line);
+void sim_load_matrices(uint* w, uint address, uint count, bool transposed, const char* file, int line);
+uint sim_transposed(uint w, const char* file, int line);
 void sim_simdgroup_sync(const char* file, int line);
 uint sim_address(const void* p);
-void* sim_pointer(uint address);
 void* sim_dynamic();
 void sim_copy(uint to, const void* from);
 void sim_commit();
@@ -20,67 +22,27 @@ void sim_wait(int left);
 namespace mhc {
 #define HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
-struct SimMatrix { uint a[4], b[2]; };  // a lane's share of both factors
-
-// d += a b, 16 x K by K x 8; element(w, k, i): of a lane's word the i-th k. Products are exact, the sum is rounded at its end.
-template <int K, typename F>
-inline void sim_multiply(float (&d)[4], const SimMatrix& mine, F value, const char* file, int line) {
-  SimMatrix all[32];
-  sim_lanes(&mine, all, sizeof mine, file, line);
-  const uint g = sim_thread() % 32 / 4, q = sim_thread() % 4;
-  for (uint i = 0; i < 4; ++i) {
-    const uint row = g + i / 2 * 8, column = 2 * q + i % 2;
-    double sum = d[i];
-    for (uint k = 0; k < K; ++k) sum += double(value(all, row, k, true)) * double(value(all, column, k, false));
-    d[i] = float(sum);
-  }
-}
-inline float sim_tf32(uint w) { return __uint_as_float(w & 0xffffe000u); }
-inline float sim_half_word(uint w, uint k) { return __uint_as_float(k % 2 ? w & 0xffff0000u : w << 16); }
-
+// d += a b, 16 x K by K x 8, of a lane's share of both factors
 inline void multiply_tf32(float (&d)[4], uint a0, uint a1, uint a2, uint a3, uint b0, uint b1, HERE) {
-  sim_multiply<8>(d, {{a0, a1, a2, a3}, {b0, b1}}, [](const SimMatrix* all, uint i, uint k, bool first) {
-    const SimMatrix& m = all[i % 8 * 4 + k % 4];
-    return sim_tf32(first ? m.a[i / 8 + k / 4 * 2] : m.b[k / 4]);
-  }, file, line);
+  const uint factors[] = {a0, a1, a2, a3, b0, b1};
+  sim_multiply_tf32(d, factors, file, line);
 }
 inline void multiply_16(float (&d)[4], uint a0, uint a1, uint a2, uint a3, uint b0, uint b1, HERE) {
-  sim_multiply<16>(d, {{a0, a1, a2, a3}, {b0, b1}}, [](const SimMatrix* all, uint i, uint k, bool first) {
-    const SimMatrix& m = all[i % 8 * 4 + k % 8 / 2];
-    return sim_half_word(first ? m.a[i / 8 + k / 8 * 2] : m.b[k / 8], k);
-  }, file, line);
+  const uint factors[] = {a0, a1, a2, a3, b0, b1};
+  sim_multiply_16(d, factors, 16, file, line);
 }
 inline void multiply_8(float (&d)[4], uint a0, uint a1, uint b0, HERE) {
-  sim_multiply<8>(d, {{a0, a1}, {b0}}, [](const SimMatrix* all, uint i, uint k, bool first) {
-    const SimMatrix& m = all[i % 8 * 4 + k / 2];
-    return sim_half_word(first ? m.a[i / 8] : m.b[0], k);
-  }, file, line);
+  const uint factors[] = {a0, a1, 0, 0, b0, 0};
+  sim_multiply_16(d, factors, 8, file, line);
 }
 
 inline uint bfloat_pair(float low, float high) { return uint(bfloat(low).bits) | uint(bfloat(high).bits) << 16; }
 
 inline uint shared_address(const void* p) { return sim_address(p); }
 template <int COUNT, bool TRANSPOSED> inline void load_matrices(uint* w, uint row, HERE) {
-  uint rows[32];
-  sim_lanes(&row, rows, sizeof row, file, line);
-  const uint g = sim_thread() % 32 / 4, q = sim_thread() % 4;
-  for (uint m = 0; m < COUNT; ++m) {
-    uint v[2];
-    for (uint e = 0; e < 2; ++e) {
-      const uint r = TRANSPOSED ? 2 * q + e : g, c = TRANSPOSED ? g : 2 * q + e;
-      v[e] = static_cast<const ushort*>(sim_pointer(rows[8 * m + r]))[c];
-    }
-    w[m] = v[0] | v[1] << 16;
-  }
+  sim_load_matrices(w, row, COUNT, TRANSPOSED, file, line);
 }
-inline uint transposed(uint w, HERE) {
-  uint all[32];
-  sim_lanes(&w, all, sizeof w, file, line);
-  const uint g = sim_thread() % 32 / 4, q = sim_thread() % 4;
-  uint v[2];
-  for (uint e = 0; e < 2; ++e) v[e] = all[(2 * q + e) * 4 + g / 2] >> g % 2 * 16 & 0xffffu;
-  return v[0] | v[1] << 16;
-}
+inline uint transposed(uint w, HERE) { return sim_transposed(w, file, line); }
 
 inline void copy_16(uint to, const void* from) { sim_copy(to, from); }
 inline void commit_copies() { sim_commit(); }

@@ -25,13 +25,12 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t start;
-  jmp_buf here;
-  bool started;
+  jmp_buf here, begin;  // where it stopped; where it begins a threadgroup
+  bool has_begin, started;
   int state, line, flags;
   const char* file;
   uint tid, arrays, turn;
-  float values[2][8];  // published at this simd operation and at the one before
+  float values[2][8];  // numbers or bits published at this simd operation and at the one before
   bool sync;           // it is one that orders memory in the simdgroup
   std::vector<Copy> copies;  // asked for, oldest first
   std::vector<size_t> commits;  // copies in each
@@ -61,11 +60,13 @@ struct Array {
   std::vector<Touch> touches;
 };
 
+constexpr uint MAX_THREADS = 1024;
 constexpr size_t STACK = 128 << 10, RED_ZONE = 4096, LIMIT = 32 << 10, CUDA_LIMIT = 227 << 10;
 constexpr int MEM_THREADGROUP = 2;
 
 std::vector<Fiber> fibers;
-std::vector<char> stacks, arena;
+char* stacks;             // one for each of MAX_THREADS fibers, reserved once
+std::vector<char> arena;
 std::vector<Array> arrays;
 Array dynamic;            // what the launch gives
 uint turns[32];           // of each simdgroup's memory
@@ -102,14 +103,16 @@ void stop(int state, const char* file, int line) {
 
 // Publishes to the simdgroup, waits for its lanes, and returns the first. Who is at the next operation publishes in the
 // other turn, so nobody overwrites a value before all have read it.
-const Fiber* publish(std::initializer_list<float> values, const char* file, int line) {
+const Fiber* publish(const void* values, size_t bytes, const char* file, int line) {
   current->turn ^= 1;
-  std::copy(values.begin(), values.end(), current->values[current->turn]);
+  std::memcpy(current->values[current->turn], values, bytes);
   stop(AT_SIMD, file, line);
   return &fibers[current->tid & ~31u];
 }
 
+// Runs once for each fiber, which comes back to its first line for each threadgroup.
 void thread_main() {
+  _setjmp(current->begin);
   kernel();
   current->state = DONE;
   current->line = 0;
@@ -122,7 +125,14 @@ bool resume(Fiber& f) {
   if (!_setjmp(scheduler)) {
     if (f.started) _longjmp(f.here, 1);
     f.started = true;
-    setcontext(&f.start);
+    if (f.has_begin) _longjmp(f.begin, 1);
+    f.has_begin = true;
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks + f.tid * STACK;
+    context.uc_stack.ss_size = STACK;
+    makecontext(&context, thread_main, 0);
+    setcontext(&context);
   }
   current = nullptr;
   return true;
@@ -166,14 +176,14 @@ bool run_group(int schedule) {
     if (!error.empty()) return false;
     if (moved) continue;
     bool done = true;
-    for (auto& f : fibers) done &= f.state == DONE;
+    for (uint i = 0; i < threads; ++i) done &= fibers[i].state == DONE;
     if (done) return true;
-    for (auto& f : fibers) {
-      const Fiber& first = fibers[0];
+    for (uint i = 0; i < threads; ++i) {
+      const Fiber &f = fibers[i], &first = fibers[0];
       if (f.state != first.state || f.line != first.line || f.file != first.file)
         return apart(first, f, "not all threads reach one barrier");
     }
-    for (auto& f : fibers) f.state = RUNNING;
+    for (uint i = 0; i < threads; ++i) fibers[i].state = RUNNING;
     if (fibers[0].flags & MEM_THREADGROUP) ++epoch;
   }
 }
@@ -233,7 +243,7 @@ void device_access(Buffer& b, size_t offset, size_t size, bool write, void* wher
 void access(void* p, size_t size, size_t alignment, bool write, void* where) {
   if (!current) return;
   const char* a = static_cast<char*>(p);
-  if (a >= stacks.data() && a < stacks.data() + stacks.size()) return;  // registers
+  if (a >= stacks && a < stacks + MAX_THREADS * STACK) return;  // registers
   const char* what = write ? "writes" : "reads";
   if (uintptr_t(p) % alignment) {
     fail(where, "thread %u of threadgroup %u: misaligned %zu bytes", current->tid, group, size);
@@ -302,24 +312,75 @@ void sim_barrier(int flags, const char* file, int line) {
 }
 
 float sim_exchange(float v, uint lane, const char* file, int line) {
-  return publish({v}, file, line)[lane].values[current->turn][0];
+  return publish(&v, sizeof v, file, line)[lane].values[current->turn][0];
 }
 
-// The lanes' shares, up to 32 bytes each, in order
-void sim_lanes(const void* mine, void* all, size_t bytes, const char* file, int line) {
-  float words[8] = {};
-  std::memcpy(words, mine, bytes);
-  const Fiber* lanes = publish({words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7]}, file, line);
-  for (uint i = 0; i < 32; ++i) std::memcpy(static_cast<char*>(all) + i * bytes, lanes[i].values[current->turn], bytes);
+// Lanes add in pairs, then pairs of these, as by simd_shuffle_xor of 1, 2, 4, 8, 16.
+float sim_sum(float v, const char* file, int line) {
+  const Fiber* lanes = publish(&v, sizeof v, file, line);
+  float sums[32];
+  for (uint i = 0; i < 32; ++i) sums[i] = lanes[i].values[current->turn][0];
+  for (uint o = 1; o < 32; o *= 2)
+    for (uint i = 0; i < 32; i += 2 * o) sums[i] += sums[i + o];
+  return sums[0];
 }
 void sim_simdgroup_sync(const char* file, int line) {
   current->sync = true;
-  publish({}, file, line);
+  publish(nullptr, 0, file, line);
+}
+
+uint sim_address(const void* p) { return uint(static_cast<const char*>(p) - arena.data()); }
+static void* sim_pointer(uint address) { return arena.data() + address; }
+
+// What another lane published of a matrix in registers
+static uint word(const Fiber* lanes, uint lane, uint k) { return __builtin_bit_cast(uint, lanes[lane].values[current->turn][k]); }
+
+// d += a b, 16 x K by K x 8, of four and two words a lane, in each one number, tf32, or two, bfloat16.
+// Products are exact, the sum is rounded at its end.
+static inline void multiply(float* d, const uint* factors, uint K, uint per_word, const char* file, int line) {
+  const Fiber* lanes = publish(factors, 6 * sizeof(uint), file, line);
+  const uint g = current->tid % 32 / 4, q = current->tid % 4;
+  auto value = [&](uint first, uint row, uint k) {
+    const uint w = word(lanes, row * 4 + k / per_word % 4, first + k / (4 * per_word) * (first < 4 ? 2 : 1));
+    return double(__builtin_bit_cast(float, per_word == 1 ? w & 0xffffe000u : k % 2 ? w & 0xffff0000u : w << 16));
+  };
+  double sums[] = {d[0], d[1], d[2], d[3]};
+  for (uint k = 0; k < K; ++k) {
+    const double a[] = {value(0, g, k), value(1, g, k)}, b[] = {value(4, 2 * q, k), value(4, 2 * q + 1, k)};
+    for (uint i = 0; i < 4; ++i) sums[i] += a[i / 2] * b[i % 2];
+  }
+  for (uint i = 0; i < 4; ++i) d[i] = float(sums[i]);
+}
+void sim_multiply_tf32(float* d, const uint* factors, const char* file, int line) { multiply(d, factors, 8, 1, file, line); }
+void sim_multiply_16(float* d, const uint* factors, uint K, const char* file, int line) { multiply(d, factors, K, 2, file, line); }
+
+// 8 x 8 matrices of 16 bits, whose row m of the k-th is at the address of lane 8 k + m
+void sim_load_matrices(uint* w, uint address, uint count, bool transposed, const char* file, int line) {
+  void* where = __builtin_return_address(0);
+  const Fiber* lanes = publish(&address, sizeof address, file, line);
+  const uint g = current->tid % 32 / 4, q = current->tid % 4;
+  for (uint m = 0; m < count; ++m) {
+    w[m] = 0;
+    for (uint e = 0; e < 2; ++e) {
+      const uint row = transposed ? 2 * q + e : g, column = transposed ? g : 2 * q + e;
+      char* p = static_cast<char*>(sim_pointer(word(lanes, 8 * m + row, 0))) + 2 * column;
+      access(p, 2, 2, false, where);
+      uint16_t number;
+      std::memcpy(&number, p, 2);
+      w[m] |= uint(number) << 16 * e;
+    }
+  }
+}
+// Numbers of 16 bits, of a matrix whose rows become columns
+uint sim_transposed(uint w, const char* file, int line) {
+  const Fiber* lanes = publish(&w, sizeof w, file, line);
+  const uint g = current->tid % 32 / 4, q = current->tid % 4;
+  uint v[2];
+  for (uint e = 0; e < 2; ++e) v[e] = word(lanes, (2 * q + e) * 4 + g / 2, 0) >> g % 2 * 16 & 0xffffu;
+  return v[0] | v[1] << 16;
 }
 
 // Copies land at once, or, in the schedules that run ahead, as late as they may.
-uint sim_address(const void* p) { return uint(static_cast<const char*>(p) - arena.data()); }
-void* sim_pointer(uint address) { return arena.data() + address; }
 void* sim_dynamic() { return dynamic.data; }
 static void land(const Copy& c) {
   access(const_cast<void*>(c.from), 16, 16, false, c.where);
@@ -352,7 +413,8 @@ uint sim_column() { return current->tid / 8 % 2 * 4 + current->tid % 2 * 2; }
 
 // d = a * b + c, fused, in ascending order of the columns of a
 void sim_matrix(float* d, const float* a, const float* b, const float* c, const char* file, int line) {
-  const Fiber* lanes = publish({a[0], a[1], b[0], b[1]}, file, line);
+  const float words[] = {a[0], a[1], b[0], b[1]};
+  const Fiber* lanes = publish(words, sizeof words, file, line);
   auto published = [&](int matrix, uint row, uint column) {
     const uint lane = row / 4 * 16 + column / 4 * 8 + row % 4 * 2 + column / 2 % 2;
     return lanes[lane].values[current->turn][matrix * 2 + column % 2];
@@ -380,8 +442,10 @@ const char* simulate(void (*entry)(), Buffer* list, int count, uint group_count,
   dynamic = {"dynamic_threadgroup", nullptr, dynamic_bytes, 16, std::vector<Touch>(dynamic_bytes / 16)};
   dynamic.data = arena.data() + arena.size() - dynamic_bytes - 64;
   dynamic.data += -reinterpret_cast<uintptr_t>(dynamic.data) % 64;
-  fibers.resize(threads);
-  stacks.resize(threads * STACK);
+  if (!stacks) {
+    stacks = new char[MAX_THREADS * STACK];
+    fibers.resize(MAX_THREADS);
+  }
   for (group = skipped; group < groups && error.empty(); ++group) {
     first_epoch = ++epoch;
     for (uint i = 0; i < threads; ++i) {
@@ -393,10 +457,6 @@ const char* simulate(void (*entry)(), Buffer* list, int count, uint group_count,
       f.sync = false;
       f.copies.clear();
       f.commits.clear();
-      getcontext(&f.start);
-      f.start.uc_stack.ss_sp = &stacks[i * STACK];
-      f.start.uc_stack.ss_size = STACK;
-      makecontext(&f.start, thread_main, 0);
     }
     run_group(schedule);
   }
