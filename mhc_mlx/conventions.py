@@ -169,8 +169,11 @@ class Convention:
         It raises TypeError and ValueError as `check_streams` does.
         """
         self.check_streams("res_size", n)
-        sizes = {"permutations": math.factorial(min(n, 5)), "identity": 0}
-        return (sizes | {"kronecker": 2 * (n.bit_length() - 1)}).get(self.start, n * n)
+        if self.start == "permutations":
+            return math.factorial(n)
+        if self.start == "kronecker":
+            return 2 * (n.bit_length() - 1)
+        return 0 if self.start == "identity" else n * n
 
 
 PAPER = Convention("PAPER", first="columns")  # arXiv 2512.24880, eq. 8-9

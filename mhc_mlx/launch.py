@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, get_type_hints
 
 import mlx.core as mx
 
@@ -155,10 +155,12 @@ def _build(
     name: str,
     inputs: tuple[str, ...],
     outputs: tuple[str, ...],
-    absent: str,
+    absent_inputs: tuple[str, ...],
+    absent_outputs: tuple[str, ...],
     threads: int,
     ring: int,
 ) -> Any:
+    absent = absent_pointers(dict.fromkeys(absent_inputs), dict.fromkeys(absent_outputs))
     source = absent + text(f"{name}.metal")
     names = {"name": name, "input_names": inputs, "output_names": outputs}
     if backend == "metal":
@@ -204,7 +206,8 @@ class Arguments:
 
 @functools.cache
 def _field_types(cls: type) -> tuple[type, ...]:
-    return tuple(field.type for field in fields(cls))
+    types = get_type_hints(cls)
+    return tuple(types[field.name] for field in fields(cls))
 
 
 class Body(Arguments):
@@ -216,7 +219,7 @@ class Body(Arguments):
     name: ClassVar[str]
     THREADS: int  # in a threadgroup
 
-    @property
+    @functools.cached_property
     def template(self) -> dict[str, int | bool | mx.Dtype]:
         """The arguments by name."""
         found: dict[str, int | bool | mx.Dtype] = {}
@@ -234,8 +237,8 @@ def launch(
     outputs: Mapping[str, Spec | None],
     groups: int,
     options: Options,
-) -> dict[str, mx.array | Any]:
-    """Launch a body; returns its outputs by name, None where this variant has none.
+) -> dict[str, mx.array]:
+    """Launch a body; returns the outputs that this variant has, by name.
 
     Args:
         body: Its template arguments.
@@ -245,8 +248,8 @@ def launch(
         options: Whether to print the source.
     """
     arguments = (body.name, inputs, outputs, groups, body.THREADS, body.template)
-    results = iter(run(*arguments, options.verbose))
-    return {k: None if spec is None else next(results) for k, spec in outputs.items()}
+    names = [k for k, spec in outputs.items() if spec is not None]
+    return dict(zip(names, run(*arguments, options.verbose), strict=True))
 
 
 def run(
@@ -267,13 +270,12 @@ def run(
         specs = {k: None if a is None else (a.shape, a.dtype) for k, a in inputs.items()}
         launches.append(Launch(name, specs, outputs, groups, threads, template))
         return [mx.zeros(*spec) for spec in outputs.values() if spec is not None]
-    absent = absent_pointers(inputs, outputs)
     arrays = {k: v for k, v in inputs.items() if v is not None}
     specs = {k: v for k, v in outputs.items() if v is not None}
-    ring_bytes = template.get("RING_BYTES", 0)
-    kernel = _build(
-        kernel_backend(), name, tuple(arrays), tuple(specs), absent, threads, ring_bytes
-    )
+    absent_inputs = tuple([k for k in inputs if k not in arrays])
+    absent_outputs = tuple([k for k in outputs if k not in specs])
+    names = (tuple(arrays), tuple(specs), absent_inputs, absent_outputs)
+    kernel = _build(kernel_backend(), name, *names, threads, template.get("RING_BYTES", 0))
     return kernel(
         inputs=list(arrays.values()),
         output_shapes=[shape for shape, _ in specs.values()],

@@ -68,12 +68,11 @@ class FusedOp:
         self, x: mx.array, *others: mx.array | None, use_metal: bool, differentiable: bool
     ) -> Any:
         """The results, by kernels where the default device has them."""
-        verbose, threads = self.options.verbose, self.options.threads_per_group
-        bools = {"use_metal": use_metal, "verbose": verbose, "differentiable": differentiable}
-        check_bools(self.name, **bools)
-        check_threads(self.name, threads)
+        op, verbose = self.name, self.options.verbose
+        check_bools(op, use_metal=use_metal, verbose=verbose, differentiable=differentiable)
+        check_threads(op, self.options.threads_per_group)
         arrays = (x, *others)
-        present = tuple(a is not None for a in arrays)
+        present = tuple([a is not None for a in arrays])
         place = launch.place() if use_metal and x.size > 0 else None
         inputs = [a for a in arrays if a is not None]
         if place is None:
@@ -193,12 +192,12 @@ class _Functions:
     def _present_only(self, values: Sequence) -> tuple:
         return tuple(v for v, here in zip(values, self.present, strict=True) if here)
 
-    def _kernel_arguments(self, inputs: Sequence) -> list:
+    def _kernel_arguments(self, inputs: Sequence) -> tuple:
         """The op's arrays, h_res always an array."""
         arrays, k = self._arguments(inputs), self.op.h_res_index
         if k is not None and arrays[k] is None:
             arrays[k] = identity(arrays[0].shape[-2])
-        return arrays
+        return tuple(arrays)
 
     def _num_results(self, x: mx.array) -> int:
         return self.op.num_results - (self.op.absent_result(x.shape[-2]) is not None)
@@ -222,7 +221,8 @@ class _Functions:
         absent = self.op.absent_result(arrays[0].shape[-2])
         if absent is not None:
             cotangents = [*cotangents[:absent], None, *cotangents[absent:]]
-        gradients = self.op.backward(self._kernel_arguments(arrays), cotangents, saved)
+        inputs = self._kernel_arguments(arrays)
+        gradients = self.op.backward(inputs, tuple(cotangents), tuple(saved))
         pairs = zip(self._present_only(gradients), arrays, strict=True)
         return tuple(gradient.astype(a.dtype) for gradient, a in pairs)
 

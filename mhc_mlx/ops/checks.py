@@ -21,19 +21,26 @@ def check_type(op: str, **arrays: mx.array) -> None:
             raise TypeError(fail(op, name, "be an mx.array", type(a).__name__))
 
 
+def check_floats(op: str, name: str, a: mx.array) -> None:
+    """What `check_dtype` does, of one array."""
+    if not isinstance(a, mx.array):
+        raise TypeError(fail(op, name, "be an mx.array", type(a).__name__))
+    if a.dtype not in FLOATS:
+        raise TypeError(fail(op, name, "be float32, float16 or bfloat16", a.dtype))
+
+
 def check_dtype(op: str, **arrays: mx.array) -> None:
     check_type(op, **arrays)
     for name, a in arrays.items():
-        if a.dtype not in FLOATS:
-            raise TypeError(fail(op, name, "be float32, float16 or bfloat16", a.dtype))
+        check_floats(op, name, a)
 
 
 def check_array(
     op: str, name: str, a: mx.array, axes: str | tuple, sizes: tuple[int, ...], *lead: tuple
 ) -> None:
     """Check dtype and shape: ``sizes``, also behind leading axes if such are given."""
-    check_dtype(op, **{name: a})
-    if tuple(a.shape) not in (sizes, *((*axis, *sizes) for axis in lead)):
+    check_floats(op, name, a)
+    if a.shape != sizes and a.shape not in [(*axis, *sizes) for axis in lead]:
         last = [f"{k}={size}" if k else str(size) for k, size in zip(axes, sizes, strict=True)]
         shapes = [[*map(str, axis), *last] for axis in ((), *lead)]
         must = " or ".join(f"[{', '.join(s)}]" for s in shapes)
@@ -42,7 +49,7 @@ def check_array(
 
 def check_rows(op: str, name: str, a: mx.array) -> tuple[tuple[int, ...], int]:
     """Leading axes and C of an array ``[..., C]``."""
-    check_dtype(op, **{name: a})
+    check_floats(op, name, a)
     if a.ndim < 1:
         raise ValueError(fail(op, name, "have shape [..., C]", list(a.shape)))
     return tuple(a.shape[:-1]), a.shape[-1]
@@ -50,7 +57,7 @@ def check_rows(op: str, name: str, a: mx.array) -> tuple[tuple[int, ...], int]:
 
 def check_streams(op: str, x: mx.array) -> tuple[tuple[int, ...], int, int]:
     """Leading axes, n and C of x."""
-    check_dtype(op, x=x)
+    check_floats(op, "x", x)
     if x.ndim < 2:
         raise ValueError(fail(op, "x", "have shape [..., n, C]", list(x.shape)))
     *lead, n, C = x.shape
@@ -63,7 +70,7 @@ def check_streams(op: str, x: mx.array) -> tuple[tuple[int, ...], int, int]:
 def check_branch(op: str, x: mx.array, y: mx.array) -> None:
     """A sublayer's output, for streams that have been checked."""
     *lead, _, C = x.shape
-    check_array(op, "y", y, (*("" for _ in lead), "C"), (*lead, C))
+    check_array(op, "y", y, ("",) * len(lead) + ("C",), (*lead, C))
     if y.dtype != x.dtype:
         raise TypeError(fail(op, "y", f"have x's dtype {x.dtype}", y.dtype))
 

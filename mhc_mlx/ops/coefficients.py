@@ -6,8 +6,9 @@ the rest; of more, `mhc_pre` does all.
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -102,57 +103,76 @@ class SeamInputs(NamedTuple):
     params: mx.array | None = None
 
 
-class SeamOutputs(NamedTuple):
-    """The specs of what `mhc_seam` is asked for, and then the arrays."""
-
-    out: Any = None
-    u: Any = None
-    new_h_pre: Any = None
-    new_h_post: Any = None
-    new_h_res: Any = None
-    logits: Any = None
-    l: Any = None  # noqa: E741
+SEAM_OUTPUTS = ("out", "u", "new_h_pre", "new_h_post", "new_h_res", "logits", "l")
 
 
 def launch_seam(
     x: mx.array,
     inputs: SeamInputs,
-    outputs: SeamOutputs,
+    outputs: Mapping[str, Spec | None],
     *,
     slices: int = 1,
     round_u: bool = False,
     projection: Convention | None = None,
     options: Options,
-) -> SeamOutputs:
-    """The write-back and the read of x ``[tokens, n, C]``, as far as ``outputs`` asks for them.
+) -> dict[str, mx.array]:
+    """The write-back and the read of x ``[tokens, n, C]``: what ``outputs`` asks for, by names of
+    `SEAM_OUTPUTS`.
 
     With partial logits it makes the coefficients: ``slices`` is how it adds those, ``projection``
     the convention by which it makes h_res.
     """
     tokens, n, C = x.shape
+    outputs = {k: outputs.get(k) for k in SEAM_OUTPUTS}
     threads = options.threads_per_group
-    t = tiling.seam_tiling(n, C, x.dtype.size, threads, launch.kernel_backend())
-    body = MhcSeamBody(
-        T=x.dtype,
+    body = _mhc_seam_body(
+        x.dtype,
+        n,
+        tiling.seam_tiling(n, C, x.dtype.size, threads, launch.kernel_backend()),
+        tuple([k for k, a in zip(inputs._fields, inputs, strict=True) if a is not None]),
+        tuple([k for k, spec in outputs.items() if spec is not None]),
+        2 * n if inputs.bias is None else inputs.bias.shape[0],
+        slices,
+        round_u=round_u,
+        projection=projection,
+    )
+    arrays = {"x": x, **inputs._asdict()}
+    return launch.launch(body, arrays, outputs, tiling.many_groups(tokens), options)
+
+
+@functools.cache
+def _mhc_seam_body(
+    dtype: mx.Dtype,
+    n: int,
+    t: tiling.TokenTiling,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    num_logits: int,
+    slices: int,
+    *,
+    round_u: bool,
+    projection: Convention | None,
+) -> MhcSeamBody:
+    """The template arguments for the arrays that are present. They are cached: with `mhc_pre`'s,
+    this makes a call of `mhc_single_pass` take its host 55 us instead of 69 us."""
+    return MhcSeamBody(
+        T=dtype,
         N=n,
         VEC=t.vec,
         THREADS=t.threads,
         PASSES=t.passes,
-        WRITE_BACK=outputs.out is not None,
-        WRITE_U=outputs.u is not None,
-        NORM=inputs.weight is not None,
+        WRITE_BACK="out" in outputs,
+        WRITE_U="u" in outputs,
+        NORM="weight" in inputs,
         ROUND_U=round_u,
-        FROM_PARTIAL_LOGITS=inputs.partial_logits is not None,
-        NUM_LOGITS=2 * n if inputs.bias is None else inputs.bias.shape[0],
+        FROM_PARTIAL_LOGITS="partial_logits" in inputs,
+        NUM_LOGITS=num_logits,
         SLICES=slices,
-        SAVE_LOGITS=outputs.l is not None,
+        SAVE_LOGITS="l" in outputs,
         PROJECT=projection is not None,
-        WRITE_H_PRE=outputs.new_h_pre is not None,
+        WRITE_H_PRE="new_h_pre" in outputs,
         half_steps=half_steps(projection),
     )
-    groups = tiling.many_groups(tokens)
-    arrays = {"x": x, **inputs._asdict()}
-    return SeamOutputs(**launch.launch(body, arrays, outputs._asdict(), groups, options))
 
 
 @dataclass(frozen=True)
@@ -176,6 +196,45 @@ class MhcPreBody(launch.Body):
     SAVE_LOGITS: bool
     PROJECT: bool
     half_steps: HalfSteps
+
+
+@functools.cache
+def _mhc_pre_body(
+    n: int,
+    C: int,
+    dtype: mx.Dtype,
+    num_logits: int,
+    phi_dtype: mx.Dtype,
+    t: tiling.LogitsTiling,
+    backend: str,
+    limit: int,
+    outputs: tuple[str, ...],
+    *,
+    norm: bool,
+    projection: Convention | None,
+) -> MhcPreBody:
+    """The template arguments; cached as those of `mhc_seam`."""
+    u = tiling.u_tiling(t, n, C, backend) if norm else tiling.UTiling()
+    return MhcPreBody(
+        T=dtype,
+        PHI_T=phi_dtype,
+        N=n,
+        NUM_LOGITS=num_logits,
+        VEC=t.vec,
+        THREADS=t.threads,
+        SLICES=t.slices,
+        TILES=t.tiles,
+        BLOCK=t.block,
+        SPLITS=t.splits,
+        WRITE_U="u" in outputs,
+        NORM=norm,
+        U_SIMDGROUPS=u.simdgroups,
+        U_PACKS=u.packs,
+        SAVE_LOGITS="l" in outputs,
+        RING_BYTES=tiling.ring_bytes(t, n, C, dtype, phi_dtype, num_logits, limit),
+        PROJECT=projection is not None,
+        half_steps=half_steps(projection),
+    )
 
 
 @dataclass(frozen=True)
@@ -259,19 +318,8 @@ class Parameters(NamedTuple):
     weight: mx.array | None = None  # of the RMSNorm of u
 
 
-class Coefficients(NamedTuple):
-    """The specs of what a launch is asked to make of the streams, and then the arrays."""
-
-    u: Any
-    h_pre: Any
-    h_post: Any
-    h_res: Any
-    logits: Any  # of h_res, where another launch projects them
-    l: Any  # noqa: E741
-
-
 class Cotangents(NamedTuple):
-    """Of what was made, and of the x that was passed through; None where there is none."""
+    """Of the results, and of the x that was passed through; None where there is none."""
 
     u: mx.array | None = None
     h_pre: mx.array | None = None
@@ -309,76 +357,64 @@ class TokenCoefficients:
     def projects(self, n: int) -> bool:
         return not self.head and use_fused_projection(n, self.convention)
 
-    def make(self, x: mx.array, parameters: Parameters, save: bool) -> Coefficients:
-        """u or h_pre, and unless there is only a head h_post and h_res; with ``save`` also l."""
+    def make(self, x: mx.array, parameters: Parameters, save: bool) -> dict[str, mx.array]:
+        """By name u or h_pre, and unless there is only a head h_post and h_res, which is left out
+        where it is the identity; with ``save`` also l."""
         (*lead, n, C), num_logits, floats = x.shape, parameters.phi.shape[0], mx.float32
         x = flat(x, 3)
         tokens, num_res_logits = x.shape[0], 0 if self.head else self.convention.res_size(n)
         projects = self.projects(n)
-        specs = Coefficients(
-            u=((*lead, C), x.dtype) if self.writes_u else None,
-            h_pre=None if self.writes_u else ((*lead, n), floats),
-            h_post=None if self.head else ((*lead, n), floats),
-            h_res=((*lead, n, n), floats) if projects else None,
-            logits=((tokens, num_res_logits), floats) if num_res_logits and not projects else None,
-            l=((tokens, num_logits + 1), floats) if save else None,
-        )
+        logits = ((tokens, num_res_logits), floats)  # of h_res, if another launch projects them
+        outputs = {
+            "u": ((*lead, C), x.dtype) if self.writes_u else None,
+            "h_pre": None if self.writes_u else ((*lead, n), floats),
+            "h_post": None if self.head else ((*lead, n), floats),
+            "h_res": ((*lead, n, n), floats) if projects else None,
+            "logits": logits if num_res_logits and not projects else None,
+            "l": ((tokens, num_logits + 1), floats) if save else None,
+        }
         if use_partial_logits(x, parameters.phi, self.options):
-            results = self._launch_few_tokens(x, parameters, specs)
+            results = self._launch_few_tokens(x, parameters, outputs)
         else:
-            results = self._launch_pre(x, parameters, specs)
-        if results.logits is None:
-            return results
-        h_res = launch_projection(results.logits, n, self.convention, self.options)
-        return results._replace(h_res=unflat(h_res, (*lead, n, n)))
+            results = self._launch_pre(x, parameters, outputs)
+        if "logits" in results:
+            h_res = launch_projection(results["logits"], n, self.convention, self.options)
+            results["h_res"] = unflat(h_res, (*lead, n, n))
+        return results
 
-    def _launch_few_tokens(self, x, parameters: Parameters, specs: Coefficients) -> Coefficients:
+    def _launch_few_tokens(
+        self, x: mx.array, parameters: Parameters, outputs: dict[str, Spec | None]
+    ) -> dict[str, mx.array]:
         phi, bias, alpha, weight = parameters
         partial_logits, slices = launch_partial_logits(x, phi, self.options)
         inputs = {"partial_logits": partial_logits, "bias": bias, "alpha": alpha, "weight": weight}
-        h_pre, h_post, h_res = specs.h_pre, specs.h_post, specs.h_res
-        outputs = {"new_h_pre": h_pre, "new_h_post": h_post, "new_h_res": h_res}
+        new_names = {"h_pre": "new_h_pre", "h_post": "new_h_post", "h_res": "new_h_res"}
         results = launch_seam(
             x,
             SeamInputs(**inputs, params=self.params),
-            SeamOutputs(u=specs.u, **outputs, logits=specs.logits, l=specs.l),
+            {new_names.get(k, k): spec for k, spec in outputs.items()},
             slices=slices,
-            projection=self.convention if h_res else None,
+            projection=self.convention if outputs["h_res"] else None,
             options=self.options,
         )
-        h = (results.new_h_pre, results.new_h_post, results.new_h_res)
-        return Coefficients(results.u, *h, results.logits, results.l)
+        names = {new_names.get(k, k): k for k in outputs}
+        return {names[k]: a for k, a in results.items()}
 
-    def _launch_pre(self, x, parameters: Parameters, specs: Coefficients) -> Coefficients:
-        (tokens, n, C), phi, norm = x.shape, parameters.phi, parameters.weight is not None
-        num_logits, projects = phi.shape[0], specs.h_res is not None
-        backend, limit = launch.backend(), launch.threadgroup_memory_limit()
-        shape = (n, C, x.dtype, num_logits, tokens, self.options.threads_per_group)
-        t = tiling.logits_tiling(*shape, limit)
-        u = tiling.u_tiling(t, n, C, backend) if norm else tiling.UTiling()
-        body = MhcPreBody(
-            T=x.dtype,
-            PHI_T=phi.dtype,
-            N=n,
-            NUM_LOGITS=num_logits,
-            VEC=t.vec,
-            THREADS=t.threads,
-            SLICES=t.slices,
-            TILES=t.tiles,
-            BLOCK=t.block,
-            SPLITS=t.splits,
-            WRITE_U=specs.u is not None,
-            NORM=norm,
-            U_SIMDGROUPS=u.simdgroups,
-            U_PACKS=u.packs,
-            SAVE_LOGITS=specs.l is not None,
-            RING_BYTES=tiling.ring_bytes(t, n, C, x.dtype, phi.dtype, num_logits, limit),
-            PROJECT=projects,
-            half_steps=half_steps(self.convention if projects else None),
+    def _launch_pre(
+        self, x: mx.array, parameters: Parameters, outputs: dict[str, Spec | None]
+    ) -> dict[str, mx.array]:
+        (tokens, n, C), phi, threads = x.shape, parameters.phi, self.options.threads_per_group
+        backend, limit = launch.kernel_backend(), launch.threadgroup_memory_limit()
+        t = tiling.logits_tiling(n, C, x.dtype, phi.shape[0], tokens, threads, limit)
+        body = _mhc_pre_body(
+            *(n, C, x.dtype, phi.shape[0], phi.dtype, t, backend, limit),
+            tuple([k for k, spec in outputs.items() if spec is not None]),
+            norm=parameters.weight is not None,
+            projection=self.convention if outputs["h_res"] else None,
         )
         inputs = {"x": x, **parameters._asdict(), "params": self.params}
         groups = t.splits * tiling.many_groups(math.ceil(tokens / t.tokens))
-        return Coefficients(**launch.launch(body, inputs, specs._asdict(), groups, self.options))
+        return launch.launch(body, inputs, outputs, groups, self.options)
 
     def gradients(
         self, x: mx.array, parameters: Parameters, saved: mx.array, d: Cotangents
@@ -415,7 +451,7 @@ class TokenCoefficients:
         phi, bias, alpha, _ = parameters
         num_gate_logits, num_logits = n if self.head else 2 * n, phi.shape[0]
         dz_res = None
-        if num_logits > num_gate_logits and not projects:
+        if d.h_res is not None and num_logits > num_gate_logits and not projects:
             slope, offset = alpha[2].astype(mx.float32), bias[num_gate_logits:].astype(mx.float32)
             logits, dh_res = slope * saved[:, num_gate_logits:num_logits] + offset, flat(d.h_res, 3)
             dz_res = launch_projection_backward(logits, dh_res, n, self.convention, self.options)
@@ -423,12 +459,12 @@ class TokenCoefficients:
         return {**coefficients, "dz_res": dz_res, "du": d.u, "dh_post": d.h_post}
 
     def _launch_backward_coefficients(
-        self, x, parameters: Parameters, saved, d: Cotangents
-    ) -> dict[str, mx.array | None]:
+        self, x: mx.array, parameters: Parameters, saved: mx.array, d: Cotangents
+    ) -> dict[str, mx.array]:
         """token_factors, dp, and sums over tokens in rows to be added."""
         (tokens, n, C), num_logits = x.shape, parameters.phi.shape[0]
         projects = self.projects(n)
-        backend, threads = launch.backend(), self.options.threads_per_group
+        backend, threads = launch.kernel_backend(), self.options.threads_per_group
         t = tiling.coefficient_gradient_tiling(n, C, tokens, False, threads, backend)
         steps = half_steps(self.convention if projects else None)
         body = MhcPreBackwardCoefficientsBody(
@@ -454,12 +490,12 @@ class TokenCoefficients:
         return launch.launch(body, inputs, outputs, t.groups, self.options)
 
     def _launch_backward_coefficients_norm(
-        self, x, parameters: Parameters, saved, d: Cotangents
-    ) -> dict[str, mx.array | None]:
+        self, x: mx.array, parameters: Parameters, saved: mx.array, d: Cotangents
+    ) -> dict[str, mx.array]:
         """The same where u has a norm, and dread, the gradient of the u before it."""
         (tokens, n, C), num_logits = x.shape, parameters.phi.shape[0]
         projects = self.projects(n)
-        backend, threads = launch.backend(), self.options.threads_per_group
+        backend, threads = launch.kernel_backend(), self.options.threads_per_group
         t = tiling.coefficient_gradient_tiling(n, C, tokens, True, threads, backend)
         steps = half_steps(self.convention if projects else None)
         body = MhcPreBackwardCoefficientsNormBody(
@@ -487,7 +523,7 @@ class TokenCoefficients:
         return launch.launch(body, inputs, outputs, t.groups, self.options)
 
     def _launch_backward_projection(
-        self, x, phi, token: dict, d: Cotangents, dx_spec: Spec
+        self, x: mx.array, phi: mx.array, token: dict[str, mx.array], d: Cotangents, dx_spec: Spec
     ) -> tuple[mx.array, mx.array]:
         """dx, and dphi in rows to be added, from what `_launch_backward_coefficients` gives."""
         (tokens, n, C), num_logits = x.shape, phi.shape[0]
@@ -515,8 +551,13 @@ class TokenCoefficients:
         return results["dx"], results["partial"]
 
     def _launch_backward_generic(
-        self, x, parameters: Parameters, saved, d: Cotangents, dx_spec: Spec
-    ) -> dict[str, mx.array | None]:
+        self,
+        x: mx.array,
+        parameters: Parameters,
+        saved: mx.array,
+        d: Cotangents,
+        dx_spec: Spec,
+    ) -> dict[str, mx.array]:
         """dx, dp, and sums over tokens in rows to be added."""
         phi, norm = parameters.phi, parameters.weight is not None
         (tokens, n, C), num_logits = x.shape, phi.shape[0]

@@ -2,7 +2,6 @@
 of the next, whose coefficients were made before its streams."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 
@@ -16,7 +15,6 @@ from .coefficients import (
     Cotangents,
     Parameters,
     SeamInputs,
-    SeamOutputs,
     TokenCoefficients,
     launch_partial_logits,
     launch_seam,
@@ -27,6 +25,9 @@ from .streams import StreamMixAdd
 from .sums import sum_partials
 
 __all__ = ["mhc_seam", "mhc_single_pass"]
+
+# x, y, h_pre, h_post, h_res and weight, or their gradients
+SeamArrays = tuple[mx.array, mx.array, mx.array, mx.array, mx.array, mx.array | None]
 
 # ---- mhc_seam
 
@@ -65,19 +66,40 @@ class MhcSeam(FusedOp):
     def params(self) -> mx.array:
         return body_params(None, eps=self.eps)
 
-    def fallback(self, *arrays):
-        return reference.mhc_seam(*arrays, eps=self.eps, round_aggregate=self.round_aggregate)
+    def fallback(
+        self,
+        x: mx.array,
+        y: mx.array,
+        h_pre: mx.array,
+        h_post: mx.array,
+        h_res: mx.array | None,
+        weight: mx.array | None,
+    ) -> tuple[mx.array, mx.array]:
+        h, eps = (h_pre, h_post, h_res), self.eps
+        return reference.mhc_seam(x, y, *h, weight, eps, self.round_aggregate)
 
-    def forward(self, x, y, h_pre, h_post, h_res, weight):
+    def forward(
+        self,
+        x: mx.array,
+        y: mx.array,
+        h_pre: mx.array,
+        h_post: mx.array,
+        h_res: mx.array,
+        weight: mx.array | None,
+    ) -> tuple[mx.array, mx.array]:
         flat_x = flat(x, 3)
         coefficients = per_token(flat_x.shape[0], h_pre, h_post, h_res)
         inputs = SeamInputs(y, *coefficients, weight=weight, params=self.params)
-        outputs = SeamOutputs(out=(x.shape, x.dtype), u=(y.shape, x.dtype))
-        options = {"round_u": self.round_aggregate, "options": self.options}
-        results = launch_seam(flat_x, inputs, outputs, **options)
-        return results.out, results.u
+        outputs, round_u = (
+            {"out": (x.shape, x.dtype), "u": (y.shape, x.dtype)},
+            self.round_aggregate,
+        )
+        results = launch_seam(flat_x, inputs, outputs, round_u=round_u, options=self.options)
+        return results["out"], results["u"]
 
-    def backward(self, arrays, cotangents, saved) -> tuple[Any, ...]:
+    def backward(
+        self, arrays: SeamArrays, cotangents: tuple[mx.array, mx.array], saved: tuple[()]
+    ) -> SeamArrays:
         x, y, *coefficients, weight = arrays
         if x.shape[-2] > 8:
             return self._many_streams_backward(arrays, cotangents)
@@ -114,9 +136,12 @@ class MhcSeam(FusedOp):
                 rows = gradients[k].reshape(tokens, -1)
                 gradients[k] = unflat(sum_partials(rows, self.options), a.shape)
         dweight = sum_partials(results["partial"], self.options) if weighted else None
-        return results["dx"], results["dy"], *gradients, dweight
+        dh_pre, dh_post, dh_res = gradients
+        return results["dx"], results["dy"], dh_pre, dh_post, dh_res, dweight
 
-    def _many_streams_backward(self, arrays, cotangents):
+    def _many_streams_backward(
+        self, arrays: SeamArrays, cotangents: tuple[mx.array, mx.array]
+    ) -> SeamArrays:
         """For n > 8: the read by the reference, the write-back by its kernels, both in float32."""
         x, y, h_pre, h_post, h_res, weight = arrays
         dout, du = (a.astype(mx.float32) for a in cotangents)
@@ -124,14 +149,14 @@ class MhcSeam(FusedOp):
         out = write_back.forward(x, y, h_post, h_res).astype(mx.float32)
         inside = x.dtype if self.round_aggregate else mx.float32
 
-        def read(out, h_pre, weight=None):
+        def read(out: mx.array, h_pre: mx.array, weight: mx.array | None = None) -> mx.array:
             return reference._read(out, h_pre, weight, self.eps, inside)
 
         primals = [a.astype(mx.float32) for a in (out, h_pre, weight) if a is not None]
         dread, dh_pre, *dweight = mx.vjp(read, primals, [du])[1]
         floats = (x.astype(mx.float32), y.astype(mx.float32), h_post, h_res)
-        dx, dy, dh_post, dh_res = write_back.backward(floats, [dout + dread], ())
-        return dx.astype(x.dtype), dy, dh_pre, dh_post, dh_res, *(dweight or [None])
+        dx, dy, dh_post, dh_res = write_back.backward(floats, (dout + dread,), ())
+        return dx.astype(x.dtype), dy, dh_pre, dh_post, dh_res, dweight[0] if dweight else None
 
 
 def mhc_seam(
@@ -214,48 +239,82 @@ class MhcSinglePass(FusedOp):
         has_h_res = self.convention.res_size(n) > 0
         return MhcSeam(self.options, self.eps, self.round_aggregate, has_h_res)
 
-    def fallback(self, *arrays):
+    def fallback(
+        self,
+        x: mx.array,
+        y: mx.array,
+        phi: mx.array,
+        bias: mx.array,
+        alpha: mx.array,
+        weight: mx.array | None,
+    ) -> tuple[mx.array, mx.array, mx.array]:
         return reference.mhc_single_pass(
-            *arrays,
+            *(x, y, phi, bias, alpha, weight),
             convention=self.convention,
             norm_eps=self.norm_eps,
             eps=self.eps,
             round_aggregate=self.round_aggregate,
         )
 
-    def forward(self, x, y, phi, bias, alpha, weight, save=False):
+    def forward(
+        self,
+        x: mx.array,
+        y: mx.array,
+        phi: mx.array,
+        bias: mx.array,
+        alpha: mx.array,
+        weight: mx.array | None,
+        save: bool = False,
+    ) -> tuple[tuple[mx.array, mx.array, mx.array], tuple[mx.array | None, ...]]:
         """out, u, h_pre; what is saved is h_pre, h_post, h_res and l of all tokens in a row."""
         n, flat_x = x.shape[-2], flat(x, 3)
         few = use_partial_logits(flat_x, phi, self.options)
         if few and not save and use_fused_projection(n, self.convention):
-            return self._forward_few_tokens(x, y, phi, bias, alpha, weight), ()
+            return self._forward_few_tokens(x, y, Parameters(phi, bias, alpha, weight)), ()
         h = self.coefficients.make(flat_x, Parameters(phi, bias, alpha), save)
-        h_res = identity(n) if h.h_res is None else h.h_res
-        out, u = self.seam(n).forward(x, y, h.h_pre, h.h_post, h_res, weight)
-        return (out, u, unflat(h.h_pre, x.shape[:-1])), (h.h_pre, h.h_post, h.h_res, h.l)
+        h_pre, h_post, h_res = h["h_pre"], h["h_post"], h.get("h_res")
+        h_res_or_identity = identity(n) if h_res is None else h_res
+        out, u = self.seam(n).forward(x, y, h_pre, h_post, h_res_or_identity, weight)
+        return (out, u, unflat(h_pre, x.shape[:-1])), (h_pre, h_post, h_res, h.get("l"))
 
-    def _forward_few_tokens(self, x, y, phi, bias, alpha, weight):
+    def _forward_few_tokens(
+        self, x: mx.array, y: mx.array, parameters: Parameters
+    ) -> tuple[mx.array, mx.array, mx.array]:
         """Two launches: the phi product by many threadgroups, then all that is left."""
         flat_x, c = flat(x, 3), self.convention
         params = body_params(c, norm_eps=self.norm_eps, eps=self.eps)
+        phi, bias, alpha, weight = parameters
         partial_logits, slices = launch_partial_logits(flat_x, phi, self.options)
         coefficients = {"partial_logits": partial_logits, "bias": bias, "alpha": alpha}
-        inputs = SeamInputs(y=y, weight=weight, **coefficients, params=params)
-        out, u, h_pre = (x.shape, x.dtype), (y.shape, x.dtype), (x.shape[:-1], mx.float32)
-        outputs = SeamOutputs(out=out, u=u, new_h_pre=h_pre)
-        how = {"slices": slices, "round_u": self.round_aggregate, "projection": c}
-        results = launch_seam(flat_x, inputs, outputs, **how, options=self.options)
-        return results.out, results.u, results.new_h_pre
+        results = launch_seam(
+            flat_x,
+            SeamInputs(y=y, weight=weight, **coefficients, params=params),
+            {
+                "out": (x.shape, x.dtype),
+                "u": (y.shape, x.dtype),
+                "new_h_pre": (x.shape[:-1], mx.float32),
+            },
+            slices=slices,
+            round_u=self.round_aggregate,
+            projection=c,
+            options=self.options,
+        )
+        return results["out"], results["u"], results["new_h_pre"]
 
-    def backward(self, arrays, cotangents, saved):
-        x, y, *parameters, weight = arrays
+    def backward(
+        self,
+        arrays: tuple[mx.array, mx.array, mx.array, mx.array, mx.array, mx.array | None],
+        cotangents: tuple[mx.array, mx.array, mx.array],
+        saved: tuple[mx.array, ...],
+    ) -> tuple[mx.array | None, ...]:
+        x, y, phi, bias, alpha, weight = arrays
         h_pre, h_post, *h_res, l = saved  # noqa: E741
         flat_x, flat_y, n = flat(x, 3), flat(y, 2), x.shape[-2]  # all tokens in a row, as saved
         dout, du, dh_pre = (flat(a, k) for a, k in zip(cotangents, (3, 2, 2), strict=True))
         seam = (flat_x, flat_y, h_pre, h_post, h_res[0] if h_res else identity(n), weight)
         dx, dy, dh_pre_of_u, dh_post, dh_res, dweight = self.seam(n).backward(seam, (dout, du), ())
         d = Cotangents(h_pre=dh_pre_of_u + dh_pre, h_post=dh_post, h_res=dh_res, x=dx)
-        dx, dp = self.coefficients.gradients(flat_x, Parameters(*parameters), l, d)
+        dx, dp = self.coefficients.gradients(flat_x, Parameters(phi, bias, alpha), l, d)
         return unflat(dx, x.shape), unflat(dy, y.shape), dp.phi, dp.bias, dp.alpha, dweight
 
 

@@ -96,15 +96,17 @@ class SinkhornKnopp(FusedOp):
     name = "sinkhorn_knopp"
     shared_ndim = (None,)
 
-    def fallback(self, logits):
+    def fallback(self, logits: mx.array) -> mx.array:
         return reference.sinkhorn_knopp(logits, self.convention)
 
-    def forward(self, logits):
+    def forward(self, logits: mx.array) -> mx.array:
         return launch_sinkhorn(logits, self.convention, self.options)
 
-    def backward(self, arrays, cotangents, saved):
+    def backward(
+        self, arrays: tuple[mx.array], cotangents: tuple[mx.array], saved: tuple[()]
+    ) -> tuple[mx.array]:
         (logits,), (dh_res,) = arrays, cotangents
-        return [launch_sinkhorn_backward(logits, dh_res, self.convention, self.options)]
+        return (launch_sinkhorn_backward(logits, dh_res, self.convention, self.options),)
 
 
 def sinkhorn_knopp(

@@ -48,7 +48,7 @@ def launch_fused(
     """
     flat_x, mix, threads = flat(x, 3), layer.H_res is not None, options.threads_per_group
     tokens, n, C = flat_x.shape
-    t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.backend())
+    t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.kernel_backend())
     body = MhcFusedBody(
         T=x.dtype,
         N=n,
@@ -78,18 +78,23 @@ class StreamAggregateNorm(FusedOp):
     name = "stream_aggregate_norm"
     shared_ndim = (None, 1, 1)
 
-    def fallback(self, x, h_pre, weight):
+    def fallback(self, x: mx.array, h_pre: mx.array, weight: mx.array) -> mx.array:
         return reference.stream_aggregate_norm(x, h_pre, weight, self.eps)
 
-    def forward(self, x, h_pre, weight):
+    def forward(self, x: mx.array, h_pre: mx.array, weight: mx.array) -> mx.array:
         layer = Layer(H_pre=h_pre, weight=weight)
         return launch_fused(x, layer, options=self.options, eps=self.eps)
 
-    def backward(self, arrays, cotangents, saved):
-        (x, h_pre, weight), (du,) = arrays, cotangents
-        layer, how = Layer(H_pre=h_pre, weight=weight), {"options": self.options, "eps": self.eps}
-        dx, _, d = launch_fused_backward(x, None, layer, du, **how)
-        return dx, d.H_pre, d.weight
+    def backward(
+        self,
+        arrays: tuple[mx.array, mx.array, mx.array],
+        cotangents: tuple[mx.array],
+        saved: tuple[()],
+    ) -> tuple[mx.array, ...]:
+        (x, h_pre, weight), (du,), options = arrays, cotangents, self.options
+        layer = Layer(H_pre=h_pre, weight=weight)
+        d = launch_fused_backward(x, None, layer, du, options=options, eps=self.eps)
+        return d["x"], d["H_pre"], d["weight"]
 
 
 def stream_aggregate_norm(
@@ -139,17 +144,25 @@ class MhcStatic(FusedOp):
     shared_ndim = (None, 1, 1, 2, 1)
     h_res_index = 3
 
-    def fallback(self, *arrays):
-        return reference.mhc_static(*arrays, self.eps)
+    def fallback(
+        self,
+        x: mx.array,
+        h_pre: mx.array,
+        h_post: mx.array,
+        h_res: mx.array | None,
+        weight: mx.array,
+    ) -> mx.array:
+        return reference.mhc_static(x, h_pre, h_post, h_res, weight, self.eps)
 
-    def forward(self, x, *layer):
+    def forward(self, x: mx.array, *layer: mx.array) -> mx.array:
         return launch_fused(x, Layer(*layer), options=self.options, eps=self.eps)
 
-    def backward(self, arrays, cotangents, saved):
-        (x, *layer), (dout,) = arrays, cotangents
-        how = {"options": self.options, "eps": self.eps}
-        dx, _, d = launch_fused_backward(x, None, Layer(*layer), dout, **how)
-        return dx, *d
+    def backward(
+        self, arrays: tuple[mx.array, ...], cotangents: tuple[mx.array], saved: tuple[()]
+    ) -> tuple[mx.array, ...]:
+        (x, *layer), (dout,), options = arrays, cotangents, self.options
+        d = launch_fused_backward(x, None, Layer(*layer), dout, options=options, eps=self.eps)
+        return d["x"], d["H_pre"], d["H_post"], d["H_res"], d["weight"]
 
 
 def mhc_static(
@@ -204,28 +217,37 @@ class MhcLayer(FusedOp):
     name = "mhc_layer"
     shared_ndim = (None, 1, 1, 2, 1)
 
-    def fallback(self, *arrays):
-        return reference.mhc_layer(*arrays, self.convention, self.eps)
+    def fallback(
+        self, x: mx.array, H_pre: mx.array, H_post: mx.array, H_res: mx.array, weight: mx.array
+    ) -> mx.array:
+        return reference.mhc_layer(x, H_pre, H_post, H_res, weight, self.convention, self.eps)
 
-    def forward(self, x, *parameters):
-        layer, options, c = Layer(*parameters), self.options, self.convention
+    def forward(
+        self, x: mx.array, H_pre: mx.array, H_post: mx.array, H_res: mx.array, weight: mx.array
+    ) -> mx.array:
+        options, c = self.options, self.convention
         *lead, n, _ = x.shape
         sinkhorn = n <= 8 and math.prod(lead) <= tiling.ONE_LAUNCH_TOKENS
         if not sinkhorn:
-            layer = layer._replace(H_res=launch_sinkhorn(layer.H_res, c, options))
-        how = {"options": options, "eps": self.eps, "convention": c, "sinkhorn": sinkhorn}
-        return launch_fused(x, layer, **how)
+            H_res = launch_sinkhorn(H_res, c, options)
+        layer = Layer(H_pre, H_post, H_res, weight)
+        return launch_fused(
+            x, layer, options=options, eps=self.eps, convention=c, sinkhorn=sinkhorn
+        )
 
-    def backward(self, arrays, cotangents, saved):
-        (x, *parameters), (dout,) = arrays, cotangents
-        layer, options, c = Layer(*parameters), self.options, self.convention
-        logits = layer.H_res
-        if x.shape[-2] > 8:
-            layer = layer._replace(H_res=launch_sinkhorn(logits, c, options))
-        how = {"options": options, "eps": self.eps, "convention": c}
-        dx, _, d = launch_fused_backward(x, None, layer, dout, **how)
-        dH_res = launch_sinkhorn_backward(logits, d.H_res, c, options)
-        return dx, *d._replace(H_res=dH_res)
+    def backward(
+        self,
+        arrays: tuple[mx.array, mx.array, mx.array, mx.array, mx.array],
+        cotangents: tuple[mx.array],
+        saved: tuple[()],
+    ) -> tuple[mx.array, ...]:
+        (x, H_pre, H_post, logits, weight), (dout,) = arrays, cotangents
+        options, c = self.options, self.convention
+        H_res = launch_sinkhorn(logits, c, options) if x.shape[-2] > 8 else logits
+        layer = Layer(H_pre, H_post, H_res, weight)
+        d = launch_fused_backward(x, None, layer, dout, options=options, eps=self.eps, convention=c)
+        dlogits = launch_sinkhorn_backward(logits, d["H_res"], c, options)
+        return d["x"], d["H_pre"], d["H_post"], dlogits, d["weight"]
 
 
 def mhc_layer(

@@ -40,24 +40,26 @@ class StreamAggregate(FusedOp):
     name = "stream_aggregate"
     shared_ndim = (None, 1)
 
-    def fallback(self, x, h_pre):
+    def fallback(self, x: mx.array, h_pre: mx.array) -> mx.array:
         return reference.stream_aggregate(x, h_pre)
 
-    def forward(self, x, h_pre):
+    def forward(self, x: mx.array, h_pre: mx.array) -> mx.array:
         flat_x, threads = flat(x, 3), self.options.threads_per_group
         tokens, n, C = flat_x.shape
-        t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.backend())
+        t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.kernel_backend())
         shape = {"T": x.dtype, "N": n, "VEC": t.vec, "THREADS": t.threads}
         body = StreamAggregateBody(**shape, PER_TOKEN=h_pre.ndim > 1)
         inputs, outputs = {"x": flat_x, "h_pre": h_pre}, {"u": ((*x.shape[:-2], C), x.dtype)}
         groups = tiling.many_groups(tokens)
         return launch.launch(body, inputs, outputs, groups, self.options)["u"]
 
-    def backward(self, arrays, cotangents, saved):
+    def backward(
+        self, arrays: tuple[mx.array, mx.array], cotangents: tuple[mx.array], saved: tuple[()]
+    ) -> tuple[mx.array, mx.array]:
         (x, h_pre), (du,) = arrays, cotangents
         flat_x, threads, per_token = flat(x, 3), self.options.threads_per_group, h_pre.ndim > 1
         tokens, n, C = flat_x.shape
-        t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.backend())
+        t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.kernel_backend())
         shape = {"T": x.dtype, "N": n, "VEC": t.vec, "THREADS": t.threads}
         body = StreamAggregateBackwardBody(**shape, PER_TOKEN=per_token)
         groups = tiling.backward_groups(tokens, t.threads)
@@ -142,12 +144,15 @@ class MhcFusedBackwardBody(MhcFusedBackwardWideBody):
 
 
 class Layer(NamedTuple):
-    """What a layer's bodies take but x, and its gradients; None where they do not."""
+    """The arrays of a layer's bodies but x; None where a variant has none."""
 
     H_pre: mx.array | None = None
     H_post: mx.array | None = None
     H_res: mx.array | None = None
     weight: mx.array | None = None
+
+
+SHARED_NDIM = {"H_pre": 1, "H_post": 1, "H_res": 2, "weight": 1}  # axes of one that tokens share
 
 
 def launch_fused_backward(
@@ -159,65 +164,69 @@ def launch_fused_backward(
     options: Options,
     eps: float = 1.0,
     convention: Convention | None = None,
-) -> tuple[mx.array, mx.array | None, Layer]:
-    """The gradients of x, y and the rest: of `stream_mix_add`, which takes y, or of a layer.
+) -> dict[str, mx.array]:
+    """The gradients by the names of the arrays: of `stream_mix_add`, which takes y, or of a layer.
 
     Without H_res it is that of aggregate and norm alone. With a convention H_pre and H_post may be
     logits of gates, and for n <= 8 H_res holds logits; its gradient is the projected matrix's.
     """
-    (n, C), norm, mix = x.shape[-2:], y is None, layer.H_res is not None
-    body = _fused_backward_body(x, layer, norm, convention, options)
-    columns = Layer(
-        H_pre=n if norm else 0,
-        H_post=n if mix and not body.POST_PER_TOKEN else 0,
-        H_res=n * n if mix and not body.RES_PER_TOKEN else 0,
-        weight=C if norm else 0,
-    )
-    flat_x, size = flat(x, 3), sum(columns)
+    body = _fused_backward_body(x, layer, convention, options, norm=y is None)
+    present = {k: a for k, a in layer._asdict().items() if a is not None}
+    shared = {k: a for k, a in present.items() if a.ndim == SHARED_NDIM[k]}
+    per_token = {k: a for k, a in present.items() if k not in shared}
+    flat_x, columns = flat(x, 3), sum(a.size for a in shared.values())
     tokens = flat_x.shape[0]
-    groups = tiling.backward_groups(tokens, body.THREADS) if size else tiling.many_groups(tokens)
-    params = body_params(convention, eps=eps) if norm else None
+    groups = tiling.backward_groups(tokens, body.THREADS) if shared else tiling.many_groups(tokens)
+    params = body_params(convention, eps=eps) if y is None else None
     inputs = {"x": flat_x, "y": y, "dout": dout, **layer._asdict(), "params": params}
     outputs = {
         "dx": (x.shape, x.dtype),
-        "dy": None if norm else (y.shape, x.dtype),
-        "partial": ((groups, size), mx.float32) if size else None,
-        "dh_post": (layer.H_post.shape, mx.float32) if body.POST_PER_TOKEN else None,
-        "dh_res": (layer.H_res.shape, mx.float32) if body.RES_PER_TOKEN else None,
+        "dy": None if y is None else (y.shape, x.dtype),
+        "partial": ((groups, columns), mx.float32) if shared else None,
+        "dh_post": None,
+        "dh_res": None,
     }
+    outputs |= {f"d{k.lower()}": (a.shape, mx.float32) for k, a in per_token.items()}
     d = launch.launch(body, inputs, outputs, groups, options)
-    gradients = {"H_post": d["dh_post"], "H_res": d["dh_res"]}
-    if size:
-        gates = {"H_pre": layer.H_pre, "H_post": layer.H_post, "params": params}
-        sums = sum_partials(d["partial"], options, **(gates if body.GATES else {}))
-        ends = itertools.accumulate(columns)
-        for name, width, end in zip(Layer._fields, columns, ends, strict=True):
-            if width:
-                gradients[name] = sums[end - width : end]
-    if mix:
-        gradients["H_res"] = unflat(gradients["H_res"], layer.H_res.shape)
-    return d["dx"], d["dy"], Layer(**gradients)
+    gradients = {"x": d["dx"]} | {k: d[f"d{k.lower()}"] for k in per_token}
+    if y is not None:
+        gradients["y"] = d["dy"]
+    if shared:
+        gates, params = (layer, params) if body.GATES else (Layer(), None)
+        H_pre, H_post = gates.H_pre, gates.H_post
+        sums = sum_partials(d["partial"], options, H_pre=H_pre, H_post=H_post, params=params)
+        ends = itertools.accumulate(a.size for a in shared.values())
+        for (k, a), end in zip(shared.items(), ends, strict=True):
+            gradients[k] = unflat(sums[end - a.size : end], a.shape)
+    return gradients
 
 
 def _fused_backward_body(
-    x: mx.array, layer: Layer, norm: bool, convention: Convention | None, options: Options
+    x: mx.array, layer: Layer, convention: Convention | None, options: Options, *, norm: bool
 ) -> MhcFusedBackwardWideBody:
-    (n, C), mix, threads = x.shape[-2:], layer.H_res is not None, options.threads_per_group
+    (n, C), threads = x.shape[-2:], options.threads_per_group
+    _, H_post, H_res, _ = layer
     arguments: dict[str, Any] = {
         "T": x.dtype,
         "N": n,
-        "MIX": mix,
+        "MIX": H_res is not None,
         "NORM": norm,
         "GATES": convention is not None and convention.sigmoid,
-        "POST_PER_TOKEN": mix and layer.H_post.ndim > 1,
-        "RES_PER_TOKEN": mix and layer.H_res.ndim > 2,
+        "POST_PER_TOKEN": H_post is not None and H_post.ndim > 1,
+        "RES_PER_TOKEN": H_res is not None and H_res.ndim > 2,
     }
     if n > 8:
         return MhcFusedBackwardWideBody(**arguments, THREADS=threads or 256)
-    t = tiling.token_tiling(n, C, x.dtype.size, 2, threads, launch.backend())
-    arguments |= {"VEC": t.vec, "THREADS": t.threads, "PASSES": t.passes, "CACHED": t.cached}
-    sinkhorn = {"SINKHORN": convention is not None, "half_steps": half_steps(convention)}
-    return MhcFusedBackwardBody(**arguments, **sinkhorn)
+    t = tiling.token_tiling(n, C, x.dtype.size, 2, threads, launch.kernel_backend())
+    return MhcFusedBackwardBody(
+        **arguments,
+        VEC=t.vec,
+        THREADS=t.threads,
+        PASSES=t.passes,
+        CACHED=t.cached,
+        SINKHORN=convention is not None,
+        half_steps=half_steps(convention),
+    )
 
 
 @dataclass(frozen=True)
@@ -226,25 +235,37 @@ class StreamMixAdd(FusedOp):
     shared_ndim = (None, None, 1, 2)
     h_res_index = 3
 
-    def fallback(self, x, y, h_post, h_res):
+    def fallback(
+        self, x: mx.array, y: mx.array, h_post: mx.array, h_res: mx.array | None
+    ) -> mx.array:
         return reference.stream_mix_add(x, y, h_post, h_res)
 
-    def forward(self, x, y, h_post, h_res):
+    def forward(self, x: mx.array, y: mx.array, h_post: mx.array, h_res: mx.array) -> mx.array:
         flat_x, threads = flat(x, 3), self.options.threads_per_group
         tokens, n, C = flat_x.shape
-        t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.backend())
-        shape = {"T": x.dtype, "N": n, "VEC": t.vec, "THREADS": t.threads}
-        per_token = {"POST_PER_TOKEN": h_post.ndim > 1, "RES_PER_TOKEN": h_res.ndim > 2}
-        body, groups = StreamMixAddBody(**shape, **per_token), tiling.many_groups(tokens)
+        t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.kernel_backend())
+        body = StreamMixAddBody(
+            T=x.dtype,
+            N=n,
+            VEC=t.vec,
+            THREADS=t.threads,
+            POST_PER_TOKEN=h_post.ndim > 1,
+            RES_PER_TOKEN=h_res.ndim > 2,
+        )
         inputs = {"x": flat_x, "y": y, "h_post": h_post, "h_res": h_res}
-        outputs = {"out": (x.shape, x.dtype)}
+        outputs, groups = {"out": (x.shape, x.dtype)}, tiling.many_groups(tokens)
         return launch.launch(body, inputs, outputs, groups, self.options)["out"]
 
-    def backward(self, arrays, cotangents, saved):
+    def backward(
+        self,
+        arrays: tuple[mx.array, mx.array, mx.array, mx.array],
+        cotangents: tuple[mx.array],
+        saved: tuple[()],
+    ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         (x, y, h_post, h_res), (dout,) = arrays, cotangents
         layer = Layer(H_post=h_post, H_res=h_res)
-        dx, dy, d = launch_fused_backward(x, y, layer, dout, options=self.options)
-        return dx, dy, d.H_post, d.H_res
+        d = launch_fused_backward(x, y, layer, dout, options=self.options)
+        return d["x"], d["y"], d["H_post"], d["H_res"]
 
 
 def stream_mix_add(

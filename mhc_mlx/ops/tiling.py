@@ -82,6 +82,7 @@ def seam_tiling(
     return tiling._replace(threads=threads, passes=math.ceil(packs / threads))
 
 
+@functools.cache
 def seam_backward_tiling(n: int, C: int, size: int, threads_per_group: int | None) -> TokenTiling:
     """How a threadgroup takes a token in `mhc_seam_backward`, whose n (n + 2) sums leave registers
     for few channels at once: for 128 in all, what a GPU wants, where n <= 4."""
@@ -294,6 +295,7 @@ class CoefficientGradientTiling(NamedTuple):
     rows: int  # of sums: one for each simdgroup, or with a norm for each threadgroup
 
 
+@functools.cache
 def coefficient_gradient_tiling(
     n: int, C: int, tokens: int, norm: bool, threads: int | None, backend: str
 ) -> CoefficientGradientTiling:
@@ -346,6 +348,7 @@ class ProjectionGradientTiling(NamedTuple):
     groups_per_chunk: int
 
 
+@functools.cache
 def projection_gradient_tiling(
     n: int, C: int, num_logits: int, tokens: int, threads: int | None
 ) -> ProjectionGradientTiling:
@@ -374,6 +377,7 @@ class PhiGradientTiling(NamedTuple):
     groups_per_chunk: int
 
 
+@functools.cache
 def phi_gradient_tiling(
     K: int, C: int, num_logits: int, tokens: int, threads: int | None
 ) -> PhiGradientTiling:
