@@ -83,15 +83,12 @@ observer: ContextVar[Callable[..., mx.array]] = ContextVar(
 
 
 class _StreamModule(nn.Module):
-    """`HyperConnection` and `HyperHead` share these parameters and options of ops."""
+    """`HyperConnection` and `HyperHead` share these options of ops."""
 
     norm_eps: float
     use_metal: bool
     threads_per_group: int | None
     differentiable: bool
-    phi: mx.array
-    bias: mx.array
-    alpha: mx.array
 
     def _set_options(
         self,
@@ -175,6 +172,9 @@ class HyperConnection(_StreamModule):
     dim: int
     num_streams: int
     dynamic: bool
+    phi: mx.array
+    bias: mx.array
+    alpha: mx.array
     H_pre: mx.array
     H_post: mx.array
     H_res: mx.array
@@ -392,6 +392,10 @@ class HyperHead(_StreamModule):
         TypeError: An argument has another type.
         ValueError: An argument is out of its range, or the convention has no sigmoid gates.
     """
+
+    phi: mx.array
+    bias: mx.array
+    alpha: mx.array
 
     def __init__(
         self,
