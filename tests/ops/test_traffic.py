@@ -120,7 +120,7 @@ PINNED = [
         "mhc_pre: x 1; phi 1, bias 16, h_pre 1, h_post 1, h_res 1, l 1",
         "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
         "mhc_pre_backward_generic: x 1, dx 1; phi 4, bias 128 in all, l 1296 in all, dz_res 1, "
-        "dh_pre 1, dh_post 1, dp 1, partial 2 and 96 loads",
+        "dh_post 1, dh_pre 1, dp 1, partial 2 and 96 loads",
         "mhc_pre_backward_phi: x 1; dp 1, partial 1",
         "sum_partials: out 1; partial 1",
     ),
@@ -149,8 +149,8 @@ PINNED = [
     (
         Case("mhc_pre", **TILES | {"dtype": "bfloat16"}),  # u is kept for its norm, du' is written
         "mhc_pre: x 2, u 1; phi 1, bias 16, weight 16, h_post 1, h_res 1, l 1",
-        "mhc_pre_backward_coefficients_norm: x 1, du 2; bias 7296 in all, weight 32, l 8192 in "
-        "all, dh_post 1, dh_res 1024 in all, token_factors 1, dread 1, dp 1, partial 1",
+        "mhc_pre_backward_coefficients_norm: x 1, du 2; bias 7296 in all, l 8192 in all, "
+        "dh_post 1, weight 32, dh_res 1024 in all, token_factors 1, dread 1, dp 1, partial 1",
         "mhc_pre_backward_projection: x 1, du 4, dx_out 1, dx 1; phi 1, dp 2, token_factors 2, "
         "partial 1",
         "sum_partials: out 1; partial 1",
@@ -161,8 +161,8 @@ PINNED = [
         "mixing_matrix: ; logits 8, h_res 1",
         "mixing_matrix_backward: ; logits 3, dh_res 3136 in all, dlogits 1",
         # weight for dh_pre of each of sixteen tokens, for dx of each of four tiles
-        "mhc_pre_backward_generic: x 4, du 2, dx_out 1, dx 1; phi 4, bias 128 in all, weight 20, l "
-        "1680 in all, dz_res 1, dh_post 1, dp 1, partial 2 and 256 loads",
+        "mhc_pre_backward_generic: x 4, du 2, dx_out 1, dx 1; phi 4, bias 128 in all, l 1680 in "
+        "all, dz_res 1, dh_post 1, weight 20, dp 1, partial 2 and 256 loads",
         "mhc_pre_backward_phi: x 2; dp 1, partial 1",  # 32 outputs in two halves
         "sum_partials: out 1; partial 1",
     ),
@@ -191,8 +191,8 @@ PINNED = [
         # keeps u for its norm, be it one pack. Backward: x and du for dh_pre and dx, x twice each.
         Case("mhc_pre", (2,), 12, 8, convention=IDENTITY),
         "mhc_pre: x 960 in all, u 1; phi 1, bias 2, weight 2, h_post 1, l 1",
-        "mhc_pre_backward_generic: x 4, du 2, dx_out 1, dx 1; phi 1, bias 2, weight 3, l 194 in "
-        "all, dh_post 1, dp 1, partial 1",
+        "mhc_pre_backward_generic: x 4, du 2, dx_out 1, dx 1; phi 1, bias 2, l 194 in all, "
+        "dh_post 1, weight 3, dp 1, partial 1",
         "mhc_pre_backward_phi: x 1; dp 1, partial 1",
     ),
     (
@@ -228,7 +228,7 @@ PINNED = [
         "sum_partials: out 1; partial 1",
         "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
         "mhc_pre_backward_generic: x 1, dx_out 1, dx 1; phi 1, bias 16 in all, l 162 in all, "
-        "dz_res 1, dh_pre 1, dh_post 1, dp 1, partial 1",
+        "dz_res 1, dh_post 1, dh_pre 1, dp 1, partial 1",
         "mhc_pre_backward_phi: x 1; dp 1, partial 1",
         "mhc_pre_partial_logits: x 2048 in all; phi 1, partial_logits 1",
         "mhc_seam: x 1, y 1, out 1, u 1; weight 2, partial_logits 1, bias 2, new_h_pre 1",
