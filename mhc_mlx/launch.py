@@ -150,16 +150,7 @@ def _header(name: str, backend: str) -> str:
 
 
 @functools.cache
-def _build(
-    backend: str,
-    name: str,
-    inputs: tuple[str, ...],
-    outputs: tuple[str, ...],
-    absent_inputs: tuple[str, ...],
-    absent_outputs: tuple[str, ...],
-    threads: int,
-    ring: int,
-) -> Any:
+def _build(backend, name, inputs, outputs, absent_inputs, absent_outputs, threads, ring) -> Any:
     absent = absent_pointers(dict.fromkeys(absent_inputs), dict.fromkeys(absent_outputs))
     source = absent + text(f"{name}.metal")
     names = {"name": name, "input_names": inputs, "output_names": outputs}

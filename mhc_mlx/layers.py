@@ -93,14 +93,7 @@ class _StreamModule(nn.Module):
     bias: mx.array
     alpha: mx.array
 
-    def _set_options(
-        self,
-        init_scale: float,
-        norm_eps: float,
-        use_metal: bool,
-        threads_per_group: int | None,
-        differentiable: bool,
-    ) -> None:
+    def _set_options(self, init_scale, norm_eps, use_metal, threads_per_group, differentiable):
         """Check these arguments of a constructor, and keep all but init_scale as attributes."""
         op = type(self).__name__
         check_number(op, "init_scale", init_scale)

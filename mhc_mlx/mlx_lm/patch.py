@@ -15,14 +15,7 @@ from ..ops.checks import check_bools, check_number
 from .exact import random_inputs, site_errors, streams_dtype
 from .gradients import TRAINED
 from .layers import Owner, SinglePassLayer
-from .sites import (
-    MODELS,
-    SinglePassConnection,
-    find_sites,
-    stage_layers,
-    stock,
-    text_model,
-)
+from .sites import MODELS, SinglePassConnection, find_sites, stage_layers, stock, text_model
 
 _STOCK = {v: k for k, v in TRAINED.items()}
 _STOCK |= {SinglePassLayer: stock.DecoderLayer, SinglePassConnection: stock.HyperConnection}

@@ -51,16 +51,7 @@ SiteOutputs = tuple[mx.array, mx.array | Any, mx.array]  # out, u (which may be 
 
 
 @functools.cache
-def _site(
-    backend: str | None,
-    reads: bool,
-    iters: int,
-    hc_eps: float,
-    norm_eps: float,
-    eps: float,
-    use_metal: bool,
-    differentiable: bool,
-) -> Callable[..., SiteOutputs]:
+def _site(backend, reads, iters, hc_eps, norm_eps, eps, use_metal, differentiable):
     """The function of (x, y, fn, base, scale, weight) that computes a site with these constants.
 
     u is None unless ``reads``; with a weight it is normalised. All sites with the same constants
@@ -131,10 +122,7 @@ class SinglePassConnection(stock.HyperConnection):
         fuses_norm = weight is not None
         compiles = self.use_metal and not self.differentiable and x.size > 0
         run = _site(
-            *(
-                launch.backend() if compiles and _recurs(x.shape[-3]) else None,
-                norm is not None,
-            ),
+            *(launch.backend() if compiles and _recurs(x.shape[-3]) else None, norm is not None),
             *(self.iters, self.hc_eps, self.norm_eps, norm.eps if fuses_norm else 1.0),
             *(self.use_metal, self.differentiable),
         )

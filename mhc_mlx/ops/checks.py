@@ -162,12 +162,7 @@ def check_dynamic(
 
 
 def check_seam(
-    op: str,
-    x: mx.array,
-    y: mx.array,
-    weight: mx.array | None,
-    eps: float,
-    round_aggregate: bool,
+    op: str, x: mx.array, y: mx.array, weight: mx.array | None, eps: float, round_aggregate: bool
 ) -> tuple[tuple[int, ...], int, int]:
     """Leading axes, n and C of the streams that a seam takes."""
     lead, n, C = check_streams(op, x)

@@ -551,12 +551,7 @@ class TokenCoefficients:
         return results["dx"], results["partial"]
 
     def _launch_backward_generic(
-        self,
-        x: mx.array,
-        parameters: Parameters,
-        saved: mx.array,
-        d: Cotangents,
-        dx_spec: Spec,
+        self, x: mx.array, parameters: Parameters, saved: mx.array, d: Cotangents, dx_spec: Spec
     ) -> dict[str, mx.array]:
         """dx, dp, and sums over tokens in rows to be added."""
         phi, norm = parameters.phi, parameters.weight is not None
