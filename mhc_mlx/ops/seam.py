@@ -21,7 +21,7 @@ from .coefficients import (
     use_fused_projection,
     use_partial_logits,
 )
-from .streams import StreamMixAdd
+from .streams import StreamMixAdd, TokenBody, token_arguments
 from .sums import sum_partials
 
 __all__ = ["mhc_seam", "mhc_single_pass"]
@@ -30,12 +30,8 @@ __all__ = ["mhc_seam", "mhc_single_pass"]
 
 
 @dataclass(frozen=True)
-class MhcSeamBackwardBody(launch.Body):
+class MhcSeamBackwardBody(TokenBody):
     name = "mhc_seam_backward"
-    T: mx.Dtype
-    N: int
-    VEC: int
-    THREADS: int
     PASSES: int
     CACHED: bool
     NORM: bool
@@ -71,10 +67,8 @@ class MhcSeam(FusedOp):
         flat_x = flat(x, 3)
         coefficients = per_token(flat_x.shape[0], h_pre, h_post, h_res)
         inputs = SeamInputs(y, *coefficients, weight=weight, params=self.params)
-        outputs, round_u = (
-            {"out": (x.shape, x.dtype), "u": (y.shape, x.dtype)},
-            self.round_aggregate,
-        )
+        outputs = {"out": (x.shape, x.dtype), "u": (y.shape, x.dtype)}
+        round_u = self.round_aggregate
         results = launch_seam(flat_x, inputs, outputs, round_u=round_u, options=self.options)
         return results["out"], results["u"]
 
@@ -87,10 +81,7 @@ class MhcSeam(FusedOp):
         h_pre, h_post, h_res = per_token(tokens, *coefficients)
         t = tiling.seam_backward_tiling(n, C, x.dtype.size, self.options.threads_per_group)
         body = MhcSeamBackwardBody(
-            T=x.dtype,
-            N=n,
-            VEC=t.vec,
-            THREADS=t.threads,
+            **token_arguments(x, t),
             PASSES=t.passes,
             CACHED=t.cached,
             NORM=weight is not None,
@@ -244,14 +235,11 @@ class MhcSinglePass(FusedOp):
         phi, bias, alpha, weight = parameters
         partial_logits, slices = launch_partial_logits(flat_x, phi, self.options)
         coefficients = {"partial_logits": partial_logits, "bias": bias, "alpha": alpha}
+        outputs = {"out": (x.shape, x.dtype), "u": (y.shape, x.dtype)}
         results = launch_seam(
             flat_x,
             SeamInputs(y=y, weight=weight, **coefficients, params=params),
-            {
-                "out": (x.shape, x.dtype),
-                "u": (y.shape, x.dtype),
-                "new_h_pre": (x.shape[:-1], mx.float32),
-            },
+            outputs | {"new_h_pre": (x.shape[:-1], mx.float32)},
             slices=slices,
             round_u=self.round_aggregate,
             projection=c,

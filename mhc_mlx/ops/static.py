@@ -12,18 +12,14 @@ from .arrays import body_params, flat
 from .autodiff import FusedOp, Options
 from .checks import check_convention, check_dtype, check_half_steps, check_static
 from .sinkhorn import HalfSteps, half_steps, launch_sinkhorn, launch_sinkhorn_backward
-from .streams import Layer, launch_fused_backward
+from .streams import Layer, TokenBody, launch_fused_backward, token_arguments
 
 __all__ = ["gates", "mhc_layer", "mhc_static", "stream_aggregate_norm"]
 
 
 @dataclass(frozen=True)
-class MhcFusedBody(launch.Body):
+class MhcFusedBody(TokenBody):
     name = "mhc_fused"
-    T: mx.Dtype
-    N: int
-    VEC: int
-    THREADS: int
     PASSES: int
     CACHED: bool
     MIX: bool
@@ -42,10 +38,7 @@ def launch_fused(x, layer, *, options, eps, convention=None, sinkhorn=False):
     tokens, n, C = flat_x.shape
     t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.kernel_backend())
     body = MhcFusedBody(
-        T=x.dtype,
-        N=n,
-        VEC=t.vec,
-        THREADS=t.threads,
+        **token_arguments(x, t),
         PASSES=t.passes,
         CACHED=t.cached,
         MIX=mix,
@@ -205,9 +198,8 @@ class MhcLayer(FusedOp):
         if not sinkhorn:
             H_res = launch_sinkhorn(H_res, c, options)
         layer = Layer(H_pre, H_post, H_res, weight)
-        return launch_fused(
-            x, layer, options=options, eps=self.eps, convention=c, sinkhorn=sinkhorn
-        )
+        keywords = {"options": options, "eps": self.eps, "convention": c}
+        return launch_fused(x, layer, **keywords, sinkhorn=sinkhorn)
 
     def backward(self, arrays, cotangents, saved):
         (x, H_pre, H_post, logits, weight), (dout,) = arrays, cotangents

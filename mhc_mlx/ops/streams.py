@@ -16,16 +16,28 @@ from .sums import sum_partials
 
 __all__ = ["rms_norm", "stream_aggregate", "stream_distribute", "stream_mix", "stream_mix_add"]
 
-# ---- stream_aggregate
-
 
 @dataclass(frozen=True)
-class StreamAggregateBody(launch.Body):
-    name = "stream_aggregate"
+class TokenBody(launch.Body):
+    """A body in which a threadgroup takes a token."""
+
     T: mx.Dtype
     N: int
     VEC: int
     THREADS: int
+
+
+def token_arguments(x: mx.array, t: tiling.TokenTiling) -> dict[str, Any]:
+    """The template arguments of each `TokenBody` for streams x."""
+    return {"T": x.dtype, "N": x.shape[-2], "VEC": t.vec, "THREADS": t.threads}
+
+
+# ---- stream_aggregate
+
+
+@dataclass(frozen=True)
+class StreamAggregateBody(TokenBody):
+    name = "stream_aggregate"
     PER_TOKEN: bool
 
 
@@ -46,8 +58,7 @@ class StreamAggregate(FusedOp):
         flat_x, threads = flat(x, 3), self.options.threads_per_group
         tokens, n, C = flat_x.shape
         t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.kernel_backend())
-        shape = {"T": x.dtype, "N": n, "VEC": t.vec, "THREADS": t.threads}
-        body = StreamAggregateBody(**shape, PER_TOKEN=h_pre.ndim > 1)
+        body = StreamAggregateBody(**token_arguments(x, t), PER_TOKEN=h_pre.ndim > 1)
         inputs, outputs = {"x": flat_x, "h_pre": h_pre}, {"u": ((*x.shape[:-2], C), x.dtype)}
         groups = tiling.many_groups(tokens)
         return launch.launch(body, inputs, outputs, groups, self.options)["u"]
@@ -57,8 +68,7 @@ class StreamAggregate(FusedOp):
         flat_x, threads, per_token = flat(x, 3), self.options.threads_per_group, h_pre.ndim > 1
         tokens, n, C = flat_x.shape
         t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.kernel_backend())
-        shape = {"T": x.dtype, "N": n, "VEC": t.vec, "THREADS": t.threads}
-        body = StreamAggregateBackwardBody(**shape, PER_TOKEN=per_token)
+        body = StreamAggregateBackwardBody(**token_arguments(x, t), PER_TOKEN=per_token)
         groups = tiling.backward_groups(tokens, t.threads)
         groups = tiling.many_groups(tokens) if per_token else groups
         inputs = {"x": flat_x, "h_pre": h_pre, "du": du}
@@ -107,12 +117,8 @@ def stream_aggregate(
 
 
 @dataclass(frozen=True)
-class StreamMixAddBody(launch.Body):
+class StreamMixAddBody(TokenBody):
     name = "stream_mix_add"
-    T: mx.Dtype
-    N: int
-    VEC: int
-    THREADS: int
     POST_PER_TOKEN: bool
     RES_PER_TOKEN: bool
 
@@ -228,14 +234,8 @@ class StreamMixAdd(FusedOp):
         flat_x, threads = flat(x, 3), self.options.threads_per_group
         tokens, n, C = flat_x.shape
         t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.kernel_backend())
-        body = StreamMixAddBody(
-            T=x.dtype,
-            N=n,
-            VEC=t.vec,
-            THREADS=t.threads,
-            POST_PER_TOKEN=h_post.ndim > 1,
-            RES_PER_TOKEN=h_res.ndim > 2,
-        )
+        per_token = {"POST_PER_TOKEN": h_post.ndim > 1, "RES_PER_TOKEN": h_res.ndim > 2}
+        body = StreamMixAddBody(**token_arguments(x, t), **per_token)
         inputs = {"x": flat_x, "y": y, "h_post": h_post, "h_res": h_res}
         outputs, groups = {"out": (x.shape, x.dtype)}, tiling.many_groups(tokens)
         return launch.launch(body, inputs, outputs, groups, self.options)["out"]
