@@ -19,7 +19,7 @@ from . import tiling
 from .arrays import body_params, flat, unflat
 from .autodiff import Options
 from .sinkhorn import HalfSteps, half_steps, launch_projection, launch_projection_backward
-from .streams import TokenBody
+from .streams import TokenBody, token_arguments
 from .sums import sum_partials
 
 
@@ -53,6 +53,11 @@ class LogitsBody(launch.Body):
     T: mx.Dtype
     N: int
     NUM_LOGITS: int
+
+
+def logits_arguments(dtype: mx.Dtype, n: int, num_logits: int, t: Any) -> dict[str, Any]:
+    """The template arguments that bodies of logits have."""
+    return {"T": dtype, "N": n, "NUM_LOGITS": num_logits, "VEC": t.vec, "THREADS": t.threads}
 
 
 @dataclass(frozen=True)
@@ -168,10 +173,7 @@ def _mhc_seam_body(
     """The template arguments for the arrays that are present. They are cached: with `mhc_pre`'s,
     this makes a call of `mhc_single_pass` take its host 55 us instead of 69 us."""
     return MhcSeamBody(
-        T=dtype,
-        N=n,
-        VEC=t.vec,
-        THREADS=t.threads,
+        **token_arguments(dtype, n, t),
         PASSES=t.passes,
         WRITE_BACK="out" in outputs,
         WRITE_U="u" in outputs,
@@ -224,12 +226,8 @@ def _mhc_pre_body(
     """The template arguments; cached as those of `mhc_seam`."""
     u = tiling.u_tiling(t, n, C, backend) if norm else tiling.UTiling()
     return MhcPreBody(
-        T=dtype,
+        **logits_arguments(dtype, n, num_logits, t),
         PHI_T=phi_dtype,
-        N=n,
-        NUM_LOGITS=num_logits,
-        VEC=t.vec,
-        THREADS=t.threads,
         SLICES=t.slices,
         TILES=t.tiles,
         BLOCK=t.block,
@@ -318,11 +316,6 @@ class Cotangents(NamedTuple):
     h_post: mx.array | None = None
     h_res: mx.array | None = None
     x: mx.array | None = None
-
-
-def _logits_arguments(x: mx.array, num_logits: int, vec: int, threads: int) -> dict[str, Any]:
-    shape = {"T": x.dtype, "N": x.shape[1], "NUM_LOGITS": num_logits}
-    return {**shape, "VEC": vec, "THREADS": threads}
 
 
 @functools.cache
@@ -463,7 +456,7 @@ class TokenCoefficients:
         backend, threads = launch.kernel_backend(), self.options.threads_per_group
         t = tiling.coefficient_gradient_tiling(n, C, tokens, norm, threads, backend)
         steps = half_steps(self.convention if projects else None)
-        arguments = _logits_arguments(x, num_logits, t.vec, t.threads)
+        arguments = logits_arguments(x.dtype, n, num_logits, t)
         stored_steps = tiling.stored_half_steps(steps.ITERS, t.threads, backend)
         arguments |= {"PROJECT": projects, "half_steps": steps}
         arguments |= {"BATCH": t.batch, "STORED_STEPS": stored_steps}
@@ -519,7 +512,7 @@ class TokenCoefficients:
         threads = self.options.threads_per_group
         t = tiling.generic_gradient_tiling(n, C, num_logits, tokens, threads)
         body = MhcPreBackwardGenericBody(
-            **_logits_arguments(x, num_logits, t.vec, t.threads),
+            **logits_arguments(x.dtype, n, num_logits, t),
             HAS_DU=d.u is not None,
             NORM=norm,
             TILE=t.tile,
@@ -540,7 +533,7 @@ class TokenCoefficients:
         (tokens, n, C), num_logits = x.shape, dp.shape[1]
         threads = self.options.threads_per_group
         t = tiling.phi_gradient_tiling(n * C, C, num_logits, tokens, threads)
-        arguments = _logits_arguments(x, num_logits, t.vec, t.threads)
+        arguments = logits_arguments(x.dtype, n, num_logits, t)
         body = MhcPreBackwardPhiBody(**arguments, LOGITS_PER_THREAD=t.logits_per_thread)
         inputs, groups = {"x": x, "dp": dp}, t.chunks * t.groups_per_chunk
         outputs = {"partial": ((t.chunks, num_logits * n * C), mx.float32)}

@@ -81,7 +81,7 @@ class MhcSeam(FusedOp):
         h_pre, h_post, h_res = per_token(tokens, *coefficients)
         t = tiling.seam_backward_tiling(n, C, x.dtype.size, self.options.threads_per_group)
         body = MhcSeamBackwardBody(
-            **token_arguments(x, t),
+            **token_arguments(x.dtype, n, t),
             PASSES=t.passes,
             CACHED=t.cached,
             NORM=weight is not None,
@@ -208,13 +208,9 @@ class MhcSinglePass(FusedOp):
         return MhcSeam(self.options, self.eps, self.round_aggregate, has_h_res)
 
     def fallback(self, x, y, phi, bias, alpha, weight):
-        return reference.mhc_single_pass(
-            *(x, y, phi, bias, alpha, weight),
-            convention=self.convention,
-            norm_eps=self.norm_eps,
-            eps=self.eps,
-            round_aggregate=self.round_aggregate,
-        )
+        arrays, c = (x, y, phi, bias, alpha, weight), self.convention
+        epsilons = (self.norm_eps, self.eps)
+        return reference.mhc_single_pass(*arrays, c, *epsilons, self.round_aggregate)
 
     def forward(self, x, y, phi, bias, alpha, weight, save=False):
         """out, u, h_pre; what is saved is h_pre, h_post, h_res and l of all tokens in a row."""

@@ -38,7 +38,7 @@ def launch_fused(x, layer, *, options, eps, convention=None, sinkhorn=False):
     tokens, n, C = flat_x.shape
     t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.kernel_backend())
     body = MhcFusedBody(
-        **token_arguments(x, t),
+        **token_arguments(x.dtype, n, t),
         PASSES=t.passes,
         CACHED=t.cached,
         MIX=mix,

@@ -27,9 +27,9 @@ class TokenBody(launch.Body):
     THREADS: int
 
 
-def token_arguments(x: mx.array, t: tiling.TokenTiling) -> dict[str, Any]:
-    """The template arguments of each `TokenBody` for streams x."""
-    return {"T": x.dtype, "N": x.shape[-2], "VEC": t.vec, "THREADS": t.threads}
+def token_arguments(dtype: mx.Dtype, n: int, t: tiling.TokenTiling) -> dict[str, Any]:
+    """The template arguments that each `TokenBody` has."""
+    return {"T": dtype, "N": n, "VEC": t.vec, "THREADS": t.threads}
 
 
 # ---- stream_aggregate
@@ -58,7 +58,7 @@ class StreamAggregate(FusedOp):
         flat_x, threads = flat(x, 3), self.options.threads_per_group
         tokens, n, C = flat_x.shape
         t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.kernel_backend())
-        body = StreamAggregateBody(**token_arguments(x, t), PER_TOKEN=h_pre.ndim > 1)
+        body = StreamAggregateBody(**token_arguments(x.dtype, n, t), PER_TOKEN=h_pre.ndim > 1)
         inputs, outputs = {"x": flat_x, "h_pre": h_pre}, {"u": ((*x.shape[:-2], C), x.dtype)}
         groups = tiling.many_groups(tokens)
         return launch.launch(body, inputs, outputs, groups, self.options)["u"]
@@ -68,7 +68,7 @@ class StreamAggregate(FusedOp):
         flat_x, threads, per_token = flat(x, 3), self.options.threads_per_group, h_pre.ndim > 1
         tokens, n, C = flat_x.shape
         t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.kernel_backend())
-        body = StreamAggregateBackwardBody(**token_arguments(x, t), PER_TOKEN=per_token)
+        body = StreamAggregateBackwardBody(**token_arguments(x.dtype, n, t), PER_TOKEN=per_token)
         groups = tiling.backward_groups(tokens, t.threads)
         groups = tiling.many_groups(tokens) if per_token else groups
         inputs = {"x": flat_x, "h_pre": h_pre, "du": du}
@@ -235,7 +235,7 @@ class StreamMixAdd(FusedOp):
         tokens, n, C = flat_x.shape
         t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.kernel_backend())
         per_token = {"POST_PER_TOKEN": h_post.ndim > 1, "RES_PER_TOKEN": h_res.ndim > 2}
-        body = StreamMixAddBody(**token_arguments(x, t), **per_token)
+        body = StreamMixAddBody(**token_arguments(x.dtype, n, t), **per_token)
         inputs = {"x": flat_x, "y": y, "h_post": h_post, "h_res": h_res}
         outputs, groups = {"out": (x.shape, x.dtype)}, tiling.many_groups(tokens)
         return launch.launch(body, inputs, outputs, groups, self.options)["out"]
