@@ -12,13 +12,7 @@ from .conventions import (
     Convention,
 )
 from .launch import backend
-from .layers import (
-    HyperConnection,
-    HyperHead,
-    MHCBlock,
-    MHCLayer,
-    MHCLiteBlock,
-)
+from .layers import HyperConnection, HyperHead, MHCBlock, MHCLayer, MHCLiteBlock
 from .ops import (
     mhc_coefficients,
     mhc_head,

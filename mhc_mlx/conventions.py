@@ -88,9 +88,8 @@ class Convention:
         if self.first not in AXES:
             raise ValueError(f"[Convention] first must be one of {AXES} but got {self.first!r}.")
         if self.start == "softmax" and self.first != "rows":
-            raise ValueError(
-                "[Convention] first must be 'rows' with start 'softmax' but got 'columns'."
-            )
+            must = "be 'rows' with start 'softmax'"
+            raise ValueError(f"[Convention] first must {must} but got 'columns'.")
         for name, kind in (("name", str), ("transposed", bool), ("sigmoid", bool)):
             if not isinstance(value := getattr(self, name), kind):
                 must, got = kind.__name__, type(value).__name__
@@ -104,13 +103,11 @@ class Convention:
                 got = type(value).__name__
                 raise TypeError(f"[Convention] {name} must be a number but got {got}.")
             if not 0 <= value <= NUMBER_MOST:
-                raise ValueError(
-                    f"[Convention] {name} must be finite and at least 0 in float32 but got {value}."
-                )
+                must = "be finite and at least 0 in float32"
+                raise ValueError(f"[Convention] {name} must {must} but got {value}.")
         if 0 < self.eps < EPS_LEAST:
-            raise ValueError(
-                f"[Convention] eps must be 0 or at least 2**-100 = 8e-31 but got {self.eps}."
-            )
+            must = "be 0 or at least 2**-100 = 8e-31"
+            raise ValueError(f"[Convention] eps must {must} but got {self.eps}.")
         self._refuse_unused()
 
     def _refuse_unused(self) -> None:
@@ -125,9 +122,8 @@ class Convention:
         for name, where in unused.items():
             default, value = type(self).__dataclass_fields__[name].default, getattr(self, name)
             if value != default:
-                raise ValueError(
-                    f"[Convention] {name} must be {default!r} with {where} but got {value!r}."
-                )
+                must = f"be {default!r} with {where}"
+                raise ValueError(f"[Convention] {name} must {must} but got {value!r}.")
 
     @property
     def in_logs(self) -> bool:
@@ -156,10 +152,9 @@ class Convention:
         if n < 1:
             raise ValueError(f"[{op}] n must be at least 1 but got {n}.")
         if self.start == "permutations" and n > 5:
-            raise ValueError(
-                f"[{op}] n must be at most 5 with {self.name}, which weighs n! permutations, but "
-                f"got {n}: KRONECKER is doubly stochastic for any power of two."
-            )
+            must = f"be at most 5 with {self.name}, which weighs n! permutations,"
+            got = f"{n}: KRONECKER is doubly stochastic for any power of two"
+            raise ValueError(f"[{op}] n must {must} but got {got}.")
         if self.start == "kronecker" and n & (n - 1):
             raise ValueError(f"[{op}] n must be a power of two with {self.name} but got {n}.")
 

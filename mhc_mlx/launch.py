@@ -28,9 +28,8 @@ Spec = tuple[tuple[int, ...], mx.Dtype]  # the shape and dtype of an array
 _PACKAGE = Path(__file__).parent
 _FOLDERS = (_PACKAGE / "kernels", _PACKAGE.parent / "kernels")  # in a wheel; in a checkout
 _fixed: ContextVar[str | None] = ContextVar("fixed", default=None)  # the backend inside `at`
-_recorded: ContextVar["list[Launch] | None"] = ContextVar(
-    "recorded", default=None
-)  # while `record` listens
+# The launches that `record` collects, while it does.
+_recorded: ContextVar["list[Launch] | None"] = ContextVar("recorded", default=None)
 
 
 def backend() -> str | None:
@@ -97,9 +96,8 @@ def _cuda_limit(place: Place) -> int:
 def _read(name: str) -> str:
     folder = next((f for f in _FOLDERS if f.is_dir()), None)
     if folder is None:
-        raise FileNotFoundError(
-            f"[launch] kernels/ must be at one of {[str(f) for f in _FOLDERS]}."
-        )
+        places = [str(f) for f in _FOLDERS]
+        raise FileNotFoundError(f"[launch] kernels/ must be at one of {places}.")
     return (folder / name).read_text()
 
 
@@ -122,18 +120,12 @@ def included_files(name: str, backend: str) -> tuple[str, ...]:
 
 # NVRTC gives these registers for too few threads at once, or too many and spills, unless told for
 # how many.
-_RESIDENT = dict.fromkeys(
-    (
-        "mhc_pre",
-        "mhc_pre_backward_coefficients",
-        "mhc_pre_backward_coefficients_norm",
-        "mhc_pre_backward_generic",
-        "mhc_pre_backward_phi",
-        "mhc_pre_backward_projection",
-        "mhc_pre_partial_logits",
-    ),
+_RESIDENT = {"mhc_seam_backward": 320} | dict.fromkeys(
+    "mhc_pre mhc_pre_partial_logits mhc_pre_backward_generic mhc_pre_backward_phi "
+    "mhc_pre_backward_coefficients mhc_pre_backward_coefficients_norm "
+    "mhc_pre_backward_projection".split(),
     512,
-) | {"mhc_seam_backward": 320}
+)
 
 
 def cuda_header(name: str, threads: int) -> str:
@@ -150,16 +142,7 @@ def _header(name: str, backend: str) -> str:
 
 
 @functools.cache
-def _build(
-    backend: str,
-    name: str,
-    inputs: tuple[str, ...],
-    outputs: tuple[str, ...],
-    absent_inputs: tuple[str, ...],
-    absent_outputs: tuple[str, ...],
-    threads: int,
-    ring: int,
-) -> Any:
+def _build(backend, name, inputs, outputs, absent_inputs, absent_outputs, threads, ring) -> Any:
     absent = absent_pointers(dict.fromkeys(absent_inputs), dict.fromkeys(absent_outputs))
     source = absent + text(f"{name}.metal")
     names = {"name": name, "input_names": inputs, "output_names": outputs}
@@ -252,16 +235,9 @@ def launch(
     return dict(zip(names, run(*arguments, options.verbose), strict=True))
 
 
-def run(
-    name: str,
-    inputs: Mapping[str, mx.array | None],
-    outputs: Mapping[str, Spec | None],
-    groups: int,
-    threads: int,
-    template: Mapping[str, Any],
-    verbose: bool = False,
-) -> list[mx.array]:
+def run(name, inputs, outputs, groups, threads, template, verbose=False) -> list[mx.array]:
     """What `launch` does, of a body by its name; tests put another executor in its place.
+    `Launch` says what the arguments are.
 
     RING_BYTES in the template is also what the launch adds of threadgroup memory on CUDA. Returns
     the outputs that are not None, in order.
@@ -346,10 +322,8 @@ def _printed(launches: str) -> str:
         encoding="utf-8",
     )
     if process.returncode:
-        why = process.stderr.strip()[-2000:]
-        raise RuntimeError(
-            f"[verbose] the process that prints it ended with {process.returncode}: {why}"
-        )
+        why = f"{process.returncode}: {process.stderr.strip()[-2000:]}"
+        raise RuntimeError(f"[verbose] the process that prints it ended with {why}")
     return process.stdout
 
 

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from . import ops
 from .conventions import MHC_LITE, PAPER, ROW_FIRST, SINKHORN, Convention
-from .ops.checks import check_bools, check_dtype, check_number, check_sizes, check_type
+from .ops.checks import check_bools, check_dtype, check_number, check_sizes, check_type, fail
 
 __all__ = ["HyperConnection", "HyperHead", "MHCBlock", "MHCLayer", "MHCLiteBlock"]
 
@@ -30,8 +30,7 @@ def _check_input(module: nn.Module, x: mx.array, n: int, C: int) -> None:
     op = type(module).__name__
     check_dtype(op, x=x)
     if x.shape[-2:] != (n, C):
-        must = f"have shape [..., n={n}, C={C}]"
-        raise ValueError(f"[{op}] x must {must} but got {list(x.shape)}.")
+        raise ValueError(fail(op, "x", f"have shape [..., n={n}, C={C}]", list(x.shape)))
 
 
 def _logit(p: float) -> float:
@@ -90,14 +89,7 @@ class _StreamModule(nn.Module):
     threads_per_group: int | None
     differentiable: bool
 
-    def _set_options(
-        self,
-        init_scale: float,
-        norm_eps: float,
-        use_metal: bool,
-        threads_per_group: int | None,
-        differentiable: bool,
-    ) -> None:
+    def _set_options(self, init_scale, norm_eps, use_metal, threads_per_group, differentiable):
         """Check these arguments of a constructor, and keep all but init_scale as attributes."""
         op = type(self).__name__
         check_number(op, "init_scale", init_scale)
@@ -206,16 +198,13 @@ class HyperConnection(_StreamModule):
         if sinkhorn_iters is not None:
             check_sizes(op, sinkhorn_iters=(sinkhorn_iters, math.inf))
         if dynamic and not convention.sigmoid:
-            got = convention.name
-            raise ValueError(f"[{op}] convention must have sigmoid gates if dynamic but got {got}.")
+            must = "have sigmoid gates if dynamic"
+            raise ValueError(fail(op, "convention", must, convention.name))
         self.dim, self.num_streams, self.dynamic = dim, n, dynamic
         if sinkhorn_iters is not None:
             if convention.start not in SINKHORN:
-                name, got = convention.name, sinkhorn_iters
-                raise ValueError(
-                    f"[{op}] sinkhorn_iters must be None with {name}, which has no half-steps, "
-                    f"but got {got}."
-                )
+                must = f"be None with {convention.name}, which has no half-steps,"
+                raise ValueError(fail(op, "sinkhorn_iters", must, sinkhorn_iters))
             convention = replace(convention, iters=sinkhorn_iters)
         self._convention = convention
         H_pre, H_post, H_res = starting_logits(n, convention, layer_idx)
@@ -241,10 +230,8 @@ class HyperConnection(_StreamModule):
         A dynamic connection has a matrix per token, and raises ValueError.
         """
         if self.dynamic:
-            op = type(self).__name__
-            raise ValueError(
-                f"[{op}] dynamic must be False but got True: coefficients(x) has h_res."
-            )
+            got = "True: coefficients(x) has h_res"
+            raise ValueError(fail(type(self).__name__, "dynamic", "be False", got))
         if self._convention.start in SINKHORN:
             options: dict[str, Any] = self._options | {"threads_per_group": None}
             return ops.sinkhorn_knopp(self.H_res, self._convention, **options)
@@ -269,9 +256,8 @@ class HyperConnection(_StreamModule):
         """Return u, normalised if there is a weight, and the function ``add_residual``."""
         c, options = self._convention, self._options
         if self.dynamic:
-            u, h_post, h_res, x = ops.mhc_pre(
-                *(x, self.phi, self.bias, self.alpha, weight, c, self.norm_eps, eps), **options
-            )
+            arrays = (x, self.phi, self.bias, self.alpha, weight)
+            u, h_post, h_res, x = ops.mhc_pre(*arrays, c, self.norm_eps, eps, **options)
         else:
             h_pre, h_post, h_res = self.coefficients(x)
             if weight is None:
@@ -357,7 +343,7 @@ class MHCLayer(HyperConnection):
         _check_input(self, x, self.num_streams, self.dim)
         if sublayer is not None and not callable(sublayer):
             got = type(sublayer).__name__
-            raise TypeError(f"[MHCLayer] sublayer must be a module or function but got {got}.")
+            raise TypeError(fail("MHCLayer", "sublayer", "be a module or function", got))
         if sublayer is not None or self.dynamic:
             u, add_residual = self._read(x, self.rms_weight, self.eps)
             return add_residual(u if sublayer is None else sublayer(u))
@@ -414,9 +400,7 @@ class HyperHead(_StreamModule):
         check_sizes(op, dim=(dim, math.inf), num_streams=(n, ops.MAX_STREAMS))
         ops.check_convention(op, convention)
         if not convention.sigmoid:
-            raise ValueError(
-                f"[{op}] convention must have sigmoid gates but got {convention.name}."
-            )
+            raise ValueError(fail(op, "convention", "have sigmoid gates", convention.name))
         self._set_options(init_scale, norm_eps, use_metal, threads_per_group, differentiable)
         self._convention = convention
         self.phi = _starting_phi(n, n * dim)

@@ -163,9 +163,7 @@ def _check_form(name: str, block: nn.Module) -> None:
         raise TypeError(fail("widen", "layers", must, got))
 
 
-def _check_arguments(
-    name: str, f: Callable[..., Any], count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def _check_arguments(name, f, count, args, kwargs):
     """Raise TypeError unless f takes the example after ``count`` positional arguments."""
     try:
         inspect.signature(f).bind(*(None for _ in range(count)), *args, **kwargs)
@@ -189,9 +187,7 @@ def _run(name: str, what: str, f: Callable[..., Any], *args: Any, **kwargs: Any)
         ) from error
 
 
-def _check_block(
-    name: str, block: Any, dim: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> int:
+def _check_block(name, block, dim, args, kwargs):
     """Return the number of branches F of a block.
 
     Raises TypeError or ValueError unless the block computes x + F(x) for each, on two tokens.
@@ -230,9 +226,7 @@ def _check_block(
     return len(branches)
 
 
-def _check_blocks(
-    layers: Sequence[nn.Module], dim: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[int]:
+def _check_blocks(layers, dim, args, kwargs):
     """Return the number of branches of each block, by trial calls.
 
     During these the blocks are in evaluation mode: dropout is off, and no module counts its calls.

@@ -276,9 +276,8 @@ def _draw_curves(Figure, curves: dict, colors: dict, column: str):
     logs = {name: [_read_log(path, column) for path in paths] for name, paths in curves.items()}
     if not any(values for seeds in logs.values() for _, values, _, _ in seeds):
         got = ", ".join(str(path) for paths in curves.values() for path in paths)
-        raise ValueError(
-            f"[plot] column must have a value in a log but {column} is empty in {got}."
-        )
+        got = f"{column} is empty in {got}"
+        raise ValueError(f"[plot] column must have a value in a log but {got}.")
     has_validation = False
     for name, seeds in logs.items():
         for k, (steps, values, validation_steps, validation) in enumerate(seeds):

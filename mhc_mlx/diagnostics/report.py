@@ -100,9 +100,7 @@ def _numbers(v: Any) -> Any:
     return math.nan if v is None else v
 
 
-def _read_connection(
-    gradient_norms: Any = None, similarity: Any = None, **fields: Any
-) -> ConnectionReport:
+def _read_connection(gradient_norms=None, similarity=None, **fields: Any) -> ConnectionReport:
     """Return the report with these fields, as `StabilityReport.to_dict` writes them."""
     return ConnectionReport(
         gradient_norms=None if gradient_norms is None else _numbers(gradient_norms),
@@ -339,10 +337,8 @@ def stability_report(
         k, means = len(found), (_mean(h_pre, 1), _mean(h_post, 1))
         start = before.connections[k] if before and k < len(before.connections) else None
         if start is not None and start.streams != n:
-            got = f"one with {start.streams}"
-            raise ValueError(
-                f"[{op}] before must be of connections with {n} streams but got {got}."
-            )
+            must, got = f"be of connections with {n} streams", f"one with {start.streams}"
+            raise ValueError(f"[{op}] before must {must} but got {got}.")
         pre_moved, post_moved = _moved(connection, *means, start)
         found.append(
             {
@@ -370,9 +366,8 @@ def stability_report(
         loss = model(*batch) if loss_fn is None else loss_fn(model, *batch)
     if not found:
         must = "run a HyperConnection or MHCLayer of its own, outside mx.compile"
-        raise ValueError(
-            f"[{op}] model must {must} but got {type(model).__name__}, which ran none."
-        )
+        got = f"{type(model).__name__}, which ran none"
+        raise ValueError(f"[{op}] model must {must} but got {got}.")
     if before is not None and len(before.connections) != len(found):
         got = f"{len(before.connections)} connections"
         raise ValueError(f"[{op}] before must be of {len(found)} connections but got {got}.")
@@ -409,8 +404,7 @@ def stability_report(
             g = g.astype(mx.float32).moveaxis(-2, 0).reshape(fields["streams"], -1)
             fields["gradient_norms"] = mx.sqrt((g * g).sum(-1))
     mx.eval(found)
-    connections = [
-        ConnectionReport(**{k: _without_arrays(v) for k, v in fields.items()}) for fields in found
-    ]
+    data = [{k: _without_arrays(v) for k, v in fields.items()} for fields in found]
+    connections = [ConnectionReport(**fields) for fields in data]
     value: Any = None if loss_fn is None else loss.item()
     return StabilityReport(connections, value)

@@ -48,11 +48,11 @@ def _random_model(d: int, layers: int) -> nn.Module:
         hc.fn = random_sites(d, 1)[0].hc.fn
         hc.base = mx.random.normal(hc.base.shape, key=mx.random.key(k))
     cast = model.cast_predicate
-    model.update(
-        tree_map_with_path(
-            lambda name, a: a.astype(mx.bfloat16) if cast(name) else a, model.parameters()
-        )
-    )
+
+    def bfloat16(name: str, a: mx.array) -> mx.array:
+        return a.astype(mx.bfloat16) if cast(name) else a
+
+    model.update(tree_map_with_path(bfloat16, model.parameters()))
     nn.quantize(model, group_size=32, bits=4)
     mx.eval(model.parameters())
     return model.eval()
@@ -166,10 +166,8 @@ def _measures(args: argparse.Namespace):
     """Yield for each part of the report its name and the function that measures it."""
     if args.sites is not None:
         for d in args.sizes:
-            yield (
-                "per sublayer",
-                functools.partial(bench_sites, d, args.lengths or (1, 8, 512, 2048)),
-            )
+            lengths = args.lengths or (1, 8, 512, 2048)
+            yield "per sublayer", functools.partial(bench_sites, d, lengths)
         return
     model = _load(args)
     start = time.perf_counter()

@@ -16,7 +16,6 @@ from .sites import (
     activations,
     find_sites,
     stage_layers,
-    stock,
     text_model,
 )
 from .times import check_counts, machine, site_times, time_line
@@ -24,11 +23,7 @@ from .times import check_counts, machine, site_times, time_line
 
 def _summary(sites: list[Site], errors: list[float]) -> dict[str, Any]:
     worst = max(range(len(errors)), key=errors.__getitem__)
-    return {
-        "max": errors[worst],
-        "median": statistics.median(errors),
-        "worst": sites[worst].name,
-    }
+    return {"max": errors[worst], "median": statistics.median(errors), "worst": sites[worst].name}
 
 
 def check(
@@ -93,9 +88,7 @@ def _check_tokens(tokens: mx.array, vocabulary: int) -> None:
         raise ValueError(f"[check] tokens must be from 0 to {vocabulary - 1} but got {got}.")
 
 
-def _check(
-    model: Any, text: stock.TextModel, tokens: mx.array | None, times: tuple[int, ...]
-) -> dict[str, Any]:
+def _check(model, text, tokens, times):
     dtype, sites = streams_dtype(text), find_sites(text)
     if tokens is None:
         tokens = mx.random.randint(0, model.args.vocab_size, (64,), key=mx.random.key(0))

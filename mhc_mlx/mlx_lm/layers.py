@@ -73,9 +73,8 @@ class SinglePassLayer(stock.DecoderLayer):
         layer_idx, read_streams, u = shared.pop(_HANDED, (None, None, None))
         if layer_idx != self.layer_idx or read_streams is not streams:
             u = self.input_layernorm(stock._collapse(streams, pre_mix))
-        y = self.self_attn(
-            u, start_pos=start_pos, window_idx=window_idx, cache=cache, shared=shared
-        )
+        state = {"start_pos": start_pos, "window_idx": window_idx, "cache": cache}
+        y = self.self_attn(u, **state, shared=shared)
         streams, u, _ = run_site(self.attn_hc, streams, y, self.post_attention_layernorm)
         after = self._next()
         norm = None if after is None else after.input_layernorm

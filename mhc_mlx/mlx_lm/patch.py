@@ -15,14 +15,7 @@ from ..ops.checks import check_bools, check_number
 from .exact import random_inputs, site_errors, streams_dtype
 from .gradients import TRAINED
 from .layers import Owner, SinglePassLayer
-from .sites import (
-    MODELS,
-    SinglePassConnection,
-    find_sites,
-    stage_layers,
-    stock,
-    text_model,
-)
+from .sites import MODELS, SinglePassConnection, find_sites, stage_layers, stock, text_model
 
 _STOCK = {v: k for k, v in TRAINED.items()}
 _STOCK |= {SinglePassLayer: stock.DecoderLayer, SinglePassConnection: stock.HyperConnection}
@@ -90,11 +83,9 @@ def patch(
             *((layer.attn_hc, stock.HyperConnection), (layer.ffn_hc, stock.HyperConnection)),
         ):
             if type(module) is not kind:
-                got = f"{type(module).__module__}.{type(module).__qualname__}"
-                raise TypeError(
-                    f"[patch] model.layers must be as in {MODELS} but got {got} for a "
-                    f"{kind.__name__}."
-                )
+                cls = f"{type(module).__module__}.{type(module).__qualname__}"
+                got = f"{cls} for a {kind.__name__}"
+                raise TypeError(f"[patch] model.layers must be as in {MODELS} but got {got}.")
     for site in find_sites(text):
         check_sizes("patch", hc_sinkhorn_iters=(site.hc.iters, math.inf))
         check_number("patch", "hc_eps", site.hc.hc_eps, 0.0, "be finite and at least 0")

@@ -51,16 +51,7 @@ SiteOutputs = tuple[mx.array, mx.array | Any, mx.array]  # out, u (which may be 
 
 
 @functools.cache
-def _site(
-    backend: str | None,
-    reads: bool,
-    iters: int,
-    hc_eps: float,
-    norm_eps: float,
-    eps: float,
-    use_metal: bool,
-    differentiable: bool,
-) -> Callable[..., SiteOutputs]:
+def _site(backend, reads, iters, hc_eps, norm_eps, eps, use_metal, differentiable):
     """Return the function of (x, y, fn, base, scale, weight) that computes a site.
 
     u is None unless ``reads``; with a weight it is normalised. All sites with the same constants
@@ -105,19 +96,17 @@ class SinglePassConnection(stock.HyperConnection):
     use_metal: bool
     differentiable: bool
 
-    def _check_options(self) -> None:
+    @property
+    def _options(self) -> dict[str, Any]:
         options = {"use_metal": self.use_metal, "differentiable": self.differentiable}
         check_bools("SinglePassConnection", **options)
+        return options
 
     def __call__(self, streams: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Return pre, post and comb as mlx-lm does, float32; a row of comb is an input stream."""
-        self._check_options()
-        coefficients: Any = ops.mhc_coefficients(
-            *(streams, self.fn, self.base, self.scale),
-            *(convention(self.iters, self.hc_eps), self.norm_eps),
-            use_metal=self.use_metal,
-            differentiable=self.differentiable,
-        )
+        options, c = self._options, convention(self.iters, self.hc_eps)
+        arrays = (streams, self.fn, self.base, self.scale)
+        coefficients: Any = ops.mhc_coefficients(*arrays, c, self.norm_eps, **options)
         h_pre, h_post, h_res = coefficients
         return h_pre, h_post, h_res.swapaxes(-1, -2)
 
@@ -126,17 +115,14 @@ class SinglePassConnection(stock.HyperConnection):
 
         out[i] = sum_j h_res[i, j] x[j] + h_post[i] y and u = norm(sum_i h_pre[i] out[i]).
         """
-        self._check_options()
+        options = self._options
         weight = _fusable_weight(norm, x.dtype) if y.dtype == x.dtype else None
         fuses_norm = weight is not None
         compiles = self.use_metal and not self.differentiable and x.size > 0
         run = _site(
-            *(
-                launch.backend() if compiles and _recurs(x.shape[-3]) else None,
-                norm is not None,
-            ),
+            *(launch.backend() if compiles and _recurs(x.shape[-3]) else None, norm is not None),
             *(self.iters, self.hc_eps, self.norm_eps, norm.eps if fuses_norm else 1.0),
-            *(self.use_metal, self.differentiable),
+            **options,
         )
         out, u, h_pre = run(x, y, self["fn"], self["base"], self["scale"], weight)
         return out, u if fuses_norm or norm is None else norm(u), h_pre

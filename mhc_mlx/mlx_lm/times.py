@@ -111,11 +111,12 @@ def _chains(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict[str, Callab
     def arrays(site: Site) -> tuple:
         return site.hc.fn, site.hc.base, site.hc.scale, site.norm.weight
 
+    def of_stock(site: Site, x: mx.array, y: mx.array):
+        return stock_site(stock_coefficients(site.hc), x, y, site.norm)
+
     return {
         "patched": chain(lambda site, x, y: run_site(site.hc, x, y, site.norm)),
-        "mlx-lm": chain(
-            lambda site, x, y: stock_site(stock_coefficients(site.hc), x, y, site.norm)
-        ),
+        "mlx-lm": chain(of_stock),
         "mlx-lm, compiled": chain(lambda site, x, y: compiled(x, y, *arrays(site))),
     }
 
@@ -208,8 +209,8 @@ def bench_sites(
         distinct = math.gcd(4, count)  # these tokens are repeated, because float64 is slow
         inputs = random_inputs(sites[0], dtype, distinct)
         errors.append(site_errors(sites[0], *inputs, count // distinct))
-    print(f"d = {d}, {str(dtype).split('.')[-1]}")
     report = {"d": d, "n": sites[0].hc.hc, "dtype": str(dtype).split(".")[-1], "sites": len(sites)}
+    print(f"d = {d}, {report['dtype']}")
     report["errors"] = {"patched": max(e for e, _ in errors), "mlx-lm": max(e for _, e in errors)}
     worst = ", ".join(f"{k} {v:.2f}" for k, v in report["errors"].items())
     print(f"largest error against float64, units in the last place: {worst}")
@@ -225,15 +226,13 @@ def bench_sites(
         str(count): {k: _dispatches(run) for k, run in _chains(sites, dtype, count).items()}
         for count in (1, max(tokens))
     }
-    chains = _chains(sites, dtype, max(tokens))
-    report["peak bytes"] = {"tokens": max(tokens)} | {k: _peak(run) for k, run in chains.items()}
+    peaks = {k: _peak(run) for k, run in _chains(sites, dtype, max(tokens)).items()}
+    report["peak bytes"] = {"tokens": max(tokens)} | peaks
     for count, graph in report["graph"].items():
         counts = ", ".join(f"{k} {v['dispatches']}" for k, v in graph.items())
         print(f"{count:>5} tokens: dispatches per sublayer: {counts}")
-    peaks = ", ".join(
-        f"{k} {v >> 20} MiB" for k, v in report["peak bytes"].items() if k != "tokens"
-    )
-    print(f"{max(tokens):5} tokens: most memory: {peaks}", flush=True)
+    memory = ", ".join(f"{k} {v >> 20} MiB" for k, v in peaks.items())
+    print(f"{max(tokens):5} tokens: most memory: {memory}", flush=True)
     return report
 
 

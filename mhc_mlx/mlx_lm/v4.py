@@ -35,10 +35,8 @@ def load_v4(
         ValueError: The module has another convention, or a tensor is missing or has another shape.
     """
     if not isinstance(module, (HyperConnection, HyperHead)) or "phi" not in module:
-        got = type(module).__name__
-        raise TypeError(
-            f"[load_v4] module must be a dynamic HyperConnection or a HyperHead but got {got}."
-        )
+        must = "be a dynamic HyperConnection or a HyperHead"
+        raise TypeError(fail("load_v4", "module", must, type(module).__name__))
     if not isinstance(weights, dict):
         raise TypeError(fail("load_v4", "weights", "be a dict", type(weights).__name__))
     if not isinstance(prefix, str):

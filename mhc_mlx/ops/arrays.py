@@ -35,16 +35,8 @@ def body_params(
 ) -> mx.array:
     """``params`` of any body; what it does not read may be any number."""
     c = convention or ROW_FIRST
-    return constants(
-        Params(
-            pre_eps=c.pre_eps,
-            post_scale=c.post_scale,
-            post_eps=c.post_eps,
-            projection_eps=c.eps,
-            norm_eps=norm_eps,
-            eps=eps,
-        )
-    )
+    gates = {"pre_eps": c.pre_eps, "post_scale": c.post_scale, "post_eps": c.post_eps}
+    return constants(Params(**gates, projection_eps=c.eps, norm_eps=norm_eps, eps=eps))
 
 
 def flat(a: mx.array, ndim: int) -> mx.array:

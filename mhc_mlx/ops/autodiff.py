@@ -26,7 +26,8 @@ FUSED_OPS: dict[str, type["FusedOp"]] = {}  # by the names of their public funct
 class FusedOp:
     """A function of `reference` and the kernels that compute it: one instance for static arguments.
 
-    A subclass, a frozen dataclass of the static arguments, gives the class variables and methods:
+    A subclass, a frozen dataclass of the static arguments, gives the class variables and methods;
+    the methods have the types that are here:
 
     name: That of the public function.
     shared_ndim: Per array, with how many axes it is shared by all tokens; None if it never is.

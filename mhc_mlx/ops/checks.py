@@ -135,16 +135,7 @@ def check_static(op: str, x: mx.array, eps: float, **arrays: mx.array) -> None:
         check_array(op, name, a, *shapes[name.split("_")[-1]])
 
 
-def check_dynamic(
-    op: str,
-    x: mx.array,
-    phi: mx.array,
-    bias: mx.array,
-    alpha: mx.array,
-    convention: Convention,
-    norm_eps: float,
-    parts: int = 3,
-) -> None:
+def check_dynamic(op, x, phi, bias, alpha, convention, norm_eps, parts=3):
     """What makes coefficients of x: in three parts, or h_pre alone."""
     _, n, C = check_streams(op, x)
     check_convention(op, convention)
@@ -162,12 +153,7 @@ def check_dynamic(
 
 
 def check_seam(
-    op: str,
-    x: mx.array,
-    y: mx.array,
-    weight: mx.array | None,
-    eps: float,
-    round_aggregate: bool,
+    op: str, x: mx.array, y: mx.array, weight: mx.array | None, eps: float, round_aggregate: bool
 ) -> tuple[tuple[int, ...], int, int]:
     """Leading axes, n and C of the streams that a seam takes."""
     lead, n, C = check_streams(op, x)

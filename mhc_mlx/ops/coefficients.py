@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -19,6 +19,7 @@ from . import tiling
 from .arrays import body_params, flat, unflat
 from .autodiff import Options
 from .sinkhorn import HalfSteps, half_steps, launch_projection, launch_projection_backward
+from .streams import TokenBody, token_arguments
 from .sums import sum_partials
 
 
@@ -36,12 +37,32 @@ def use_partial_logits(x: mx.array, phi: mx.array, options: Options) -> bool:
 
 
 @dataclass(frozen=True)
-class MhcPrePartialLogitsBody(launch.Body):
-    name = "mhc_pre_partial_logits"
+class PhiBody(launch.Body):
+    """A body that reads phi."""
+
     T: mx.Dtype
     PHI_T: mx.Dtype
     N: int
     NUM_LOGITS: int
+
+
+@dataclass(frozen=True)
+class LogitsBody(launch.Body):
+    """A body that reads logits, or their gradients."""
+
+    T: mx.Dtype
+    N: int
+    NUM_LOGITS: int
+
+
+def logits_arguments(dtype: mx.Dtype, n: int, num_logits: int, t: Any) -> dict[str, Any]:
+    """The template arguments that bodies of logits have."""
+    return {"T": dtype, "N": n, "NUM_LOGITS": num_logits, "VEC": t.vec, "THREADS": t.threads}
+
+
+@dataclass(frozen=True)
+class MhcPrePartialLogitsBody(PhiBody):
+    name = "mhc_pre_partial_logits"
     BLOCK: int
     THREADS: int
 
@@ -69,12 +90,8 @@ def launch_partial_logits(x: mx.array, phi: mx.array, options: Options) -> tuple
 
 
 @dataclass(frozen=True)
-class MhcSeamBody(launch.Body):
+class MhcSeamBody(TokenBody):
     name = "mhc_seam"
-    T: mx.Dtype
-    N: int
-    VEC: int
-    THREADS: int
     PASSES: int
     WRITE_BACK: bool
     WRITE_U: bool
@@ -156,10 +173,7 @@ def _mhc_seam_body(
     """The template arguments for the arrays that are present. They are cached: with `mhc_pre`'s,
     this makes a call of `mhc_single_pass` take its host 55 us instead of 69 us."""
     return MhcSeamBody(
-        T=dtype,
-        N=n,
-        VEC=t.vec,
-        THREADS=t.threads,
+        **token_arguments(dtype, n, t),
         PASSES=t.passes,
         WRITE_BACK="out" in outputs,
         WRITE_U="u" in outputs,
@@ -176,12 +190,8 @@ def _mhc_seam_body(
 
 
 @dataclass(frozen=True)
-class MhcPreBody(launch.Body):
+class MhcPreBody(PhiBody):
     name = "mhc_pre"
-    T: mx.Dtype
-    PHI_T: mx.Dtype
-    N: int
-    NUM_LOGITS: int
     VEC: int
     THREADS: int
     SLICES: int
@@ -216,12 +226,8 @@ def _mhc_pre_body(
     """The template arguments; cached as those of `mhc_seam`."""
     u = tiling.u_tiling(t, n, C, backend) if norm else tiling.UTiling()
     return MhcPreBody(
-        T=dtype,
+        **logits_arguments(dtype, n, num_logits, t),
         PHI_T=phi_dtype,
-        N=n,
-        NUM_LOGITS=num_logits,
-        VEC=t.vec,
-        THREADS=t.threads,
         SLICES=t.slices,
         TILES=t.tiles,
         BLOCK=t.block,
@@ -238,11 +244,8 @@ def _mhc_pre_body(
 
 
 @dataclass(frozen=True)
-class MhcPreBackwardCoefficientsBody(launch.Body):
+class MhcPreBackwardCoefficientsBody(LogitsBody):
     name = "mhc_pre_backward_coefficients"
-    T: mx.Dtype
-    N: int
-    NUM_LOGITS: int
     HAS_DU: bool
     PROJECT: bool
     half_steps: HalfSteps
@@ -253,11 +256,8 @@ class MhcPreBackwardCoefficientsBody(launch.Body):
 
 
 @dataclass(frozen=True)
-class MhcPreBackwardCoefficientsNormBody(launch.Body):
+class MhcPreBackwardCoefficientsNormBody(LogitsBody):
     name = "mhc_pre_backward_coefficients_norm"
-    T: mx.Dtype
-    N: int
-    NUM_LOGITS: int
     PROJECT: bool
     half_steps: HalfSteps
     VEC: int
@@ -269,12 +269,8 @@ class MhcPreBackwardCoefficientsNormBody(launch.Body):
 
 
 @dataclass(frozen=True)
-class MhcPreBackwardProjectionBody(launch.Body):
+class MhcPreBackwardProjectionBody(PhiBody):
     name = "mhc_pre_backward_projection"
-    T: mx.Dtype
-    PHI_T: mx.Dtype
-    N: int
-    NUM_LOGITS: int
     THREADS: int
     SPAN: int
     STAGE: int
@@ -284,11 +280,8 @@ class MhcPreBackwardProjectionBody(launch.Body):
 
 
 @dataclass(frozen=True)
-class MhcPreBackwardGenericBody(launch.Body):
+class MhcPreBackwardGenericBody(LogitsBody):
     name = "mhc_pre_backward_generic"
-    T: mx.Dtype
-    N: int
-    NUM_LOGITS: int
     HAS_DU: bool
     NORM: bool
     VEC: int
@@ -299,11 +292,8 @@ class MhcPreBackwardGenericBody(launch.Body):
 
 
 @dataclass(frozen=True)
-class MhcPreBackwardPhiBody(launch.Body):
+class MhcPreBackwardPhiBody(LogitsBody):
     name = "mhc_pre_backward_phi"
-    T: mx.Dtype
-    N: int
-    NUM_LOGITS: int
     VEC: int
     THREADS: int
     LOGITS_PER_THREAD: int
@@ -425,11 +415,9 @@ class TokenCoefficients:
         dx_spec = (x.shape, x.dtype)
         x = flat(x, 3)
         if tiling.use_matrix_gradient(num_logits, x.dtype):
+            token = self._launch_backward_coefficients(x, parameters, saved, d)
             if norm:
-                token = self._launch_backward_coefficients_norm(x, parameters, saved, d)
                 d = d._replace(u=token["dread"])
-            else:
-                token = self._launch_backward_coefficients(x, parameters, saved, d)
             dx, dphi = self._launch_backward_projection(x, phi, token, d, dx_spec)
         else:
             token = self._launch_backward_generic(x, parameters, saved, d, dx_spec)
@@ -461,65 +449,29 @@ class TokenCoefficients:
     def _launch_backward_coefficients(
         self, x: mx.array, parameters: Parameters, saved: mx.array, d: Cotangents
     ) -> dict[str, mx.array]:
-        """token_factors, dp, and sums over tokens in rows to be added."""
+        """token_factors, dp, and sums over tokens in rows to be added; where u has a norm also
+        dread, the gradient of the u before it."""
         (tokens, n, C), num_logits = x.shape, parameters.phi.shape[0]
-        projects = self.projects(n)
+        projects, norm = self.projects(n), parameters.weight is not None
         backend, threads = launch.kernel_backend(), self.options.threads_per_group
-        t = tiling.coefficient_gradient_tiling(n, C, tokens, False, threads, backend)
+        t = tiling.coefficient_gradient_tiling(n, C, tokens, norm, threads, backend)
         steps = half_steps(self.convention if projects else None)
-        body = MhcPreBackwardCoefficientsBody(
-            T=x.dtype,
-            N=n,
-            NUM_LOGITS=num_logits,
-            HAS_DU=d.u is not None,
-            PROJECT=projects,
-            half_steps=steps,
-            VEC=t.vec,
-            THREADS=t.threads,
-            BATCH=t.batch,
-            STORED_STEPS=tiling.stored_half_steps(steps.ITERS, t.threads, backend),
-        )
-        token_inputs = self._token_inputs(n, parameters, saved, d, projects)
-        dh_res = d.h_res if projects else None
-        inputs = {"x": x, **token_inputs, "dh_pre": d.h_pre, "dh_res": dh_res}
-        outputs = {
-            "token_factors": ((tokens, n + 1), mx.float32),
-            "dp": ((tokens, num_logits), mx.float32),
-            "partial": ((t.rows, 2 * num_logits), mx.float32),
-        }
-        return launch.launch(body, inputs, outputs, t.groups, self.options)
-
-    def _launch_backward_coefficients_norm(
-        self, x: mx.array, parameters: Parameters, saved: mx.array, d: Cotangents
-    ) -> dict[str, mx.array]:
-        """The same where u has a norm, and dread, the gradient of the u before it."""
-        (tokens, n, C), num_logits = x.shape, parameters.phi.shape[0]
-        projects = self.projects(n)
-        backend, threads = launch.kernel_backend(), self.options.threads_per_group
-        t = tiling.coefficient_gradient_tiling(n, C, tokens, True, threads, backend)
-        steps = half_steps(self.convention if projects else None)
-        body = MhcPreBackwardCoefficientsNormBody(
-            T=x.dtype,
-            N=n,
-            NUM_LOGITS=num_logits,
-            PROJECT=projects,
-            half_steps=steps,
-            VEC=t.vec,
-            THREADS=t.threads,
-            PASSES=t.passes,
-            CACHED=t.cached,
-            BATCH=t.batch,
-            STORED_STEPS=tiling.stored_half_steps(steps.ITERS, t.threads, backend),
-        )
-        token_inputs = self._token_inputs(n, parameters, saved, d, projects)
-        dh_res = d.h_res if projects else None
-        inputs = {"x": x, **token_inputs, "weight": parameters.weight, "dh_res": dh_res}
-        outputs = {
-            "token_factors": ((tokens, n + 1), mx.float32),
-            "dread": ((tokens, C), x.dtype),
-            "dp": ((tokens, num_logits), mx.float32),
-            "partial": ((t.rows, 2 * num_logits + C), mx.float32),
-        }
+        arguments = logits_arguments(x.dtype, n, num_logits, t)
+        stored_steps = tiling.stored_half_steps(steps.ITERS, t.threads, backend)
+        arguments |= {"PROJECT": projects, "half_steps": steps}
+        arguments |= {"BATCH": t.batch, "STORED_STEPS": stored_steps}
+        inputs = {"x": x, **self._token_inputs(n, parameters, saved, d, projects)}
+        outputs: dict[str, Spec] = {"token_factors": ((tokens, n + 1), mx.float32)}
+        if norm:
+            body = MhcPreBackwardCoefficientsNormBody(**arguments, PASSES=t.passes, CACHED=t.cached)
+            inputs["weight"] = parameters.weight
+            outputs["dread"] = ((tokens, C), x.dtype)
+        else:
+            body = MhcPreBackwardCoefficientsBody(**arguments, HAS_DU=d.u is not None)
+            inputs["dh_pre"] = d.h_pre
+        inputs["dh_res"] = d.h_res if projects else None
+        outputs["dp"] = ((tokens, num_logits), mx.float32)
+        outputs["partial"] = ((t.rows, 2 * num_logits + C * norm), mx.float32)
         return launch.launch(body, inputs, outputs, t.groups, self.options)
 
     def _launch_backward_projection(
@@ -551,12 +503,7 @@ class TokenCoefficients:
         return results["dx"], results["partial"]
 
     def _launch_backward_generic(
-        self,
-        x: mx.array,
-        parameters: Parameters,
-        saved: mx.array,
-        d: Cotangents,
-        dx_spec: Spec,
+        self, x: mx.array, parameters: Parameters, saved: mx.array, d: Cotangents, dx_spec: Spec
     ) -> dict[str, mx.array]:
         """dx, dp, and sums over tokens in rows to be added."""
         phi, norm = parameters.phi, parameters.weight is not None
@@ -565,13 +512,9 @@ class TokenCoefficients:
         threads = self.options.threads_per_group
         t = tiling.generic_gradient_tiling(n, C, num_logits, tokens, threads)
         body = MhcPreBackwardGenericBody(
-            T=x.dtype,
-            N=n,
-            NUM_LOGITS=num_logits,
+            **logits_arguments(x.dtype, n, num_logits, t),
             HAS_DU=d.u is not None,
             NORM=norm,
-            VEC=t.vec,
-            THREADS=t.threads,
             TILE=t.tile,
             SPLITS=t.splits,
             HAS_DX_OUT=d.x is not None,
@@ -590,14 +533,8 @@ class TokenCoefficients:
         (tokens, n, C), num_logits = x.shape, dp.shape[1]
         threads = self.options.threads_per_group
         t = tiling.phi_gradient_tiling(n * C, C, num_logits, tokens, threads)
-        body = MhcPreBackwardPhiBody(
-            T=x.dtype,
-            N=n,
-            NUM_LOGITS=num_logits,
-            VEC=t.vec,
-            THREADS=t.threads,
-            LOGITS_PER_THREAD=t.logits_per_thread,
-        )
+        arguments = logits_arguments(x.dtype, n, num_logits, t)
+        body = MhcPreBackwardPhiBody(**arguments, LOGITS_PER_THREAD=t.logits_per_thread)
         inputs, groups = {"x": x, "dp": dp}, t.chunks * t.groups_per_chunk
         outputs = {"partial": ((t.chunks, num_logits * n * C), mx.float32)}
         return launch.launch(body, inputs, outputs, groups, self.options)["partial"]

@@ -12,8 +12,6 @@ from .coefficients import Cotangents, Parameters, TokenCoefficients
 
 __all__ = ["mhc_coefficients", "mhc_head", "mhc_pre"]
 
-Results = tuple[mx.array | None, ...]  # None where a variant has no such result
-
 # ---- mhc_coefficients
 
 
@@ -34,23 +32,14 @@ class MhcCoefficients(FusedOp):
     def absent_result(self, n: int) -> int | None:
         return None if self.convention.res_size(n) else 2
 
-    def fallback(
-        self, x: mx.array, phi: mx.array, bias: mx.array, alpha: mx.array
-    ) -> tuple[mx.array, mx.array, mx.array | None]:
+    def fallback(self, x, phi, bias, alpha):
         return reference.mhc_coefficients(x, phi, bias, alpha, self.convention, self.norm_eps)
 
-    def forward(
-        self, x: mx.array, phi: mx.array, bias: mx.array, alpha: mx.array, save: bool = False
-    ) -> tuple[Results, Results]:
+    def forward(self, x, phi, bias, alpha, save=False):
         h = self.coefficients.make(x, Parameters(phi, bias, alpha), save)
         return (h["h_pre"], h["h_post"], h.get("h_res")), (h.get("l"),)
 
-    def backward(
-        self,
-        arrays: tuple[mx.array, mx.array, mx.array, mx.array],
-        cotangents: tuple[mx.array, mx.array, mx.array | None],
-        saved: tuple[mx.array],
-    ) -> tuple[mx.array, ...]:
+    def backward(self, arrays, cotangents, saved):
         (x, *parameters), (dh_pre, dh_post, dh_res), (l,) = arrays, cotangents, saved  # noqa: E741
         d = Cotangents(h_pre=dh_pre, h_post=dh_post, h_res=dh_res)
         dx, dp = self.coefficients.gradients(x, Parameters(*parameters), l, d)
@@ -123,35 +112,15 @@ class MhcPre(FusedOp):
     def absent_result(self, n: int) -> int | None:
         return None if self.convention.res_size(n) else 2
 
-    def fallback(
-        self,
-        x: mx.array,
-        phi: mx.array,
-        bias: mx.array,
-        alpha: mx.array,
-        weight: mx.array | None,
-    ) -> tuple[mx.array, mx.array, mx.array | None, mx.array]:
+    def fallback(self, x, phi, bias, alpha, weight):
         parameters, c = (phi, bias, alpha, weight), self.convention
         return reference.mhc_pre(x, *parameters, c, self.norm_eps, self.eps)
 
-    def forward(
-        self,
-        x: mx.array,
-        phi: mx.array,
-        bias: mx.array,
-        alpha: mx.array,
-        weight: mx.array | None,
-        save: bool = False,
-    ) -> tuple[Results, Results]:
+    def forward(self, x, phi, bias, alpha, weight, save=False):
         h = self.coefficients.make(x, Parameters(phi, bias, alpha, weight), save)
         return (h["u"], h["h_post"], h.get("h_res"), x), (h.get("l"),)
 
-    def backward(
-        self,
-        arrays: tuple[mx.array, mx.array, mx.array, mx.array, mx.array | None],
-        cotangents: tuple[mx.array, mx.array, mx.array | None, mx.array],
-        saved: tuple[mx.array],
-    ) -> Results:
+    def backward(self, arrays, cotangents, saved):
         (x, phi, bias, alpha, weight), (du, dh_post, dh_res, dx_out) = arrays, cotangents
         parameters, (l,) = Parameters(phi, bias, alpha, weight), saved  # noqa: E741
         d = Cotangents(u=du, h_post=dh_post, h_res=dh_res, x=dx_out)
@@ -221,21 +190,14 @@ class MhcHead(FusedOp):
     def coefficients(self) -> TokenCoefficients:
         return TokenCoefficients(self.options, self.convention, self.norm_eps, head=True)
 
-    def fallback(self, x: mx.array, phi: mx.array, bias: mx.array, alpha: mx.array) -> mx.array:
+    def fallback(self, x, phi, bias, alpha):
         return reference.mhc_head(x, phi, bias, alpha, self.convention, self.norm_eps)
 
-    def forward(
-        self, x: mx.array, phi: mx.array, bias: mx.array, alpha: mx.array, save: bool = False
-    ) -> tuple[mx.array, Results]:
+    def forward(self, x, phi, bias, alpha, save=False):
         h = self.coefficients.make(x, Parameters(phi, bias, alpha), save)
         return h["u"], (h.get("l"),)
 
-    def backward(
-        self,
-        arrays: tuple[mx.array, mx.array, mx.array, mx.array],
-        cotangents: tuple[mx.array],
-        saved: tuple[mx.array],
-    ) -> tuple[mx.array, ...]:
+    def backward(self, arrays, cotangents, saved):
         (x, *parameters), (du,), (l,) = arrays, cotangents, saved  # noqa: E741
         d = Cotangents(u=du)
         dx, dp = self.coefficients.gradients(x, Parameters(*parameters), l, d)

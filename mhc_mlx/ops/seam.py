@@ -21,24 +21,17 @@ from .coefficients import (
     use_fused_projection,
     use_partial_logits,
 )
-from .streams import StreamMixAdd
+from .streams import StreamMixAdd, TokenBody, token_arguments
 from .sums import sum_partials
 
 __all__ = ["mhc_seam", "mhc_single_pass"]
-
-# x, y, h_pre, h_post, h_res and weight, or their gradients
-SeamArrays = tuple[mx.array, mx.array, mx.array, mx.array, mx.array, mx.array | None]
 
 # ---- mhc_seam
 
 
 @dataclass(frozen=True)
-class MhcSeamBackwardBody(launch.Body):
+class MhcSeamBackwardBody(TokenBody):
     name = "mhc_seam_backward"
-    T: mx.Dtype
-    N: int
-    VEC: int
-    THREADS: int
     PASSES: int
     CACHED: bool
     NORM: bool
@@ -66,40 +59,20 @@ class MhcSeam(FusedOp):
     def params(self) -> mx.array:
         return body_params(None, eps=self.eps)
 
-    def fallback(
-        self,
-        x: mx.array,
-        y: mx.array,
-        h_pre: mx.array,
-        h_post: mx.array,
-        h_res: mx.array | None,
-        weight: mx.array | None,
-    ) -> tuple[mx.array, mx.array]:
+    def fallback(self, x, y, h_pre, h_post, h_res, weight):
         h, eps = (h_pre, h_post, h_res), self.eps
         return reference.mhc_seam(x, y, *h, weight, eps, self.round_aggregate)
 
-    def forward(
-        self,
-        x: mx.array,
-        y: mx.array,
-        h_pre: mx.array,
-        h_post: mx.array,
-        h_res: mx.array,
-        weight: mx.array | None,
-    ) -> tuple[mx.array, mx.array]:
+    def forward(self, x, y, h_pre, h_post, h_res, weight):
         flat_x = flat(x, 3)
         coefficients = per_token(flat_x.shape[0], h_pre, h_post, h_res)
         inputs = SeamInputs(y, *coefficients, weight=weight, params=self.params)
-        outputs, round_u = (
-            {"out": (x.shape, x.dtype), "u": (y.shape, x.dtype)},
-            self.round_aggregate,
-        )
+        outputs = {"out": (x.shape, x.dtype), "u": (y.shape, x.dtype)}
+        round_u = self.round_aggregate
         results = launch_seam(flat_x, inputs, outputs, round_u=round_u, options=self.options)
         return results["out"], results["u"]
 
-    def backward(
-        self, arrays: SeamArrays, cotangents: tuple[mx.array, mx.array], saved: tuple[()]
-    ) -> SeamArrays:
+    def backward(self, arrays, cotangents, saved):
         x, y, *coefficients, weight = arrays
         if x.shape[-2] > 8:
             return self._many_streams_backward(arrays, cotangents)
@@ -108,10 +81,7 @@ class MhcSeam(FusedOp):
         h_pre, h_post, h_res = per_token(tokens, *coefficients)
         t = tiling.seam_backward_tiling(n, C, x.dtype.size, self.options.threads_per_group)
         body = MhcSeamBackwardBody(
-            T=x.dtype,
-            N=n,
-            VEC=t.vec,
-            THREADS=t.threads,
+            **token_arguments(x.dtype, n, t),
             PASSES=t.passes,
             CACHED=t.cached,
             NORM=weight is not None,
@@ -139,9 +109,7 @@ class MhcSeam(FusedOp):
         dh_pre, dh_post, dh_res = gradients
         return results["dx"], results["dy"], dh_pre, dh_post, dh_res, dweight
 
-    def _many_streams_backward(
-        self, arrays: SeamArrays, cotangents: tuple[mx.array, mx.array]
-    ) -> SeamArrays:
+    def _many_streams_backward(self, arrays, cotangents):
         """For n > 8: the read by the reference, the write-back by its kernels, both in float32."""
         x, y, h_pre, h_post, h_res, weight = arrays
         dout, du = (a.astype(mx.float32) for a in cotangents)
@@ -149,7 +117,7 @@ class MhcSeam(FusedOp):
         out = write_back.forward(x, y, h_post, h_res).astype(mx.float32)
         inside = x.dtype if self.round_aggregate else mx.float32
 
-        def read(out: mx.array, h_pre: mx.array, weight: mx.array | None = None) -> mx.array:
+        def read(out, h_pre, weight=None):
             return reference._read(out, h_pre, weight, self.eps, inside)
 
         primals = [a.astype(mx.float32) for a in (out, h_pre, weight) if a is not None]
@@ -239,33 +207,12 @@ class MhcSinglePass(FusedOp):
         has_h_res = self.convention.res_size(n) > 0
         return MhcSeam(self.options, self.eps, self.round_aggregate, has_h_res)
 
-    def fallback(
-        self,
-        x: mx.array,
-        y: mx.array,
-        phi: mx.array,
-        bias: mx.array,
-        alpha: mx.array,
-        weight: mx.array | None,
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        return reference.mhc_single_pass(
-            *(x, y, phi, bias, alpha, weight),
-            convention=self.convention,
-            norm_eps=self.norm_eps,
-            eps=self.eps,
-            round_aggregate=self.round_aggregate,
-        )
+    def fallback(self, x, y, phi, bias, alpha, weight):
+        arrays, c = (x, y, phi, bias, alpha, weight), self.convention
+        epsilons = (self.norm_eps, self.eps)
+        return reference.mhc_single_pass(*arrays, c, *epsilons, self.round_aggregate)
 
-    def forward(
-        self,
-        x: mx.array,
-        y: mx.array,
-        phi: mx.array,
-        bias: mx.array,
-        alpha: mx.array,
-        weight: mx.array | None,
-        save: bool = False,
-    ) -> tuple[tuple[mx.array, mx.array, mx.array], tuple[mx.array | None, ...]]:
+    def forward(self, x, y, phi, bias, alpha, weight, save=False):
         """out, u, h_pre; what is saved is h_pre, h_post, h_res and l of all tokens in a row."""
         n, flat_x = x.shape[-2], flat(x, 3)
         few = use_partial_logits(flat_x, phi, self.options)
@@ -277,23 +224,18 @@ class MhcSinglePass(FusedOp):
         out, u = self.seam(n).forward(x, y, h_pre, h_post, h_res_or_identity, weight)
         return (out, u, unflat(h_pre, x.shape[:-1])), (h_pre, h_post, h_res, h.get("l"))
 
-    def _forward_few_tokens(
-        self, x: mx.array, y: mx.array, parameters: Parameters
-    ) -> tuple[mx.array, mx.array, mx.array]:
+    def _forward_few_tokens(self, x, y, parameters):
         """Two launches: the phi product by many threadgroups, then all that is left."""
         flat_x, c = flat(x, 3), self.convention
         params = body_params(c, norm_eps=self.norm_eps, eps=self.eps)
         phi, bias, alpha, weight = parameters
         partial_logits, slices = launch_partial_logits(flat_x, phi, self.options)
         coefficients = {"partial_logits": partial_logits, "bias": bias, "alpha": alpha}
+        outputs = {"out": (x.shape, x.dtype), "u": (y.shape, x.dtype)}
         results = launch_seam(
             flat_x,
             SeamInputs(y=y, weight=weight, **coefficients, params=params),
-            {
-                "out": (x.shape, x.dtype),
-                "u": (y.shape, x.dtype),
-                "new_h_pre": (x.shape[:-1], mx.float32),
-            },
+            outputs | {"new_h_pre": (x.shape[:-1], mx.float32)},
             slices=slices,
             round_u=self.round_aggregate,
             projection=c,
@@ -301,12 +243,7 @@ class MhcSinglePass(FusedOp):
         )
         return results["out"], results["u"], results["new_h_pre"]
 
-    def backward(
-        self,
-        arrays: tuple[mx.array, mx.array, mx.array, mx.array, mx.array, mx.array | None],
-        cotangents: tuple[mx.array, mx.array, mx.array],
-        saved: tuple[mx.array, ...],
-    ) -> tuple[mx.array | None, ...]:
+    def backward(self, arrays, cotangents, saved):
         x, y, phi, bias, alpha, weight = arrays
         h_pre, h_post, *h_res, l = saved  # noqa: E741
         flat_x, flat_y, n = flat(x, 3), flat(y, 2), x.shape[-2]  # all tokens in a row, as saved

@@ -3,7 +3,6 @@
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 
@@ -96,15 +95,13 @@ class SinkhornKnopp(FusedOp):
     name = "sinkhorn_knopp"
     shared_ndim = (None,)
 
-    def fallback(self, logits: mx.array) -> mx.array:
+    def fallback(self, logits):
         return reference.sinkhorn_knopp(logits, self.convention)
 
-    def forward(self, logits: mx.array) -> mx.array:
+    def forward(self, logits):
         return launch_sinkhorn(logits, self.convention, self.options)
 
-    def backward(
-        self, arrays: tuple[mx.array], cotangents: tuple[mx.array], saved: tuple[()]
-    ) -> tuple[mx.array]:
+    def backward(self, arrays, cotangents, saved):
         (logits,), (dh_res,) = arrays, cotangents
         return (launch_sinkhorn_backward(logits, dh_res, self.convention, self.options),)
 
@@ -171,9 +168,7 @@ class MixingMatrixBackwardBody(MixingMatrixBody):
     DLOGITS_T: mx.Dtype
 
 
-def _mixing_arguments(
-    n: int, num_logits: int, convention: Convention, options: Options
-) -> dict[str, Any]:
+def _mixing_arguments(n, num_logits, convention, options):
     return {
         "N": n,
         "NUM_LOGITS": num_logits,

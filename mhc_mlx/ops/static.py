@@ -12,18 +12,14 @@ from .arrays import body_params, flat
 from .autodiff import FusedOp, Options
 from .checks import check_convention, check_dtype, check_half_steps, check_static
 from .sinkhorn import HalfSteps, half_steps, launch_sinkhorn, launch_sinkhorn_backward
-from .streams import Layer, launch_fused_backward
+from .streams import Layer, TokenBody, launch_fused_backward, token_arguments
 
 __all__ = ["gates", "mhc_layer", "mhc_static", "stream_aggregate_norm"]
 
 
 @dataclass(frozen=True)
-class MhcFusedBody(launch.Body):
+class MhcFusedBody(TokenBody):
     name = "mhc_fused"
-    T: mx.Dtype
-    N: int
-    VEC: int
-    THREADS: int
     PASSES: int
     CACHED: bool
     MIX: bool
@@ -32,15 +28,7 @@ class MhcFusedBody(launch.Body):
     half_steps: HalfSteps
 
 
-def launch_fused(
-    x: mx.array,
-    layer: Layer,
-    *,
-    options: Options,
-    eps: float,
-    convention: Convention | None = None,
-    sinkhorn: bool = False,
-) -> mx.array:
+def launch_fused(x, layer, *, options, eps, convention=None, sinkhorn=False):
     """out of the streams; without H_res what a sublayer reads, normalised.
 
     With a convention H_pre and H_post may be logits of gates; ``sinkhorn`` says that H_res holds
@@ -50,10 +38,7 @@ def launch_fused(
     tokens, n, C = flat_x.shape
     t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.kernel_backend())
     body = MhcFusedBody(
-        T=x.dtype,
-        N=n,
-        VEC=t.vec,
-        THREADS=t.threads,
+        **token_arguments(x.dtype, n, t),
         PASSES=t.passes,
         CACHED=t.cached,
         MIX=mix,
@@ -78,19 +63,14 @@ class StreamAggregateNorm(FusedOp):
     name = "stream_aggregate_norm"
     shared_ndim = (None, 1, 1)
 
-    def fallback(self, x: mx.array, h_pre: mx.array, weight: mx.array) -> mx.array:
+    def fallback(self, x, h_pre, weight):
         return reference.stream_aggregate_norm(x, h_pre, weight, self.eps)
 
-    def forward(self, x: mx.array, h_pre: mx.array, weight: mx.array) -> mx.array:
+    def forward(self, x, h_pre, weight):
         layer = Layer(H_pre=h_pre, weight=weight)
         return launch_fused(x, layer, options=self.options, eps=self.eps)
 
-    def backward(
-        self,
-        arrays: tuple[mx.array, mx.array, mx.array],
-        cotangents: tuple[mx.array],
-        saved: tuple[()],
-    ) -> tuple[mx.array, ...]:
+    def backward(self, arrays, cotangents, saved):
         (x, h_pre, weight), (du,), options = arrays, cotangents, self.options
         layer = Layer(H_pre=h_pre, weight=weight)
         d = launch_fused_backward(x, None, layer, du, options=options, eps=self.eps)
@@ -144,22 +124,13 @@ class MhcStatic(FusedOp):
     shared_ndim = (None, 1, 1, 2, 1)
     h_res_index = 3
 
-    def fallback(
-        self,
-        x: mx.array,
-        h_pre: mx.array,
-        h_post: mx.array,
-        h_res: mx.array | None,
-        weight: mx.array,
-    ) -> mx.array:
+    def fallback(self, x, h_pre, h_post, h_res, weight):
         return reference.mhc_static(x, h_pre, h_post, h_res, weight, self.eps)
 
-    def forward(self, x: mx.array, *layer: mx.array) -> mx.array:
+    def forward(self, x, *layer):
         return launch_fused(x, Layer(*layer), options=self.options, eps=self.eps)
 
-    def backward(
-        self, arrays: tuple[mx.array, ...], cotangents: tuple[mx.array], saved: tuple[()]
-    ) -> tuple[mx.array, ...]:
+    def backward(self, arrays, cotangents, saved):
         (x, *layer), (dout,), options = arrays, cotangents, self.options
         d = launch_fused_backward(x, None, Layer(*layer), dout, options=options, eps=self.eps)
         return d["x"], d["H_pre"], d["H_post"], d["H_res"], d["weight"]
@@ -217,30 +188,20 @@ class MhcLayer(FusedOp):
     name = "mhc_layer"
     shared_ndim = (None, 1, 1, 2, 1)
 
-    def fallback(
-        self, x: mx.array, H_pre: mx.array, H_post: mx.array, H_res: mx.array, weight: mx.array
-    ) -> mx.array:
+    def fallback(self, x, H_pre, H_post, H_res, weight):
         return reference.mhc_layer(x, H_pre, H_post, H_res, weight, self.convention, self.eps)
 
-    def forward(
-        self, x: mx.array, H_pre: mx.array, H_post: mx.array, H_res: mx.array, weight: mx.array
-    ) -> mx.array:
+    def forward(self, x, H_pre, H_post, H_res, weight):
         options, c = self.options, self.convention
         *lead, n, _ = x.shape
         sinkhorn = n <= 8 and math.prod(lead) <= tiling.ONE_LAUNCH_TOKENS
         if not sinkhorn:
             H_res = launch_sinkhorn(H_res, c, options)
         layer = Layer(H_pre, H_post, H_res, weight)
-        return launch_fused(
-            x, layer, options=options, eps=self.eps, convention=c, sinkhorn=sinkhorn
-        )
+        keywords = {"options": options, "eps": self.eps, "convention": c}
+        return launch_fused(x, layer, **keywords, sinkhorn=sinkhorn)
 
-    def backward(
-        self,
-        arrays: tuple[mx.array, mx.array, mx.array, mx.array, mx.array],
-        cotangents: tuple[mx.array],
-        saved: tuple[()],
-    ) -> tuple[mx.array, ...]:
+    def backward(self, arrays, cotangents, saved):
         (x, H_pre, H_post, logits, weight), (dout,) = arrays, cotangents
         options, c = self.options, self.convention
         H_res = launch_sinkhorn(logits, c, options) if x.shape[-2] > 8 else logits

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from .. import launch, reference
-from ..conventions import Convention
 from . import tiling
 from .arrays import body_params, flat, unflat
 from .autodiff import FusedOp, Options
@@ -17,16 +16,28 @@ from .sums import sum_partials
 
 __all__ = ["rms_norm", "stream_aggregate", "stream_distribute", "stream_mix", "stream_mix_add"]
 
-# ---- stream_aggregate
-
 
 @dataclass(frozen=True)
-class StreamAggregateBody(launch.Body):
-    name = "stream_aggregate"
+class TokenBody(launch.Body):
+    """A body in which a threadgroup takes a token."""
+
     T: mx.Dtype
     N: int
     VEC: int
     THREADS: int
+
+
+def token_arguments(dtype: mx.Dtype, n: int, t: tiling.TokenTiling) -> dict[str, Any]:
+    """The template arguments that each `TokenBody` has."""
+    return {"T": dtype, "N": n, "VEC": t.vec, "THREADS": t.threads}
+
+
+# ---- stream_aggregate
+
+
+@dataclass(frozen=True)
+class StreamAggregateBody(TokenBody):
+    name = "stream_aggregate"
     PER_TOKEN: bool
 
 
@@ -40,28 +51,24 @@ class StreamAggregate(FusedOp):
     name = "stream_aggregate"
     shared_ndim = (None, 1)
 
-    def fallback(self, x: mx.array, h_pre: mx.array) -> mx.array:
+    def fallback(self, x, h_pre):
         return reference.stream_aggregate(x, h_pre)
 
-    def forward(self, x: mx.array, h_pre: mx.array) -> mx.array:
+    def forward(self, x, h_pre):
         flat_x, threads = flat(x, 3), self.options.threads_per_group
         tokens, n, C = flat_x.shape
         t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.kernel_backend())
-        shape = {"T": x.dtype, "N": n, "VEC": t.vec, "THREADS": t.threads}
-        body = StreamAggregateBody(**shape, PER_TOKEN=h_pre.ndim > 1)
+        body = StreamAggregateBody(**token_arguments(x.dtype, n, t), PER_TOKEN=h_pre.ndim > 1)
         inputs, outputs = {"x": flat_x, "h_pre": h_pre}, {"u": ((*x.shape[:-2], C), x.dtype)}
         groups = tiling.many_groups(tokens)
         return launch.launch(body, inputs, outputs, groups, self.options)["u"]
 
-    def backward(
-        self, arrays: tuple[mx.array, mx.array], cotangents: tuple[mx.array], saved: tuple[()]
-    ) -> tuple[mx.array, mx.array]:
+    def backward(self, arrays, cotangents, saved):
         (x, h_pre), (du,) = arrays, cotangents
         flat_x, threads, per_token = flat(x, 3), self.options.threads_per_group, h_pre.ndim > 1
         tokens, n, C = flat_x.shape
         t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.kernel_backend())
-        shape = {"T": x.dtype, "N": n, "VEC": t.vec, "THREADS": t.threads}
-        body = StreamAggregateBackwardBody(**shape, PER_TOKEN=per_token)
+        body = StreamAggregateBackwardBody(**token_arguments(x.dtype, n, t), PER_TOKEN=per_token)
         groups = tiling.backward_groups(tokens, t.threads)
         groups = tiling.many_groups(tokens) if per_token else groups
         inputs = {"x": flat_x, "h_pre": h_pre, "du": du}
@@ -110,12 +117,8 @@ def stream_aggregate(
 
 
 @dataclass(frozen=True)
-class StreamMixAddBody(launch.Body):
+class StreamMixAddBody(TokenBody):
     name = "stream_mix_add"
-    T: mx.Dtype
-    N: int
-    VEC: int
-    THREADS: int
     POST_PER_TOKEN: bool
     RES_PER_TOKEN: bool
 
@@ -155,16 +158,7 @@ class Layer(NamedTuple):
 SHARED_NDIM = {"H_pre": 1, "H_post": 1, "H_res": 2, "weight": 1}  # axes of one that tokens share
 
 
-def launch_fused_backward(
-    x: mx.array,
-    y: mx.array | None,
-    layer: Layer,
-    dout: mx.array,
-    *,
-    options: Options,
-    eps: float = 1.0,
-    convention: Convention | None = None,
-) -> dict[str, mx.array]:
+def launch_fused_backward(x, y, layer, dout, *, options, eps=1.0, convention=None):
     """The gradients by the names of the arrays: of `stream_mix_add`, which takes y, or of a layer.
 
     Without H_res it is that of aggregate and norm alone. With a convention H_pre and H_post may be
@@ -201,9 +195,7 @@ def launch_fused_backward(
     return gradients
 
 
-def _fused_backward_body(
-    x: mx.array, layer: Layer, convention: Convention | None, options: Options, *, norm: bool
-) -> MhcFusedBackwardWideBody:
+def _fused_backward_body(x, layer, convention, options, *, norm):
     (n, C), threads = x.shape[-2:], options.threads_per_group
     _, H_post, H_res, _ = layer
     arguments: dict[str, Any] = {
@@ -235,33 +227,20 @@ class StreamMixAdd(FusedOp):
     shared_ndim = (None, None, 1, 2)
     h_res_index = 3
 
-    def fallback(
-        self, x: mx.array, y: mx.array, h_post: mx.array, h_res: mx.array | None
-    ) -> mx.array:
+    def fallback(self, x, y, h_post, h_res):
         return reference.stream_mix_add(x, y, h_post, h_res)
 
-    def forward(self, x: mx.array, y: mx.array, h_post: mx.array, h_res: mx.array) -> mx.array:
+    def forward(self, x, y, h_post, h_res):
         flat_x, threads = flat(x, 3), self.options.threads_per_group
         tokens, n, C = flat_x.shape
         t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.kernel_backend())
-        body = StreamMixAddBody(
-            T=x.dtype,
-            N=n,
-            VEC=t.vec,
-            THREADS=t.threads,
-            POST_PER_TOKEN=h_post.ndim > 1,
-            RES_PER_TOKEN=h_res.ndim > 2,
-        )
+        per_token = {"POST_PER_TOKEN": h_post.ndim > 1, "RES_PER_TOKEN": h_res.ndim > 2}
+        body = StreamMixAddBody(**token_arguments(x.dtype, n, t), **per_token)
         inputs = {"x": flat_x, "y": y, "h_post": h_post, "h_res": h_res}
         outputs, groups = {"out": (x.shape, x.dtype)}, tiling.many_groups(tokens)
         return launch.launch(body, inputs, outputs, groups, self.options)["out"]
 
-    def backward(
-        self,
-        arrays: tuple[mx.array, mx.array, mx.array, mx.array],
-        cotangents: tuple[mx.array],
-        saved: tuple[()],
-    ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    def backward(self, arrays, cotangents, saved):
         (x, y, h_post, h_res), (dout,) = arrays, cotangents
         layer = Layer(H_post=h_post, H_res=h_res)
         d = launch_fused_backward(x, y, layer, dout, options=self.options)
