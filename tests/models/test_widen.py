@@ -18,18 +18,7 @@ from programs.processes import free_port
 
 import mhc_mlx as m
 from models import modules
-from models.modules import (
-    NOISE,
-    C,
-    N,
-    close,
-    conventions,
-    exact,
-    hidden,
-    loss_fn,
-    shaken,
-    silent,
-)
+from models.modules import NOISE, C, N, close, conventions, exact, hidden, loss_fn, shaken, silent
 
 launched = modules.launched
 
