@@ -22,16 +22,12 @@ def test_layer_equals_the_reference(convention, launched):
     layer = shaken(m.MHCLayer(N, C, dynamic=True, convention=convention, eps=1e-3, norm_eps=1e-2))
     x = mx.random.normal((2, 3, N, C))
     parameters = (layer.phi, layer.bias, layer.alpha)
-    u, h_post, h_res, _ = reference.mhc_pre(
-        x, *parameters, layer.rms_weight, convention, 1e-2, eps=1e-3
-    )
+    arrays = (x, *parameters, layer.rms_weight)
+    u, h_post, h_res, _ = reference.mhc_pre(*arrays, convention, 1e-2, eps=1e-3)
     close(layer(x), reference.stream_mix_add(x, u, h_post, h_res))
     close(layer(x, mx.tanh), reference.stream_mix_add(x, mx.tanh(u), h_post, h_res))
-    for got, want in zip(
-        layer.coefficients(x),
-        reference.mhc_coefficients(x, *parameters, convention, 1e-2),
-        strict=True,
-    ):
+    wanted = reference.mhc_coefficients(x, *parameters, convention, 1e-2)
+    for got, want in zip(layer.coefficients(x), wanted, strict=True):
         assert (got is None) == (want is None)
         if got is not None:
             close(got, want, 1e-6)
@@ -162,19 +158,11 @@ def test_a_token_does_not_see_the_others(launched):
 
 # ---- constants that nobody uses: each must be seen
 
+GATES = {"pre_eps": 0.03, "post_scale": 1.7, "post_eps": 0.05}
 ODD = {
-    "exp": m.Convention(
-        *("ODD", "exp", "columns"),
-        **{"iters": 3, "eps": 0.01, "transposed": True},
-        **{"pre_eps": 0.03, "post_scale": 1.7, "post_eps": 0.05},
-    ),
-    "softmax": m.Convention(
-        *("ODD", "softmax", "rows"),
-        **{"iters": 2, "eps": 0.02, "pre_eps": 0.03, "post_scale": 1.7, "post_eps": 0.05},
-    ),
-    "unconstrained": m.Convention(
-        *("ODD", "unconstrained"), **{"pre_eps": 0.03, "post_scale": 1.7, "post_eps": 0.05}
-    ),
+    "exp": m.Convention("ODD", "exp", "columns", iters=3, eps=0.01, transposed=True, **GATES),
+    "softmax": m.Convention("ODD", "softmax", "rows", iters=2, eps=0.02, **GATES),
+    "unconstrained": m.Convention("ODD", "unconstrained", **GATES),
 }
 
 
@@ -290,9 +278,8 @@ def test_every_option_reaches_its_connection():
         assert connection.alpha.tolist() == 3 * [np.float32(0.3)] and connection.norm_eps == 0.04
         asked = {"use_metal": False, "threads_per_group": 64, "differentiable": False}
         assert {k: getattr(connection, k) for k in asked} == asked
-        assert connection.bias[:N].argmax().item() == (
-            2 if connection is not block.connections[0] else 0
-        )
+        first = 0 if connection is block.connections[0] else 2
+        assert connection.bias[:N].argmax().item() == first
     head = m.HyperHead(C, N, init_scale=0.3, **{k: options[k] for k in [*asked, "norm_eps"]})
     assert head.alpha.tolist() == [np.float32(0.3)] and head.norm_eps == 0.04
     assert {k: getattr(head, k) for k in asked} == asked
@@ -301,10 +288,10 @@ def test_every_option_reaches_its_connection():
 def test_modules_hand_their_options_to_every_op(monkeypatch):
     """As they are when called."""
     asked = {"use_metal": False, "threads_per_group": 96, "differentiable": False}
+    names = {"mhc_coefficients", "mhc_pre", "stream_aggregate", "stream_aggregate_norm"}
+    names |= {"stream_mix_add", "mhc_layer", "mhc_static", "mhc_head", "sinkhorn_knopp"}
     calls = []
-    for name in ("mhc_coefficients", "mhc_pre", "stream_aggregate", "stream_aggregate_norm"):
-        spy(monkeypatch, name, calls)
-    for name in ("stream_mix_add", "mhc_layer", "mhc_static", "mhc_head", "sinkhorn_knopp"):
+    for name in names:
         spy(monkeypatch, name, calls)
     x = mx.random.normal((2, N, C))
     for dynamic in (True, False):
@@ -317,10 +304,7 @@ def test_modules_hand_their_options_to_every_op(monkeypatch):
                     setattr(module, k, v)
             connection(x)[1](x[:, 0])
             layer(x), layer(x, mx.tanh), layer.coefficients(x), head(x)
-    assert {name for name, _ in calls} == {
-        *("mhc_coefficients", "mhc_pre", "stream_aggregate", "stream_aggregate_norm"),
-        *("stream_mix_add", "mhc_layer", "mhc_static", "mhc_head", "sinkhorn_knopp"),
-    }
+    assert {name for name, _ in calls} == names
     for name, options in calls:
         threads = None if name == "sinkhorn_knopp" else 96
         assert options == asked | {"threads_per_group": threads}, name
@@ -337,6 +321,7 @@ def spy(monkeypatch, name, calls):
     monkeypatch.setattr(m.ops, name, counted)
 
 
+FLAT, SHAPE = mx.zeros((2, C)), r"x must have shape \[..., n=4, C=16\] but got"
 BAD = [
     (lambda: m.HyperConnection(C, 65), ValueError, "num_streams must be from 1 to 64 but got 65"),
     (lambda: m.HyperConnection(0), ValueError, "dim must be at least 1 but got 0"),
@@ -348,16 +333,8 @@ BAD = [
     (lambda: m.HyperConnection(C, convention=m.ADDITIVE), ValueError, "sigmoid gates.* ADDITIVE"),
     (lambda: m.HyperConnection(C, sinkhorn_iters=0), ValueError, "iters must be at least 1"),
     (lambda: m.HyperConnection(C, threads_per_group=33), ValueError, "multiple of 32"),
-    (
-        lambda: m.HyperConnection(C, N)(mx.zeros((2, N, C + 1))),
-        ValueError,
-        r"x must have shape \[..., n=4, C=16\] but got \[2, 4, 17\]",
-    ),
-    (
-        lambda: m.HyperConnection(C, N, dynamic=False)(mx.zeros((2, C))),
-        ValueError,
-        r"x must have shape \[..., n=4, C=16\] but got \[2, 16\]",
-    ),
+    (lambda: m.HyperConnection(C, N)(mx.zeros((2, N, 17))), ValueError, rf"{SHAPE} \[2, 4, 17\]"),
+    (lambda: m.HyperConnection(C, N, dynamic=False)(FLAT), ValueError, rf"{SHAPE} \[2, 16\]"),
     (lambda: m.MHCBlock(None, C), TypeError, r"\[MHCBlock\] layer must be a module or function"),
     (lambda: m.MHCBlock(nn.Tanh, C), TypeError, "layer must be a module or function but got type"),
     (lambda: m.MHCLiteBlock(mx.tanh, C, norm=1e-6), TypeError, r"\[MHCLiteBlock\] norm must be"),

@@ -24,13 +24,7 @@ from mlx_lm.utils import load_model, save_config, save_model  # noqa: E402
 
 from mhc_mlx import mlx_lm as adapter  # noqa: E402
 from mhc_mlx.mlx_lm.exact import random_inputs, streams_dtype  # noqa: E402
-from mhc_mlx.mlx_lm.sites import (  # noqa: E402
-    activations,
-    find_sites,
-    run_site,
-    stock_coefficients,
-    stock_site,
-)
+from mhc_mlx.mlx_lm.sites import activations, find_sites, run_site, stock_coefficients, stock_site  # noqa: E402
 from models import modules  # noqa: E402
 from models.tiny_deepseek import UNROUNDED, exactly, patched, tiny, tokens, within  # noqa: E402
 
@@ -148,7 +142,7 @@ def test_norms_that_cannot_be_fused(launched):
     sites = find_sites(model.model)
     x, y = random_inputs(sites[1], mx.bfloat16, 3)
     assert [site.hc.site(x, y, site.norm)[1].dtype for site in sites[:3]] == [
-        *(mx.bfloat16, mx.float32, mx.bfloat16),
+        *(mx.bfloat16, mx.float32, mx.bfloat16)
     ]
 
 

@@ -3,7 +3,6 @@ what reports say. Functions that run are replaced by ones that record what they 
 
 import inspect
 import re
-import types
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,16 +15,10 @@ from mlx_lm.models import deepseek_v41 as stock  # noqa: E402
 
 import mhc_mlx as m  # noqa: E402
 from mhc_mlx import mlx_lm as adapter  # noqa: E402
+from mhc_mlx.mlx_lm import SinglePassConnection, exact, times  # noqa: E402
 from mhc_mlx.mlx_lm import __main__ as command  # noqa: E402
-from mhc_mlx.mlx_lm import exact, times  # noqa: E402
 from mhc_mlx.mlx_lm.exact import random_inputs, site_errors  # noqa: E402
-from mhc_mlx.mlx_lm.sites import (  # noqa: E402
-    SinglePassConnection,
-    activations,
-    find_sites,
-    stock_coefficients,
-    stock_site,
-)
+from mhc_mlx.mlx_lm.sites import activations, find_sites, stock_coefficients, stock_site  # noqa: E402
 from models import modules  # noqa: E402
 from models.tiny_deepseek import exactly, patched, tiny, tokens, within  # noqa: E402
 
@@ -231,42 +224,6 @@ def test_activations_are_the_last_tokens_of_the_first_row():
 # ---- times
 
 
-class Clock:
-    """Of which a second passes with each tick."""
-
-    def __init__(self, monkeypatch):
-        self.now = 0.0
-        fake = types.SimpleNamespace(perf_counter=lambda: self.now)
-        monkeypatch.setattr(times, "time", fake)
-
-    def tick(self, seconds=1.0):
-        self.now += seconds
-
-
-def test_seconds_are_the_median_of_runs_after_two(monkeypatch):
-    clock, taken = Clock(monkeypatch), iter([100, 100, 9, 8, 2, 3, 4])
-    assert times._seconds(lambda: clock.tick(next(taken)) or mx.zeros(1)) == 4
-
-
-def test_tokens_per_second(monkeypatch):
-    """Of prefill, all tokens of a prompt; of decoding, those after the first, which compile."""
-    clock, model, asked = Clock(monkeypatch), tiny(layers=1), []
-    monkeypatch.setattr(times, "_seconds", lambda run: mx.eval(run()) or 0.5)
-    call = lambda self, x, *rest: asked.append(x.shape) or x[..., None]  # noqa: E731
-    monkeypatch.setattr(type(model), "__call__", call)
-
-    def generate(prompt, given, max_tokens):
-        assert given is model and prompt.shape == (3,)
-        for k in range(max_tokens):
-            clock.tick(50.0 if k < 4 else 0.25)
-            yield k, None
-
-    monkeypatch.setattr(times, "generate_step", generate)
-    report = times._model_times(model, (3, 5), 8)
-    assert report == {"prefill": {"3": 6.0, "5": 10.0}, "decode": 4.0}
-    assert asked == [(1, 3), (1, 5)]
-
-
 def test_bench_times_the_patched_model_and_mlx_lms(monkeypatch, capsys):
     model, runs = patched(tiny(layers=2)), []
 
@@ -314,21 +271,6 @@ def test_chains_run_what_they_are_called(monkeypatch):
             within(a, b, mx.float32)
 
 
-def test_times_of_sites(monkeypatch):
-    """Seconds per site, of those with an RMSNorm; and the line that says so."""
-    sites = times.random_sites(32, 4)
-    sites[3] = sites[3]._replace(norm=None)
-    runs = []
-    monkeypatch.setattr(times, "_seconds", lambda run: runs.append(run()) or 3e-6 * len(runs))
-    report = times.site_times(sites, mx.bfloat16, 2)
-    want = {"patched": 1e-6, "mlx-lm": 2e-6, "mlx-lm, compiled": 3e-6}
-    assert report == {"tokens": 2} | {k: pytest.approx(v) for k, v in want.items()}
-    assert all(out.dtype == mx.bfloat16 and out.shape == (1, 2, 4, 32) for out, *_ in runs)
-    line = times.time_line(report)
-    assert "    2 tokens: 1 us per sublayer, mlx-lm 2 us (2.0 x), compiled 3 us (3.0 x)" == line
-    assert times.site_times(sites[2:], mx.float32, 1)["tokens"] == 1  # one, as of a single layer
-
-
 def test_bench_of_sites_reports_whose_errors_they_are(monkeypatch, capsys):
     errors, seen = iter([(1.0, 5.0), (2.0, 1.0), (1.5, 8.0), (4.0, 9.0), (1.0, 1.0)]), []
     counts = []
@@ -363,43 +305,23 @@ def test_every_argument_of_every_function():
     v4 = m.HyperConnection(8, 4, convention=m.DEEPSEEK_V4)
     other = m.Convention("V4", "softmax", eps=1e-6, transposed=True, pre_eps=1e-6, post_eps=0.1)
     weights = {"c_fn": mx.zeros((24, 32)), "c_base": mx.zeros(24), "c_scale": mx.zeros(3)}
-    for f, right, wrong in (
-        (
-            *(adapter.patch, {"model": own}),
-            {"trainable": bools, "verify": bools, "use_metal": bools, "model": (None, nn.Linear)},
-        ),
-        (adapter.unpatch, {}, {"model": (None, 3, nn.Linear(2, 2))}),
-        (
-            *(adapter.check, {"model": own}),
-            {
-                "times": counts,
-                "verbose": bools,
-                "tokens": ([1], mx.zeros(2), mx.zeros((1, 1, 1), mx.int32)),
-            },
-        ),
-        (
-            *(adapter.bench, {"model": model}),
-            {"lengths": (*counts, ()), "steps": (0, 2.0, True, None, "8"), "model": (None, own)},
-        ),
-        (
-            *(adapter.bench_sites, {"d": 32}),
-            {
-                "d": (0, 32.0, True, None, "32"),
-                "tokens": (*counts, ()),
-                "dtype": (mx.int32, None, "float32", float),
-            },
-        ),
-        (
-            *(adapter.load_v4, {"module": v4, "weights": weights, "prefix": "c"}),
-            {
-                "module": (None, nn.Linear(2, 2), m.HyperConnection(8, 4, convention=other)),
-                "weights": (None, [], {}, {"c_fn": 3}),
-                "prefix": (None, 3, "d"),
-            },
-        ),
+    loaded = {"module": v4, "weights": weights, "prefix": "c"}
+    wrong = {"trainable": bools, "verify": bools, "use_metal": bools, "verbose": bools}
+    wrong |= {"times": counts, "lengths": (*counts, ()), "steps": (0, 2.0, True, None, "8")}
+    wrong |= {"d": (0, 32.0, True, None, "32"), "dtype": (mx.int32, None, "float32", float)}
+    wrong |= {"module": (None, nn.Linear(2, 2), m.HyperConnection(8, 4, convention=other))}
+    wrong |= {"weights": (None, [], {}, {"c_fn": 3}), "prefix": (None, 3, "d")}
+    prompts = ([1], mx.zeros(2), mx.zeros((1, 1, 1), mx.int32))
+    for f, right, arguments, more in (
+        (adapter.patch, {"model": own}, "trainable verify use_metal", {"model": (None, nn.Linear)}),
+        (adapter.unpatch, {}, "", {"model": (None, 3, nn.Linear(2, 2))}),
+        (adapter.check, {"model": own}, "times verbose", {"tokens": prompts}),
+        (adapter.bench, {"model": model}, "lengths steps", {"model": (None, own)}),
+        (adapter.bench_sites, {"d": 32}, "d dtype", {"tokens": (*counts, ())}),
+        (adapter.load_v4, loaded, "module weights prefix", {}),
     ):
         kinds = [type(module) for module in [*model.modules(), *own.modules()]]
-        for argument, values in wrong.items():
+        for argument, values in ({k: wrong[k] for k in arguments.split()} | more).items():
             for bad in values:
                 with pytest.raises((TypeError, ValueError)) as error:
                     f(**right | {argument: bad})

@@ -77,33 +77,23 @@ def test_v4_is_v41_unlagged(launched):
 
 # ---- errors
 
-CONNECTION = {"c_fn": mx.zeros((24, 32)), "c_base": mx.zeros(24), "c_scale": mx.zeros(3)}
-BAD = [
-    (lambda: adapter.load_v4(nn.Linear(2, 2), {}, "c"), TypeError, "HyperHead but got Linear"),
-    (
-        lambda: adapter.load_v4(m.HyperConnection(8, 4, dynamic=False), CONNECTION, "c"),
-        TypeError,
-        "must be a dynamic HyperConnection",
-    ),
-    (
-        lambda: adapter.load_v4(m.HyperConnection(8, convention=m.DEEPSEEK_V4), {}, "c"),
-        ValueError,
-        "must have c_fn",
-    ),
-    (
-        lambda: adapter.load_v4(m.HyperConnection(8), CONNECTION, "c"),
-        ValueError,
-        "convention must be DEEPSEEK_V4's but got PAPER",
-    ),
-    (
-        lambda: adapter.load_v4(m.HyperConnection(9, convention=m.DEEPSEEK_V4), CONNECTION, "c"),
-        ValueError,
-        r"c_fn must have shape \[24, 36\] but got \[24, 32\]",
-    ),
+TENSORS = {"c_fn": mx.zeros((24, 32)), "c_base": mx.zeros(24), "c_scale": mx.zeros(3)}
+
+
+def of_v4(dim):
+    return m.HyperConnection(dim, convention=m.DEEPSEEK_V4)
+
+
+BAD = [  # a module, the tensors, and what is said of them
+    (nn.Linear(2, 2), {}, TypeError, "HyperHead but got Linear"),
+    (m.HyperConnection(8, dynamic=False), TENSORS, TypeError, "must be a dynamic HyperConnection"),
+    (of_v4(8), {}, ValueError, "must have c_fn"),
+    (m.HyperConnection(8), TENSORS, ValueError, "convention must be DEEPSEEK_V4's but got PAPER"),
+    (of_v4(9), TENSORS, ValueError, r"c_fn must have shape \[24, 36\] but got \[24, 32\]"),
 ]
 
 
-@pytest.mark.parametrize("call, kind, message", BAD)
-def test_errors(call, kind, message):
+@pytest.mark.parametrize("module, tensors, kind, message", BAD)
+def test_errors(module, tensors, kind, message):
     with pytest.raises(kind, match=message):
-        call()
+        adapter.load_v4(module, tensors, "c")

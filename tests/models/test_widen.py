@@ -3,9 +3,7 @@
 import copy
 import json
 import pickle
-import shutil
 import sys
-import sysconfig
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,22 +12,10 @@ import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_flatten
 from programs import processes
-from programs.processes import free_port
 
 import mhc_mlx as m
 from models import modules
-from models.modules import (
-    NOISE,
-    C,
-    N,
-    close,
-    conventions,
-    exact,
-    hidden,
-    loss_fn,
-    shaken,
-    silent,
-)
+from models.modules import NOISE, C, N, close, conventions, exact, hidden, loss_fn, shaken, silent
 
 launched = modules.launched
 
@@ -44,11 +30,8 @@ class Block(nn.Module):
 
     def residual_branches(self, scale=None):
         scale = self.scale if scale is None else scale
-        return [
-            lambda h: scale * self.mix(self.norm(h)),
-            lambda h: mx.tanh(self.mlp(h)),
-            lambda h: 0.1 * h,
-        ]
+        mixed, mlp = (lambda h: scale * self.mix(self.norm(h))), (lambda h: mx.tanh(self.mlp(h)))
+        return [mixed, mlp, lambda h: 0.1 * h]
 
     def __call__(self, h, scale=None):
         for branch in self.residual_branches(scale):
@@ -176,9 +159,8 @@ def test_llama_logits_are_preserved(llama, convention, launched):
     model = llama()
     want = model(PROMPT)
     close(m.widen(model, N, convention=convention)(PROMPT), want, 1e-3)
-    with_window = llama(
-        layer_types=["sliding_attention"] + 2 * ["full_attention"], sliding_window=3
-    )
+    layer_types = ["sliding_attention"] + 2 * ["full_attention"]
+    with_window = llama(layer_types=layer_types, sliding_window=3)
     want = with_window(PROMPT)
     close(m.widen(with_window, 2, dynamic=False)(PROMPT), want, 1e-3)
 
@@ -410,12 +392,11 @@ def test_blocks_that_need_arguments(launched):
     lm = stablelm.Model(stablelm.ModelArgs("stablelm", **sizes | others))
     for model, named in ((oss, {"mask": None}), (lm, {"mask": None, "cache": None})):
         want, before = shaken(model, 0.1)(PROMPT), state(model)
-        with pytest.raises(
-            TypeError, match=r"\[widen\] example must be the arguments of .* 'mask'"
-        ):
+        message = r"\[widen\] example must be the arguments of"
+        with pytest.raises(TypeError, match=f"{message} .* 'mask'"):
             m.widen(model, N)
         for wrong in ((None, None, None), {"msk": None}):
-            with pytest.raises(TypeError, match=r"\[widen\] example must be the arguments of"):
+            with pytest.raises(TypeError, match=message):
                 m.widen(model, N, example=wrong)
         assert state(model) == before
         exact(m.widen(model, N, example=named if model is oss else (None, None)))
@@ -436,9 +417,7 @@ def test_blocks_that_need_arguments(launched):
             return h
 
     model, h = Masked(), mx.random.normal((2, 3, C))
-    with pytest.raises(
-        TypeError, match="example must be the arguments of Needs at layers.0. after"
-    ):
+    with pytest.raises(TypeError, match="must be the arguments of Needs at layers.0. after"):
         m.widen(model, N, dim=C)
     want = model(h, [0.5, 2.0])
     m.widen(model, N, dim=C, example=([1.0],), dynamic=False)  # each call gets a copy of the list
@@ -543,13 +522,7 @@ def in_two_processes(folder: str) -> None:
 def test_pipelines_in_two_processes(tmp_path):
     """Nothing hangs, and no process loses its peer."""
     pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pipelines are not tested")
-    launch = shutil.which("mlx.launch", path=sysconfig.get_path("scripts"))
-    if launch is None or not mx.distributed.is_available("ring"):
-        pytest.skip("mlx.launch is not among this Python's scripts, or MLX has no ring")
-    options = ["-n", 2, "--backend", "ring", "-p", free_port(), "--python", sys.executable]
-    _, printed = processes.run([launch, *options, __file__, tmp_path], tmp_path / "log.txt")
-    if "[ring] Couldn't bind socket" in printed:
-        pytest.skip("another program took the port: [ring] Couldn't bind socket")
+    printed = processes.run_two([__file__, tmp_path], tmp_path / "log.txt")
     files = [tmp_path / f"{rank}.json" for rank in range(2)]
     assert all(f.exists() for f in files), printed
     for f in files:
@@ -561,22 +534,16 @@ def test_pipelines_in_two_processes(tmp_path):
 # ---- errors
 
 
+CHILDREN = r"residual_branches or the children \['input_layernorm',"
+COMPUTE = "must compute x .* but got Scaled at layers.0."
 BAD = [
     (lambda: m.widen(nn.Module(), layers=[]), ValueError, "layers must have at least one block"),
     (lambda: m.widen(Plain(), reduce="max"), ValueError, "reduce must be 'mean', 'sum' or"),
     (lambda: m.widen(Plain()), ValueError, "dim must be the channels"),
     (lambda: m.widen(m.widen(Plain(), dim=C), dim=C), ValueError, "not yet widened but got Wid"),
     (lambda: m.widen(None, layers=2 * [Block()], dim=C), ValueError, "distinct.* but got Block"),
-    (
-        lambda: m.widen(None, layers=[nn.Linear(C, C)]),
-        TypeError,
-        r"residual_branches or the children \['input_layernorm', .* but got Linear",
-    ),
-    (
-        lambda: m.widen(None, layers=[Scaled()], dim=C),
-        ValueError,
-        "must compute x .* but got Scaled at layers.0., which does not",
-    ),
+    (lambda: m.widen(None, layers=[nn.Linear(C, C)]), TypeError, rf"{CHILDREN} .* got Linear"),
+    (lambda: m.widen(None, layers=[Scaled()], dim=C), ValueError, f"{COMPUTE}, which does not"),
 ]
 
 

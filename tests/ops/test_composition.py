@@ -1,5 +1,6 @@
 """The ops inside MLX's transformations, with this machine's kernels, the stand-in and without."""
 
+import functools
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,22 +14,8 @@ from cases import FUSED, OPS, Case
 from mlx.utils import tree_flatten
 from proof import executor
 
-from mhc_mlx import (
-    ADDITIVE,
-    DEEPSEEK_V4,
-    IDENTITY,
-    KRONECKER,
-    MHC_LITE,
-    PAPER,
-    ROW_FIRST,
-    UNCONSTRAINED,
-    HyperHead,
-    MHCLayer,
-    launch,
-    ops,
-    reference,
-    vmap,
-)
+from mhc_mlx import DEEPSEEK_V4, PAPER, ROW_FIRST, HyperHead, MHCLayer, launch, ops, reference, vmap
+from mhc_mlx.conventions import ADDITIVE, IDENTITY, KRONECKER, MHC_LITE, UNCONSTRAINED
 
 LEAD, N, C = (6,), 4, 40
 DYNAMIC = (PAPER, ROW_FIRST, DEEPSEEK_V4, MHC_LITE, KRONECKER, IDENTITY, UNCONSTRAINED)
@@ -47,13 +34,8 @@ def use_metal(request, need):
 def inputs(lead=LEAD, dtype=mx.float32):
     mx.random.seed(3)
     x = mx.random.normal((*lead, N, C)).astype(dtype)
-    return (
-        x,
-        mx.random.normal((N,)),
-        mx.random.normal((N,)),
-        2 * mx.random.normal((N, N)),
-        mx.random.uniform(0.5, 1.5, (C,)),
-    )
+    gates = mx.random.normal((N,)), mx.random.normal((N,))
+    return x, *gates, 2 * mx.random.normal((N, N)), mx.random.uniform(0.5, 1.5, (C,))
 
 
 def close(got, want, bound=2e-5):
@@ -200,11 +182,8 @@ def functions(call, use_metal=True, **of_arrays):
     """The reference's function of a call, the op's, and their arrays."""
     name, arrays, *convention = calls(**of_arrays)[call]
     options = {"convention": convention[0]} if convention else {}
-    return (
-        lambda *a: getattr(reference, name)(*a, **options),
-        lambda *a, **more: getattr(ops, name)(*a, **options, use_metal=use_metal, **more),
-        arrays,
-    )
+    plain = functools.partial(getattr(reference, name), **options)
+    return plain, functools.partial(getattr(ops, name), **options, use_metal=use_metal), arrays
 
 
 def random_like(made) -> list[mx.array]:
@@ -240,9 +219,8 @@ def test_second_derivative_of_every_op(use_metal, call):
     weights = random_like(plain(*arrays))
 
     def curvature(f):
-        return gradients(
-            lambda *a: sum((g * g).sum() for g in gradients(loss(f, weights), a)), arrays
-        )
+        squares = lambda *a: sum((g * g).sum() for g in gradients(loss(f, weights), a))  # noqa: E731
+        return gradients(squares, arrays)
 
     close(curvature(op), curvature(plain), 1e-4)
 
@@ -265,9 +243,8 @@ def test_vmap_of_every_op(use_metal, call, mapped, gradient):
     arrays = [a.astype(mx.float32) for a in arrays]
     axes = [0 if a.shape[:2] == (2, 3) else None for a in arrays]
     if mapped == "all":
-        arrays = [
-            mx.stack([a, a[::-1]]) if i is None else a for a, i in zip(arrays, axes, strict=True)
-        ]
+        pairs = zip(arrays, axes, strict=True)
+        arrays = [mx.stack([a, a[::-1]]) if i is None else a for a, i in pairs]
         axes = [0] * len(arrays)
 
     def example(k):
@@ -320,10 +297,8 @@ def test_vmap_of_gradient(use_metal, per_token, power):
         one = mx.grad(loss(lambda *a: f(*a) ** power, weights), argnums=(0, 1, 2, 3))
         return vmap(one, in_axes=axes)(x, y, post, res)
 
-    close(
-        gradients(lambda *a: ops.stream_mix_add(*a, use_metal=use_metal)),
-        gradients(reference.stream_mix_add),
-    )
+    got = gradients(lambda *a: ops.stream_mix_add(*a, use_metal=use_metal))
+    close(got, gradients(reference.stream_mix_add))
 
 
 COMBINATIONS = {  # of f [2, N, C] -> [2, N, C], a weight for its loss, and x and t [3, 2, N, C]
@@ -471,10 +446,8 @@ def test_inside_a_larger_graph(use_metal):
 @pytest.mark.parametrize("axis", ["tokens", "streams", "channels"])
 def test_strided_slices(use_metal, axis):
     cut = {"tokens": np.s_[::2], "streams": np.s_[:, 1:5], "channels": np.s_[:, :, 3 : 3 + C]}[axis]
-    x = mx.random.normal((12, 6 if axis == "streams" else N, C + 7 if axis == "channels" else C))[
-        cut
-    ]
-    rest = inputs()[1:]
+    shape = (12, 6 if axis == "streams" else N, C + 7 if axis == "channels" else C)
+    x, rest = mx.random.normal(shape)[cut], inputs()[1:]
     close(layer(use_metal)(x, *rest), reference.mhc_layer(x, *rest))
 
 
@@ -492,9 +465,8 @@ def test_threads_per_group(use_metal, threads, n):
     ):
         w = weights if op != "sinkhorn_knopp" else weights[0, :, :n]
         wanted = tuple(range(len(args)))
-        got = mx.grad(loss(lambda *a, op=op: getattr(ops, op)(*a, **options), w), argnums=wanted)(
-            *args
-        )
+        f = loss(lambda *a, op=op: getattr(ops, op)(*a, **options), w)
+        got = mx.grad(f, argnums=wanted)(*args)
         want = mx.grad(loss(getattr(reference, op), w), argnums=wanted)(*args)
         close(got, want, 1e-4)
 

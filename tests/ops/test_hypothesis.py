@@ -8,18 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 from calls import LAYOUTS
-from cases import (
-    DRAWS,
-    DTYPES,
-    FUSED,
-    GRADIENT,
-    OF_LOGITS,
-    OPS,
-    OUTPUT_ULPS,
-    REFERENCE,
-    ULP,
-    Case,
-)
+from cases import DRAWS, DTYPES, FUSED, GRADIENT, OF_LOGITS, OPS, OUTPUT_ULPS, REFERENCE, ULP, Case
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from proof import executor

@@ -15,347 +15,168 @@ import mhc_mlx as m
 from mhc_mlx import ops
 from mhc_mlx.ops.autodiff import FUSED_OPS
 
-x, y, n, C = mx.zeros((2, 4, 8)), mx.zeros((2, 8)), 4, 8
-gate, mix, weight = mx.zeros(4), mx.zeros((4, 4)), mx.ones(8)
-layer = (x, gate, gate, mix, weight)
-dynamic = {"x": x, "phi": mx.zeros((24, 32)), "bias": mx.zeros(24), "alpha": mx.zeros(3)}
-seam = {"x": x, "y": y, "h_pre": gate, "h_post": gate, "h_res": mix, "weight": weight}
-single = dynamic | {"y": y}
-head = {"x": x, "phi": mx.zeros((4, 32)), "bias": gate, "alpha": mx.zeros(1)}
-six = dynamic | {"x": mx.zeros((2, 6, 8))}
+x, y, gate, mix = mx.zeros((2, 4, 8)), mx.zeros((2, 8)), mx.zeros(4), mx.zeros((4, 4))
 
 
-def changed(k, value):
-    return [value if i == k else a for i, a in enumerate(layer)]
+def zeros(*shape):
+    return mx.zeros(shape)
 
 
-BAD = [
+RIGHT_ARGUMENTS = {  # of functions and modules, by their names, where a row says nothing of them
+    **{"x": x, "y": y, "u": y, "weight": mx.ones(8), "logits": mx.zeros((4, 4)), "dim": 8},
+    **{"h_pre": gate, "h_post": gate, "h_res": mix, "H_pre": gate, "H_post": gate, "H_res": mix},
+    **{"phi": mx.zeros((24, 32)), "bias": mx.zeros(24), "alpha": mx.zeros(3)},
+}
+OF_HEAD = {"phi": zeros(4, 32), "bias": gate, "alpha": zeros(1)}
+BAD_VALUES = [  # what is called, what it says, and the wrong arguments
+    ("mhc_static", r"h_pre must have shape \[n=4\] but got \[3\]", {"h_pre": zeros(3)}),
+    ("mhc_static", r"h_post must have shape \[n=4\]", {"h_post": zeros(2, 4)}),
+    ("mhc_static", r"h_res must have shape \[n=4, n=4\]", {"h_res": zeros(4, 3)}),
+    ("mhc_static", r"weight must have shape \[C=8\] but got \[9\]", {"weight": zeros(9)}),
+    ("mhc_static", r"x must have shape \[\.\.\., n, C\]", {"x": zeros(8)}),
+    ("mhc_static", ".*n from 1 to 64", {"x": zeros(2, 0, 8)}),
+    ("mhc_static", ".*n from 1 to 64", {"x": zeros(2, 65, 8)}),
+    ("mhc_static", ".*C at least 1", {"x": zeros(2, 4, 0)}),
+    ("mhc_static", "eps must be finite and above 0", {"eps": 0.0}),
+    ("mhc_static", "eps must be finite", {"eps": float("nan")}),
+    ("mhc_static", ".*multiple of 32 from 32 to 1024", {"threads_per_group": 48}),
+    ("stream_mix_add", "y must have shape", {"y": y[:, :7]}),
+    ("stream_mix_add", r"h_post must have shape \[n=4\] or \[2, n=4\]", {"h_post": zeros(3, 4)}),
     (
-        lambda: m.mhc_static(*changed(1, mx.zeros(3))),
-        ValueError,
-        r"\[mhc_static\] h_pre must have shape \[n=4\] but got \[3\]",
+        *("stream_mix_add", r".*or \[2, n=4, n=4\] but got \[1, 4, 4\]"),
+        {"h_res": zeros(1, 4, 4)},
     ),
+    ("sinkhorn_knopp", r"logits must have shape \[\.\.\., n, n\]", {"logits": zeros(4, 3)}),
+    ("sinkhorn_knopp", ".*n from 1 to 64", {"logits": zeros(65, 65)}),
+    ("sinkhorn_knopp", "logits must have shape", {"logits": gate}),
+    ("stream_aggregate_norm", "h_pre must have shape", {"h_pre": zeros(5)}),
     (
-        lambda: m.mhc_static(*changed(2, mx.zeros((2, 4)))),
-        ValueError,
-        r"h_post must have shape \[n=4\]",
+        *("mhc_pre", r"phi must have shape \[\(2n\+R\)=24, \(n\*C\)=32\] but got \[24, 31\]"),
+        {"phi": zeros(24, 31)},
     ),
+    ("mhc_coefficients", r".*\(2n\+R\)=24, .* but got \[23, 32\]", {"phi": zeros(23, 32)}),
+    ("mhc_pre", r"bias must have shape \[\(2n\+R\)=24\] but got \[23\]", {"bias": zeros(23)}),
+    ("mhc_pre", r"alpha must have shape \[parts=3\] but got \[2\]", {"alpha": zeros(2)}),
+    ("mhc_coefficients", r"alpha must have shape \[parts=3\] but got \[\]", {"alpha": zeros()}),
+    ("mhc_pre", r"phi must have shape \[\(2n\+R\)=15, \(n\*C\)=24\]", {"x": zeros(2, 3, 8)}),
+    ("mhc_coefficients", r"phi must have shape .*\(n\*C\)=36", {"x": zeros(2, 4, 9)}),
+    ("mhc_pre", r"x must have shape \[\.\.\., n, C\]", {"x": zeros(8)}),
+    ("mhc_pre", ".*n from 1 to 64", {"x": zeros(2, 65, 8)}),
+    ("mhc_pre", r"phi must have shape \[\(2n\+R\)=8,", {"convention": m.IDENTITY}),
     (
-        lambda: m.mhc_static(*changed(3, mx.zeros((4, 3)))),
-        ValueError,
-        r"h_res must have shape \[n=4, n=4\]",
+        "mhc_pre",
+        "convention must have gates of logits but got ADDITIVE",
+        {"convention": m.ADDITIVE},
     ),
+    ("mhc_coefficients", ".*gates of logits but got ADDITIVE", {"convention": m.ADDITIVE}),
+    ("mhc_pre", r"weight must have shape \[C=8\] but got \[9\]", {"weight": zeros(9)}),
+    ("mhc_pre", r"weight must have shape \[C=8\] but got \[1, 8\]", {"weight": zeros(1, 8)}),
+    ("mhc_seam", r"y must have shape \[2, C=8\] but got \[2, 7\]", {"y": zeros(2, 7)}),
     (
-        lambda: m.mhc_static(*changed(4, mx.zeros(9))),
-        ValueError,
-        r"weight must have shape \[C=8\] but got \[9\]",
+        *("mhc_seam", r"h_pre must have shape \[n=4\] or \[2, n=4\] but got \[1, 4\]"),
+        {"h_pre": zeros(1, 4)},
     ),
-    (
-        lambda: m.mhc_static(*changed(0, mx.zeros(8))),
-        ValueError,
-        r"x must have shape \[\.\.\., n, C\]",
-    ),
-    (lambda: m.mhc_static(*changed(0, mx.zeros((2, 0, 8)))), ValueError, "n from 1 to 64"),
-    (lambda: m.mhc_static(*changed(0, mx.zeros((2, 65, 8)))), ValueError, "n from 1 to 64"),
-    (lambda: m.mhc_static(*changed(0, mx.zeros((2, 4, 0)))), ValueError, "C at least 1"),
-    (lambda: m.mhc_static(*layer, eps=0.0), ValueError, "eps must be finite and above 0"),
-    (lambda: m.mhc_static(*layer, eps=float("nan")), ValueError, "eps must be finite"),
-    (lambda: m.mhc_static(*layer, eps="1"), TypeError, "eps must be a number"),
-    (
-        lambda: m.mhc_static(*layer, threads_per_group=48),
-        ValueError,
-        "multiple of 32 from 32 to 1024",
-    ),
-    (
-        lambda: m.mhc_static(*layer, threads_per_group=64.0),
-        TypeError,
-        "threads_per_group must be None or an int",
-    ),
-    (
-        lambda: m.mhc_layer(*layer, "PAPER"),
-        TypeError,
-        "convention must be a Convention but got str",
-    ),
-    (
-        lambda: m.stream_mix_add(x, y[:, :7], gate, mix),
-        ValueError,
-        r"y must have shape \[2, C=8\]|y must have shape",
-    ),
-    (
-        lambda: m.stream_mix_add(x, y.astype(mx.float16), gate, mix),
-        TypeError,
-        "y must have x's dtype",
-    ),
-    (
-        lambda: m.stream_mix_add(x, y, mx.zeros((3, 4)), mix),
-        ValueError,
-        r"h_post must have shape \[n=4\] or \[2, n=4\]",
-    ),
-    (
-        lambda: m.stream_mix_add(x, y, gate, mx.zeros((1, 4, 4))),
-        ValueError,
-        r"or \[2, n=4, n=4\] but got \[1, 4, 4\]",
-    ),
-    (
-        lambda: m.sinkhorn_knopp(mx.zeros((4, 3))),
-        ValueError,
-        r"logits must have shape \[\.\.\., n, n\]",
-    ),
-    (lambda: m.sinkhorn_knopp(mx.zeros((65, 65))), ValueError, "n from 1 to 64"),
-    (lambda: m.sinkhorn_knopp(mx.zeros(4)), ValueError, "logits must have shape"),
-    (lambda: m.stream_aggregate_norm(x, mx.zeros(5), weight), ValueError, "h_pre must have shape"),
-    (
-        lambda: m.mhc_pre(**dynamic | {"phi": mx.zeros((24, 31))}),
-        ValueError,
-        r"\[mhc_pre\] phi must have shape \[\(2n\+R\)=24, \(n\*C\)=32\] but got \[24, 31\]",
-    ),
-    (
-        lambda: m.mhc_coefficients(**dynamic | {"phi": mx.zeros((23, 32))}),
-        ValueError,
-        r"\(2n\+R\)=24, .* but got \[23, 32\]",
-    ),
-    (
-        lambda: m.mhc_pre(**dynamic | {"bias": mx.zeros(23)}),
-        ValueError,
-        r"bias must have shape \[\(2n\+R\)=24\] but got \[23\]",
-    ),
-    (
-        lambda: m.mhc_pre(**dynamic | {"alpha": mx.zeros(2)}),
-        ValueError,
-        r"alpha must have shape \[parts=3\] but got \[2\]",
-    ),
-    (
-        lambda: m.mhc_coefficients(**dynamic | {"alpha": mx.array(0.01)}),
-        ValueError,
-        r"alpha must have shape \[parts=3\] but got \[\]",
-    ),
-    (
-        lambda: m.mhc_pre(**dynamic | {"x": mx.zeros((2, 3, 8))}),
-        ValueError,
-        r"phi must have shape \[\(2n\+R\)=15, \(n\*C\)=24\]",
-    ),
-    (
-        lambda: m.mhc_coefficients(**dynamic | {"x": mx.zeros((2, 4, 9))}),
-        ValueError,
-        r"phi must have shape .*\(n\*C\)=36",
-    ),
-    (
-        lambda: m.mhc_pre(**dynamic | {"x": mx.zeros(8)}),
-        ValueError,
-        r"x must have shape \[\.\.\., n, C\]",
-    ),
-    (lambda: m.mhc_pre(**dynamic | {"x": mx.zeros((2, 65, 8))}), ValueError, "n from 1 to 64"),
-    (
-        lambda: m.mhc_pre(**dynamic | {"convention": m.IDENTITY}),
-        ValueError,
-        r"phi must have shape \[\(2n\+R\)=8,",
-    ),
-    (
-        lambda: m.mhc_pre(**dynamic | {"convention": m.ADDITIVE}),
-        ValueError,
-        r"\[mhc_pre\] convention must have gates of logits but got ADDITIVE",
-    ),
-    (
-        lambda: m.mhc_coefficients(**dynamic | {"convention": m.ADDITIVE}),
-        ValueError,
-        "gates of logits but got ADDITIVE",
-    ),
-    (
-        lambda: m.mhc_pre(**dynamic | {"weight": mx.zeros(9)}),
-        ValueError,
-        r"weight must have shape \[C=8\] but got \[9\]",
-    ),
-    (
-        lambda: m.mhc_pre(**dynamic | {"weight": mx.zeros((1, 8))}),
-        ValueError,
-        r"weight must have shape \[C=8\] but got \[1, 8\]",
-    ),
-    (
-        lambda: m.mhc_seam(**seam | {"y": mx.zeros((2, 7))}),
-        ValueError,
-        r"\[mhc_seam\] y must have shape \[2, C=8\] but got \[2, 7\]",
-    ),
-    (
-        lambda: m.mhc_seam(**seam | {"y": y.astype(mx.float16)}),
-        TypeError,
-        r"\[mhc_seam\] y must have x's dtype",
-    ),
-    (
-        lambda: m.mhc_seam(**seam | {"h_pre": mx.zeros((1, 4))}),
-        ValueError,
-        r"\[mhc_seam\] h_pre must have shape \[n=4\] or \[2, n=4\] but got \[1, 4\]",
-    ),
-    (lambda: m.mhc_seam(**seam | {"h_post": mx.zeros(5)}), ValueError, r"\[mhc_seam\] h_post must"),
-    (lambda: m.mhc_seam(**seam | {"h_res": gate}), ValueError, r"\[mhc_seam\] h_res must have"),
-    (lambda: m.mhc_seam(**seam | {"weight": gate}), ValueError, r"\[mhc_seam\] weight must have"),
+    ("mhc_seam", "h_post must", {"h_post": zeros(5)}),
+    ("mhc_seam", "h_res must have", {"h_res": gate}),
+    ("mhc_seam", "weight must have", {"weight": gate}),
     *(
         (
-            lambda c=c: m.sinkhorn_knopp(mix, c),
-            ValueError,
-            r"\[sinkhorn_knopp\] convention must have half-steps .* but got " + c.name,
+            "sinkhorn_knopp",
+            rf"convention must have half-steps .* but got {c.name}",
+            {"convention": c},
         )
         for c in (m.MHC_LITE, m.KRONECKER, m.IDENTITY, m.UNCONSTRAINED)
     ),
+    ("mhc_layer", "convention must have half-steps", {"convention": m.KRONECKER}),
+    ("stream_mix", "h_res must have shape", {"h_res": zeros(5, 5)}),
     (
-        lambda: m.mhc_layer(*layer, m.KRONECKER),
-        ValueError,
-        r"\[mhc_layer\] convention must have half-steps",
+        *("stream_distribute", r"h_post must have shape \[n=4\] or \[2, n=4\] but got \[5, 4\]"),
+        {"h_post": zeros(5, 4)},
     ),
+    ("stream_distribute", r"y must have shape \[..., C\]", {"y": mx.array(1.0)}),
+    ("rms_norm", r"weight must have shape \[C=8\]", {"weight": mx.ones(1)}),
+    ("rms_norm", "eps must be finite", {"eps": -1.0}),
     (
-        lambda: m.stream_mix(x, mx.zeros((5, 5))),
-        ValueError,
-        r"\[stream_mix\] h_res must have shape",
+        "HyperConnection",
+        "init_scale must be finite in float32 but got nan",
+        {"init_scale": math.nan},
     ),
-    (lambda: m.stream_mix([1], mix), TypeError, r"\[stream_mix\] x must be an mx.array"),
+    ("mhc_single_pass", "phi must have shape", {"phi": zeros(23, 32)}),
+    ("mhc_single_pass", "y must have shape", {"y": x}),
+    ("mhc_single_pass", r"weight must have shape \[C=8\]", {"weight": gate}),
     (
-        lambda: m.stream_distribute(y, mx.zeros((5, 4))),
-        ValueError,
-        r"\[stream_distribute\] h_post must have shape \[n=4\] or \[2, n=4\] but got \[5, 4\]",
+        *("mhc_head", r"phi must have shape \[n=4, \(n\*C\)=32\] but got \[24"),
+        OF_HEAD | {"phi": zeros(24, 32)},
     ),
+    ("mhc_head", r"bias must have shape \[n=4\] but got \[5\]", OF_HEAD | {"bias": zeros(5)}),
+    ("mhc_head", r"alpha must have shape \[parts=1\] but got \[3\]", OF_HEAD | {"alpha": zeros(3)}),
     (
-        lambda: m.stream_distribute(mx.array(1.0), gate),
-        ValueError,
-        r"\[stream_distribute\] y must have shape \[..., C\]",
+        *("stream_aggregate", r"h_pre must have shape \[n=4\] or \[2, n=4\] but got \[5\]"),
+        {"h_pre": zeros(5)},
     ),
-    (lambda: m.rms_norm(y, mx.ones(1)), ValueError, r"\[rms_norm\] weight must have shape \[C=8\]"),
-    (lambda: m.rms_norm(y, weight, -1.0), ValueError, r"\[rms_norm\] eps must be finite"),
-    (lambda: m.rms_norm(y.astype(mx.int32), weight), TypeError, r"\[rms_norm\] u must be float32"),
-    (
-        lambda: m.HyperConnection(8, layer_idx=1.5),
-        TypeError,
-        r"\[HyperConnection\] layer_idx must be an int but got float",
-    ),
-    (
-        lambda: m.HyperConnection(8, init_scale=float("nan")),
-        ValueError,
-        r"\[HyperConnection\] init_scale must be finite in float32 but got nan",
-    ),
-    (
-        lambda: m.HyperHead(8, init_scale=True),
-        TypeError,
-        r"\[HyperHead\] init_scale must be a number but got bool",
-    ),
-    (lambda: m.HyperConnection(8)([x]), TypeError, r"\[HyperConnection\] x must be an mx.array"),
-    (
-        lambda: m.HyperConnection(8).coefficients(mx.zeros((2, 4, 7))),
-        ValueError,
-        r"\[HyperConnection\] x must have shape \[..., n=4, C=8\] but got \[2, 4, 7\]",
-    ),
-    (
-        lambda: m.MHCLayer(3, 8)(x),
-        ValueError,
-        r"\[MHCLayer\] x must have shape \[..., n=3, C=8\] but got \[2, 4, 8\]",
-    ),
-    (
-        lambda: m.HyperHead(8, 3)(x),
-        ValueError,
-        r"\[HyperHead\] x must have shape \[..., n=3, C=8\] but got \[2, 4, 8\]",
-    ),
-    (
-        lambda: m.mhc_single_pass(**single | {"phi": mx.zeros((23, 32))}),
-        ValueError,
-        r"\[mhc_single_pass\] phi must have shape",
-    ),
-    (
-        lambda: m.mhc_single_pass(**single | {"y": x}),
-        ValueError,
-        r"\[mhc_single_pass\] y must have shape",
-    ),
-    (
-        lambda: m.mhc_single_pass(**single | {"weight": gate}),
-        ValueError,
-        r"\[mhc_single_pass\] weight must have shape \[C=8\]",
-    ),
-    (
-        lambda: m.mhc_head(**head | {"phi": mx.zeros((24, 32))}),
-        ValueError,
-        r"\[mhc_head\] phi must have shape \[n=4, \(n\*C\)=32\] but got \[24",
-    ),
-    (
-        lambda: m.mhc_head(**head | {"bias": mx.zeros(5)}),
-        ValueError,
-        r"bias must have shape \[n=4\] but got \[5\]",
-    ),
-    (
-        lambda: m.mhc_head(**head | {"alpha": mx.zeros(3)}),
-        ValueError,
-        r"alpha must have shape \[parts=1\] but got \[3\]",
-    ),
-    (
-        lambda: m.mhc_pre(**six, convention=m.MHC_LITE),
-        ValueError,
-        "at most 5 with MHC_LITE.* 6: KRONECKER",
-    ),
-    (
-        lambda: m.mhc_coefficients(**six, convention=m.MHC_LITE),
-        ValueError,
-        "at most 5 with MHC_LITE.* 6: KRONECKER",
-    ),
-    (
-        lambda: m.mhc_pre(**six, convention=m.KRONECKER),
-        ValueError,
-        "n must be a power of two with KRONECKER but got 6",
-    ),
-    (
-        lambda: m.stream_aggregate(x, mx.zeros(5)),
-        ValueError,
-        r"\[stream_aggregate\] h_pre must have shape \[n=4\] or \[2, n=4\] but got \[5\]",
-    ),
-    (
-        lambda: m.stream_aggregate(x, mx.zeros((3, 4))),
-        ValueError,
-        r"h_pre must have .* but got \[3, 4\]",
-    ),
-    (lambda: m.Convention("X", iters=0), ValueError, "iters must be at least 1"),
-    (lambda: m.Convention("X", iters=2.0), TypeError, "iters must be an int"),
-    (lambda: m.Convention("X", eps=-1e-6), ValueError, "eps must be finite and at least 0"),
-    (lambda: m.Convention("X", eps=None), TypeError, "eps must be a number but got NoneType"),
-    (lambda: m.Convention("X", pre_eps=True), TypeError, "pre_eps must be a number but got bool"),
-    (lambda: m.Convention("X", start="relu"), ValueError, "start must be one of"),
-    (lambda: m.Convention("X", first="rank"), ValueError, "first must be one of"),
-    (
-        lambda: m.Convention("X", start="softmax", first="columns"),
-        ValueError,
-        "first must be 'rows'",
-    ),
-    (lambda: m.MHCLayer(0, 8), ValueError, "n must be from 1 to 64"),
-    (lambda: m.MHCLayer(65, 8), ValueError, "n must be from 1 to 64"),
-    (lambda: m.MHCLayer(4, 8.0), TypeError, "C must be an int"),
-    (lambda: m.MHCLayer(4, 8, sinkhorn_iters=0), ValueError, "iters must be at least 1"),
-    (lambda: m.MHCLayer(4, 8, eps=0.0), ValueError, "eps must be finite and above 0"),
-    (lambda: m.MHCLayer(4, 8, threads_per_group=33), ValueError, "multiple of 32"),
-    (
-        lambda: m.MHCLayer(4, 8)(mx.zeros((2, 4, 9))),
-        ValueError,
-        r"x must have shape \[..., n=4, C=8\] but got \[2, 4, 9\]",
-    ),
-    (
-        lambda: m.split_streams(mx.zeros((2, 9)), 4),
-        ValueError,
-        r"h must have shape \[\.\.\., 4\*C\]",
-    ),
-    (lambda: m.reduce_streams(x, "max"), ValueError, "how must be 'mean', 'sum' or 'first'"),
-    (lambda: m.expand_streams(x, 0), ValueError, r"\[expand_streams\] n must be at least 1"),
-    (lambda: m.expand_streams(x, 2.0), TypeError, r"\[expand_streams\] n must be an int"),
-    (lambda: m.split_streams([1.0], 1), TypeError, r"\[split_streams\] h must be an mx.array"),
-    (lambda: m.split_streams(x, True), TypeError, r"\[split_streams\] n must be an int"),
-    (lambda: m.merge_streams([1.0]), TypeError, r"\[merge_streams\] x must be an mx.array"),
-    (lambda: m.reduce_streams(None), TypeError, r"\[reduce_streams\] x must be an mx.array"),
-    (
-        lambda: m.reduce_streams(mx.array([[1, 2], [2, 3]])),  # the mean would lose its half
-        TypeError,
-        r"\[reduce_streams\] x must be float32, float16 or bfloat16 but got mlx.core.int32",
-    ),
-    (lambda: m.widen(None), TypeError, r"\[widen\] model must have layers, .* got NoneType"),
-    (lambda: m.merge_streams(mx.zeros(4)), ValueError, r"x must have shape \[\.\.\., n, C\]"),
+    ("stream_aggregate", r"h_pre must have .* but got \[3, 4\]", {"h_pre": zeros(3, 4)}),
+    ("Convention", "iters must be at least 1", {"name": "X", "iters": 0}),
+    ("Convention", "eps must be finite and at least 0", {"name": "X", "eps": -1e-6}),
+    ("Convention", "start must be one of", {"name": "X", "start": "relu"}),
+    ("Convention", "first must be one of", {"name": "X", "first": "rank"}),
+    ("Convention", "first must be 'rows'", {"name": "X", "start": "softmax", "first": "columns"}),
+    ("MHCLayer", "n must be from 1 to 64", {"n": 0, "C": 8}),
+    ("MHCLayer", "n must be from 1 to 64", {"n": 65, "C": 8}),
+    ("MHCLayer", ".*iters must be at least 1", {"n": 4, "C": 8, "sinkhorn_iters": 0}),
+    ("MHCLayer", "eps must be finite and above 0", {"n": 4, "C": 8, "eps": 0.0}),
+    ("MHCLayer", ".*multiple of 32", {"n": 4, "C": 8, "threads_per_group": 33}),
+    ("split_streams", r"h must have shape \[\.\.\., 4\*C\]", {"h": zeros(2, 9), "n": 4}),
+    ("reduce_streams", "how must be 'mean', 'sum' or 'first'", {"how": "max"}),
+    ("expand_streams", "n must be at least 1", {"h": x, "n": 0}),
+    ("merge_streams", r"x must have shape \[\.\.\., n, C\]", {"x": gate}),
 ]
+BAD_TYPES = [
+    ("mhc_static", "eps must be a number", {"eps": "1"}),
+    ("mhc_static", "threads_per_group must be None or an int", {"threads_per_group": 64.0}),
+    ("mhc_layer", "convention must be a Convention but got str", {"convention": "PAPER"}),
+    ("stream_mix_add", "y must have x's dtype", {"y": y.astype(mx.float16)}),
+    ("mhc_seam", "y must have x's dtype", {"y": y.astype(mx.float16)}),
+    ("stream_mix", "x must be an mx.array", {"x": [1]}),
+    ("rms_norm", "u must be float32", {"u": y.astype(mx.int32)}),
+    ("HyperConnection", "layer_idx must be an int but got float", {"layer_idx": 1.5}),
+    ("HyperHead", "init_scale must be a number but got bool", {"init_scale": True}),
+    ("Convention", "iters must be an int", {"name": "X", "iters": 2.0}),
+    ("Convention", "eps must be a number but got NoneType", {"name": "X", "eps": None}),
+    ("Convention", "pre_eps must be a number but got bool", {"name": "X", "pre_eps": True}),
+    ("MHCLayer", "C must be an int", {"n": 4, "C": 8.0}),
+    ("expand_streams", "n must be an int", {"h": x, "n": 2.0}),
+    ("split_streams", "h must be an mx.array", {"h": [1.0], "n": 1}),
+    ("split_streams", "n must be an int", {"h": x, "n": True}),
+    ("merge_streams", "x must be an mx.array", {"x": [1.0]}),
+    ("reduce_streams", "x must be an mx.array", {"x": None}),
+    (  # whose mean would lose its half
+        *("reduce_streams", "x must be float32, float16 or bfloat16 but got mlx.core.int32"),
+        {"x": mx.array([[1, 2], [2, 3]])},
+    ),
+    ("widen", "model must have layers, .* got NoneType", {"model": None}),
+]
+BAD = [(ValueError, *row) for row in BAD_VALUES] + [(TypeError, *row) for row in BAD_TYPES]
 
 
-@pytest.mark.parametrize("case", range(len(BAD)))
-def test_bad_input(case):
-    call, kind, message = BAD[case]
-    with pytest.raises(kind, match=message):
-        call()
+@pytest.mark.parametrize("kind, name, message, wrong", BAD)
+def test_bad_input(kind, name, message, wrong):
+    f = getattr(m, name)
+    right = {
+        k: RIGHT_ARGUMENTS[k] for k in inspect.signature(f).parameters.keys() & RIGHT_ARGUMENTS
+    }
+    with pytest.raises(kind, match=rf"^\[{name}\] {message}"):
+        f(**right | wrong)
+
+
+@pytest.mark.parametrize("bad, n", [(zeros(2, 4, 9), 4), (zeros(2, 4, 7), 4), (x, 3)])
+def test_streams_of_another_shape(bad, n):
+    message = rf"x must have shape \[..., n={n}, C=8\] but got \[{str(bad.shape)[1:-1]}\]"
+    for module in (m.MHCLayer(n, 8), m.HyperConnection(8, n).coefficients, m.HyperHead(8, n)):
+        name = type(getattr(module, "__self__", module)).__name__
+        with pytest.raises(ValueError, match=rf"\[{name}\] {message}"):
+            module(bad)
+    with pytest.raises(TypeError, match=r"\[HyperConnection\] x must be an mx.array"):
+        m.HyperConnection(8)([bad])
 
 
 # ---- every argument of every module, wrong once
@@ -458,7 +279,7 @@ def test_bounds_are_as_they_are_told():
     refused_at(convention, "iters", 0)
 
     def layer_op(**options):
-        return m.mhc_static(*layer, **options)
+        return m.mhc_static(x, gate, gate, mix, mx.ones(8), **options)
 
     for eps in (2.0**-126, most):
         layer_op(eps=eps)

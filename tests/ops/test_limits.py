@@ -111,18 +111,8 @@ def called(op, tokens, n, C, dtype, threads=None, norm=True, per_token=True, con
     mx.vjp(several, arrays, [mx.zeros(a.shape, a.dtype) for a in several(*arrays)])
 
 
-LONG = [
-    (1024, 8),
-    (1024, 48),
-    (1024, 64),
-    (9001, 4),
-    (9001, 8),
-    (9001, 12),
-    (9001, 64),
-    (20000, 4),
-    (20000, 64),
-    (131072, 4),
-]
+LONG = [(1024, 8), (1024, 48), (1024, 64), (9001, 4), (9001, 8), (9001, 12), (9001, 64)]
+LONG += [(20000, 4), (20000, 64), (131072, 4)]
 WIDEST = (1 << 31) - 1  # elements of phi, whose gradient is one axis until it is added up
 MADE = ("mhc_coefficients", "mhc_pre", "mhc_single_pass")
 OPTIONS = [(mx.float32, None, 3), (mx.bfloat16, None, 3), (mx.bfloat16, None, 2000)]
@@ -142,12 +132,9 @@ def test_threadgroup_memory_of_long_rows(backend, need):
             if op in ("mhc_pre", "mhc_seam", "mhc_single_pass"):
                 called(op, tokens, n, C, dtype, threads, norm=False)
     variants = {str((c[0], c[5])): (c[0], c[5]) for c in launches.calls}
-    assert {name for name, _ in variants.values()} >= {
-        "mhc_pre_partial_logits",
-        "mhc_seam",
-        "mhc_pre_backward_coefficients",
-        "mhc_pre_backward_coefficients_norm",
-    }
+    must = {"mhc_pre_partial_logits", "mhc_seam", "mhc_pre_backward_coefficients"}
+    must |= {"mhc_pre_backward_coefficients_norm"}
+    assert {name for name, _ in variants.values()} >= must
     found = declared_bytes(list(variants.values()), backend)
     for bytes_, variant in zip(found, variants, strict=True):
         assert 0 <= bytes_ <= 32 << 10, f"{bytes_} bytes: {variant}"
@@ -279,12 +266,8 @@ def far_apart(form: str, call: tuple) -> None:
 
 
 FAR = [
-    ("sinkhorn_knopp", 4, mx.float32, {}),
-    ("stream_aggregate", 4, mx.float32, {}),
-    ("stream_mix_add", 4, mx.float32, {}),
-    ("stream_mix_add", 12, mx.float32, {}),
-    ("mhc_static", 4, mx.float32, {}),
-    ("mhc_static", 12, mx.float32, {}),
+    *((op, 4, mx.float32, {}) for op in ("sinkhorn_knopp", "stream_aggregate")),
+    *((op, n, mx.float32, {}) for op in ("stream_mix_add", "mhc_static") for n in (4, 12)),
     ("mhc_coefficients", 4, mx.float32, {"convention": KRONECKER}),
     ("mhc_coefficients", 3, mx.float32, {"convention": MHC_LITE}),
     ("mhc_pre", 4, mx.float32, {}),
@@ -311,10 +294,8 @@ def far_calls(form: str) -> list[tuple]:
 def test_buffers_of_more_than_two_to_the_32_elements(form, need):
     """Every array that has a token's is indexed beyond 2^32 by every body."""
     need(form)
-    calls, own = (
-        far_calls(form),
-        ("mhc_pre", "mhc_pre_backward_projection", "mhc_pre_partial_logits"),
-    )
+    calls = far_calls(form)
+    own = ("mhc_pre", "mhc_pre_backward_projection", "mhc_pre_partial_logits")
     with executor(form):
         for call in calls:
             if form == "simulator" or call[0] in own:
@@ -326,11 +307,7 @@ def test_buffers_of_more_than_two_to_the_32_elements(form, need):
 NARROW = [
     ("stream_mix_add", "size_t(t) * size_t(N * C)", "t * uint(N * C)"),
     ("mhc_seam", "h_res + size_t(t) * (N * N)", "h_res + t * (N * N)"),
-    (
-        "mhc_pre_backward_coefficients",
-        "const size_t t = first + uint(i);",
-        "const uint t = first + uint(i);",
-    ),
+    ("mhc_pre_backward_coefficients", "size_t t = first + uint(i);", "uint t = first + uint(i);"),
     ("mhc_pre_backward_phi", "size_t(t0) * size_t(K)", "t0 * uint(K)"),
     (
         "mhc_pre_backward_phi",
@@ -360,8 +337,7 @@ def test_a_product_of_32_bits_is_caught(body, old, new, need, monkeypatch):
 CONVERTED = r"\buint\((?:[^()]|\([^()]*\))*\)\)* *\*|\* *uint\("  # a factor of 32 bits
 # Not of a token: spans and chunks, lines of a matrix, rows of phi, places in threadgroup memory.
 FEW = ("uint(chunk) * tokens_per_chunk", "/ uint(groups_per_tile) * 8", "* uint(N)")
-FEW += ("* uint(runs.K) * uint(sizeof(",)
-FEW += ("* 16u", "* 512u")
+FEW += ("* uint(runs.K) * uint(sizeof(", "* 16u", "* 512u")
 
 
 def narrow_products(text: str) -> list[str]:

@@ -345,65 +345,39 @@ def test_literals():
     assert tiling.FILLING_GROUPS == 2 * multiprocessors
     assert (tiling.FORWARD_GROUPS, tiling.MANY_GROUPS) == (4096, 65536)
     assert tiling.ONE_LAUNCH_TOKENS == tiling.FEW_TOKENS == 1024
-    assert (tiling.LONG_ROW, tiling.PARTIAL_LOGITS_TOKENS, tiling.PROJECTION_GRADIENT_STAGE) == (
-        16384,
-        16,
-        64,
-    )
-    forward, backward = (
-        [tiling.REGISTER_BYTES[backend, k] for backend in ("metal", "cuda")] for k in (1, 2)
-    )
-    assert (forward, backward) == ([256, 256], [256, 512])
-    tables = (
-        tiling.COEFFICIENT_GRADIENT_X_BYTES,
-        tiling.U_FLOATS_PER_LANE,
-        tiling.STORED_HALF_STEPS,
-    )
-    assert [(t["metal"], t["cuda"]) for t in tables] == [(64, 128), (32, 64), (8, 40)]
+    assert (tiling.LONG_ROW, tiling.PARTIAL_LOGITS_TOKENS) == (16384, 16)
+    assert tiling.PROJECTION_GRADIENT_STAGE == 64
+    registers = [[tiling.REGISTER_BYTES[b, k] for b in ("metal", "cuda")] for k in (1, 2)]
+    assert registers == [[256, 256], [256, 512]]
+    tables = (tiling.COEFFICIENT_GRADIENT_X_BYTES, tiling.U_FLOATS_PER_LANE)
+    got = [(t["metal"], t["cuda"]) for t in (*tables, tiling.STORED_HALF_STEPS)]
+    assert got == [(64, 128), (32, 64), (8, 40)]
 
 
 # Threadgroups of each body at 262,144 tokens of 64 channels: of 4 streams, of 12. Small ones read
 # little before their first token: 65,536. Those that leave a row of sums: 132 * 512 threads in all.
 MANY = 1 << 18
+PROJECTED = {"sinkhorn_knopp": 1, "sinkhorn_knopp_backward": 1}
 LAUNCHES = {
-    "sinkhorn_knopp": (
-        {"sinkhorn_knopp": 8192, "sinkhorn_knopp_backward": 8192},  # 32 matrices each
-        {"sinkhorn_knopp": 32768, "sinkhorn_knopp_backward": 32768},  # of 16 lanes: eight
-    ),
-    "stream_aggregate_norm": (
-        {"mhc_fused": 4096, "mhc_fused_backward": 2112},
-        {"mhc_fused": 4096, "mhc_fused_backward_wide": 264},
-    ),
-    "stream_mix_add": (
-        {"stream_mix_add": 65536, "mhc_fused_backward": 2112},
-        {"stream_mix_add": 65536, "mhc_fused_backward_wide": 264},
-    ),
-    "mhc_layer": (
-        {"sinkhorn_knopp": 1, "mhc_fused": 4096, "mhc_fused_backward": 2112}
-        | {"sinkhorn_knopp_backward": 1},
-        {"sinkhorn_knopp": 1, "mhc_fused": 4096, "mhc_fused_backward_wide": 264}
-        | {"sinkhorn_knopp_backward": 1},
-    ),
-    "stream_aggregate": (
-        {"stream_aggregate": 65536, "stream_aggregate_backward": 2112},
-        {"stream_aggregate": 65536, "stream_aggregate_backward": 2112},
-    ),
-    "mhc_pre": (
-        {
-            "mhc_pre": 16384,
-            "mhc_pre_backward_coefficients_norm": 2112,
-            "mhc_pre_backward_projection": 528,
-        },
-        {"mhc_pre": 16384, "sinkhorn_knopp": 32768, "sinkhorn_knopp_backward": 32768}
-        | {
-            "mhc_pre_backward_generic": 2112,
-            "mhc_pre_backward_phi": 546,
-        },  # 3 spans of 7 parts, 26 chunks
-    ),
-    "mhc_seam": (
-        {"mhc_seam": 65536, "mhc_seam_backward": 2112},
-        {"mhc_seam": 65536, "stream_mix_add": 65536, "mhc_fused_backward_wide": 65536},
-    ),
+    ("sinkhorn_knopp", 4): {"sinkhorn_knopp": 8192, "sinkhorn_knopp_backward": 8192},  # 32 matrices
+    # of 16 lanes: eight
+    ("sinkhorn_knopp", 12): {"sinkhorn_knopp": 32768, "sinkhorn_knopp_backward": 32768},
+    ("stream_aggregate_norm", 4): {"mhc_fused": 4096, "mhc_fused_backward": 2112},
+    ("stream_aggregate_norm", 12): {"mhc_fused": 4096, "mhc_fused_backward_wide": 264},
+    ("stream_mix_add", 4): {"stream_mix_add": 65536, "mhc_fused_backward": 2112},
+    ("stream_mix_add", 12): {"stream_mix_add": 65536, "mhc_fused_backward_wide": 264},
+    ("mhc_layer", 4): PROJECTED | {"mhc_fused": 4096, "mhc_fused_backward": 2112},
+    ("mhc_layer", 12): PROJECTED | {"mhc_fused": 4096, "mhc_fused_backward_wide": 264},
+    ("stream_aggregate", 4): {"stream_aggregate": 65536, "stream_aggregate_backward": 2112},
+    ("stream_aggregate", 12): {"stream_aggregate": 65536, "stream_aggregate_backward": 2112},
+    ("mhc_pre", 4): {"mhc_pre": 16384, "mhc_pre_backward_coefficients_norm": 2112}
+    | {"mhc_pre_backward_projection": 528},
+    ("mhc_pre", 12): {"mhc_pre": 16384, "sinkhorn_knopp": 32768, "sinkhorn_knopp_backward": 32768}
+    # 3 spans of 7 parts, 26 chunks
+    | {"mhc_pre_backward_generic": 2112, "mhc_pre_backward_phi": 546},
+    ("mhc_seam", 4): {"mhc_seam": 65536, "mhc_seam_backward": 2112},
+    ("mhc_seam", 12): {"mhc_seam": 65536, "stream_mix_add": 65536}
+    | {"mhc_fused_backward_wide": 65536},
 }
 
 
@@ -415,15 +389,14 @@ def launches(op: str, tokens: int, n: int, **options) -> list[launch.Launch]:
 
 
 def test_threadgroups_of_many_tokens():
-    for op, wanted in LAUNCHES.items():
-        for n, want in zip((4, 12), wanted, strict=True):
-            found = launches(op, MANY, n)
-            got = {one.name: one.groups for one in found if one.name != "sum_partials"}
-            assert got == want, f"{op} of {n} streams"
-            for one in (one for one in found if one.name == "sum_partials"):
-                rows, columns = one.inputs["partial"][0]
-                lines = tiling.threads_per_column(rows, columns)
-                assert one.groups == math.ceil(columns * lines / 256) and one.threads == 256
+    for (op, n), want in LAUNCHES.items():
+        found = launches(op, MANY, n)
+        got = {one.name: one.groups for one in found if one.name != "sum_partials"}
+        assert got == want, f"{op} of {n} streams"
+        for one in (one for one in found if one.name == "sum_partials"):
+            rows, columns = one.inputs["partial"][0]
+            lines = tiling.threads_per_column(rows, columns)
+            assert one.groups == math.ceil(columns * lines / 256) and one.threads == 256
     for op, tokens in (("sinkhorn_knopp", 1 << 22), ("mhc_pre", 1 << 21)):  # no more than 65,536
         assert max(one.groups for one in launches(op, tokens, 4)[:1]) == 1 << 16
     for op in ("stream_mix_add", "stream_aggregate"):  # gradients per token: no sums to add
@@ -440,10 +413,8 @@ FEW = {
     ("mhc_pre", 2, 4, PAPER): {"mhc_pre_partial_logits": 2, "mhc_seam": 2}
     | {"mhc_pre_backward_coefficients_norm": 1, "mhc_pre_backward_projection": 2},
     ("mhc_head", 9, 4, PAPER): {"mhc_pre_partial_logits": 4, "mhc_seam": 9}
-    | {
-        "mhc_pre_backward_coefficients": 2,
-        "mhc_pre_backward_projection": 2,
-    },  # a simdgroup two tokens, or a span
+    # a simdgroup two tokens, or a span
+    | {"mhc_pre_backward_coefficients": 2, "mhc_pre_backward_projection": 2},
     # tiles of 8; backward with a norm two tokens each
     ("mhc_pre", 40, 4, PAPER): {"mhc_pre": 5}
     | {"mhc_pre_backward_coefficients_norm": 20, "mhc_pre_backward_projection": 2},

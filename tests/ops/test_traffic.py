@@ -5,6 +5,8 @@ proof/executors.py) what is fetched once per threadgroup counts 2, or 1 where 25
 backward pass only one.
 """
 
+import itertools
+
 import pytest
 from cases import FUSED, OF_LOGITS, OPS, PROJECTED, Case
 from proof import executor, results, simulator
@@ -20,94 +22,66 @@ TILED = HERE | {"n": 12}
 LAYER = {"convention": ROW_FIRST}
 TILES = HERE | {"lead": (16,), "convention": PAPER}
 TOKENS = {"per_token": (True, True)}
-# Loads of each element of an input, stores of each of an output; "in all" where elements differ.
+# A case, then its launches in turn:
+# loads of each element of an input, stores of each of an output; "in all" where elements differ.
 # Apart, after the semicolon: weights and coefficients. The floor in rows is DESIGN's, section 4.
-PINNED = [
-    (
-        Case("mhc_static", **HERE),
-        "mhc_fused: x 1, out 1; H_pre 2, H_post 2, H_res 2, weight 5",
-        "mhc_fused_backward: x 1, dout 1, dx 1; H_pre 2, H_post 2, H_res 2, weight 10, partial 1",
-        "sum_partials: out 1; partial 1",
-    ),
-    (
-        Case("mhc_static", **WIDE),  # dweight keeps its running sum in partial
-        "mhc_fused: x 1, out 1; H_pre 2, H_post 2, H_res 2, weight 2",
-        "mhc_fused_backward: x 2, dout 2, dx 1; H_pre 1, H_post 1, H_res 1, weight 4, partial 8272 "
-        "in all and 4096 loads",
-    ),
-    (
-        Case("mhc_static", **TILED),
-        "mhc_fused: x 2, out 1; H_pre 2, H_post 2, H_res 2, weight 5",
-        "mhc_fused_backward_wide: x 2, dout 2, dx 1; H_pre 1, H_post 1, H_res 1, weight 10, "
-        "partial 488 in all and 256 loads",
-    ),
-    (
-        Case("stream_aggregate_norm", **HERE),
-        "mhc_fused: x 1, out 1; H_pre 2, weight 5",
-        "mhc_fused_backward: x 1, dout 1, dx 1; H_pre 2, weight 10, partial 1",
-        "sum_partials: out 1; partial 1",
-    ),
-    (
-        Case("stream_aggregate_norm", **TILED),
-        "mhc_fused: x 2, out 1; H_pre 2, weight 5",
-        "mhc_fused_backward_wide: x 2, dout 2, dx 1; H_pre 1, weight 10, partial 332 in all and "
-        "256 loads",
-    ),
-    (
-        Case("stream_mix_add", **HERE),
-        "stream_mix_add: x 1, y 1, out 1; h_post 2, h_res 2",
-        "mhc_fused_backward: x 1, y 1, dout 1, dx 1, dy 1; H_post 2, H_res 2, partial 1",
-        "sum_partials: out 1; partial 1",
-    ),
-    (
-        Case("stream_mix_add", **HERE, **TOKENS),  # 16 threads: each reads its token's
-        "stream_mix_add: x 1, y 1, out 1; h_post 16, h_res 16",
-        "mhc_fused_backward: x 1, y 1, dout 1, dx 1, dy 1; H_post 1, H_res 1, dh_post 1, dh_res 1",
-    ),
-    (
-        Case("stream_mix_add", **TILED),
-        "stream_mix_add: x 1, y 1, out 1; h_post 2, h_res 2",
-        "mhc_fused_backward_wide: x 1, y 1, dout 1, dx 1, dy 1; H_post 1, H_res 1, partial 1",
-    ),
-    (
-        Case("stream_mix_add", **TILED, **TOKENS),
-        "stream_mix_add: x 1, y 1, out 1; h_post 16, h_res 16",
-        "mhc_fused_backward_wide: x 1, y 1, dout 1, dx 1, dy 1; H_post 1, H_res 1, dh_post 1, "
-        "dh_res 1",
-    ),
-    (
-        Case("mhc_layer", **HERE, **LAYER),  # eight lots of lanes project the same matrix
-        "mhc_fused: x 1, out 1; H_pre 2, H_post 2, H_res 16, weight 5",
-        "mhc_fused_backward: x 1, dout 1, dx 1; H_pre 2, H_post 2, H_res 16, weight 10, partial 1",
-        "sum_partials: out 1; partial 1, H_pre 1, H_post 1",
-        "sinkhorn_knopp_backward: ; logits 96, dh_res 32, dlogits 1",
-    ),
-    (
-        Case("mhc_layer", **TILED, **LAYER),  # idle lanes read line 0 as well
-        "sinkhorn_knopp: ; logits 1536 in all, h_res 1",
-        "mhc_fused: x 2, out 1; H_pre 2, H_post 2, H_res 2, weight 5",
-        "sinkhorn_knopp: ; logits 1536 in all, h_res 1",
-        "mhc_fused_backward_wide: x 2, dout 2, dx 1; H_pre 1, H_post 1, H_res 1, weight 10, "
-        "partial 488 in all and 256 loads",
-        "sum_partials: out 1; partial 1, H_pre 1, H_post 1",
-        "sinkhorn_knopp_backward: ; logits 4608 in all, dh_res 1536 in all, dlogits 1",
-    ),
-    (
-        Case("sinkhorn_knopp", (128,), 4, 4, **LAYER),
-        "sinkhorn_knopp: ; logits 1, h_res 1",
-        "sinkhorn_knopp_backward: ; logits 3, dh_res 1, dlogits 1",
-    ),
-    (
-        Case("stream_aggregate", **HERE),
-        "stream_aggregate: x 1, u 1; h_pre 2",
-        "stream_aggregate_backward: x 1, du 1, dx 1; h_pre 2, partial 1",
-        "sum_partials: out 1; partial 1",
-    ),
-    (
-        Case("stream_aggregate", **HERE, per_token=(True, False)),
-        "stream_aggregate: x 1, u 1; h_pre 16",
-        "stream_aggregate_backward: x 1, du 1, dx 1; h_pre 1, dh_pre 1",
-    ),
+COUNTS = [
+    Case("mhc_static", **HERE),
+    "mhc_fused: x 1, out 1; H_pre 2, H_post 2, H_res 2, weight 5",
+    "mhc_fused_backward: x 1, dout 1, dx 1; H_pre 2, H_post 2, H_res 2, weight 10, partial 1",
+    "sum_partials: out 1; partial 1",
+    Case("mhc_static", **WIDE),  # dweight keeps its running sum in partial
+    "mhc_fused: x 1, out 1; H_pre 2, H_post 2, H_res 2, weight 2",
+    "mhc_fused_backward: x 2, dout 2, dx 1; H_pre 1, H_post 1, H_res 1, weight 4, partial 8272 "
+    "in all and 4096 loads",
+    Case("mhc_static", **TILED),
+    "mhc_fused: x 2, out 1; H_pre 2, H_post 2, H_res 2, weight 5",
+    "mhc_fused_backward_wide: x 2, dout 2, dx 1; H_pre 1, H_post 1, H_res 1, weight 10, "
+    "partial 488 in all and 256 loads",
+    Case("stream_aggregate_norm", **HERE),
+    "mhc_fused: x 1, out 1; H_pre 2, weight 5",
+    "mhc_fused_backward: x 1, dout 1, dx 1; H_pre 2, weight 10, partial 1",
+    "sum_partials: out 1; partial 1",
+    Case("stream_aggregate_norm", **TILED),
+    "mhc_fused: x 2, out 1; H_pre 2, weight 5",
+    "mhc_fused_backward_wide: x 2, dout 2, dx 1; H_pre 1, weight 10, partial 332 in all and "
+    "256 loads",
+    Case("stream_mix_add", **HERE),
+    "stream_mix_add: x 1, y 1, out 1; h_post 2, h_res 2",
+    "mhc_fused_backward: x 1, y 1, dout 1, dx 1, dy 1; H_post 2, H_res 2, partial 1",
+    "sum_partials: out 1; partial 1",
+    Case("stream_mix_add", **HERE, **TOKENS),  # 16 threads: each reads its token's
+    "stream_mix_add: x 1, y 1, out 1; h_post 16, h_res 16",
+    "mhc_fused_backward: x 1, y 1, dout 1, dx 1, dy 1; H_post 1, H_res 1, dh_post 1, dh_res 1",
+    Case("stream_mix_add", **TILED),
+    "stream_mix_add: x 1, y 1, out 1; h_post 2, h_res 2",
+    "mhc_fused_backward_wide: x 1, y 1, dout 1, dx 1, dy 1; H_post 1, H_res 1, partial 1",
+    Case("stream_mix_add", **TILED, **TOKENS),
+    "stream_mix_add: x 1, y 1, out 1; h_post 16, h_res 16",
+    "mhc_fused_backward_wide: x 1, y 1, dout 1, dx 1, dy 1; H_post 1, H_res 1, dh_post 1, dh_res 1",
+    Case("mhc_layer", **HERE, **LAYER),  # eight lots of lanes project the same matrix
+    "mhc_fused: x 1, out 1; H_pre 2, H_post 2, H_res 16, weight 5",
+    "mhc_fused_backward: x 1, dout 1, dx 1; H_pre 2, H_post 2, H_res 16, weight 10, partial 1",
+    "sum_partials: out 1; partial 1, H_pre 1, H_post 1",
+    "sinkhorn_knopp_backward: ; logits 96, dh_res 32, dlogits 1",
+    Case("mhc_layer", **TILED, **LAYER),  # idle lanes read line 0 as well
+    "sinkhorn_knopp: ; logits 1536 in all, h_res 1",
+    "mhc_fused: x 2, out 1; H_pre 2, H_post 2, H_res 2, weight 5",
+    "sinkhorn_knopp: ; logits 1536 in all, h_res 1",
+    "mhc_fused_backward_wide: x 2, dout 2, dx 1; H_pre 1, H_post 1, H_res 1, weight 10, "
+    "partial 488 in all and 256 loads",
+    "sum_partials: out 1; partial 1, H_pre 1, H_post 1",
+    "sinkhorn_knopp_backward: ; logits 4608 in all, dh_res 1536 in all, dlogits 1",
+    Case("sinkhorn_knopp", (128,), 4, 4, **LAYER),
+    "sinkhorn_knopp: ; logits 1, h_res 1",
+    "sinkhorn_knopp_backward: ; logits 3, dh_res 1, dlogits 1",
+    Case("stream_aggregate", **HERE),
+    "stream_aggregate: x 1, u 1; h_pre 2",
+    "stream_aggregate_backward: x 1, du 1, dx 1; h_pre 2, partial 1",
+    "sum_partials: out 1; partial 1",
+    Case("stream_aggregate", **HERE, per_token=(True, False)),
+    "stream_aggregate: x 1, u 1; h_pre 16",
+    "stream_aggregate_backward: x 1, du 1, dx 1; h_pre 1, dh_pre 1",
     # Sixteen tokens. mhc_pre: two tiles of eight share a fetch of phi. x: for each block of up to
     # 24 outputs, and for u, from the cache: twice with a norm. Rows past the last output or token
     # are the first again. Its backward: four tiles of four, each a fetch of phi; two threadgroups,
@@ -115,125 +89,103 @@ PINNED = [
     # bias: of the gates. l: a gate's for z, dalpha and pull, another's but for z; the last, the
     # token's norm, for the dp of each output and for pull. Sixteen times 8 * 3 + 16 * 2 + 24 + 1 is
     # 1296.
-    (
-        Case("mhc_coefficients", **TILES),
-        "mhc_pre: x 1; phi 1, bias 16, h_pre 1, h_post 1, h_res 1, l 1",
-        "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
-        "mhc_pre_backward_generic: x 1, dx 1; phi 4, bias 128 in all, l 1296 in all, dz_res 1, "
-        "dh_post 1, dh_pre 1, dp 1, partial 2 and 96 loads",
-        "mhc_pre_backward_phi: x 1; dp 1, partial 1",
-        "sum_partials: out 1; partial 1",
-    ),
-    (
-        Case("mhc_pre", **TILES, norm=False),
-        "mhc_pre: x 2, u 1; phi 1, bias 16, h_post 1, h_res 1, l 1",
-        "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
-        "mhc_pre_backward_generic: x 2, du 2, dx_out 1, dx 1; phi 4, bias 128 in all, l 1296 in "
-        "all, dz_res 1, dh_post 1, dp 1, partial 2 and 96 loads",
-        "mhc_pre_backward_phi: x 1; dp 1, partial 1",
-        "sum_partials: out 1; partial 1",
-    ),
-    (
-        # Tiles of sixteen. Backward x is read for dh_pre, then once for dx and dphi. A stream
-        # reads du, each of two threadgroups of four spans of 32 channels dp and side. One token at
-        # a time fills one of eight places for matrices, which all read it; a line reads its logits
-        # (l and bias) for each of five segments of eight half-steps, and twice at the end.
-        Case("mhc_pre", **TILES | {"dtype": "bfloat16"}, norm=False),
-        "mhc_pre: x 2, u 1; phi 1, bias 16, h_post 1, h_res 1, l 1",
-        "mhc_pre_backward_coefficients: x 1, du 1; bias 7296 in all, l 8192 in all, dh_post 1, "
-        "dh_res 1024 in all, token_factors 1, dp 1, partial 1",
-        "mhc_pre_backward_projection: x 1, du 4, dx_out 1, dx 1; phi 1, dp 2, token_factors 2, "
-        "partial 1",
-        "sum_partials: out 1; partial 1",
-    ),
-    (
-        Case("mhc_pre", **TILES | {"dtype": "bfloat16"}),  # u is kept for its norm, du' is written
-        "mhc_pre: x 2, u 1; phi 1, bias 16, weight 16, h_post 1, h_res 1, l 1",
-        "mhc_pre_backward_coefficients_norm: x 1, du 2; bias 7296 in all, l 8192 in all, "
-        "dh_post 1, weight 32, dh_res 1024 in all, token_factors 1, dread 1, dp 1, partial 1",
-        "mhc_pre_backward_projection: x 1, du 4, dx_out 1, dx 1; phi 1, dp 2, token_factors 2, "
-        "partial 1",
-        "sum_partials: out 1; partial 1",
-    ),
-    (
-        Case("mhc_pre", **TILES | {"convention": MHC_LITE}),  # 32 outputs: blocks of 16
-        "mhc_pre: x 3, u 1; phi 1, bias 16, weight 16, h_post 1, logits 1, l 1",
-        "mixing_matrix: ; logits 8, h_res 1",
-        "mixing_matrix_backward: ; logits 3, dh_res 3136 in all, dlogits 1",
-        # weight for dh_pre of each of sixteen tokens, for dx of each of four tiles
-        "mhc_pre_backward_generic: x 4, du 2, dx_out 1, dx 1; phi 4, bias 128 in all, l 1680 in "
-        "all, dz_res 1, dh_post 1, weight 20, dp 1, partial 2 and 256 loads",
-        "mhc_pre_backward_phi: x 2; dp 1, partial 1",  # 32 outputs in two halves
-        "sum_partials: out 1; partial 1",
-    ),
-    (
-        Case("mhc_head", **TILES),
-        "mhc_pre: x 2, u 1; phi 2048 in all, bias 16, l 1",
-        "mhc_pre_backward_generic: x 2, du 2, dx 1; phi 4, bias 16, l 272 in all, dp 1, partial 2 "
-        "and 16 loads",
-        "mhc_pre_backward_phi: x 1; dp 1, partial 1",
-        "sum_partials: out 1; partial 1",
-    ),
-    (
-        # Five tokens. Two threadgroups share a tile: x for 24 outputs, for 16, and by one for u.
-        # Backward, both make gates, dh_pre and pull: twice all that these read. dx: half by each.
-        # dphi: two halves of the outputs read x, 32 spans of 256 k read dp.
-        Case("mhc_pre", (5,), 16, 512, convention=KRONECKER, norm=False),
-        "mhc_pre: x 172032 in all, u 1; phi 393216 in all, bias 5, h_post 1, logits 1, l 1",
-        "mixing_matrix: ; logits 256, h_res 1",
-        "mixing_matrix_backward: ; logits 1024, dh_res 4, dlogits 1",
-        "mhc_pre_backward_generic: x 3, du 3, dx_out 1, dx 1; phi 3, bias 320 in all, l 1530 in "
-        "all, dz_res 2, dh_post 2, dp 1, partial 3 and 160 loads",
-        "mhc_pre_backward_phi: x 2; dp 32, partial 1",
-    ),
-    (
-        # Two tokens. Eight rows of a tile are projected; then x is read once more, since a lane
-        # keeps u for its norm, be it one pack. Backward: x and du for dh_pre and dx, x twice each.
-        Case("mhc_pre", (2,), 12, 8, convention=IDENTITY),
-        "mhc_pre: x 960 in all, u 1; phi 1, bias 2, weight 2, h_post 1, l 1",
-        "mhc_pre_backward_generic: x 4, du 2, dx_out 1, dx 1; phi 1, bias 2, l 194 in all, "
-        "dh_post 1, weight 3, dp 1, partial 1",
-        "mhc_pre_backward_phi: x 1; dp 1, partial 1",
-    ),
-    (
-        Case("mhc_seam", **HERE, **TOKENS),
-        "mhc_seam: x 1, y 1, out 1, u 1; h_pre 1, h_post 1, h_res 1, weight 5",
-        "mhc_seam_backward: x 1, y 1, dout 1, du 1, dx 1, dy 1; h_pre 1, h_post 1, h_res 1, weight "
-        "10, dh_pre 1, dh_post 1, dh_res 1, partial 1",
-        "sum_partials: out 1; partial 1",
-    ),
-    (
-        Case("mhc_seam", (2,), 4, 1280, **TOKENS),  # two passes: the second read from the cache
-        "mhc_seam: x 1, y 1, out 1, u 1; h_pre 1, h_post 1, h_res 1, weight 2",
-        "mhc_seam_backward: x 2, y 2, dout 1, du 2, dx 1, dy 1; h_pre 1, h_post 1, h_res 1, weight "
-        "4, dh_pre 1, dh_post 1, dh_res 1, partial 2 and 1280 loads",
-    ),
+    Case("mhc_coefficients", **TILES),
+    "mhc_pre: x 1; phi 1, bias 16, h_pre 1, h_post 1, h_res 1, l 1",
+    "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
+    "mhc_pre_backward_generic: x 1, dx 1; phi 4, bias 128 in all, l 1296 in all, dz_res 1, "
+    "dh_post 1, dh_pre 1, dp 1, partial 2 and 96 loads",
+    "mhc_pre_backward_phi: x 1; dp 1, partial 1",
+    "sum_partials: out 1; partial 1",
+    Case("mhc_pre", **TILES, norm=False),
+    "mhc_pre: x 2, u 1; phi 1, bias 16, h_post 1, h_res 1, l 1",
+    "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
+    "mhc_pre_backward_generic: x 2, du 2, dx_out 1, dx 1; phi 4, bias 128 in all, l 1296 in "
+    "all, dz_res 1, dh_post 1, dp 1, partial 2 and 96 loads",
+    "mhc_pre_backward_phi: x 1; dp 1, partial 1",
+    "sum_partials: out 1; partial 1",
+    # Tiles of sixteen. Backward x is read for dh_pre, then once for dx and dphi. A stream
+    # reads du, each of two threadgroups of four spans of 32 channels dp and side. One token at
+    # a time fills one of eight places for matrices, which all read it; a line reads its logits
+    # (l and bias) for each of five segments of eight half-steps, and twice at the end.
+    Case("mhc_pre", **TILES | {"dtype": "bfloat16"}, norm=False),
+    "mhc_pre: x 2, u 1; phi 1, bias 16, h_post 1, h_res 1, l 1",
+    "mhc_pre_backward_coefficients: x 1, du 1; bias 7296 in all, l 8192 in all, dh_post 1, "
+    "dh_res 1024 in all, token_factors 1, dp 1, partial 1",
+    "mhc_pre_backward_projection: x 1, du 4, dx_out 1, dx 1; phi 1, dp 2, token_factors 2, "
+    "partial 1",
+    "sum_partials: out 1; partial 1",
+    Case("mhc_pre", **TILES | {"dtype": "bfloat16"}),  # u is kept for its norm, du' is written
+    "mhc_pre: x 2, u 1; phi 1, bias 16, weight 16, h_post 1, h_res 1, l 1",
+    "mhc_pre_backward_coefficients_norm: x 1, du 2; bias 7296 in all, l 8192 in "
+    "all, dh_post 1, weight 32, dh_res 1024 in all, token_factors 1, dread 1, dp 1, partial 1",
+    "mhc_pre_backward_projection: x 1, du 4, dx_out 1, dx 1; phi 1, dp 2, token_factors 2, "
+    "partial 1",
+    "sum_partials: out 1; partial 1",
+    Case("mhc_pre", **TILES | {"convention": MHC_LITE}),  # 32 outputs: blocks of 16
+    "mhc_pre: x 3, u 1; phi 1, bias 16, weight 16, h_post 1, logits 1, l 1",
+    "mixing_matrix: ; logits 8, h_res 1",
+    "mixing_matrix_backward: ; logits 3, dh_res 3136 in all, dlogits 1",
+    # weight for dh_pre of each of sixteen tokens, for dx of each of four tiles
+    "mhc_pre_backward_generic: x 4, du 2, dx_out 1, dx 1; phi 4, bias 128 in all, l "
+    "1680 in all, dz_res 1, dh_post 1, weight 20, dp 1, partial 2 and 256 loads",
+    "mhc_pre_backward_phi: x 2; dp 1, partial 1",  # 32 outputs in two halves
+    "sum_partials: out 1; partial 1",
+    Case("mhc_head", **TILES),
+    "mhc_pre: x 2, u 1; phi 2048 in all, bias 16, l 1",
+    "mhc_pre_backward_generic: x 2, du 2, dx 1; phi 4, bias 16, l 272 in all, dp 1, partial 2 "
+    "and 16 loads",
+    "mhc_pre_backward_phi: x 1; dp 1, partial 1",
+    "sum_partials: out 1; partial 1",
+    # Five tokens. Two threadgroups share a tile: x for 24 outputs, for 16, and by one for u.
+    # Backward, both make gates, dh_pre and pull: twice all that these read. dx: half by each.
+    # dphi: two halves of the outputs read x, 32 spans of 256 k read dp.
+    Case("mhc_pre", (5,), 16, 512, convention=KRONECKER, norm=False),
+    "mhc_pre: x 172032 in all, u 1; phi 393216 in all, bias 5, h_post 1, logits 1, l 1",
+    "mixing_matrix: ; logits 256, h_res 1",
+    "mixing_matrix_backward: ; logits 1024, dh_res 4, dlogits 1",
+    "mhc_pre_backward_generic: x 3, du 3, dx_out 1, dx 1; phi 3, bias 320 in all, l 1530 in "
+    "all, dz_res 2, dh_post 2, dp 1, partial 3 and 160 loads",
+    "mhc_pre_backward_phi: x 2; dp 32, partial 1",
+    # Two tokens. Eight rows of a tile are projected; then x is read once more, since a lane
+    # keeps u for its norm, be it one pack. Backward: x and du for dh_pre and dx, x twice each.
+    Case("mhc_pre", (2,), 12, 8, convention=IDENTITY),
+    "mhc_pre: x 960 in all, u 1; phi 1, bias 2, weight 2, h_post 1, l 1",
+    "mhc_pre_backward_generic: x 4, du 2, dx_out 1, dx 1; phi 1, bias 2, l 194 in "
+    "all, dh_post 1, weight 3, dp 1, partial 1",
+    "mhc_pre_backward_phi: x 1; dp 1, partial 1",
+    Case("mhc_seam", **HERE, **TOKENS),
+    "mhc_seam: x 1, y 1, out 1, u 1; h_pre 1, h_post 1, h_res 1, weight 5",
+    "mhc_seam_backward: x 1, y 1, dout 1, du 1, dx 1, dy 1; h_pre 1, h_post 1, h_res 1, weight "
+    "10, dh_pre 1, dh_post 1, dh_res 1, partial 1",
+    "sum_partials: out 1; partial 1",
+    Case("mhc_seam", (2,), 4, 1280, **TOKENS),  # two passes: the second read from the cache
+    "mhc_seam: x 1, y 1, out 1, u 1; h_pre 1, h_post 1, h_res 1, weight 2",
+    "mhc_seam_backward: x 2, y 2, dout 1, du 2, dx 1, dy 1; h_pre 1, h_post 1, h_res 1, weight "
+    "4, dh_pre 1, dh_post 1, dh_res 1, partial 2 and 1280 loads",
     # Two tokens, a threadgroup each. Last, without a gradient: a sublayer in two launches.
-    (
-        Case("mhc_pre", **TILES | {"lead": (2,)}, norm=False),
-        "mhc_pre_partial_logits: x 2048 in all; phi 1, partial_logits 1",
-        "mhc_seam: x 1, u 1; partial_logits 1, bias 2, new_h_post 1, new_h_res 1, l 1",
-        "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
-        "mhc_pre_backward_generic: x 2, du 2, dx_out 1, dx 1; phi 1, bias 16 in all, l 162 in all, "
-        "dz_res 1, dh_post 1, dp 1, partial 1",
-        "mhc_pre_backward_phi: x 1; dp 1, partial 1",
-    ),
-    (
-        Case("mhc_single_pass", **TILES | {"lead": (2,)}),
-        "mhc_pre_partial_logits: x 2048 in all; phi 1, partial_logits 1",
-        "mhc_seam: x 0; partial_logits 1, bias 2, new_h_pre 1, new_h_post 1, new_h_res 1, l 1",
-        "mhc_seam: x 1, y 1, out 1, u 1; h_pre 1, h_post 1, h_res 1, weight 2",
-        "mhc_seam_backward: x 1, y 1, dout 1, du 1, dx 1, dy 1; h_pre 1, h_post 1, h_res 1, weight "
-        "4, dh_pre 1, dh_post 1, dh_res 1, partial 1",
-        "sum_partials: out 1; partial 1",
-        "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
-        "mhc_pre_backward_generic: x 1, dx_out 1, dx 1; phi 1, bias 16 in all, l 162 in all, "
-        "dz_res 1, dh_post 1, dh_pre 1, dp 1, partial 1",
-        "mhc_pre_backward_phi: x 1; dp 1, partial 1",
-        "mhc_pre_partial_logits: x 2048 in all; phi 1, partial_logits 1",
-        "mhc_seam: x 1, y 1, out 1, u 1; weight 2, partial_logits 1, bias 2, new_h_pre 1",
-    ),
+    Case("mhc_pre", **TILES | {"lead": (2,)}, norm=False),
+    "mhc_pre_partial_logits: x 2048 in all; phi 1, partial_logits 1",
+    "mhc_seam: x 1, u 1; partial_logits 1, bias 2, new_h_post 1, new_h_res 1, l 1",
+    "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
+    "mhc_pre_backward_generic: x 2, du 2, dx_out 1, dx 1; phi 1, bias 16 in all, l 162 in all, "
+    "dz_res 1, dh_post 1, dp 1, partial 1",
+    "mhc_pre_backward_phi: x 1; dp 1, partial 1",
+    Case("mhc_single_pass", **TILES | {"lead": (2,)}),
+    "mhc_pre_partial_logits: x 2048 in all; phi 1, partial_logits 1",
+    "mhc_seam: x 0; partial_logits 1, bias 2, new_h_pre 1, new_h_post 1, new_h_res 1, l 1",
+    "mhc_seam: x 1, y 1, out 1, u 1; h_pre 1, h_post 1, h_res 1, weight 2",
+    "mhc_seam_backward: x 1, y 1, dout 1, du 1, dx 1, dy 1; h_pre 1, h_post 1, h_res 1, weight "
+    "4, dh_pre 1, dh_post 1, dh_res 1, partial 1",
+    "sum_partials: out 1; partial 1",
+    "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
+    "mhc_pre_backward_generic: x 1, dx_out 1, dx 1; phi 1, bias 16 in all, l 162 in all, "
+    "dz_res 1, dh_post 1, dh_pre 1, dp 1, partial 1",
+    "mhc_pre_backward_phi: x 1; dp 1, partial 1",
+    "mhc_pre_partial_logits: x 2048 in all; phi 1, partial_logits 1",
+    "mhc_seam: x 1, y 1, out 1, u 1; weight 2, partial_logits 1, bias 2, new_h_pre 1",
 ]
+STARTS = [k for k, row in enumerate(COUNTS) if isinstance(row, Case)] + [len(COUNTS)]
+PINNED = [COUNTS[k:end] for k, end in itertools.pairwise(STARTS)]
 
 
 def words(record: simulator.Record) -> str:

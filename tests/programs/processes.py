@@ -1,11 +1,15 @@
 """Run a test file, or what launches it, as processes of their own."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -39,3 +43,17 @@ def free_port() -> int:
                 return server.getsockname()[1]
     except OSError as error:
         pytest.skip(f"no connections on this machine's own address: {error}")
+
+
+def run_two(arguments: list, log: Path) -> str:
+    """Return what two processes of Python print that share MLX's ring."""
+    if not mx.distributed.is_available("ring"):
+        pytest.skip("this build of MLX has no ring")
+    launch = shutil.which("mlx.launch", path=sysconfig.get_path("scripts"))
+    if launch is None:
+        pytest.skip("mlx.launch is not among this Python's scripts")
+    options = ["-n", 2, "--backend", "ring", "-p", free_port(), "--", sys.executable]
+    _, printed = run([launch, *options, *arguments], log)
+    if "[ring] Couldn't bind socket" in printed:
+        pytest.skip("another program took the port: [ring] Couldn't bind socket")
+    return printed

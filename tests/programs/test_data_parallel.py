@@ -3,10 +3,7 @@
 Each runs this file: `mlx.launch -n 2 --backend ring --python python test_data_parallel.py . here`.
 """
 
-import shutil
 import sys
-import sysconfig
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,7 +14,6 @@ from models.modules import TOKENS, Tiny, loss_fn, running, shaken
 
 from programs import processes
 
-ROOT = Path(__file__).parents[2]
 STEPS = 8
 # Of a loss, and of the largest change of a parameter: 80 roundings, for sums over 32 tokens in
 # another order and eight steps. Seen: 1.5e-6; without the average 0.7.
@@ -54,32 +50,11 @@ def train(folder: str, where: str) -> None:
     mx.save_safetensors(f"{folder}/{rank} of {size}.safetensors", made)
 
 
-def run(command: list, log: Path, where: str) -> str:
-    """What a command prints that runs this file."""
-    return processes.run([*command, __file__, log.parent, where], log)[1]
-
-
 @pytest.mark.parametrize("where", ["here", "stand-in"])
 def test_two_processes_train_as_one(where, tmp_path):
-    if not mx.distributed.is_available("ring"):
-        pytest.skip("this build of MLX has no ring")
-    launch = shutil.which("mlx.launch", path=sysconfig.get_path("scripts"))
-    if launch is None:
-        pytest.skip("mlx.launch is not among this Python's scripts")
-    options = [
-        "-n",
-        2,
-        "--backend",
-        "ring",
-        "-p",
-        processes.free_port(),
-        "--python",
-        sys.executable,
-    ]
-    printed = run([launch, *options], tmp_path / "two.txt", where)
-    if "[ring] Couldn't bind socket" in printed:
-        pytest.skip("another program took the port: [ring] Couldn't bind socket")
-    printed += run([sys.executable], tmp_path / "one.txt", where)
+    arguments = [__file__, tmp_path, where]
+    printed = processes.run_two(arguments, tmp_path / "two.txt")
+    printed += processes.run([sys.executable, *arguments], tmp_path / "one.txt")[1]
     files = [tmp_path / f"{name}.safetensors" for name in ("0 of 1", "0 of 2", "1 of 2")]
     assert all(f.exists() for f in files), printed  # mlx.launch returns 0 whatever happens
     one, *ranks = (mx.load(str(f)) for f in files)

@@ -100,10 +100,8 @@ def test_parts_are_written_as_they_are_measured(tmp_path, command, monkeypatch, 
     with pytest.raises(SystemExit, match="^parity fails: d = 64$"):
         command.main(argv)
     written = json.loads(file.read_text())
-    assert [(part["d"], part["tokens"]) for part in written["per sublayer"]] == [
-        (32, [3]),
-        (64, [3]),
-    ]
+    parts = [(part["d"], part["tokens"]) for part in written["per sublayer"]]
+    assert parts == [(32, [3]), (64, [3])]
     assert written["command"] == f"python -m mhc_mlx.mlx_lm {' '.join(argv)}"
     with pytest.raises(KeyboardInterrupt):
         command.main(["--sites", "32,96", "--json", str(file)])
@@ -154,10 +152,8 @@ def clocked(times, monkeypatch):
 def test_seconds(times, monkeypatch):
     """The median leaves out the two calls of warm-up; what is fast is called more often."""
     now = clocked(times, monkeypatch)
-    for durations, want, count in (
-        ([9.0, 9.0, 3.0, 1.0, 2.0, 5.0, 7.0], 3.0, 7),
-        ([2e-3], 2e-3, 27),
-    ):
+    rounds = ([100.0, 100.0, 9.0, 8.0, 2.0, 3.0, 4.0], 4.0, 7), ([2e-3], 2e-3, 27)
+    for durations, want, count in rounds:
         calls = []
 
         def run(durations=durations, calls=calls):
@@ -168,7 +164,8 @@ def test_seconds(times, monkeypatch):
         assert times._seconds(run) == pytest.approx(want) and abs(len(calls) - count) <= 1
 
 
-def test_times_of_sites(times, monkeypatch):
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_times_of_sites(dtype, times, monkeypatch):
     """Each chain runs every site once, by its own function, of as many tokens; a time is per
     site."""
     from mhc_mlx.mlx_lm import SinglePassConnection
@@ -186,17 +183,20 @@ def test_times_of_sites(times, monkeypatch):
 
     def seconds(run):
         seen.clear()
-        mx.eval(run())
+        out, *_ = run()
+        mx.eval(out)
+        assert (out.shape, out.dtype) == seen[0][1:]
         chains.append(list(seen))
         return 10.0 * len(chains)
 
     monkeypatch.setattr(times, "_seconds", seconds)
-    found = times.site_times([*sites[:4], sites[4]._replace(norm=None)], mx.float16, 3)
+    found = times.site_times([*sites[:4], sites[4]._replace(norm=None)], dtype, 3)
     assert found == {"tokens": 3, "patched": 2.5, "mlx-lm": 5.0, "mlx-lm, compiled": 7.5}
-    shape = ((1, 3, 4, 32), mx.float16)
+    shape = ((1, 3, 4, 32), dtype)
     assert chains == [[("run_site", *shape)] * 4, *[[("stock_site", *shape)] * 4] * 2]
-    line = times.time_line({"tokens": 3, "patched": 1.0, "mlx-lm": 4.0, "mlx-lm, compiled": 2.0})
-    assert "1000000 us per sublayer, mlx-lm 4000000 us (4.0 x), compiled 2000000 us (2.0 x)" in line
+    assert times.site_times(sites[4:], mx.float32, 1)["tokens"] == 1  # one, as of a single layer
+    line = times.time_line({"tokens": 2, "patched": 1e-6, "mlx-lm": 2e-6, "mlx-lm, compiled": 3e-6})
+    assert line == "    2 tokens: 1 us per sublayer, mlx-lm 2 us (2.0 x), compiled 3 us (3.0 x)"
 
 
 def test_sites_that_fail_are_not_timed(times, monkeypatch):
@@ -233,13 +233,12 @@ def test_bench_times_both_models(times, monkeypatch, capsys):
     usual = type(model).__call__
 
     def call(self, tokens, cache):
-        prompts.append(
-            (kinds(), tokens.shape, max(c.offset for c in cache if hasattr(c, "offset")))
-        )
+        offset = max(c.offset for c in cache if hasattr(c, "offset"))
+        prompts.append((kinds(), tokens.shape, offset))
         return usual(self, tokens, cache)
 
     def seconds(run):
-        run()
+        mx.eval(run())
         return 0.5 if kinds() else 2.0
 
     def generate_step(prompt, generated_by, max_tokens):

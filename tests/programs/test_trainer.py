@@ -10,7 +10,6 @@ import resource
 import shutil
 import signal
 import sys
-import sysconfig
 import time
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from examples.train_lm.checkpoints import list_checkpoints, load_checkpoint, sav
 from examples.train_lm.log import Log
 from examples.train_lm.options import parse
 from programs import processes, trainer
-from programs.processes import free_port
 from programs.trainer import BOUND, EVERY, STEPS, command, rows, steps_kept, train
 
 on_the_cpu, uncompiled, corpus = trainer.on_the_cpu, trainer.uncompiled, trainer.corpus
@@ -90,13 +88,6 @@ def arrange(when):
     program.save_checkpoint = save_checkpoint
 
 
-def start(when, args, folder, launch=()):
-    """Run this file as a process; return its code and what it wrote."""
-    folder.mkdir(exist_ok=True)
-    command = [*(launch or [sys.executable]), __file__, when, *args]
-    return processes.run(command, folder / "printed.txt")
-
-
 # By when it dies: the steps of the checkpoints then there, and whether a file is unfinished.
 DEATHS = {
     "step 7": ([4], False),
@@ -109,7 +100,8 @@ DEATHS = {
 @pytest.mark.parametrize("when", DEATHS)
 def test_killed_and_resumed(when, corpus, uninterrupted, tmp_path, capsys):
     """Losses, and the state at the end, are those of an uninterrupted run, bit for bit."""
-    code, printed = start(when, command(corpus, tmp_path), tmp_path)
+    this = [sys.executable, __file__, when, *command(corpus, tmp_path)]
+    code, printed = processes.run(this, tmp_path / "printed.txt")
     assert code == -signal.SIGKILL, printed
     saved, unfinished = DEATHS[when]
     assert steps_kept(tmp_path) == saved
@@ -263,18 +255,10 @@ def test_accumulation_is_a_larger_batch(corpus, uninterrupted, tmp_path, uncompi
 
 def test_two_processes_train_as_one(corpus, uninterrupted, tmp_path):
     """The log of each rank says so; then both go on from the checkpoint that the first wrote."""
-    if not mx.distributed.is_available("ring"):
-        pytest.skip("this build of MLX has no ring")
-    launch = shutil.which("mlx.launch", path=sysconfig.get_path("scripts"))
-    if launch is None:
-        pytest.skip("mlx.launch is not among this Python's scripts")
 
     def run(*more):
-        launcher = [launch, "-n", 2, "--backend", "ring", "-p", free_port(), "--", sys.executable]
         args = command(corpus, tmp_path, "--batch", 4, *more)
-        _, printed = start("ranks", args, tmp_path, launcher)
-        if "[ring] Couldn't bind socket" in printed:
-            pytest.skip("another program took the port: [ring] Couldn't bind socket")
+        printed = processes.run_two([__file__, "ranks", *args], tmp_path / "printed.txt")
         logs = [tmp_path / "log.csv", tmp_path / "log.rank1.csv"]
         assert all(log.exists() for log in logs), printed  # mlx.launch returns 0 whatever happens
         first, second = map(rows, logs)
