@@ -18,7 +18,8 @@ constexpr int SIMDS = THREADS / 32;
 constexpr int STREAM_UNROLL = N <= 8 ? N : 4;  // streams that are loaded before the first is used
 constexpr int CACHED_PASSES = CACHED ? PASSES : 1;
 constexpr int OUT_STREAMS = MIX ? N : 1;
-constexpr int CHANNEL_STEP = CACHED && N <= 4 && VEC > 1 ? 2 : VEC;  // a thread holds the sums of so many channels at once
+constexpr int CHANNEL_STEP =
+    CACHED && N <= 4 && VEC > 1 ? 2 : VEC;  // a thread holds the sums of so many channels at once
 threadgroup float pre[N];
 threadgroup float post[N];
 threadgroup float mix[N * N];  // mix[j * N + i] = h_res[i, j]
@@ -30,7 +31,9 @@ mhc::load_gates<N, THREADS, GATES, false>(H_pre, pre, params, tid);
 if constexpr (MIX) mhc::load_gates<N, THREADS, GATES, true>(H_post, post, params, tid);
 if constexpr (SINKHORN) {
   if (simdgroup_index_in_threadgroup == 0)
-    mhc::project_lanes<N, START, COLUMNS, !OUT_COLUMNS, ITERS>(H_res, mix, thread_index_in_simdgroup < mhc::matrix_lanes(N), static_cast<float>(params[mhc::param::PROJECTION_EPS]), thread_index_in_simdgroup);
+    mhc::project_lanes<N, START, COLUMNS, !OUT_COLUMNS, ITERS>(
+        H_res, mix, thread_index_in_simdgroup < mhc::matrix_lanes(N),
+        static_cast<float>(params[mhc::param::PROJECTION_EPS]), thread_index_in_simdgroup);
 } else if constexpr (MIX) {
   mhc::load_mix<N, THREADS, true>(H_res, mix, tid);
 }
@@ -57,14 +60,15 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
       for (int j = 0; j < N; ++j) {
         const mhc::Pack<T, VEC> v = mhc::load<T, VEC>(row + j * C + c, x_aligned);
         if (CACHED) xv[k * N + j] = v;
-        UNROLL for (int e = 0; e < VEC; ++e) u[e] += pre[j] * static_cast<float>(v.v[e]);
+        UNROLL_FOR (int e = 0; e < VEC; ++e) u[e] += pre[j] * static_cast<float>(v.v[e]);
       }
-      UNROLL for (int e = 0; e < VEC; ++e) squares[0] += u[e] * u[e];
+      UNROLL_FOR (int e = 0; e < VEC; ++e) squares[0] += u[e] * u[e];
     }
   }
   mhc::sum_everywhere<SIMDS>(squares, scratch, parity, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
   parity ^= 1;
-  const float r = metal::precise::rsqrt(squares[0] / static_cast<float>(C) + static_cast<float>(params[mhc::param::EPS]));
+  const float r =
+      metal::precise::rsqrt(squares[0] / static_cast<float>(C) + static_cast<float>(params[mhc::param::EPS]));
 
 #pragma unroll CACHED_PASSES
   for (int k = 0; k < PASSES; ++k) {
@@ -73,25 +77,27 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
       float w[VEC];
       mhc::Pack<T, VEC> o[CACHED ? OUT_STREAMS : 1];
       mhc::load_floats<VEC>(w, weight + c, weight_aligned);
-      UNROLL for (int e = 0; e < VEC; e += CHANNEL_STEP) {
+      UNROLL_FOR (int e = 0; e < VEC; e += CHANNEL_STEP) {
         float acc[OUT_STREAMS * CHANNEL_STEP] = {}, u[CHANNEL_STEP] = {};
 #pragma unroll STREAM_UNROLL
         for (int j = 0; j < N; ++j) {
           const mhc::Pack<T, VEC> v = CACHED ? xv[k * N + j] : mhc::load<T, VEC>(row + j * C + c, x_aligned);
-          UNROLL for (int q = 0; q < CHANNEL_STEP; ++q) {
+          UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q) {
             const float f = static_cast<float>(v.v[e + q]);
             u[q] += pre[j] * f;
-            if (MIX) UNROLL for (int i = 0; i < N; ++i) acc[i * CHANNEL_STEP + q] += mix[j * N + i] * f;
+            if (MIX)
+              UNROLL_FOR (int i = 0; i < N; ++i) acc[i * CHANNEL_STEP + q] += mix[j * N + i] * f;
           }
         }
-        UNROLL for (int q = 0; q < CHANNEL_STEP; ++q) u[q] *= r * w[e + q];
-        UNROLL for (int i = 0; i < OUT_STREAMS; ++i) {
-          UNROLL for (int q = 0; q < CHANNEL_STEP; ++q)
+        UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q) u[q] *= r * w[e + q];
+        UNROLL_FOR (int i = 0; i < OUT_STREAMS; ++i) {
+          UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q)
             o[CACHED ? i : 0].v[e + q] = static_cast<T>(MIX ? acc[i * CHANNEL_STEP + q] + post[i] * u[q] : u[q]);
           if (!CACHED) *(device mhc::Pack<T, VEC>*)(out_row + i * C + c) = o[0];
         }
       }
-      UNROLL for (int i = 0; i < OUT_STREAMS; ++i) if (CACHED) *(device mhc::Pack<T, VEC>*)(out_row + i * C + c) = o[i];
+      UNROLL_FOR (int i = 0; i < OUT_STREAMS; ++i)
+        if (CACHED) *(device mhc::Pack<T, VEC>*)(out_row + i * C + c) = o[i];
     }
   }
 }

@@ -28,7 +28,8 @@
 constexpr int SIMDS = THREADS / 32;
 constexpr int OUT_STREAMS = MIX ? N : 1;
 constexpr int CACHED_PASSES = CACHED ? PASSES : 1;
-constexpr int CHANNEL_STEP = VEC == 1 || (N > 4 && NORM) ? 1 : 2;  // a thread takes so many channels at once, as registers allow
+constexpr int CHANNEL_STEP =
+    VEC == 1 || (N > 4 && NORM) ? 1 : 2;  // a thread takes so many channels at once, as registers allow
 constexpr bool DWEIGHT_IN_THREADGROUP = CACHED && N > 4 && PASSES * VEC * THREADS <= 4096;
 constexpr int POST_AT = NORM ? N : 0;
 constexpr int RES_AT = POST_AT + (POST_PER_TOKEN || !MIX ? 0 : N);
@@ -47,7 +48,9 @@ if constexpr (NORM) mhc::load_gates<N, THREADS, GATES, false>(H_pre, pre, params
 if constexpr (MIX && !POST_PER_TOKEN) mhc::load_gates<N, THREADS, GATES, true>(H_post, post, params, tid);
 if constexpr (SINKHORN) {
   if (simdgroup_index_in_threadgroup == 0)
-    mhc::project_lanes<N, START, COLUMNS, OUT_COLUMNS, ITERS>(H_res, mix, thread_index_in_simdgroup < mhc::matrix_lanes(N), static_cast<float>(params[mhc::param::PROJECTION_EPS]), thread_index_in_simdgroup);
+    mhc::project_lanes<N, START, COLUMNS, OUT_COLUMNS, ITERS>(
+        H_res, mix, thread_index_in_simdgroup < mhc::matrix_lanes(N),
+        static_cast<float>(params[mhc::param::PROJECTION_EPS]), thread_index_in_simdgroup);
 } else if constexpr (MIX && !RES_PER_TOKEN) {
   mhc::load_mix<N, THREADS, false>(H_res, mix, tid);
 }
@@ -82,10 +85,11 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         float u[VEC] = {}, d[VEC] = {}, w[CHANNEL_STEP];
         mhc::load_streams<N>(xv + at * N, row, C, c, aligned);
         mhc::load_streams<OUT_STREAMS>(dv + at * OUT_STREAMS, dout_row, C, c, aligned);
-        UNROLL for (int e = 0; e < VEC; ++e) {
+        UNROLL_FOR (int e = 0; e < VEC; ++e) {
           if (e % CHANNEL_STEP == 0) mhc::load_floats<CHANNEL_STEP>(w, weight + c + e, weight_aligned);
-          UNROLL for (int j = 0; j < N; ++j) u[e] += pre[j] * static_cast<float>(xv[at * N + j].v[e]);
-          UNROLL for (int i = 0; i < OUT_STREAMS; ++i) d[e] += (MIX ? post[i] : 1.0f) * static_cast<float>(dv[at * OUT_STREAMS + i].v[e]);
+          UNROLL_FOR (int j = 0; j < N; ++j) u[e] += pre[j] * static_cast<float>(xv[at * N + j].v[e]);
+          UNROLL_FOR (int i = 0; i < OUT_STREAMS; ++i)
+            d[e] += (MIX ? post[i] : 1.0f) * static_cast<float>(dv[at * OUT_STREAMS + i].v[e]);
           dots[0] += u[e] * u[e];
           dots[1] += d[e] * u[e] * w[e % CHANNEL_STEP];
         }
@@ -107,20 +111,25 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         mhc::load_streams<N>(xv + at * N, row, C, c, aligned);
         mhc::load_streams<OUT_STREAMS>(dv + at * OUT_STREAMS, dout_row, C, c, aligned);
       }
-      UNROLL for (int e = 0; e < VEC; e += CHANNEL_STEP) {
+      UNROLL_FOR (int e = 0; e < VEC; e += CHANNEL_STEP) {
         if (NORM) {
-          UNROLL for (int j = 0; j < N; ++j) { STAY_PACKED(xv[at * N + j]); }
-          UNROLL for (int i = 0; i < OUT_STREAMS; ++i) { STAY_PACKED(dv[at * OUT_STREAMS + i]); }
+          UNROLL_FOR (int j = 0; j < N; ++j) {
+            STAY_PACKED(xv[at * N + j]);
+          }
+          UNROLL_FOR (int i = 0; i < OUT_STREAMS; ++i) {
+            STAY_PACKED(dv[at * OUT_STREAMS + i]);
+          }
         }
-        float ds[OUT_STREAMS * CHANNEL_STEP], u[CHANNEL_STEP] = {}, d[CHANNEL_STEP] = {}, du[CHANNEL_STEP] = {}, out[CHANNEL_STEP], w[CHANNEL_STEP];
+        float ds[OUT_STREAMS * CHANNEL_STEP], u[CHANNEL_STEP] = {}, d[CHANNEL_STEP] = {}, du[CHANNEL_STEP] = {},
+                                              out[CHANNEL_STEP], w[CHANNEL_STEP];
         if (NORM) mhc::load_floats<CHANNEL_STEP>(w, weight + c + e, weight_aligned);
-        UNROLL for (int q = 0; q < CHANNEL_STEP; ++q) {
-          UNROLL for (int i = 0; i < OUT_STREAMS; ++i) {
+        UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q) {
+          UNROLL_FOR (int i = 0; i < OUT_STREAMS; ++i) {
             ds[i * CHANNEL_STEP + q] = static_cast<float>(dv[at * OUT_STREAMS + i].v[e + q]);
             d[q] += (MIX ? post[i] : 1.0f) * ds[i * CHANNEL_STEP + q];
           }
           if (NORM) {
-            UNROLL for (int j = 0; j < N; ++j) u[q] += pre[j] * static_cast<float>(xv[at * N + j].v[e + q]);
+            UNROLL_FOR (int j = 0; j < N; ++j) u[q] += pre[j] * static_cast<float>(xv[at * N + j].v[e + q]);
             out[q] = u[q] * r;
             const int column = WEIGHT_AT + c + e + q;  // without CACHED this column of partial is the running sum
             if (DWEIGHT_IN_THREADGROUP) dweight_sums[(at * VEC + e + q) * THREADS + int(tid)] += d[q] * out[q];
@@ -134,41 +143,41 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
           }
         }
         if (MIX) {
-          UNROLL for (int i = 0; i < OUT_STREAMS; ++i) {
-            UNROLL for (int q = 0; q < CHANNEL_STEP; ++q) g_post[i] += ds[i * CHANNEL_STEP + q] * out[q];
+          UNROLL_FOR (int i = 0; i < OUT_STREAMS; ++i) {
+            UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q) g_post[i] += ds[i * CHANNEL_STEP + q] * out[q];
           }
         }
-        UNROLL for (int j = 0; j < N; ++j) {
+        UNROLL_FOR (int j = 0; j < N; ++j) {
           float xs[CHANNEL_STEP], a[CHANNEL_STEP];
-          UNROLL for (int q = 0; q < CHANNEL_STEP; ++q) {
+          UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q) {
             xs[q] = static_cast<float>(xv[at * N + j].v[e + q]);
             a[q] = NORM ? pre[j] * du[q] : 0.0f;
             if (NORM) g_pre[j] += du[q] * xs[q];
           }
           if (MIX) {
-            UNROLL for (int i = 0; i < OUT_STREAMS; ++i) {
+            UNROLL_FOR (int i = 0; i < OUT_STREAMS; ++i) {
               const float m = mix[i * N + j];
-              UNROLL for (int q = 0; q < CHANNEL_STEP; ++q) {
+              UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q) {
                 a[q] += m * ds[i * CHANNEL_STEP + q];
                 g_res[i * N + j] += ds[i * CHANNEL_STEP + q] * xs[q];
               }
             }
           }
-          UNROLL for (int q = 0; q < CHANNEL_STEP; ++q) xv[at * N + j].v[e + q] = static_cast<T>(a[q]);
+          UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q) xv[at * N + j].v[e + q] = static_cast<T>(a[q]);
         }
       }
-      UNROLL for (int j = 0; j < N; ++j)
+      UNROLL_FOR (int j = 0; j < N; ++j)
         *(device mhc::Pack<T, VEC>*)(dx + size_t(t) * size_t(N * C) + j * C + c) = xv[at * N + j];
       if (!NORM) *(device mhc::Pack<T, VEC>*)(dy + size_t(t) * size_t(C) + c) = yv;
     }
   }
   if (POST_PER_TOKEN) {
     mhc::group_sum<N, THREADS>(g_post, scratch, dh_post + size_t(t) * N, tid);
-    UNROLL for (int i = 0; i < N; ++i) g_post[i] = 0.0f;
+    UNROLL_FOR (int i = 0; i < N; ++i) g_post[i] = 0.0f;
   }
   if (RES_PER_TOKEN) {
     mhc::group_sum<N * N, THREADS>(g_res, scratch, dh_res + size_t(t) * (N * N), tid);
-    UNROLL for (int i = 0; i < N * N; ++i) g_res[i] = 0.0f;
+    UNROLL_FOR (int i = 0; i < N * N; ++i) g_res[i] = 0.0f;
   }
 }
 
@@ -176,11 +185,12 @@ if (NORM) mhc::group_sum<N, THREADS>(g_pre, scratch, group_partial, tid);
 if (MIX && !POST_PER_TOKEN) mhc::group_sum<N, THREADS>(g_post, scratch, group_partial + POST_AT, tid);
 if (MIX && !RES_PER_TOKEN) mhc::group_sum<N * N, THREADS>(g_res, scratch, group_partial + RES_AT, tid);
 if (NORM && CACHED) {
-  UNROLL for (int k = 0; k < CACHED_PASSES; ++k) {
+  UNROLL_FOR (int k = 0; k < CACHED_PASSES; ++k) {
     const int c = (k * THREADS + int(tid)) * VEC;
     if (c < C) {
-      UNROLL for (int e = 0; e < VEC; ++e) 
-        group_partial[WEIGHT_AT + c + e] = DWEIGHT_IN_THREADGROUP ? dweight_sums[(k * VEC + e) * THREADS + int(tid)] : g_weight[DWEIGHT_IN_THREADGROUP ? 0 : k * VEC + e];
+      UNROLL_FOR (int e = 0; e < VEC; ++e)
+        group_partial[WEIGHT_AT + c + e] = DWEIGHT_IN_THREADGROUP ? dweight_sums[(k * VEC + e) * THREADS + int(tid)]
+                                                                  : g_weight[DWEIGHT_IN_THREADGROUP ? 0 : k * VEC + e];
     }
   }
 }

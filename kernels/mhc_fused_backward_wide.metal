@@ -30,10 +30,14 @@ constexpr int POST_AT = NORM ? N : 0;
 constexpr int RES_AT = POST_AT + (POST_PER_TOKEN || !MIX ? 0 : N);
 constexpr int WEIGHT_AT = RES_AT + (RES_PER_TOKEN || !MIX ? 0 : N * N);
 constexpr int EDGE = (N + 3) / 4, BLOCKS = EDGE * EDGE;
-constexpr int CHANNEL_SPLITS = THREADS < BLOCKS || N > 48 ? 1 : THREADS / BLOCKS < TILE_CHANNELS ? THREADS / BLOCKS : TILE_CHANNELS;
+constexpr int CHANNEL_SPLITS = THREADS < BLOCKS || N > 48         ? 1
+                               : THREADS / BLOCKS < TILE_CHANNELS ? THREADS / BLOCKS
+                                                                  : TILE_CHANNELS;
 constexpr int BLOCKS_PER_THREAD = (BLOCKS + THREADS - 1) / THREADS;
-constexpr int ROWS_PER_SIMDGROUP = (N + SIMDS - 1) / SIMDS;  // a simdgroup sums so many elements of dh_pre and of dh_post
-constexpr int ROWS_AT_ONCE = ROWS_PER_SIMDGROUP < 8 ? ROWS_PER_SIMDGROUP : 8;  // a simdgroup makes so many rows of dx at once
+constexpr int ROWS_PER_SIMDGROUP =
+    (N + SIMDS - 1) / SIMDS;  // a simdgroup sums so many elements of dh_pre and of dh_post
+constexpr int ROWS_AT_ONCE =
+    ROWS_PER_SIMDGROUP < 8 ? ROWS_PER_SIMDGROUP : 8;  // a simdgroup makes so many rows of dx at once
 constexpr bool H_RES_IN_THREADGROUP = MIX && N <= 32;
 threadgroup float pre[N];
 threadgroup float post[N];
@@ -121,18 +125,19 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     // dx[j] = sum_i h_res[i, j] dout[i] + h_pre[j] du
     for (int j0 = simd * ROWS_AT_ONCE; j0 < N; j0 += SIMDS * ROWS_AT_ONCE) {
       float a[ROWS_AT_ONCE];
-      UNROLL for (int q = 0; q < ROWS_AT_ONCE; ++q) a[q] = NORM && j0 + q < N ? pre[j0 + q < N ? j0 + q : 0] * du_tile[lane] : 0.0f;
+      UNROLL_FOR (int q = 0; q < ROWS_AT_ONCE; ++q)
+        a[q] = NORM && j0 + q < N ? pre[j0 + q < N ? j0 + q : 0] * du_tile[lane] : 0.0f;
       if (MIX) {
 #pragma unroll 4
         for (int i = 0; i < OUT_STREAMS; ++i) {
           const float d = dout_tile[i * PITCH + lane];
-          UNROLL for (int q = 0; q < ROWS_AT_ONCE; ++q) {
+          UNROLL_FOR (int q = 0; q < ROWS_AT_ONCE; ++q) {
             const int at = i * N + (j0 + q < N ? j0 + q : 0);
             a[q] += (H_RES_IN_THREADGROUP ? mix[H_RES_IN_THREADGROUP ? at : 0] : static_cast<float>(m[at])) * d;
           }
         }
       }
-      UNROLL for (int q = 0; q < ROWS_AT_ONCE; ++q) {
+      UNROLL_FOR (int q = 0; q < ROWS_AT_ONCE; ++q) {
         if (j0 + q < N && c0 + lane < C)
           dx[size_t(t) * size_t(N * C) + (j0 + q) * C + c0 + lane] = static_cast<T>(a[q]);
       }
@@ -140,22 +145,22 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
 
     // dh_res[i, j] += dout[i] x[j];   dh_pre[j] += du x[j];   dh_post[i] += dout[i] y
     if (MIX) {
-      UNROLL for (int b = 0; b < BLOCKS_PER_THREAD; ++b) {
+      UNROLL_FOR (int b = 0; b < BLOCKS_PER_THREAD; ++b) {
         const int id = tid + b * THREADS;
         const int i0 = (id % BLOCKS) / EDGE * 4, j0 = id % EDGE * 4;
         if (id < BLOCKS * CHANNEL_SPLITS) {
           for (int c = id / BLOCKS; c < TILE_CHANNELS; c += CHANNEL_SPLITS) {
             float ds[4], xs[4];
-            UNROLL for (int q = 0; q < 4; ++q) {
+            UNROLL_FOR (int q = 0; q < 4; ++q) {
               ds[q] = dout_tile[(i0 + q < OUT_STREAMS ? i0 + q : 0) * PITCH + c];
               xs[q] = x_tile[(j0 + q < N ? j0 + q : 0) * PITCH + c];
             }
-            UNROLL for (int q = 0; q < 16; ++q) g_res[b * 16 + q] += ds[q / 4] * xs[q % 4];
+            UNROLL_FOR (int q = 0; q < 16; ++q) g_res[b * 16 + q] += ds[q / 4] * xs[q % 4];
           }
         }
       }
     }
-    UNROLL for (int b = 0; b < ROWS_PER_SIMDGROUP; ++b) {
+    UNROLL_FOR (int b = 0; b < ROWS_PER_SIMDGROUP; ++b) {
       const int k = simd + b * SIMDS;
       if (k < N) {
         if (NORM) g_pre[b] += du_tile[lane] * x_tile[k * PITCH + lane];
@@ -167,7 +172,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   is_first_token = false;
 
   const bool last = t + threadgroups_per_grid.x >= tokens;
-  UNROLL for (int b = 0; b < ROWS_PER_SIMDGROUP; ++b) {
+  UNROLL_FOR (int b = 0; b < ROWS_PER_SIMDGROUP; ++b) {
     const int k = simd + b * SIMDS;
     if (NORM && last) {
       const float sum = simd_sum(g_pre[b]);
@@ -185,11 +190,11 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   if (MIX && (RES_PER_TOKEN || last)) {
     const auto out = RES_PER_TOKEN ? dh_res + size_t(t) * (N * N) : group_partial + RES_AT;
     for (int s = 0; s < CHANNEL_SPLITS; ++s) {  // the splits are added one after the other, in a fixed order
-      UNROLL for (int b = 0; b < BLOCKS_PER_THREAD; ++b) {
+      UNROLL_FOR (int b = 0; b < BLOCKS_PER_THREAD; ++b) {
         const int id = tid + b * THREADS;
         const int i0 = (id % BLOCKS) / EDGE * 4, j0 = id % EDGE * 4;
         if (id / BLOCKS == s) {
-          UNROLL for (int q = 0; q < 16; ++q) {
+          UNROLL_FOR (int q = 0; q < 16; ++q) {
             const int i = i0 + q / 4, j = j0 + q % 4;
             if (i < N && j < N) {
               const float sum = g_res[b * 16 + q] + (s == 0 ? 0.0f : split_sums[i * N + j]);

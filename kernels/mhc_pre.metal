@@ -33,17 +33,20 @@ constexpr int TILE_TOKENS = 8 * TILES * (SIMDS / SLICES);
 constexpr int LOGITS_AT_ONCE = 8 * BLOCK;
 constexpr int PITCH = LOGITS_AT_ONCE + 1;  // the last column is sum(x ** 2)
 static_assert(PITCH <= 32, "a lane finishes each logit");
-constexpr int LOGITS_PER_GROUP = ((NUM_LOGITS + LOGITS_AT_ONCE - 1) / LOGITS_AT_ONCE + SPLITS - 1) / SPLITS * LOGITS_AT_ONCE;
+constexpr int LOGITS_PER_GROUP =
+    ((NUM_LOGITS + LOGITS_AT_ONCE - 1) / LOGITS_AT_ONCE + SPLITS - 1) / SPLITS * LOGITS_AT_ONCE;
 constexpr int PROJECTION_LANES = PROJECT ? mhc::projection_lanes(N, START, ITERS) : 1;  // so many lanes project a token
 constexpr int PROJECTING_SIMDGROUPS = PROJECT ? (TILE_TOKENS * PROJECTION_LANES + 31) / 32 : 0;
 constexpr int READING_SIMDGROUPS = PROJECTING_SIMDGROUPS < SIMDS ? SIMDS - PROJECTING_SIMDGROUPS : SIMDS;
-static_assert(U_SIMDGROUPS == 1 || SIMDS * U_PACKS * 32 <= SLICES * TILE_TOKENS * PITCH, "the squares of u lie where the sums did");
+static_assert(U_SIMDGROUPS == 1 || SIMDS * U_PACKS * 32 <= SLICES * TILE_TOKENS * PITCH,
+              "the squares of u lie where the sums did");
 threadgroup float sums[SLICES * TILE_TOKENS * PITCH];
 threadgroup float pre[TILE_TOKENS * N];
 threadgroup float mix[PROJECT ? TILE_TOKENS * N * N : 1];
 const int lane = int(thread_index_in_simdgroup);
 const int simd = int(simdgroup_index_in_threadgroup);
-const int slice = simd % SLICES, first_row = simd / SLICES * TILES * 8;  // the simdgroup's tokens begin at first_row of the tile
+const int slice = simd % SLICES,
+          first_row = simd / SLICES * TILES * 8;  // the simdgroup's tokens begin at first_row of the tile
 const int C = x_shape[2], K = N * C;
 const uint tokens = x_shape[0];
 const bool x_aligned = mhc::is_aligned<VEC>(x);
@@ -58,7 +61,9 @@ for (uint first = threadgroup_position_in_grid.x / SPLITS * TILE_TOKENS; first <
   for (int o0 = logit_begin; o0 < logit_end; o0 += LOGITS_AT_ONCE) {
     // sum = phi @ vec(x), squares = sum(x ** 2), over the runs of a slice
     float sum[TILES][BLOCK][2] = {}, squares[TILES] = {};
-    if (x_and_phi_aligned) mhc::accumulate_runs_ring<NUM_LOGITS, THREADS, RING_BYTES, T, PHI_T>(sum, squares, x, phi, runs, first + uint(first_row), o0);
+    if (x_and_phi_aligned)
+      mhc::accumulate_runs_ring<NUM_LOGITS, THREADS, RING_BYTES, T, PHI_T>(sum, squares, x, phi, runs,
+                                                                           first + uint(first_row), o0);
     else mhc::accumulate_runs<false, NUM_LOGITS, T, PHI_T>(sum, squares, x, phi, runs, first + uint(first_row), o0);
     mhc::store_sums(sums + (slice * TILE_TOKENS + first_row) * PITCH, sum, squares, lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -68,10 +73,11 @@ for (uint first = threadgroup_position_in_grid.x / SPLITS * TILE_TOKENS; first <
       const int o = o0 + lane;
       const size_t t = first + uint(i);
       float s = 0.0f;
-      UNROLL for (int w = 0; w < SLICES; ++w) s += lane < PITCH ? sums[(w * TILE_TOKENS + i) * PITCH + lane] : 0.0f;
+      UNROLL_FOR (int w = 0; w < SLICES; ++w) s += lane < PITCH ? sums[(w * TILE_TOKENS + i) * PITCH + lane] : 0.0f;
       const float x_dot_x = simd_shuffle(s, ushort(LOGITS_AT_ONCE));
       if (i < count && lane < LOGITS_AT_ONCE && o < NUM_LOGITS) {
-        const float h = mhc::finish_logit<N, NUM_LOGITS, SAVE_LOGITS>(o, s, x_dot_x, K, alpha, bias, params, l + t * (NUM_LOGITS + 1));
+        const float h = mhc::finish_logit<N, NUM_LOGITS, SAVE_LOGITS>(o, s, x_dot_x, K, alpha, bias, params,
+                                                                      l + t * (NUM_LOGITS + 1));
         if (o < N) {
           pre[i * N + o] = h;
           if (!WRITE_U) h_pre[t * N + o] = h;
@@ -100,9 +106,12 @@ for (uint first = threadgroup_position_in_grid.x / SPLITS * TILE_TOKENS; first <
     const float eps = static_cast<float>(params[mhc::param::EPS]);
     const int u_count = logit_begin == 0 ? count : 0;
     if constexpr (U_PACKS > 0) {
-      mhc::read_tile_cached<N, VEC, READING_SIMDGROUPS, SIMDS, U_SIMDGROUPS, U_PACKS, TILE_TOKENS, T>(tile_u, tile_x, pre, weight, sums, eps, u_count, C, x_aligned, simd, lane);
+      mhc::read_tile_cached<N, VEC, READING_SIMDGROUPS, SIMDS, U_SIMDGROUPS, U_PACKS, TILE_TOKENS, T>(
+          tile_u, tile_x, pre, weight, sums, eps, u_count, C, x_aligned, simd, lane);
     } else if (simd < READING_SIMDGROUPS) {
-      if constexpr (NORM) mhc::read_tile_twice<N, VEC, READING_SIMDGROUPS, T>(tile_u, tile_x, pre, weight, eps, u_count, C, x_aligned, simd, lane);
+      if constexpr (NORM)
+        mhc::read_tile_twice<N, VEC, READING_SIMDGROUPS, T>(tile_u, tile_x, pre, weight, eps, u_count, C, x_aligned,
+                                                            simd, lane);
       else mhc::read_tile<N, VEC, READING_SIMDGROUPS, T>(tile_u, tile_x, pre, u_count, C, x_aligned, simd, lane);
     }
   }

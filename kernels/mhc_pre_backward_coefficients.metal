@@ -29,7 +29,8 @@ constexpr int NUM_GATE_LOGITS = HEAD ? N : 2 * N;
 constexpr int NUM_RES_LOGITS = NUM_LOGITS - NUM_GATE_LOGITS;
 constexpr int MATRIX_LANES = mhc::matrix_lanes(N);
 constexpr int PACKS_AT_ONCE = N <= 4 ? 2 : 1;  // packs of each stream that are loaded before the first is used
-static_assert(NUM_LOGITS <= 32 && (!PROJECT || BATCH * MATRIX_LANES <= 32), "a lane takes a logit, and a line of a matrix");
+static_assert(NUM_LOGITS <= 32 && (!PROJECT || BATCH * MATRIX_LANES <= 32),
+              "a lane takes a logit, and a line of a matrix");
 threadgroup float divisors[PROJECT ? STORED_STEPS * THREADS : 1];
 const int lane = int(thread_index_in_simdgroup);
 const uint simdgroup = threadgroup_position_in_grid.x * SIMDS + simdgroup_index_in_threadgroup;
@@ -45,10 +46,11 @@ for (uint first = simdgroup * BATCH; first < tokens; first += threadgroups_per_g
   if constexpr (PROJECT) {
     const uint lane_token = first + uint(lane / MATRIX_LANES);
     const size_t t = lane_token < end ? lane_token : first;
-    const auto z = mhc::logits_of(l + (t * (NUM_LOGITS + 1) + NUM_GATE_LOGITS), bias + NUM_GATE_LOGITS, static_cast<float>(alpha[2]));
+    const auto z = mhc::logits_of(l + (t * (NUM_LOGITS + 1) + NUM_GATE_LOGITS), bias + NUM_GATE_LOGITS,
+                                  static_cast<float>(alpha[2]));
     mhc::walk_back_projection<N, START, COLUMNS, OUT_COLUMNS, ITERS, STORED_STEPS, THREADS>(
-        g_res, dh_res + t * (N * N), z, divisors + thread_position_in_threadgroup.x, static_cast<float>(params[mhc::param::PROJECTION_EPS]),
-        uint(lane % MATRIX_LANES), uint(lane), divisors);
+        g_res, dh_res + t * (N * N), z, divisors + thread_position_in_threadgroup.x,
+        static_cast<float>(params[mhc::param::PROJECTION_EPS]), uint(lane % MATRIX_LANES), uint(lane), divisors);
   }
   for (int i = 0; i < int(end - first); ++i) {
     const size_t t = first + uint(i);
@@ -61,8 +63,10 @@ for (uint first = simdgroup * BATCH; first < tokens; first += threadgroups_per_g
     } else if (logit.part == 0) {
       dh = static_cast<float>(dh_pre[t * N + logit.o]);
     }
-    const float cotangent = mhc::logit_cotangent<N, NUM_RES_LOGITS, HEAD, PROJECT>(logit, dh, dh_post + t * N, dz_res + t * NUM_RES_LOGITS, g_res, i * MATRIX_LANES, params);
-    mhc::finish_token<N, NUM_LOGITS>(sums, logit, token, cotangent, K, dp + t * NUM_LOGITS, token_factors + t * (N + 1), lane);
+    const float cotangent = mhc::logit_cotangent<N, NUM_RES_LOGITS, HEAD, PROJECT>(
+        logit, dh, dh_post + t * N, dz_res + t * NUM_RES_LOGITS, g_res, i * MATRIX_LANES, params);
+    mhc::finish_token<N, NUM_LOGITS>(sums, logit, token, cotangent, K, dp + t * NUM_LOGITS, token_factors + t * (N + 1),
+                                     lane);
   }
 }
 mhc::store_logit_sums<NUM_LOGITS>(sums, partial + size_t(simdgroup) * (2 * NUM_LOGITS), lane);

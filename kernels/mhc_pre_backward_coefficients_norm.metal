@@ -33,7 +33,8 @@ constexpr int NUM_RES_LOGITS = NUM_LOGITS - 2 * N;
 constexpr int MATRIX_LANES = mhc::matrix_lanes(N);
 constexpr int CACHED_PASSES = CACHED ? PASSES : 1;
 constexpr bool PARTIAL_ALIGNED = 2 * NUM_LOGITS % VEC == 0;  // whether packs of dweight's sums in partial are aligned
-static_assert(NUM_LOGITS <= 32 && (!PROJECT || BATCH * MATRIX_LANES <= 32), "a lane takes a logit, and a line of a matrix");
+static_assert(NUM_LOGITS <= 32 && (!PROJECT || BATCH * MATRIX_LANES <= 32),
+              "a lane takes a logit, and a line of a matrix");
 threadgroup float divisors[PROJECT ? STORED_STEPS * THREADS : 1];
 threadgroup float token_sums[SIMDS > 1 ? 2 * SIMDS * (2 * N + 2) : 1];
 threadgroup float logit_sums[SIMDS > 1 ? SIMDS * 2 * NUM_LOGITS : 1];
@@ -60,7 +61,8 @@ for (uint first = group_begin; first < tokens; first += threadgroups_per_grid.x 
     const size_t t = lane_token < tokens && lane / MATRIX_LANES < BATCH ? lane_token : first;
     const auto z = mhc::logits_of(l + (t * (NUM_LOGITS + 1) + 2 * N), bias + 2 * N, static_cast<float>(alpha[2]));
     mhc::walk_back_projection<N, START, COLUMNS, OUT_COLUMNS, ITERS, STORED_STEPS, THREADS>(
-        g_res, dh_res + t * (N * N), z, divisors + tid, static_cast<float>(params[mhc::param::PROJECTION_EPS]), uint(lane % MATRIX_LANES), uint(lane), divisors);
+        g_res, dh_res + t * (N * N), z, divisors + tid, static_cast<float>(params[mhc::param::PROJECTION_EPS]),
+        uint(lane % MATRIX_LANES), uint(lane), divisors);
   }
   for (int i = 0; i < BATCH * SIMDS && first + uint(i) < tokens; ++i) {
     const size_t t = first + uint(i);
@@ -68,7 +70,7 @@ for (uint first = group_begin; first < tokens; first += threadgroups_per_grid.x 
     const auto du_row = du + t * size_t(C);
     const mhc::TokenLogit token = mhc::token_logit<NUM_LOGITS>(logit, l + t * (NUM_LOGITS + 1), params);
     float pre[N];
-    UNROLL for (int j = 0; j < N; ++j) pre[j] = simd_shuffle(token.h_pre, ushort(j));
+    UNROLL_FOR (int j = 0; j < N; ++j) pre[j] = simd_shuffle(token.h_pre, ushort(j));
 
     mhc::NormDots<N> dots = {};
 #pragma unroll CACHED_PASSES
@@ -84,7 +86,8 @@ for (uint first = group_begin; first < tokens; first += threadgroups_per_grid.x 
     }
     const mhc::LaneDots lane_dots = mhc::sum_norm_dots<SIMDS>(dots, token_sums, parity, simd, lane);
     parity ^= 1;
-    const float r = metal::precise::rsqrt(lane_dots.u_dot_u / static_cast<float>(C) + static_cast<float>(params[mhc::param::EPS]));
+    const float r =
+        metal::precise::rsqrt(lane_dots.u_dot_u / static_cast<float>(C) + static_cast<float>(params[mhc::param::EPS]));
     const float slope = r * r * (lane_dots.du_dot_u / static_cast<float>(C));
 
 #pragma unroll CACHED_PASSES
@@ -96,7 +99,8 @@ for (uint first = group_begin; first < tokens; first += threadgroups_per_grid.x 
         if (!CACHED) {
           mhc::load_streams<N>(xv[at], row, C, c, aligned);
           if (i > 0 || first != group_begin) mhc::load_floats<VEC>(dweight[at], dweight_sums + c, PARTIAL_ALIGNED);
-          else UNROLL for (int e = 0; e < VEC; ++e) dweight[at][e] = 0.0f;
+          else
+            UNROLL_FOR (int e = 0; e < VEC; ++e) dweight[at][e] = 0.0f;
         }
         mhc::load_floats<VEC>(w, weight + c, weight_aligned);
         mhc::norm_gradient(d, dweight[at], pre, xv[at], w, r, slope);
@@ -107,8 +111,10 @@ for (uint first = group_begin; first < tokens; first += threadgroups_per_grid.x 
 
     if (i / BATCH == simd) {
       const float dh = r * (lane_dots.du_dot_x - slope * lane_dots.u_dot_x);  // dh_pre of the lane's stream
-      const float cotangent = mhc::logit_cotangent<N, NUM_RES_LOGITS, false, PROJECT>(logit, dh, dh_post + t * N, dz_res + t * NUM_RES_LOGITS, g_res, i % BATCH * MATRIX_LANES, params);
-      mhc::finish_token<N, NUM_LOGITS>(sums, logit, token, cotangent, K, dp + t * NUM_LOGITS, token_factors + t * (N + 1), lane);
+      const float cotangent = mhc::logit_cotangent<N, NUM_RES_LOGITS, false, PROJECT>(
+          logit, dh, dh_post + t * N, dz_res + t * NUM_RES_LOGITS, g_res, i % BATCH * MATRIX_LANES, params);
+      mhc::finish_token<N, NUM_LOGITS>(sums, logit, token, cotangent, K, dp + t * NUM_LOGITS,
+                                       token_factors + t * (N + 1), lane);
     }
   }
 }
@@ -117,13 +123,13 @@ if constexpr (SIMDS > 1) {
   mhc::store_logit_sums<NUM_LOGITS>(sums, logit_sums + simd * (2 * NUM_LOGITS), lane);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   sums = {0.0f, 0.0f};
-  UNROLL for (int k = 0; k < SIMDS && lane < NUM_LOGITS; ++k) {
+  UNROLL_FOR (int k = 0; k < SIMDS && lane < NUM_LOGITS; ++k) {
     sums.dz += logit_sums[k * 2 * NUM_LOGITS + lane];
     sums.dz_l += logit_sums[k * 2 * NUM_LOGITS + NUM_LOGITS + lane];
   }
 }
 if (simd == 0) mhc::store_logit_sums<NUM_LOGITS>(sums, group_partial, lane);
-UNROLL for (int k = 0; k < CACHED_PASSES && CACHED; ++k) {
+UNROLL_FOR (int k = 0; k < CACHED_PASSES && CACHED; ++k) {
   const int c = (k * THREADS + tid) * VEC;
   if (c < C) mhc::store_floats<VEC>(dweight_sums + c, dweight[k], PARTIAL_ALIGNED);
 }

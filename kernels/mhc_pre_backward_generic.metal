@@ -59,11 +59,13 @@ for (uint tile = tile_group; tile < tiles; tile += threadgroups_per_grid.x / SPL
     float g = 0.0f, h = 0.0f;
     if (t < tokens) {
       if (o < NUM_GATE_LOGITS) {
-        const float z = static_cast<float>(alpha[o < N ? 0 : 1]) * static_cast<float>(l[t * (NUM_LOGITS + 1) + o]) + static_cast<float>(bias[o]);
+        const float z = static_cast<float>(alpha[o < N ? 0 : 1]) * static_cast<float>(l[t * (NUM_LOGITS + 1) + o]) +
+                        static_cast<float>(bias[o]);
         const float s = mhc::sigmoid(z);
         g = s * mhc::sigmoid(-z);
         h = s + static_cast<float>(params[mhc::param::PRE_EPS]);
-        if (!HEAD && o >= N) g *= static_cast<float>(params[mhc::param::POST_SCALE]) * static_cast<float>(dh_post[t * N + (o - N)]);
+        if (!HEAD && o >= N)
+          g *= static_cast<float>(params[mhc::param::POST_SCALE]) * static_cast<float>(dh_post[t * N + (o - N)]);
         else if (!HAS_DU) g *= static_cast<float>(dh_pre[t * N + o]);
       } else if (NUM_RES_LOGITS > 0) {
         g = static_cast<float>(dz_res[t * NUM_RES_LOGITS + (o - NUM_GATE_LOGITS)]);
@@ -88,9 +90,9 @@ for (uint tile = tile_group; tile < tiles; tile += threadgroups_per_grid.x / SPL
 #pragma unroll STREAM_UNROLL
         for (int j = 0; j < N; ++j) {
           mhc::load_floats<VEC>(v, row + j * C + c, x_aligned);
-          UNROLL for (int e = 0; e < VEC; ++e) u[e] += pre[i * N + j] * v[e];
+          UNROLL_FOR (int e = 0; e < VEC; ++e) u[e] += pre[i * N + j] * v[e];
         }
-        UNROLL for (int e = 0; e < VEC; ++e) {
+        UNROLL_FOR (int e = 0; e < VEC; ++e) {
           d[e] *= w[e];
           u_dot_u += u[e] * u[e];
           du_dot_u += d[e] * u[e];
@@ -99,7 +101,7 @@ for (uint tile = tile_group; tile < tiles; tile += threadgroups_per_grid.x / SPL
 #pragma unroll STREAM_UNROLL
       for (int j = 0; j < N; ++j) {
         mhc::load_floats<VEC>(v, row + j * C + c, x_aligned);
-        UNROLL for (int e = 0; e < VEC; ++e) {
+        UNROLL_FOR (int e = 0; e < VEC; ++e) {
           du_dot_x[j] += d[e] * v[e];
           if (NORM) u_dot_x[j] += u[e] * v[e];
         }
@@ -107,7 +109,8 @@ for (uint tile = tile_group; tile < tiles; tile += threadgroups_per_grid.x / SPL
     }
     float r = 1.0f, slope = 0.0f;
     if (NORM) {
-      r = metal::precise::rsqrt(simd_sum(u_dot_u) / static_cast<float>(C) + static_cast<float>(params[mhc::param::EPS]));
+      r = metal::precise::rsqrt(simd_sum(u_dot_u) / static_cast<float>(C) +
+                                static_cast<float>(params[mhc::param::EPS]));
       slope = r * r * (simd_sum(du_dot_u) / static_cast<float>(C));
     }
 #pragma unroll STREAM_UNROLL
@@ -125,7 +128,7 @@ for (uint tile = tile_group; tile < tiles; tile += threadgroups_per_grid.x / SPL
   for (int o = tid; o < NUM_LOGITS; o += THREADS) {
     const float a = static_cast<float>(alpha[o < N ? 0 : o < 2 * N ? 1 : 2]);
     float sum = 0.0f, sum_l = 0.0f;
-    UNROLL for (int i = 0; i < TILE; ++i) {
+    UNROLL_FOR (int i = 0; i < TILE; ++i) {
       const size_t t = first + uint(i);
       if (t < tokens) {
         const float g = dps[o].v[i];
@@ -144,28 +147,31 @@ for (uint tile = tile_group; tile < tiles; tile += threadgroups_per_grid.x / SPL
   for (int i = simd; i < TILE; i += SIMDS) {
     const size_t t = first + uint(i);
     float s = 0.0f;
-    for (int o = lane; o < NUM_LOGITS && t < tokens; o += 32) s += dps[o].v[i] * static_cast<float>(l[t * (NUM_LOGITS + 1) + o]);
+    for (int o = lane; o < NUM_LOGITS && t < tokens; o += 32)
+      s += dps[o].v[i] * static_cast<float>(l[t * (NUM_LOGITS + 1) + o]);
     s = simd_sum(s);
-    if (lane == 0) pull[i] = t < tokens ? -s * static_cast<float>(l[t * (NUM_LOGITS + 1) + NUM_LOGITS]) / static_cast<float>(K) : 0.0f;
+    if (lane == 0)
+      pull[i] =
+          t < tokens ? -s * static_cast<float>(l[t * (NUM_LOGITS + 1) + NUM_LOGITS]) / static_cast<float>(K) : 0.0f;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   for (int c = channel_begin + tid * VEC; c < channel_end; c += THREADS * VEC) {
     float d[TILE * VEC] = {}, w[VEC], g_weight[VEC] = {}, v[VEC];
     if (NORM) mhc::load_floats<VEC>(w, weight + c, mhc::is_aligned<VEC>(weight));
-    UNROLL for (int i = 0; i < TILE; ++i) {
+    UNROLL_FOR (int i = 0; i < TILE; ++i) {
       const size_t t = first + uint(i);
       if (HAS_DU && t < tokens) {
         mhc::load_floats<VEC>(v, du + t * size_t(C) + c, mhc::is_aligned<VEC>(du));
-        UNROLL for (int e = 0; e < VEC; ++e) d[i * VEC + e] = v[e];
+        UNROLL_FOR (int e = 0; e < VEC; ++e) d[i * VEC + e] = v[e];
         if (NORM) {
           float u[VEC] = {};
 #pragma unroll STREAM_UNROLL
           for (int j = 0; j < N; ++j) {
             mhc::load_floats<VEC>(v, x + t * size_t(K) + (j * C + c), x_aligned);
-            UNROLL for (int e = 0; e < VEC; ++e) u[e] += pre[i * N + j] * v[e];
+            UNROLL_FOR (int e = 0; e < VEC; ++e) u[e] += pre[i * N + j] * v[e];
           }
-          UNROLL for (int e = 0; e < VEC; ++e) {
+          UNROLL_FOR (int e = 0; e < VEC; ++e) {
             g_weight[e] += d[i * VEC + e] * u[e] * inverse_rms[i];
             d[i * VEC + e] = inverse_rms[i] * (d[i * VEC + e] * w[e] - u[e] * slopes[i]);
           }
@@ -173,7 +179,9 @@ for (uint tile = tile_group; tile < tiles; tile += threadgroups_per_grid.x / SPL
       }
     }
     if (NORM) {
-      UNROLL for (int e = 0; e < VEC; ++e) group_partial[2 * NUM_LOGITS + c + e] = (after_first_tile ? group_partial[2 * NUM_LOGITS + c + e] : 0.0f) + g_weight[e];
+      UNROLL_FOR (int e = 0; e < VEC; ++e)
+        group_partial[2 * NUM_LOGITS + c + e] =
+            (after_first_tile ? group_partial[2 * NUM_LOGITS + c + e] : 0.0f) + g_weight[e];
     }
     for (int j = 0; j < N; ++j) {
       float acc[TILE * VEC] = {}, p[VEC];
@@ -182,11 +190,11 @@ for (uint tile = tile_group; tile < tiles; tile += threadgroups_per_grid.x / SPL
       for (int o = 0; o < NUM_LOGITS; ++o, column += K) {
         mhc::load_floats<VEC>(p, column, phi_aligned);
         const mhc::Pack<float, TILE> g = dps[o];
-        UNROLL for (int i = 0; i < TILE; ++i) {
-          UNROLL for (int e = 0; e < VEC; ++e) acc[i * VEC + e] += g.v[i] * p[e];
+        UNROLL_FOR (int i = 0; i < TILE; ++i) {
+          UNROLL_FOR (int e = 0; e < VEC; ++e) acc[i * VEC + e] += g.v[i] * p[e];
         }
       }
-      UNROLL for (int i = 0; i < TILE; ++i) {
+      UNROLL_FOR (int i = 0; i < TILE; ++i) {
         const size_t t = first + uint(i);
         if (t < tokens) {
           const size_t at = t * size_t(K) + size_t(j * C + c);
@@ -194,7 +202,7 @@ for (uint tile = tile_group; tile < tiles; tile += threadgroups_per_grid.x / SPL
           float passed[VEC] = {};
           if (HAS_DX_OUT) mhc::load_floats<VEC>(passed, dx_out + at, mhc::is_aligned<VEC>(dx_out));
           mhc::Pack<T, VEC> packed;
-          UNROLL for (int e = 0; e < VEC; ++e) {
+          UNROLL_FOR (int e = 0; e < VEC; ++e) {
             const float from_u = HAS_DU ? pre[i * N + j] * d[i * VEC + e] : 0.0f;
             packed.v[e] = static_cast<T>(acc[i * VEC + e] + pull[i] * v[e] + from_u + passed[e]);
           }

@@ -30,7 +30,8 @@ for (uint t0 = begin; t0 < end; t0 += STAGE) {
   for (int q = tid; q < STAGE * DP_PACKS * 4; q += THREADS) {
     const size_t t = t0 + uint(q / (4 * DP_PACKS));
     const int e = q % (4 * DP_PACKS), o = o0 + e;
-    dps[q / 4].v[q % 4] = t < end && e < LOGITS_PER_THREAD && o < NUM_LOGITS ? static_cast<float>(dp[t * NUM_LOGITS + o]) : 0.0f;
+    dps[q / 4].v[q % 4] =
+        t < end && e < LOGITS_PER_THREAD && o < NUM_LOGITS ? static_cast<float>(dp[t * NUM_LOGITS + o]) : 0.0f;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (k < K) {
@@ -40,10 +41,10 @@ for (uint t0 = begin; t0 < end; t0 += STAGE) {
     for (int i = 0; i < count; ++i) {
       float v[VEC];
       mhc::load_floats<VEC>(v, row + size_t(i) * size_t(K), x_aligned);
-      UNROLL for (int q = 0; q < DP_PACKS; ++q) {
+      UNROLL_FOR (int q = 0; q < DP_PACKS; ++q) {
         const mhc::Pack<float, 4> g = dps[i * DP_PACKS + q];
-        UNROLL for (int o = 4 * q; o < 4 * q + 4 && o < LOGITS_PER_THREAD; ++o) {
-          UNROLL for (int e = 0; e < VEC; ++e) acc[o * VEC + e] += g.v[o - 4 * q] * v[e];
+        UNROLL_FOR (int o = 4 * q; o < 4 * q + 4 && o < LOGITS_PER_THREAD; ++o) {
+          UNROLL_FOR (int e = 0; e < VEC; ++e) acc[o * VEC + e] += g.v[o - 4 * q] * v[e];
         }
       }
     }
@@ -51,9 +52,9 @@ for (uint t0 = begin; t0 < end; t0 += STAGE) {
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 if (k < K) {
-  UNROLL for (int o = 0; o < LOGITS_PER_THREAD; ++o) {
+  UNROLL_FOR (int o = 0; o < LOGITS_PER_THREAD; ++o) {
     if (o0 + o < NUM_LOGITS) {
-      UNROLL for (int e = 0; e < VEC; ++e)
+      UNROLL_FOR (int e = 0; e < VEC; ++e)
         partial[(size_t(chunk) * NUM_LOGITS + size_t(o0 + o)) * size_t(K) + size_t(k + e)] = acc[o * VEC + e];
     }
   }

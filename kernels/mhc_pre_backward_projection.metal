@@ -28,7 +28,8 @@ const int C = x_shape[2], K = N * C;
 const uint tokens = x_shape[0];
 const int spans_per_stream = (C + SPAN - 1) / SPAN, num_spans = N * spans_per_stream;
 const uint groups_per_chunk = uint((num_spans + SIMDS - 1) / SIMDS);  // they share a chunk
-const uint chunk = threadgroup_position_in_grid.x / groups_per_chunk, chunks = threadgroups_per_grid.x / groups_per_chunk;
+const uint chunk = threadgroup_position_in_grid.x / groups_per_chunk,
+           chunks = threadgroups_per_grid.x / groups_per_chunk;
 const int span = int(threadgroup_position_in_grid.x % groups_per_chunk) * SIMDS + int(simdgroup_index_in_threadgroup);
 const bool in_range = span < num_spans;
 const int j = in_range ? span / spans_per_stream : 0, c0 = span % spans_per_stream * SPAN;
@@ -37,8 +38,9 @@ const uint begin = chunk * tokens_per_chunk;
 const uint end = begin + tokens_per_chunk < tokens ? begin + tokens_per_chunk : tokens;
 const uint span_end = in_range ? end : 0u;
 const int first_channel = c0 + mhc::quarter_of(lane) * RUN;  // the lane's run begins here
-const bool aligned = C % RUN == 0 && mhc::is_aligned<mhc::run_vec<T, RUN>()>(x) && (!HAS_DU || mhc::is_aligned<mhc::run_vec<T, RUN>()>(du)) &&
-                       (!HAS_DX_OUT || mhc::is_aligned<mhc::run_vec<T, RUN>()>(dx_out));
+const bool aligned = C % RUN == 0 && mhc::is_aligned<mhc::run_vec<T, RUN>()>(x) &&
+                     (!HAS_DU || mhc::is_aligned<mhc::run_vec<T, RUN>()>(du)) &&
+                     (!HAS_DX_OUT || mhc::is_aligned<mhc::run_vec<T, RUN>()>(dx_out));
 
 mhc::PhiColumns<PHI_T, NUM_LOGITS, SPAN> columns;
 mhc::load_phi(columns, phi + (j * C + c0), K, in_range ? C - c0 : 0, lane);
@@ -46,7 +48,9 @@ mhc::DphiSums<NUM_LOGITS, SPAN> sums = {};
 const auto from = mhc::sources(x + (j * C + c0), du + c0, dx_out + (j * C + c0), K, C, C - c0, aligned);
 const int lane_offset = first_channel - c0;
 int slot = int(simdgroup_index_in_threadgroup) * SLOTS;
-for (int s = 0; RING_BYTES > 0 && s < SLOTS; ++s) mhc::fetch_tile_async<TileSlot, HAS_DU, HAS_DX_OUT, T, RUN>(from, (slot + s) * TileSlot::BYTES, begin + uint(s * mhc::TILE_TOKENS), span_end, lane);
+for (int s = 0; RING_BYTES > 0 && s < SLOTS; ++s)
+  mhc::fetch_tile_async<TileSlot, HAS_DU, HAS_DX_OUT, T, RUN>(from, (slot + s) * TileSlot::BYTES,
+                                                              begin + uint(s * mhc::TILE_TOKENS), span_end, lane);
 for (uint base = begin; base < end; base += STAGE) {
   threadgroup_barrier(mem_flags::mem_threadgroup);
   mhc::stage_dp<NUM_LOGITS, STAGE, THREADS>(staged, dp, base, end, tid);
@@ -64,47 +68,57 @@ for (uint base = begin; base < end; base += STAGE) {
     } else {
       mhc::load_tile(xs, from.x + lane_offset, from.K, first, stop, C - first_channel, aligned, lane);
       mhc::prefetch_tile(from.x + lane_offset, from.K, first + mhc::TILE_TOKENS, tokens, C - first_channel, lane);
-      if (HAS_DU) mhc::prefetch_tile(from.du + lane_offset, from.C, first + mhc::TILE_TOKENS, tokens, C - first_channel, lane);
-      if (HAS_DX_OUT) mhc::prefetch_tile(from.dx_out + lane_offset, from.K, first + mhc::TILE_TOKENS, tokens, C - first_channel, lane);
+      if (HAS_DU)
+        mhc::prefetch_tile(from.du + lane_offset, from.C, first + mhc::TILE_TOKENS, tokens, C - first_channel, lane);
+      if (HAS_DX_OUT)
+        mhc::prefetch_tile(from.dx_out + lane_offset, from.K, first + mhc::TILE_TOKENS, tokens, C - first_channel,
+                           lane);
     }
     mhc::accumulate_dphi<STAGE>(sums, xs, staged, row, lane);
     if constexpr (RING_BYTES > 0) {
       if (HAS_DU) mhc::read_tile(ds, slot * TileSlot::BYTES + TileSlot::DU, lane);
       if (HAS_DX_OUT) mhc::read_tile(passed, slot * TileSlot::BYTES + TileSlot::PASSED, lane);
-      mhc::fetch_tile_async<TileSlot, HAS_DU, HAS_DX_OUT, T, RUN>(from, slot * TileSlot::BYTES, first + uint(SLOTS * mhc::TILE_TOKENS), span_end, lane);
+      mhc::fetch_tile_async<TileSlot, HAS_DU, HAS_DX_OUT, T, RUN>(
+          from, slot * TileSlot::BYTES, first + uint(SLOTS * mhc::TILE_TOKENS), span_end, lane);
       slot = (slot + 1) % SLOTS == 0 ? slot + 1 - SLOTS : slot + 1;
     } else {
       if (HAS_DU) mhc::load_tile(ds, from.du + lane_offset, from.C, first, stop, C - first_channel, aligned, lane);
-      if (HAS_DX_OUT) mhc::load_tile(passed, from.dx_out + lane_offset, from.K, first, stop, C - first_channel, aligned, lane);
+      if (HAS_DX_OUT)
+        mhc::load_tile(passed, from.dx_out + lane_offset, from.K, first, stop, C - first_channel, aligned, lane);
     }
     float pre[mhc::LANE_TOKENS], pull[mhc::LANE_TOKENS];
-    UNROLL for (int r = 0; r < mhc::LANE_TOKENS; ++r) {
+    UNROLL_FOR (int r = 0; r < mhc::LANE_TOKENS; ++r) {
       const int at = (row + mhc::token_of(lane, r)) * (N + 1);
       pre[r] = factors[at + j];
       pull[r] = factors[at + N];
     }
     mhc::DpRows<NUM_LOGITS> rows;
     mhc::load_dp_rows<NUM_LOGITS, STAGE>(rows, staged, row, lane);
-    UNROLL for (int p = 0; p < RUN / 2; ++p) {
+    UNROLL_FOR (int p = 0; p < RUN / 2; ++p) {
       float v[mhc::LANE_TOKENS][2] = {}, w[2];
-      UNROLL for (int r = 0; r < mhc::LANE_TOKENS; ++r) {
+      UNROLL_FOR (int r = 0; r < mhc::LANE_TOKENS; ++r) {
         if (HAS_DX_OUT) mhc::run_pair(v[r], passed[r], p);
         mhc::run_pair(w, xs[r], p);
-        UNROLL for (int e = 0; e < 2; ++e) v[r][e] += pull[r] * w[e];
+        UNROLL_FOR (int e = 0; e < 2; ++e) v[r][e] += pull[r] * w[e];
         if (HAS_DU) mhc::run_pair(w, ds[r], p);
-        UNROLL for (int e = 0; e < 2; ++e) v[r][e] += HAS_DU ? pre[r] * w[e] : 0.0f;
+        UNROLL_FOR (int e = 0; e < 2; ++e) v[r][e] += HAS_DU ? pre[r] * w[e] : 0.0f;
       }
       mhc::add_phi_dp(v, rows, columns, p);
-      UNROLL for (int r = 0; r < mhc::LANE_TOKENS; ++r) mhc::set_pair(xs[r], p, v[r]);
+      UNROLL_FOR (int r = 0; r < mhc::LANE_TOKENS; ++r) mhc::set_pair(xs[r], p, v[r]);
     }
-    UNROLL for (int r = 0; r < mhc::LANE_TOKENS; ++r) {
+    UNROLL_FOR (int r = 0; r < mhc::LANE_TOKENS; ++r) {
       const uint t = first + uint(mhc::token_of(lane, r));
-      if (t < stop) mhc::store_run(dx + (size_t(t) * size_t(K) + size_t(j * C + first_channel)), xs[r], C - first_channel, aligned);
+      if (t < stop)
+        mhc::store_run(dx + (size_t(t) * size_t(K) + size_t(j * C + first_channel)), xs[r], C - first_channel, aligned);
     }
   }
 }
 
-uint id = threadgroup_position_in_grid.x;  // computed once more: what follows would otherwise occupy registers in the loop
+uint id =
+    threadgroup_position_in_grid.x;  // computed once more: what follows would otherwise occupy registers in the loop
 STAY_PACKED(id);
 const int u = int(id % groups_per_chunk) * SIMDS + int(simdgroup_index_in_threadgroup), c = u % spans_per_stream * SPAN;
-mhc::store_dphi(sums, partial + (size_t(id / groups_per_chunk) * NUM_LOGITS * size_t(K) + size_t(u / spans_per_stream * C + c)), K, u < num_spans ? C - c : 0, lane);
+mhc::store_dphi(sums,
+                partial +
+                    (size_t(id / groups_per_chunk) * NUM_LOGITS * size_t(K) + size_t(u / spans_per_stream * C + c)),
+                K, u < num_spans ? C - c : 0, lane);

@@ -28,10 +28,11 @@ for (int o0 = 0; run < num_runs && o0 < NUM_LOGITS; o0 += 8 * BLOCK) {
   if (x_and_phi_aligned) mhc::accumulate_runs<true, NUM_LOGITS, T, PHI_T>(sum, squares, x, phi, runs, first, o0);
   else mhc::accumulate_runs<false, NUM_LOGITS, T, PHI_T>(sum, squares, x, phi, runs, first, o0);
   const size_t sum_t = first + uint(mhc::sum_token(lane)), square_t = first + uint(mhc::x_row(lane));
-  UNROLL for (int b = 0; b < BLOCK; ++b) {
-    UNROLL for (int e = 0; e < 2; ++e) {
+  UNROLL_FOR (int b = 0; b < BLOCK; ++b) {
+    UNROLL_FOR (int e = 0; e < 2; ++e) {
       const int o = o0 + b * 8 + mhc::sum_logit(lane, e);
-      if (sum_t < tokens && o < NUM_LOGITS) partial_logits[(sum_t * size_t(num_runs) + size_t(run)) * PITCH + o] = sum[0][b][e];
+      if (sum_t < tokens && o < NUM_LOGITS)
+        partial_logits[(sum_t * size_t(num_runs) + size_t(run)) * PITCH + o] = sum[0][b][e];
     }
   }
   if (o0 == 0 && square_t < tokens)

@@ -32,7 +32,8 @@ constexpr bool U_CACHED = PASSES * VEC <= 32;  // u stays in registers; without 
 constexpr int CACHED_PASSES = U_CACHED ? PASSES : 1;
 constexpr int BUFFERS = N <= 8 ? 2 : 1;
 constexpr int PITCH = NUM_LOGITS + 4;
-constexpr bool SUMS_LIKE_MHC_PRE = FROM_PARTIAL_LOGITS && NORM && !WRITE_BACK;  // sum(u ** 2) is added in the order of mhc_pre
+constexpr bool SUMS_LIKE_MHC_PRE =
+    FROM_PARTIAL_LOGITS && NORM && !WRITE_BACK;  // sum(u ** 2) is added in the order of mhc_pre
 threadgroup float pre[BUFFERS * N];
 threadgroup float post[BUFFERS * N];
 threadgroup float mix[BUFFERS * N * N];  // mix[j * N + i] = h_res[i, j]
@@ -59,7 +60,8 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int o = tid; o < NUM_LOGITS; o += THREADS) {
       const mhc::SliceSums s = mhc::add_slices<NUM_LOGITS, SLICES>(sums, o);
-      const float h = mhc::finish_logit<N, NUM_LOGITS, SAVE_LOGITS>(o, s.product, s.x_dot_x, N * C, alpha, bias, params, l + size_t(t) * (NUM_LOGITS + 1));
+      const float h = mhc::finish_logit<N, NUM_LOGITS, SAVE_LOGITS>(o, s.product, s.x_dot_x, N * C, alpha, bias, params,
+                                                                    l + size_t(t) * (NUM_LOGITS + 1));
       if (o < N) {
         pre[at + o] = h;
         if (WRITE_H_PRE) new_h_pre[size_t(t) * N + o] = h;
@@ -78,8 +80,11 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
       const bool in_range = lane < mhc::projection_lanes(N, START, ITERS);
       if (simd == SIMDS - 1) {
         const float eps = static_cast<float>(params[mhc::param::PROJECTION_EPS]);
-        if constexpr (WRITE_BACK) mhc::project_token<N, START, COLUMNS, !OUT_COLUMNS, ITERS>(z, mix + at * N, in_range, eps, lane);
-        else mhc::project_token<N, START, COLUMNS, OUT_COLUMNS, ITERS>(z, new_h_res + size_t(t) * (N * N), in_range, eps, lane);
+        if constexpr (WRITE_BACK)
+          mhc::project_token<N, START, COLUMNS, !OUT_COLUMNS, ITERS>(z, mix + at * N, in_range, eps, lane);
+        else
+          mhc::project_token<N, START, COLUMNS, OUT_COLUMNS, ITERS>(z, new_h_res + size_t(t) * (N * N), in_range, eps,
+                                                                    lane);
       }
     }
   } else {
@@ -98,7 +103,8 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         const int c = (k * THREADS + tid) * VEC, pass = U_CACHED ? k : 0;
         float pack_square = 0.0f;
         if (c < C) {
-          mhc::seam_pack<WRITE_BACK, true, ROUND_U, N, T>(u_of[pass], x, y, out, t, c, pre + at, post + at, mix + at * N, C, x_aligned, y_aligned);
+          mhc::seam_pack<WRITE_BACK, true, ROUND_U, N, T>(u_of[pass], x, y, out, t, c, pre + at, post + at,
+                                                          mix + at * N, C, x_aligned, y_aligned);
           pack_square = mhc::sum_of_squares(u_of[pass]);
           if (!SUMS_LIKE_MHC_PRE) squares[0] += pack_square;
         }
@@ -118,8 +124,11 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     for (int k = 0; k < PASSES; ++k) {
       const int c = (k * THREADS + tid) * VEC, pass = U_CACHED ? k : 0;
       if (c < C) {
-        if (!NORM || !U_CACHED) mhc::seam_pack<WRITE_BACK, !NORM, NORM && ROUND_U, N, T>(u_of[pass], x, y, out, t, c, pre + at, post + at, mix + at * N, C, x_aligned, y_aligned);
-        *(device mhc::Pack<T, VEC>*)(u + size_t(t) * size_t(C) + c) = mhc::finish_u<NORM, ROUND_U, T>(u_of[pass], r, weight + c, weight_aligned);
+        if (!NORM || !U_CACHED)
+          mhc::seam_pack<WRITE_BACK, !NORM, NORM && ROUND_U, N, T>(u_of[pass], x, y, out, t, c, pre + at, post + at,
+                                                                   mix + at * N, C, x_aligned, y_aligned);
+        *(device mhc::Pack<T, VEC>*)(u + size_t(t) * size_t(C) + c) =
+            mhc::finish_u<NORM, ROUND_U, T>(u_of[pass], r, weight + c, weight_aligned);
       }
     }
   }

@@ -27,7 +27,8 @@ threadgroup float scratch[N * N * SIMDS];
 const uint tid = thread_position_in_threadgroup.x;
 const int C = x_shape[2];
 const uint tokens = x_shape[0];
-const bool aligned = mhc::is_aligned<VEC>(x) && mhc::is_aligned<VEC>(y) && mhc::is_aligned<VEC>(dout) && mhc::is_aligned<VEC>(du);
+const bool aligned =
+    mhc::is_aligned<VEC>(x) && mhc::is_aligned<VEC>(y) && mhc::is_aligned<VEC>(dout) && mhc::is_aligned<VEC>(du);
 const auto group_partial = partial + size_t(threadgroup_position_in_grid.x) * size_t(C);
 float g_weight[CACHED_PASSES * VEC] = {};
 mhc::Pack<T, VEC> xv[CACHED_PASSES * N], yv[CACHED_PASSES], dv[CACHED_PASSES];
@@ -55,9 +56,9 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         mhc::load_streams<N>(xv + at * N, row, C, c, aligned);
         yv[at] = mhc::load<T, VEC>(y + base + c, aligned);
         dv[at] = mhc::load<T, VEC>(du + base + c, aligned);
-        UNROLL for (int e = 0; e < VEC; ++e) {
+        UNROLL_FOR (int e = 0; e < VEC; ++e) {
           float xs[N], out[N];
-          UNROLL for (int j = 0; j < N; ++j) xs[j] = static_cast<float>(xv[at * N + j].v[e]);
+          UNROLL_FOR (int j = 0; j < N; ++j) xs[j] = static_cast<float>(xv[at * N + j].v[e]);
           float u = mhc::seam_channel<N, T>(out, xs, static_cast<float>(yv[at].v[e]), pre, post, mix);
           if (ROUND_U) u = static_cast<float>(static_cast<T>(u));
           dots[0] += u * u;
@@ -82,13 +83,15 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         yv[at] = mhc::load<T, VEC>(y + base + c, aligned);
         dv[at] = mhc::load<T, VEC>(du + base + c, aligned);
       }
-      UNROLL for (int e = 0; e < VEC; ++e) {
+      UNROLL_FOR (int e = 0; e < VEC; ++e) {
         if (NORM) {
-          UNROLL for (int j = 0; j < N; ++j) { STAY_PACKED(xv[at * N + j]); }
+          UNROLL_FOR (int j = 0; j < N; ++j) {
+            STAY_PACKED(xv[at * N + j]);
+          }
         }
         float xs[N], out[N], douts[N], dxs[N];
         const float ys = static_cast<float>(yv[at].v[e]);
-        UNROLL for (int j = 0; j < N; ++j) {
+        UNROLL_FOR (int j = 0; j < N; ++j) {
           xs[j] = static_cast<float>(xv[at * N + j].v[e]);
           douts[j] = static_cast<float>(ov[j].v[e]);
         }
@@ -100,10 +103,11 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
           else group_partial[c + e] = (t < threadgroups_per_grid.x ? 0.0f : group_partial[c + e]) + d;
           da = r * (da * static_cast<float>(weight[c + e]) - u * slope);
         }
-        yv[at].v[e] = static_cast<T>(mhc::seam_channel_gradient(dxs, gradients, xs, ys, out, douts, da, pre, post, mix));
-        UNROLL for (int j = 0; j < N; ++j) xv[at * N + j].v[e] = static_cast<T>(dxs[j]);
+        yv[at].v[e] =
+            static_cast<T>(mhc::seam_channel_gradient(dxs, gradients, xs, ys, out, douts, da, pre, post, mix));
+        UNROLL_FOR (int j = 0; j < N; ++j) xv[at * N + j].v[e] = static_cast<T>(dxs[j]);
       }
-      UNROLL for (int j = 0; j < N; ++j)
+      UNROLL_FOR (int j = 0; j < N; ++j)
         *(device mhc::Pack<T, VEC>*)(dx + size_t(t) * size_t(N * C) + j * C + c) = xv[at * N + j];
       *(device mhc::Pack<T, VEC>*)(dy + base + c) = yv[at];
     }
@@ -114,10 +118,10 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
 }
 
 if (NORM && CACHED) {
-  UNROLL for (int k = 0; k < CACHED_PASSES; ++k) {
+  UNROLL_FOR (int k = 0; k < CACHED_PASSES; ++k) {
     const int c = (k * THREADS + int(tid)) * VEC;
     if (c < C) {
-      UNROLL for (int e = 0; e < VEC; ++e) group_partial[c + e] = g_weight[k * VEC + e];
+      UNROLL_FOR (int e = 0; e < VEC; ++e) group_partial[c + e] = g_weight[k * VEC + e];
     }
   }
 }

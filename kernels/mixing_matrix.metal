@@ -18,20 +18,22 @@ for (size_t id = size_t(threadgroup_position_in_grid.x) * THREADS + thread_posit
   const int i = int(id % N);
   if constexpr (PERMUTATIONS) {
     float top, sum = 0.0f, line[N] = {};
-    const int largest = mhc::largest_of(logits + m * NUM_LOGITS, NUM_LOGITS, top);  // it is added last: the sum of the others may be small beside it
+    const int largest = mhc::largest_of(logits + m * NUM_LOGITS, NUM_LOGITS,
+                                        top);  // it is added last: the sum of the others may be small beside it
     for (int k = 1; k <= NUM_LOGITS; ++k) {
       const int w = k == NUM_LOGITS ? largest : k <= largest ? k - 1 : k;
       const float e = metal::precise::exp(static_cast<float>(logits[m * NUM_LOGITS + w]) - top);
       const int j = TRANSPOSED ? mhc::permuted_from<N>(w, i) : mhc::permuted<N>(w, i);
       sum += e;
-      UNROLL for (int c = 0; c < N; ++c) line[c] += c == j ? e : 0.0f;
+      UNROLL_FOR (int c = 0; c < N; ++c) line[c] += c == j ? e : 0.0f;
     }
-    UNROLL for (int c = 0; c < N; ++c) h_res[id * N + c] = line[c] / sum;
+    UNROLL_FOR (int c = 0; c < N; ++c) h_res[id * N + c] = line[c] / sum;
   } else {
     for (int j = 0; j < N; ++j) {
       float product = 1.0f;
       for (int b = 0; b < NUM_LOGITS / 2; ++b) {
-        const float z = static_cast<float>(logits[m * NUM_LOGITS + 2 * b]) - static_cast<float>(logits[m * NUM_LOGITS + 2 * b + 1]);
+        const float z =
+            static_cast<float>(logits[m * NUM_LOGITS + 2 * b]) - static_cast<float>(logits[m * NUM_LOGITS + 2 * b + 1]);
         product *= mhc::sigmoid((((i ^ j) >> (NUM_LOGITS / 2 - 1 - b)) & 1) == 0 ? z : -z);
       }
       h_res[id * N + j] = product;

@@ -33,8 +33,10 @@ for (size_t first = threadgroup_position_in_grid.x * (THREADS / MATRIX_LANES); f
   const size_t base = (m < count ? m : first) * (N * N);
   float g[N];
   mhc::walk_back_projection<N, START, COLUMNS, OUT_COLUMNS, ITERS, STORED_STEPS, THREADS>(
-      g, dh_res + base, logits + base, divisors + tid, static_cast<float>(params[mhc::param::PROJECTION_EPS]), lane, thread_index_in_simdgroup, scratch + scratch_at);
+      g, dh_res + base, logits + base, divisors + tid, static_cast<float>(params[mhc::param::PROJECTION_EPS]), lane,
+      thread_index_in_simdgroup, scratch + scratch_at);
   if (m < count && lane < N) {
-    UNROLL for (int j = 0; j < N; ++j) dlogits[base + (COLUMNS ? j * N + lane : lane * N + j)] = static_cast<DLOGITS_T>(g[j]);
+    UNROLL_FOR (int j = 0; j < N; ++j)
+      dlogits[base + (COLUMNS ? j * N + lane : lane * N + j)] = static_cast<DLOGITS_T>(g[j]);
   }
 }

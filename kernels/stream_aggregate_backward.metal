@@ -33,7 +33,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
 #pragma unroll STREAM_UNROLL
     for (int j = 0; j < N; ++j) {
       mhc::Pack<T, VEC> v = mhc::load<T, VEC>(row + j * C + c, x_aligned);
-      UNROLL for (int e = 0; e < VEC; ++e) {
+      UNROLL_FOR (int e = 0; e < VEC; ++e) {
         g_pre[j] += d[e] * static_cast<float>(v.v[e]);
         v.v[e] = static_cast<T>(pre[j] * d[e]);
       }

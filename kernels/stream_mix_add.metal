@@ -9,7 +9,8 @@
 // grid  any number of threadgroups
 #include "common.h"
 constexpr int STREAM_UNROLL = N <= 8 ? N : 4;  // streams that are loaded before the first is used
-constexpr int TOKEN_POSTS = POST_PER_TOKEN && N <= 8 ? N : 0, TOKEN_MIXES = RES_PER_TOKEN && N <= 4 ? N * N : 0;  // a token's coefficients that registers hold
+constexpr int TOKEN_POSTS = POST_PER_TOKEN && N <= 8 ? N : 0,
+              TOKEN_MIXES = RES_PER_TOKEN && N <= 4 ? N * N : 0;  // a token's coefficients that registers hold
 threadgroup float mix[RES_PER_TOKEN ? 1 : N * N];  // mix[j * N + i] = h_res[i, j]
 threadgroup float post[POST_PER_TOKEN ? 1 : N];
 const uint tid = thread_position_in_threadgroup.x;
@@ -28,21 +29,26 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     float acc[N * VEC], token_post[TOKEN_POSTS + 1], token_mix[TOKEN_MIXES + 1];
     mhc::load_all<TOKEN_POSTS>(token_post, h_post + size_t(t) * TOKEN_POSTS);
     mhc::load_all<TOKEN_MIXES>(token_mix, h_res + size_t(t) * TOKEN_MIXES);
-    UNROLL for (int i = 0; i < N; ++i) {
-      const float q = TOKEN_POSTS > 0 ? token_post[TOKEN_POSTS > 0 ? i : 0] : POST_PER_TOKEN ? static_cast<float>(h_post[size_t(t) * N + i]) : post[i];
-      UNROLL for (int e = 0; e < VEC; ++e) acc[i * VEC + e] = q * static_cast<float>(yv.v[e]);
+    UNROLL_FOR (int i = 0; i < N; ++i) {
+      const float q = TOKEN_POSTS > 0  ? token_post[TOKEN_POSTS > 0 ? i : 0]
+                      : POST_PER_TOKEN ? static_cast<float>(h_post[size_t(t) * N + i])
+                                       : post[i];
+      UNROLL_FOR (int e = 0; e < VEC; ++e) acc[i * VEC + e] = q * static_cast<float>(yv.v[e]);
     }
 #pragma unroll STREAM_UNROLL
     for (int j = 0; j < N; ++j) {
       const mhc::Pack<T, VEC> v = mhc::load<T, VEC>(x + base + j * C + c, x_aligned);
-      UNROLL for (int i = 0; i < N; ++i) {
-        const float m = TOKEN_MIXES > 0 ? token_mix[TOKEN_MIXES > 0 ? i * N + j : 0] : RES_PER_TOKEN ? static_cast<float>(h_res[(size_t(t) * N + i) * N + j]) : mix[j * N + i];
-        UNROLL for (int e = 0; e < VEC; ++e) acc[i * VEC + e] = metal::fma(m, static_cast<float>(v.v[e]), acc[i * VEC + e]);
+      UNROLL_FOR (int i = 0; i < N; ++i) {
+        const float m = TOKEN_MIXES > 0 ? token_mix[TOKEN_MIXES > 0 ? i * N + j : 0]
+                        : RES_PER_TOKEN ? static_cast<float>(h_res[(size_t(t) * N + i) * N + j])
+                                        : mix[j * N + i];
+        UNROLL_FOR (int e = 0; e < VEC; ++e)
+          acc[i * VEC + e] = metal::fma(m, static_cast<float>(v.v[e]), acc[i * VEC + e]);
       }
     }
-    UNROLL for (int i = 0; i < N; ++i) {
+    UNROLL_FOR (int i = 0; i < N; ++i) {
       mhc::Pack<T, VEC> o;
-      UNROLL for (int e = 0; e < VEC; ++e) o.v[e] = static_cast<T>(acc[i * VEC + e]);
+      UNROLL_FOR (int e = 0; e < VEC; ++e) o.v[e] = static_cast<T>(acc[i * VEC + e]);
       *(device mhc::Pack<T, VEC>*)(out + base + i * C + c) = o;
     }
   }

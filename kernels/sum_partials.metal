@@ -25,7 +25,7 @@ if (p < columns) {
 sums[tid] = s;
 threadgroup_barrier(mem_flags::mem_threadgroup);
 if (tid < COLUMNS_PER_GROUP && p < columns) {
-  UNROLL for (uint k = 1; k < THREADS_PER_COLUMN; ++k) s += sums[k * COLUMNS_PER_GROUP + tid];
+  UNROLL_FOR (uint k = 1; k < THREADS_PER_COLUMN; ++k) s += sums[k * COLUMNS_PER_GROUP + tid];
   if (GATES && p < 2 * N) {
     const float z = p < N ? static_cast<float>(H_pre[p]) : static_cast<float>(H_post[p - N]);
     s *= (p < N ? 1.0f : static_cast<float>(params[mhc::param::POST_SCALE])) * mhc::sigmoid(z) * mhc::sigmoid(-z);

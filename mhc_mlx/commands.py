@@ -174,7 +174,7 @@ def write_all(descriptor: int, data: bytes) -> None:
 
 
 class Output:
-    """The file to which a command writes its report.
+    """This is the file to which a command writes its report.
 
     The file must be new, empty or an earlier report. Each writing replaces all of it at once; if
     the path is a link, its target is replaced. A stream (see `is_stream`) gets the report at the

@@ -35,7 +35,7 @@ def _check_int(op: str, name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class Convention:
-    """The projection of logits to the mixing matrix, and the gates of h_pre and h_post.
+    """A convention has the projection of logits to the mixing matrix, and the gates' constants.
 
     After the starts ``"exp"``, ``"softmax"`` and ``"additive"`` the projection makes half-steps
     ``P / (P.sum(axis) + eps)`` that alternate between rows and columns, 2 * iters in all. The first
@@ -131,11 +131,11 @@ class Convention:
 
     @property
     def in_logs(self) -> bool:
-        """Whether the first two half-steps are ``l -= logsumexp(l)``, on the logits."""
+        """Tell whether the first two half-steps are ``l -= logsumexp(l)``, on the logits."""
         return self.start == "exp" or (self.start == "softmax" and self.eps == 0)
 
     def in_range(self, n: int) -> bool:
-        """Whether float32 holds all elements of P, in each half-step, that matter for h_res.
+        """Tell whether float32 holds all elements of P, in each half-step, that matter for h_res.
 
         In the mean of many half-steps one multiplies an element by at most n - 1: the worst matrix
         has n - 1 rows that need the same column, and one row that needs all others. Float32 loses

@@ -43,7 +43,7 @@ def _logit(p: float) -> float:
 def starting_logits(
     n: int, convention: Convention, layer_idx: int
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """The starting values of H_pre ``[n]``, H_post ``[n]`` and H_res ``[R]``, float32.
+    """Return the starting values of H_pre ``[n]``, H_post ``[n]`` and H_res ``[R]``, float32.
 
     `HyperConnection` says what they are.
     """
@@ -71,7 +71,7 @@ def starting_logits(
 
 
 def _starting_phi(num_logits: int, width: int) -> mx.array:
-    """Starting values of phi ``[num_logits, width]``: normal with deviation 0.02 / sqrt(width)."""
+    """Return phi ``[num_logits, width]`` at the start: normal with deviation 0.02 / sqrt(width)."""
     return mx.random.normal((num_logits, width)) * (0.02 / math.sqrt(width))
 
 
@@ -83,7 +83,7 @@ observer: ContextVar[Callable[..., mx.array]] = ContextVar(
 
 
 class _StreamModule(nn.Module):
-    """What `HyperConnection` and `HyperHead` share: parameters and options of ops."""
+    """`HyperConnection` and `HyperHead` share these parameters and options of ops."""
 
     norm_eps: float
     use_metal: bool
@@ -112,7 +112,7 @@ class _StreamModule(nn.Module):
 
     @property
     def _options(self) -> dict[str, Any]:
-        """The options of ops, checked at each use, because a user may set the attributes."""
+        """Return the options of ops, checked at each use, because a user may set the attributes."""
         options = {"use_metal": self.use_metal, "differentiable": self.differentiable}
         check_bools(type(self).__name__, **options)
         return options | {"threads_per_group": self.threads_per_group}  # ops check this one
@@ -232,7 +232,7 @@ class HyperConnection(_StreamModule):
 
     @property
     def convention(self) -> Convention:
-        """How coefficients are made from logits, with this connection's ``sinkhorn_iters``."""
+        """This says how coefficients are made from logits, with ``sinkhorn_iters`` applied."""
         return self._convention
 
     def mixing_matrix(self) -> mx.array | None:
@@ -302,7 +302,7 @@ class HyperConnection(_StreamModule):
 
 
 class MHCLayer(HyperConnection):
-    """A hyper-connection with the RMSNorm of its sublayer: the layer of mHC.cu.
+    """This is the layer of mHC.cu: a hyper-connection with the RMSNorm of its sublayer.
 
     ``out[i] = sum_j h_res[i, j] x[j] + h_post[i] F(rms_norm(u, rms_weight, eps))`` with
     ``u = sum_j h_pre[j] x[j]``.
@@ -374,7 +374,7 @@ class MHCLayer(HyperConnection):
 
 
 class HyperHead(_StreamModule):
-    """The learned read-out of DeepSeek V4: ``u = sum_j h_pre[j] x[j]``, with h_pre of each token.
+    """This is the learned read-out of DeepSeek V4: ``u = sum_j h_pre[j] x[j]``, h_pre per token.
 
     ``h_pre = sigmoid(alpha rsqrt(mean(x**2) + norm_eps) (phi @ vec(x)) + bias) + pre_eps``, as in
     `mhc_head`. The parameters ``phi [n, n*C]``, ``bias [n]`` and ``alpha [1]`` start in float32.
@@ -428,7 +428,7 @@ class HyperHead(_StreamModule):
 
 
 class MHCBlock(nn.Module):
-    """A layer F in a hyper-connection: ``out[i] = sum_j h_res[i, j] x[j] + h_post[i] F(norm(u))``.
+    """``out[i] = sum_j h_res[i, j] x[j] + h_post[i] F(norm(u))``: a layer F in a hyper-connection.
 
     `HyperConnection` makes u and the coefficients.
 
@@ -490,7 +490,7 @@ class MHCBlock(nn.Module):
 
 
 class MHCLiteBlock(MHCBlock):
-    """`MHCBlock` with the convention MHC_LITE (arXiv 2601.05732).
+    """This is `MHCBlock` with the convention MHC_LITE (arXiv 2601.05732).
 
     h_res is a weighted sum of the n! permutation matrices: doubly stochastic without iterations. n
     is at most 5.

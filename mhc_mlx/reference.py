@@ -40,7 +40,7 @@ def _float(*arrays: mx.array) -> list[mx.array]:
 
 
 def _long_sum(v: mx.array, width: int = 128) -> mx.array:
-    """The sum over the last axis, by sums of ``width`` elements, then by sums of these sums.
+    """Return the sum over the last axis, by sums of ``width`` elements, then by sums of these sums.
 
     MLX on a CPU adds a row in a single chain, whose rounding errors grow with its length.
     """
@@ -73,14 +73,14 @@ def _sigmoid(z: mx.array) -> mx.array:
 
 
 def _largest(a: mx.array, axis: int) -> mx.array:
-    """A mask of the largest element along axis; of equal ones the first."""
+    """Return a mask of the largest element along axis; of equal ones the first."""
     index = mx.argmax(mx.stop_gradient(a), axis=axis, keepdims=True)
     indices = mx.arange(a.shape[axis])
     return index == (indices if axis == -1 else indices[:, None])
 
 
 def _largest_by_sum(p: mx.array, axis: int, total: mx.array | float = 1.0) -> mx.array:
-    """p, whose sum along axis is total, with the largest as total minus the sum of all others.
+    """Return p, whose sum along axis is total, with the largest as total minus all others' sum.
 
     The value stays the same, but the gradient of each other element becomes a difference from the
     gradient of the largest. Otherwise ``p * (dp - sum(p * dp))`` loses its digits where the largest
@@ -92,7 +92,7 @@ def _largest_by_sum(p: mx.array, axis: int, total: mx.array | float = 1.0) -> mx
 
 
 def _below_largest(a: mx.array, axis: int) -> tuple[mx.array, mx.array, mx.array]:
-    """The mask of the largest a along axis; d = a - max(a); ``sum(exp(d))`` without the largest.
+    """Return the mask of the largest a along axis, d = a - max(a), and the sum of the other exp(d).
 
     A softmax and its gradient need these three.
     """
@@ -104,7 +104,7 @@ def _below_largest(a: mx.array, axis: int) -> tuple[mx.array, mx.array, mx.array
 
 
 def _softmax(a: mx.array) -> mx.array:
-    """The softmax along the last axis."""
+    """Return the softmax along the last axis."""
     largest, d, sum_of_others = _below_largest(a, -1)
     return mx.where(largest, 1.0, mx.exp(d)) / (1 + sum_of_others)
 
@@ -236,7 +236,7 @@ def stream_aggregate(x: mx.array, h_pre: mx.array) -> mx.array:
 
 
 def _rounded(a: mx.array, dtype: mx.Dtype) -> mx.array:
-    """a rounded to dtype, as float32; the gradient is that of the identity."""
+    """Return a rounded to dtype, as float32; the gradient is that of the identity."""
     return a + mx.stop_gradient(a.astype(dtype).astype(mx.float32) - a)
 
 
@@ -333,7 +333,7 @@ def mhc_static(
     weight: mx.array,
     eps: float = 1e-5,
 ) -> mx.array:
-    """The layer whose sublayer is an RMSNorm, from coefficients (arXiv 2512.24880, eq. 3).
+    """Compute the layer whose sublayer is an RMSNorm, from coefficients (arXiv 2512.24880, eq. 3).
 
     ``out[i] = sum_j h_res[i, j] x[j] + h_post[i] rms_norm(sum_j h_pre[j] x[j], weight, eps)``
 
@@ -361,7 +361,7 @@ def mhc_layer(
     convention: Convention = ROW_FIRST,
     eps: float = 1e-5,
 ) -> mx.array:
-    """The layer whose sublayer is an RMSNorm, from parameters that all tokens share.
+    """Compute the layer whose sublayer is an RMSNorm, from parameters that all tokens share.
 
     It is ``mhc_static`` with h_pre, h_post = gates(H_pre, H_post) and h_res = sinkhorn_knopp(H_res)
     (arXiv 2512.24880, eq. 3, 8, 9, the static part).
@@ -465,7 +465,7 @@ def mhc_head(
     convention: Convention = PAPER,
     norm_eps: float = 1e-6,
 ) -> mx.array:
-    """The learned read-out of DeepSeek V4: ``u = sum_j h_pre[j] x[j]``, with h_pre of each token.
+    """Read the streams out as DeepSeek V4 does: ``u = sum_j h_pre[j] x[j]``, h_pre per token.
 
     h_pre = sigmoid(alpha[0] l + bias) + pre_eps, with the n logits l of `mhc_coefficients`.
 
@@ -524,7 +524,7 @@ def mhc_seam(
 def _read(
     x: mx.array, h_pre: mx.array, weight: mx.array | None, eps: float, dtype: mx.Dtype
 ) -> mx.array:
-    """The u of `mhc_seam`, float32, from float32 streams; dtype is that of the roundings in it."""
+    """Return the u of `mhc_seam` in float32, for float32 streams, rounded to dtype in between."""
     u = stream_aggregate(x, h_pre)
     if weight is None:
         return u

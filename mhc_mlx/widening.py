@@ -25,7 +25,7 @@ Model = TypeVar("Model", bound=nn.Module | None)
 class _Widened(nn.Module):
     """A subclass of this is the first base of the class that `widen` gives to a module.
 
-    The second base is the module's class of before.
+    The second base is the class that the module had.
     """
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
@@ -35,7 +35,7 @@ class _Widened(nn.Module):
 
 @functools.cache
 def _widened(kind: type[_Widened], cls: type) -> Any:
-    """The class of widened modules of class cls: one that derives from kind, then from cls."""
+    """Return the class of a widened module of class cls: it derives from kind, then from cls."""
     if issubclass(cls, kind):  # an earlier call of `widen` has widened some of its blocks
         return cls
     return type(f"Widened{cls.__name__}", (kind, cls), {})
@@ -48,7 +48,7 @@ def _new_widened(kind: type[_Widened], cls: type) -> _Widened:
 
 
 class WidenedBlock(_Widened):
-    """A block after `widen`: the same module, called on streams ``[..., n, C]``.
+    """This is a block after `widen`: the same module, called on streams ``[..., n, C]``.
 
     Attributes:
         connections: A `HyperConnection` for each of the block's branches.
@@ -80,7 +80,7 @@ class WidenedBlock(_Widened):
 
 
 class WidenedStack(_Widened):
-    """A module after `widen` that has a list with the first or the last widened block.
+    """This is a module after `widen` that has a list with the first or the last widened block.
 
     A call raises ValueError if the list has lost a first or a last block since.
 
@@ -102,7 +102,7 @@ class WidenedStack(_Widened):
 
 
 class WidenedPipeline(WidenedStack):
-    """A `WidenedStack` whose class of before can split its blocks among processes."""
+    """This is a `WidenedStack` with a method ``pipeline``, which splits blocks among processes."""
 
     def pipeline(self, group: mx.distributed.Group, *args: Any, **kwargs: Any) -> Any:
         """Split the blocks as before; raise ValueError if group has more than one process."""
@@ -119,12 +119,12 @@ _ADDED = ("connections", "enters", "leaves", "is_first", "is_last")  # attribute
 
 
 def _listed(module: nn.Module) -> list[Any]:
-    """The items of all lists that are attributes of a module."""
+    """Return the items of all lists that are attributes of a module."""
     return [item for value in module.values() if isinstance(value, list) for item in value]
 
 
 def _branches(block: Any, *args: Any, **kwargs: Any) -> list[Callable[[mx.array], mx.array]]:
-    """The functions F of a block that computes ``for F in branches: x = x + F(x)``."""
+    """Return the functions F of a block that computes ``for F in branches: x = x + F(x)``."""
     if hasattr(block, "residual_branches"):
         return block.residual_branches(*args, **kwargs)
     return [
@@ -176,7 +176,7 @@ def _check_arguments(
 
 
 def _run(name: str, what: str, f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The evaluated result of f; ValueError says that ``what`` of the block ``name`` raised."""
+    """Return the evaluated result of f; ValueError says what of the block ``name`` raised."""
     try:
         result = f(*args, **kwargs)
         if isinstance(result, mx.array):
@@ -192,7 +192,7 @@ def _run(name: str, what: str, f: Callable[..., Any], *args: Any, **kwargs: Any)
 def _check_block(
     name: str, block: Any, dim: int, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> int:
-    """The number of branches F of a block.
+    """Return the number of branches F of a block.
 
     Raises TypeError or ValueError unless the block computes x + F(x) for each, on two tokens.
     """
@@ -233,7 +233,7 @@ def _check_block(
 def _check_blocks(
     layers: Sequence[nn.Module], dim: int, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[int]:
-    """The number of branches of each block, by trial calls.
+    """Return the number of branches of each block, by trial calls.
 
     During these the blocks are in evaluation mode: dropout is off, and no module counts its calls.
     """

@@ -9,7 +9,8 @@ namespace mhc {
 template <int N, int NUM_LOGITS, bool SAVE_LOGITS, typename A, typename B, typename Q, typename O>
 inline float finish_logit(int o, float product, float x_dot_x, int K, A alpha, B bias, Q params, O l) {
   const int part = part_of<N>(o);
-  const float scale = metal::precise::rsqrt(x_dot_x / static_cast<float>(K) + static_cast<float>(params[param::NORM_EPS]));
+  const float scale =
+      metal::precise::rsqrt(x_dot_x / static_cast<float>(K) + static_cast<float>(params[param::NORM_EPS]));
   const float value = scale * product;
   const float z = static_cast<float>(alpha[part]) * value + static_cast<float>(bias[o]);
   if (SAVE_LOGITS) l[o] = value;
@@ -19,7 +20,8 @@ inline float finish_logit(int o, float product, float x_dot_x, int K, A alpha, B
 
 // Row w of sums, PITCH floats, = the sum of a token's runs w, w + SLICES, ...; these are the runs of slice w in
 // mhc_pre.
-template <int PITCH, int SLICES, int THREADS, typename S, typename P> inline void add_runs(S sums, P runs, int num_runs, int tid) {
+template <int PITCH, int SLICES, int THREADS, typename S, typename P>
+inline void add_runs(S sums, P runs, int num_runs, int tid) {
   for (int q = tid; q < SLICES * PITCH; q += THREADS) {
     float s = 0.0f;
 #pragma unroll 8
@@ -32,7 +34,7 @@ template <int PITCH, int SLICES, int THREADS, typename S, typename P> inline voi
 struct SliceSums { float product, x_dot_x; };
 template <int NUM_LOGITS, int SLICES, typename S> inline SliceSums add_slices(S sums, int o) {
   SliceSums found = {0.0f, 0.0f};
-  UNROLL for (int w = 0; w < SLICES; ++w) {
+  UNROLL_FOR (int w = 0; w < SLICES; ++w) {
     const int row = w * (NUM_LOGITS + 4), at = row + NUM_LOGITS;
     found.product += sums[row + o];
     found.x_dot_x += (sums[at] + sums[at + 1]) + (sums[at + 2] + sums[at + 3]);
@@ -45,12 +47,16 @@ template <typename L, typename B> struct Logits {
   L l;
   B bias;
   float alpha;
-  inline float operator[](uint i) const thread { return alpha * static_cast<float>(l[i]) + static_cast<float>(bias[i]); }
+  inline float operator[](uint i) const thread {
+    return alpha * static_cast<float>(l[i]) + static_cast<float>(bias[i]);
+  }
 };
 template <typename L, typename B> inline Logits<L, B> logits_of(L l, B bias, float alpha) { return {l, bias, alpha}; }
 
 // So many lanes project a token's N x N logits, N <= 8: one lane holds four lines if it need not return to the logits.
-constexpr int projection_lanes(int n, int start, int iters) { return n <= 4 && return_period(n, start, iters) == 0 ? 1 : matrix_lanes(n); }
+constexpr int projection_lanes(int n, int start, int iters) {
+  return n <= 4 && return_period(n, start, iters) == 0 ? 1 : matrix_lanes(n);
+}
 
 // h_res = sinkhorn_knopp of the logits at z, written by lanes in_range. COLUMNS: lines are columns of the logits, and
 // OUT_COLUMNS: line i becomes column i of h_res.
@@ -58,10 +64,10 @@ template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, typename 
 inline void project_token(S z, O h_res, bool in_range, float eps, int simd_lane) {
   if constexpr (N == 1 || projection_lanes(N, START, ITERS) == 1) {
     float p[N][N];
-    UNROLL for (int q = 0; q < N * N; ++q) p[q / N][q % N] = z[COLUMNS ? q % N * N + q / N : q];
+    UNROLL_FOR (int q = 0; q < N * N; ++q) p[q / N][q % N] = z[COLUMNS ? q % N * N + q / N : q];
     sinkhorn_one_lane<N, START>(p, ITERS, eps);
     if (in_range) {
-      UNROLL for (int q = 0; q < N * N; ++q) h_res[q] = OUT_COLUMNS ? p[q % N][q / N] : p[q / N][q % N];
+      UNROLL_FOR (int q = 0; q < N * N; ++q) h_res[q] = OUT_COLUMNS ? p[q % N][q / N] : p[q / N][q % N];
     }
   } else {
     project_lanes<N, START, COLUMNS, OUT_COLUMNS, ITERS>(z, h_res, in_range, eps, uint(simd_lane));
@@ -70,14 +76,16 @@ inline void project_token(S z, O h_res, bool in_range, float eps, int simd_lane)
 
 // h_res = the projection of the logits at z, for the tokens from `first` on of a tile of TILE_TOKENS, whose logits lie
 // one behind the other. The last simdgroups project, and the others may go on.
-template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, int SIMDS, int TILE_TOKENS, typename S, typename O>
+template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, int SIMDS, int TILE_TOKENS, typename S,
+          typename O>
 inline void project_tile(S z, O h_res, uint first, uint tokens, float eps, int simd, int lane) {
   constexpr int LANES = projection_lanes(N, START, ITERS);
   for (int m0 = (SIMDS - 1 - simd) * (32 / LANES); m0 < TILE_TOKENS; m0 += SIMDS * (32 / LANES)) {
     const int m = m0 + lane / LANES;
     const size_t t = first + uint(m);
     const bool in_range = m < TILE_TOKENS && t < tokens;
-    project_token<N, START, COLUMNS, OUT_COLUMNS, ITERS>(z + (in_range ? m : 0) * N * N, h_res + (in_range ? t : 0) * (N * N), in_range, eps, lane);
+    project_token<N, START, COLUMNS, OUT_COLUMNS, ITERS>(z + (in_range ? m : 0) * N * N,
+                                                         h_res + (in_range ? t : 0) * (N * N), in_range, eps, lane);
   }
 }
 

@@ -1,7 +1,7 @@
 // What all bodies share: the slots of params, packs and their loads and stores, gates, sums over a threadgroup.
 
-#ifndef UNROLL  // Metal; on CUDA cuda/metal_words.h defines these
-#define UNROLL _Pragma("clang loop unroll(full)")
+#ifndef UNROLL_FOR  // Metal; on CUDA cuda/metal_words.h defines these
+#define UNROLL_FOR _Pragma("clang loop unroll(full)") for
 #define STAY_PACKED(value)
 #define RECIPROCAL(v) (1.0f / (v))
 #define LOAD_STREAMING(p) (*(p))
@@ -22,16 +22,12 @@ template <typename T, int VEC> struct alignas(sizeof(T) * VEC) Pack { T v[VEC]; 
 template <int VEC, typename T> inline const device Pack<T, VEC>* packs(const device T* p) {
   return (const device Pack<T, VEC>*)p;
 }
-template <typename T> inline size_t address(const device T* p) {
-  return reinterpret_cast<size_t>(p);
-}
+template <typename T> inline size_t address(const device T* p) { return reinterpret_cast<size_t>(p); }
 #ifndef ONE_ADDRESS_SPACE  // on Metal, MLX puts inputs of fewer than 8 elements in the constant address space
 template <int VEC, typename T> inline const constant Pack<T, VEC>* packs(const constant T* p) {
   return (const constant Pack<T, VEC>*)p;
 }
-template <typename T> inline size_t address(const constant T* p) {
-  return reinterpret_cast<size_t>(p);
-}
+template <typename T> inline size_t address(const constant T* p) { return reinterpret_cast<size_t>(p); }
 #endif
 
 // A contiguous slice keeps its byte offset, so an input need not be aligned to a pack; outputs are.
@@ -42,26 +38,26 @@ template <int VEC, typename P> inline bool is_aligned(P p) {
 template <typename T, int VEC, typename P> inline Pack<T, VEC> load(P p, bool aligned) {
   if (aligned) return *packs<VEC>(p);
   Pack<T, VEC> r;
-  UNROLL for (int e = 0; e < VEC; ++e) r.v[e] = p[e];
+  UNROLL_FOR (int e = 0; e < VEC; ++e) r.v[e] = p[e];
   return r;
 }
 
 template <int VEC, typename P> inline void load_floats(thread float (&v)[VEC], P p, bool aligned) {
   if (aligned) {
     const auto pack = *packs<VEC>(p);
-    UNROLL for (int e = 0; e < VEC; ++e) v[e] = static_cast<float>(pack.v[e]);
+    UNROLL_FOR (int e = 0; e < VEC; ++e) v[e] = static_cast<float>(pack.v[e]);
   } else {
-    UNROLL for (int e = 0; e < VEC; ++e) v[e] = static_cast<float>(p[e]);
+    UNROLL_FOR (int e = 0; e < VEC; ++e) v[e] = static_cast<float>(p[e]);
   }
 }
 
 template <int VEC, typename P> inline void store_floats(P p, thread const float (&v)[VEC], bool aligned) {
   if (aligned) {
     Pack<float, VEC> pack;
-    UNROLL for (int e = 0; e < VEC; ++e) pack.v[e] = v[e];
+    UNROLL_FOR (int e = 0; e < VEC; ++e) pack.v[e] = v[e];
     *(device Pack<float, VEC>*)p = pack;
   } else {
-    UNROLL for (int e = 0; e < VEC; ++e) p[e] = v[e];
+    UNROLL_FOR (int e = 0; e < VEC; ++e) p[e] = v[e];
   }
 }
 
@@ -69,15 +65,17 @@ template <int VEC, typename P> inline void store_floats(P p, thread const float 
 template <int COUNT, typename P> inline void load_all(thread float* v, P p) {
   constexpr int VEC = COUNT % 4 == 0 ? 4 : COUNT % 2 == 0 ? 2 : 1;
   const bool aligned = is_aligned<VEC>(p);
-  UNROLL for (int i = 0; i < COUNT; i += VEC) {
+  UNROLL_FOR (int i = 0; i < COUNT; i += VEC) {
     float pack[VEC];
     load_floats<VEC>(pack, p + i, aligned);
-    UNROLL for (int e = 0; e < VEC; ++e) v[i + e] = pack[e];
+    UNROLL_FOR (int e = 0; e < VEC; ++e) v[i + e] = pack[e];
   }
 }
 
 // A Run is a lane's COUNT neighbours in a row, which loads of up to 16 bytes bring.
-template <typename T, int COUNT> constexpr int run_vec() { return COUNT * int(sizeof(T)) > 16 ? 16 / int(sizeof(T)) : COUNT; }
+template <typename T, int COUNT> constexpr int run_vec() {
+  return COUNT * int(sizeof(T)) > 16 ? 16 / int(sizeof(T)) : COUNT;
+}
 template <typename T, int COUNT> struct Run { Pack<T, run_vec<T, COUNT>()> p[COUNT / run_vec<T, COUNT>()]; };
 template <typename T, int COUNT> inline float run_float(const thread Run<T, COUNT>& r, int e) {
   return static_cast<float>(r.p[e / run_vec<T, COUNT>()].v[e % run_vec<T, COUNT>()]);
@@ -88,9 +86,9 @@ template <bool ALIGNED, typename T, int COUNT, typename P>
 inline void load_run(thread Run<T, COUNT>& r, P from, int remaining) {
   constexpr int VEC = run_vec<T, COUNT>();
   if (ALIGNED) {
-    UNROLL for (int i = 0; i < COUNT / VEC; ++i) r.p[i] = *packs<VEC>(from + i * VEC);
+    UNROLL_FOR (int i = 0; i < COUNT / VEC; ++i) r.p[i] = *packs<VEC>(from + i * VEC);
   } else {
-    UNROLL for (int e = 0; e < COUNT; ++e) {
+    UNROLL_FOR (int e = 0; e < COUNT; ++e) {
       r.p[e / VEC].v[e % VEC] = static_cast<T>(0.0f);
       if (e < remaining) r.p[e / VEC].v[e % VEC] = from[e];
     }
@@ -100,12 +98,14 @@ inline void load_run(thread Run<T, COUNT>& r, P from, int remaining) {
 // to[i] = channels c.. of stream i, for COUNT streams of C channels.
 template <int COUNT, int VEC, typename T, typename P>
 inline void load_streams(thread Pack<T, VEC>* to, P row, int C, int c, bool aligned) {
-  UNROLL for (int i = 0; i < COUNT; ++i) to[i] = load<T, VEC>(row + i * C + c, aligned);
+  UNROLL_FOR (int i = 0; i < COUNT; ++i) to[i] = load<T, VEC>(row + i * C + c, aligned);
 }
 
 inline float sigmoid(float v) { return 1.0f / (1.0f + metal::precise::exp(-v)); }
 
-template <int N> inline int part_of(int o) { return o < N ? 0 : o < 2 * N ? 1 : 2; }  // 0, 1, 2: logit o is of pre, post, res
+template <int N> inline int part_of(int o) {
+  return o < N ? 0 : o < 2 * N ? 1 : 2;
+}  // 0, 1, 2: logit o is of pre, post, res
 
 // h_pre = sigmoid(z) + pre_eps, and with part 1 h_post = post_scale * sigmoid(z) + post_eps.
 template <typename Q> inline float gate(float z, int part, Q params) {
@@ -132,15 +132,15 @@ template <int N, int THREADS, bool TRANSPOSED, typename P, typename S> inline vo
 // 0, 1, 0, ... from call to call, one barrier a call is enough.
 template <int SIMDS, int COUNT, typename S>
 inline void sum_everywhere(thread float (&v)[COUNT], S scratch, int parity, uint simd, uint simd_lane) {
-  UNROLL for (int a = 0; a < COUNT; ++a) {
+  UNROLL_FOR (int a = 0; a < COUNT; ++a) {
     v[a] = simd_sum(v[a]);
     if (SIMDS > 1 && simd_lane == 0) scratch[(uint(parity * SIMDS) + simd) * COUNT + a] = v[a];
   }
   if constexpr (SIMDS > 1) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    UNROLL for (int a = 0; a < COUNT; ++a) {
+    UNROLL_FOR (int a = 0; a < COUNT; ++a) {
       v[a] = 0.0f;
-      UNROLL for (int s = 0; s < SIMDS; ++s) v[a] += scratch[(parity * SIMDS + s) * COUNT + a];
+      UNROLL_FOR (int s = 0; s < SIMDS; ++s) v[a] += scratch[(parity * SIMDS + s) * COUNT + a];
     }
   }
 }
@@ -148,7 +148,7 @@ inline void sum_everywhere(thread float (&v)[COUNT], S scratch, int parity, uint
 // out[a] = the sum over the threadgroup of v[a]. scratch holds COUNT * THREADS / 32 floats.
 template <int COUNT, int THREADS, typename S, typename O>
 inline void group_sum(thread float (&v)[COUNT], S scratch, O out, uint tid) {
-  UNROLL for (int a = 0; a < COUNT; ++a) {
+  UNROLL_FOR (int a = 0; a < COUNT; ++a) {
     const float s = simd_sum(v[a]);
     if (tid % 32 == 0) scratch[(tid / 32) * COUNT + a] = s;
   }

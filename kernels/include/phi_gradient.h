@@ -6,20 +6,23 @@ namespace mhc {
 // A lane's elements of a tile's tokens, each of a row of `from`, with zeros from token `end` and from element
 // `remaining` on. ALIGNED: all or none remain, from is aligned, and what does not remain is left as it was.
 template <bool ALIGNED, typename T, int COUNT, typename P>
-inline void load_runs(thread Run<T, COUNT> (&runs)[LANE_TOKENS], P from, uint row, uint first, uint end, int remaining, int lane) {
-  UNROLL for (int r = 0; r < LANE_TOKENS; ++r) {
+inline void load_runs(thread Run<T, COUNT> (&runs)[LANE_TOKENS], P from, uint row, uint first, uint end, int remaining,
+                      int lane) {
+  UNROLL_FOR (int r = 0; r < LANE_TOKENS; ++r) {
     const uint t = first + uint(token_of(lane, r));
-    if (!ALIGNED || (t < end && remaining > 0)) load_run<ALIGNED>(runs[r], from + size_t(t) * row, t < end ? remaining : 0);
+    if (!ALIGNED || (t < end && remaining > 0))
+      load_run<ALIGNED>(runs[r], from + size_t(t) * row, t < end ? remaining : 0);
   }
 }
 template <typename T, int COUNT, typename P>
-inline void load_tile(thread Run<T, COUNT> (&runs)[LANE_TOKENS], P from, uint row, uint first, uint end, int remaining, bool aligned, int lane) {
+inline void load_tile(thread Run<T, COUNT> (&runs)[LANE_TOKENS], P from, uint row, uint first, uint end, int remaining,
+                      bool aligned, int lane) {
   if (aligned) load_runs<true>(runs, from, row, first, end, remaining, lane);
   else load_runs<false>(runs, from, row, first, end, remaining, lane);
 }
 // Asks the cache for what load_tile will load.
 template <typename P> inline void prefetch_tile(P from, uint row, uint first, uint end, int remaining, int lane) {
-  UNROLL for (int r = 0; r < LANE_TOKENS; ++r) {
+  UNROLL_FOR (int r = 0; r < LANE_TOKENS; ++r) {
     const uint t = first + uint(token_of(lane, r));
     if (t < end && remaining > 0) prefetch(from + size_t(t) * row);
   }
@@ -41,18 +44,23 @@ inline Sources<X, D, M> sources(X x, D du, M dx_out, int K, int C, int remaining
   return {x, du, dx_out, uint(K), uint(C), remaining, aligned};
 }
 template <typename T, int RUN, bool HAS_DU, bool HAS_DX_OUT> struct Slot {
-  enum { DU = 32 * LANE_TOKENS * RUN * int(sizeof(T)), PASSED = DU * (1 + HAS_DU), BYTES = DU * (1 + HAS_DU + HAS_DX_OUT) };
+  enum {
+    DU = 32 * LANE_TOKENS * RUN * int(sizeof(T)),
+    PASSED = DU * (1 + HAS_DU),
+    BYTES = DU * (1 + HAS_DU + HAS_DX_OUT)
+  };
 };
 
 // to[0..remaining) = r. aligned: all elements remain or none.
-template <typename T, int COUNT, typename P> inline void store_run(P to, thread const Run<T, COUNT>& r, int remaining, bool aligned) {
+template <typename T, int COUNT, typename P>
+inline void store_run(P to, thread const Run<T, COUNT>& r, int remaining, bool aligned) {
   constexpr int VEC = run_vec<T, COUNT>();
   if (aligned) {
     if (remaining > 0) {
-      UNROLL for (int i = 0; i < COUNT / VEC; ++i) *(device Pack<T, VEC>*)(to + i * VEC) = r.p[i];
+      UNROLL_FOR (int i = 0; i < COUNT / VEC; ++i) *(device Pack<T, VEC>*)(to + i * VEC) = r.p[i];
     }
   } else {
-    UNROLL for (int e = 0; e < COUNT; ++e) {
+    UNROLL_FOR (int e = 0; e < COUNT; ++e) {
       if (e < remaining) to[e] = r.p[e / VEC].v[e % VEC];
     }
   }

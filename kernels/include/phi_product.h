@@ -16,16 +16,18 @@ template <typename XP, typename PP, int TILES, int BLOCK> struct RunPointers {
 };
 // Returns the pointers at k, for tokens from `token` on and logits from `logit` on.
 template <int TILES, int BLOCK, int NUM_LOGITS, typename XP, typename PP>
-inline RunPointers<XP, PP, TILES, BLOCK> run_pointers(XP x, PP phi, uint tokens, int K, uint token, int logit, int k, int lane) {
+inline RunPointers<XP, PP, TILES, BLOCK> run_pointers(XP x, PP phi, uint tokens, int K, uint token, int logit, int k,
+                                                      int lane) {
   RunPointers<XP, PP, TILES, BLOCK> pointers;
-  UNROLL for (int m = 0; m < TILES; ++m) {
+  UNROLL_FOR (int m = 0; m < TILES; ++m) {
     const uint t = token + uint(m * 8 + x_row(lane));
     pointers.x[m] = x + (size_t(t < tokens ? t : 0u) * size_t(K) + size_t(k + x_k(lane)));
   }
-  UNROLL for (int b = 0; b < BLOCK; ++b) {
-    UNROLL for (int q = 0; q < PHI_ROWS; ++q) {
+  UNROLL_FOR (int b = 0; b < BLOCK; ++b) {
+    UNROLL_FOR (int q = 0; q < PHI_ROWS; ++q) {
       const int o = logit + b * 8 + phi_row(lane) + q;
-      pointers.phi[b][q] = phi + (size_t(NUM_LOGITS % (8 * BLOCK) == 0 || o < NUM_LOGITS ? o : 0) * size_t(K) + size_t(k + phi_k(lane)));
+      pointers.phi[b][q] =
+          phi + (size_t(NUM_LOGITS % (8 * BLOCK) == 0 || o < NUM_LOGITS ? o : 0) * size_t(K) + size_t(k + phi_k(lane)));
     }
   }
   return pointers;
@@ -35,19 +37,21 @@ inline RunPointers<XP, PP, TILES, BLOCK> run_pointers(XP x, PP phi, uint tokens,
 // holds the run that lies `step` further on and has `remaining` elements; each register is loaded again as soon as it
 // has been used.
 template <bool ALIGNED, bool LOAD_NEXT, typename T, typename PHI_T, int TILES, int BLOCK, typename XP, typename PP>
-inline void multiply_run(thread float (&sum)[TILES][BLOCK][2], thread float (&squares)[TILES], thread LaneRuns<T, PHI_T, TILES, BLOCK>& lane_runs,
-                 thread RunPointers<XP, PP, TILES, BLOCK>& pointers, int step, int remaining, int lane) {
+inline void multiply_run(thread float (&sum)[TILES][BLOCK][2], thread float (&squares)[TILES],
+                         thread LaneRuns<T, PHI_T, TILES, BLOCK>& lane_runs,
+                         thread RunPointers<XP, PP, TILES, BLOCK>& pointers, int step, int remaining, int lane) {
   XTile<T> xt[TILES];
-  UNROLL for (int m = 0; m < TILES; ++m) {
+  UNROLL_FOR (int m = 0; m < TILES; ++m) {
     to_tile(xt[m], lane_runs.xs[m]);
     add_squares(squares[m], xt[m], lane_runs.xs[m]);
     if (LOAD_NEXT) load_run<ALIGNED>(lane_runs.xs[m], pointers.x[m] += step, remaining - x_k(lane));
   }
-  UNROLL for (int b = 0; b < BLOCK; ++b) {
+  UNROLL_FOR (int b = 0; b < BLOCK; ++b) {
     PhiTile<PHI_T> pt;
     to_tile(pt, lane_runs.ps[b]);
     multiply_add(sum, b, xt, pt);
-    UNROLL for (int q = 0; q < PHI_ROWS && LOAD_NEXT; ++q) load_run<ALIGNED>(lane_runs.ps[b][q], pointers.phi[b][q] += step, remaining - phi_k(lane));
+    UNROLL_FOR (int q = 0; q < PHI_ROWS && LOAD_NEXT; ++q)
+      load_run<ALIGNED>(lane_runs.ps[b][q], pointers.phi[b][q] += step, remaining - phi_k(lane));
   }
 }
 
@@ -60,16 +64,21 @@ struct Runs {
 // Adds the sums over these runs, for tokens from `token` on and logits from `logit` on. ALIGNED: x and phi are aligned,
 // and K % 32 == 0.
 template <bool ALIGNED, int NUM_LOGITS, typename T, typename PHI_T, int TILES, int BLOCK, typename XP, typename PP>
-inline void accumulate_runs(thread float (&sum)[TILES][BLOCK][2], thread float (&squares)[TILES], XP x, PP phi, const thread Runs& runs, uint token, int logit) {
+inline void accumulate_runs(thread float (&sum)[TILES][BLOCK][2], thread float (&squares)[TILES], XP x, PP phi,
+                            const thread Runs& runs, uint token, int logit) {
   if (runs.first < runs.K) {
     LaneRuns<T, PHI_T, TILES, BLOCK> lane_runs;
-    auto pointers = run_pointers<TILES, BLOCK, NUM_LOGITS>(x, phi, runs.tokens, runs.K, token, logit, runs.first, runs.lane);
+    auto pointers =
+        run_pointers<TILES, BLOCK, NUM_LOGITS>(x, phi, runs.tokens, runs.K, token, logit, runs.first, runs.lane);
     const int remaining = runs.K - runs.first;
-    UNROLL for (int m = 0; m < TILES; ++m) load_run<ALIGNED>(lane_runs.xs[m], pointers.x[m], remaining - x_k(runs.lane));
-    UNROLL for (int b = 0; b < BLOCK; ++b) {
-      UNROLL for (int q = 0; q < PHI_ROWS; ++q) load_run<ALIGNED>(lane_runs.ps[b][q], pointers.phi[b][q], remaining - phi_k(runs.lane));
+    UNROLL_FOR (int m = 0; m < TILES; ++m)
+      load_run<ALIGNED>(lane_runs.xs[m], pointers.x[m], remaining - x_k(runs.lane));
+    UNROLL_FOR (int b = 0; b < BLOCK; ++b) {
+      UNROLL_FOR (int q = 0; q < PHI_ROWS; ++q)
+        load_run<ALIGNED>(lane_runs.ps[b][q], pointers.phi[b][q], remaining - phi_k(runs.lane));
     }
-    for (int k = runs.first + runs.step; k < runs.K; k += runs.step) multiply_run<ALIGNED, true>(sum, squares, lane_runs, pointers, runs.step, runs.K - k, runs.lane);
+    for (int k = runs.first + runs.step; k < runs.K; k += runs.step)
+      multiply_run<ALIGNED, true>(sum, squares, lane_runs, pointers, runs.step, runs.K - k, runs.lane);
     multiply_run<ALIGNED, false>(sum, squares, lane_runs, pointers, runs.step, 0, runs.lane);
   }
 }
@@ -80,11 +89,14 @@ template <typename T, typename PHI_T, typename XP, typename PP> inline bool runs
 }
 
 // Each token gets a row of sums: its 8 * BLOCK logits, then sum(x ** 2).
-template <int TILES, int BLOCK, typename S> inline void store_sums(S sums, thread const float (&sum)[TILES][BLOCK][2], thread const float (&squares)[TILES], int lane) {
+template <int TILES, int BLOCK, typename S>
+inline void store_sums(S sums, thread const float (&sum)[TILES][BLOCK][2], thread const float (&squares)[TILES],
+                       int lane) {
   constexpr int PITCH = 8 * BLOCK + 1;
-  UNROLL for (int m = 0; m < TILES; ++m) {
-    UNROLL for (int b = 0; b < BLOCK; ++b) {
-      UNROLL for (int e = 0; e < 2; ++e) sums[(m * 8 + sum_token(lane)) * PITCH + b * 8 + sum_logit(lane, e)] = sum[m][b][e];
+  UNROLL_FOR (int m = 0; m < TILES; ++m) {
+    UNROLL_FOR (int b = 0; b < BLOCK; ++b) {
+      UNROLL_FOR (int e = 0; e < 2; ++e)
+        sums[(m * 8 + sum_token(lane)) * PITCH + b * 8 + sum_logit(lane, e)] = sum[m][b][e];
     }
     const float s = sum_squares(squares[m]);
     if (x_k(lane) == 0) sums[(m * 8 + x_row(lane)) * PITCH + 8 * BLOCK] = s;

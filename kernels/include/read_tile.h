@@ -14,15 +14,15 @@ inline void read_streams(thread float (&o)[PACKS_AT_ONCE][VEC], X x, S pre, int 
 #pragma unroll 1
   for (int j0 = 0; j0 < N; j0 += STREAMS_AT_ONCE) {
     Pack<T, VEC> v[PACKS_AT_ONCE][STREAMS_AT_ONCE];
-    UNROLL for (int k = 0; k < PACKS_AT_ONCE; ++k) {
-      UNROLL for (int j = 0; j < STREAMS_AT_ONCE; ++j) {
+    UNROLL_FOR (int k = 0; k < PACKS_AT_ONCE; ++k) {
+      UNROLL_FOR (int j = 0; j < STREAMS_AT_ONCE; ++j) {
         const auto from = packs<VEC>(x + ((j0 + j) * C + k * 32 * VEC));
         v[k][j] = LAST ? LOAD_STREAMING(from) : *from;
       }
     }
-    UNROLL for (int k = 0; k < PACKS_AT_ONCE; ++k) {
-      UNROLL for (int j = 0; j < STREAMS_AT_ONCE; ++j) {
-        UNROLL for (int e = 0; e < VEC; ++e) o[k][e] += pre[j0 + j] * static_cast<float>(v[k][j].v[e]);
+    UNROLL_FOR (int k = 0; k < PACKS_AT_ONCE; ++k) {
+      UNROLL_FOR (int j = 0; j < STREAMS_AT_ONCE; ++j) {
+        UNROLL_FOR (int e = 0; e < VEC; ++e) o[k][e] += pre[j0 + j] * static_cast<float>(v[k][j].v[e]);
       }
     }
   }
@@ -32,12 +32,12 @@ inline void read_streams(thread float (&o)[PACKS_AT_ONCE][VEC], X x, S pre, int 
 template <int N, typename T, int PACKS_AT_ONCE, int VEC, typename X, typename S>
 inline void read_ragged(thread float (&o)[PACKS_AT_ONCE][VEC], X x, S pre, int C, int remaining, bool aligned) {
   constexpr int STREAMS_AT_ONCE = N <= 8 ? N : 1;
-  UNROLL for (int k = 0; k < PACKS_AT_ONCE; ++k) {
+  UNROLL_FOR (int k = 0; k < PACKS_AT_ONCE; ++k) {
 #pragma unroll STREAMS_AT_ONCE
     for (int j = 0; j < N && k * 32 * VEC < remaining; ++j) {
       float v[VEC];
       load_floats<VEC>(v, x + (j * C + k * 32 * VEC), aligned);
-      UNROLL for (int e = 0; e < VEC; ++e) o[k][e] += pre[j] * v[e];
+      UNROLL_FOR (int e = 0; e < VEC; ++e) o[k][e] += pre[j] * v[e];
     }
   }
 }
@@ -59,9 +59,11 @@ inline void read_tile(U u, X x, S pre, int count, int C, bool aligned, int simd,
     for (int c0 = q % 2 * STEP + lane * VEC; c0 < C; c0 += 2 * STEP) {
       float o[PACKS][VEC] = {};
       read_packs<true, N, T>(o, x + (size_t(i) * size_t(N * C) + c0), pre + i * N, C, C - c0, aligned);
-      UNROLL for (int k = 0; k < PACKS; ++k) {
+      UNROLL_FOR (int k = 0; k < PACKS; ++k) {
         const int c = c0 + k * 32 * VEC;
-        if (c < C) STORE_STREAMING((device Pack<T, VEC>*)(u + size_t(i) * size_t(C) + c), (finish_u<false, false, T>(o[k], 1.0f, u, false)));
+        if (c < C)
+          STORE_STREAMING((device Pack<T, VEC>*)(u + size_t(i) * size_t(C) + c),
+                          (finish_u<false, false, T>(o[k], 1.0f, u, false)));
       }
     }
   }
@@ -79,15 +81,17 @@ inline void read_tile_twice(U u, X x, S pre, W weight, float eps, int count, int
     for (int c0 = lane * VEC; c0 < C; c0 += STEP) {
       float o[PACKS][VEC] = {};
       read_packs<false, N, T>(o, row + c0, pre + i * N, C, C - c0, aligned);
-      UNROLL for (int k = 0; k < PACKS; ++k) u_dot_u += c0 + k * 32 * VEC < C ? sum_of_squares(o[k]) : 0.0f;
+      UNROLL_FOR (int k = 0; k < PACKS; ++k) u_dot_u += c0 + k * 32 * VEC < C ? sum_of_squares(o[k]) : 0.0f;
     }
     const float r = metal::precise::rsqrt(simd_sum(u_dot_u) / static_cast<float>(C) + eps);
     for (int c0 = lane * VEC; c0 < C; c0 += STEP) {
       float o[PACKS][VEC] = {};
       read_packs<true, N, T>(o, row + c0, pre + i * N, C, C - c0, aligned);
-      UNROLL for (int k = 0; k < PACKS; ++k) {
+      UNROLL_FOR (int k = 0; k < PACKS; ++k) {
         const int c = c0 + k * 32 * VEC;
-        if (c < C) STORE_STREAMING((device Pack<T, VEC>*)(u + size_t(i) * size_t(C) + c), (finish_u<true, false, T>(o[k], r, weight + c, weight_aligned)));
+        if (c < C)
+          STORE_STREAMING((device Pack<T, VEC>*)(u + size_t(i) * size_t(C) + c),
+                          (finish_u<true, false, T>(o[k], r, weight + c, weight_aligned)));
       }
     }
   }
@@ -96,8 +100,10 @@ inline void read_tile_twice(U u, X x, S pre, W weight, float eps, int count, int
 // u with a norm of these tokens, where a lane keeps U_PACKS packs of u until they are scaled. Each of READERS
 // simdgroups takes a token at a time; or SHARERS > 1 simdgroups of all SIMDS share one, and its squares are added in
 // the order in which one simdgroup adds them. The tile has TILE_TOKENS places, and scratch SIMDS * U_PACKS * 32 floats.
-template <int N, int VEC, int READERS, int SIMDS, int SHARERS, int U_PACKS, int TILE_TOKENS, typename T, typename U, typename X, typename S, typename W>
-inline void read_tile_cached(U u, X x, S pre, W weight, S scratch, float eps, int count, int C, bool aligned, int simd, int lane) {
+template <int N, int VEC, int READERS, int SIMDS, int SHARERS, int U_PACKS, int TILE_TOKENS, typename T, typename U,
+          typename X, typename S, typename W>
+inline void read_tile_cached(U u, X x, S pre, W weight, S scratch, float eps, int count, int C, bool aligned, int simd,
+                             int lane) {
   constexpr int PACKS = packs_at_once(N), TEAMS = SHARERS > 1 ? SIMDS / SHARERS : READERS;
   const int team = simd / SHARERS, c0 = (simd % SHARERS * U_PACKS * 32 + lane) * VEC;
   const bool weight_aligned = is_aligned<VEC>(weight);
@@ -105,24 +111,27 @@ inline void read_tile_cached(U u, X x, S pre, W weight, S scratch, float eps, in
     const int i = i0 + team;
     const bool in_range = team < TEAMS && i < count;
     float o[U_PACKS / PACKS][PACKS][VEC] = {}, u_dot_u = 0.0f;
-    UNROLL for (int k = 0; k < U_PACKS / PACKS; ++k) {
+    UNROLL_FOR (int k = 0; k < U_PACKS / PACKS; ++k) {
       const int c = c0 + k * PACKS * 32 * VEC;
-      if (in_range && c < C) read_packs<true, N, T>(o[k], x + (size_t(i) * size_t(N * C) + c), pre + i * N, C, C - c, aligned);
+      if (in_range && c < C)
+        read_packs<true, N, T>(o[k], x + (size_t(i) * size_t(N * C) + c), pre + i * N, C, C - c, aligned);
     }
-    UNROLL for (int k = 0; k < U_PACKS; ++k) {
+    UNROLL_FOR (int k = 0; k < U_PACKS; ++k) {
       const float squares = sum_of_squares(o[k / PACKS][k % PACKS]);
       if (SHARERS == 1) u_dot_u += squares;
       else scratch[(simd * U_PACKS + k) * 32 + lane] = squares;
     }
     if constexpr (SHARERS > 1) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      UNROLL for (int k = 0; k < SHARERS * U_PACKS; ++k) u_dot_u += scratch[(team * SHARERS * U_PACKS + k) * 32 + lane];
+      UNROLL_FOR (int k = 0; k < SHARERS * U_PACKS; ++k) u_dot_u += scratch[(team * SHARERS * U_PACKS + k) * 32 + lane];
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     const float r = metal::precise::rsqrt(simd_sum(u_dot_u) / static_cast<float>(C) + eps);
-    UNROLL for (int k = 0; k < U_PACKS; ++k) {
+    UNROLL_FOR (int k = 0; k < U_PACKS; ++k) {
       const int c = c0 + k * 32 * VEC;
-      if (in_range && c < C) STORE_STREAMING((device Pack<T, VEC>*)(u + size_t(i) * size_t(C) + c), (finish_u<true, false, T>(o[k / PACKS][k % PACKS], r, weight + c, weight_aligned)));
+      if (in_range && c < C)
+        STORE_STREAMING((device Pack<T, VEC>*)(u + size_t(i) * size_t(C) + c),
+                        (finish_u<true, false, T>(o[k / PACKS][k % PACKS], r, weight + c, weight_aligned)));
     }
   }
 }

@@ -4,7 +4,9 @@
 
 namespace mhc {
 
-constexpr int matrix_lanes(int n) { return n <= 1 ? 1 : n <= 2 ? 2 : n <= 4 ? 4 : n <= 8 ? 8 : n <= 16 ? 16 : n <= 32 ? 32 : 64; }
+constexpr int matrix_lanes(int n) {
+  return n <= 1 ? 1 : n <= 2 ? 2 : n <= 4 ? 4 : n <= 8 ? 8 : n <= 16 ? 16 : n <= 32 ? 32 : 64;
+}
 
 // A difference of logits beyond float32 becomes the least number that float32 holds, since the sum across may have no
 // other term. NaN stays.
@@ -15,7 +17,7 @@ inline float clamp_to_float32(float a) { return a < lowest() ? lowest() : a; }
 template <int O, bool MAX, int W> inline void scatter_reduce(thread float (&v)[W], uint lane) {
   if constexpr (O > 0) {
     const bool high = (lane & uint(O)) != 0;
-    UNROLL for (int j = 0; j < O; ++j) {
+    UNROLL_FOR (int j = 0; j < O; ++j) {
       const float other = simd_shuffle_xor(high ? v[j] : v[j + O], static_cast<ushort>(O));
       const float value = high ? v[j + O] : v[j];
       v[j] = MAX ? metal::max(value, other) : value + other;
@@ -30,13 +32,13 @@ template <int N, bool MAX, typename S> inline float column_reduce(thread const f
   constexpr int W = matrix_lanes(N) < 32 ? matrix_lanes(N) : 32;
   const float none = MAX ? lowest() : 0.0f;
   float v[W];
-  UNROLL for (int j = 0; j < W; ++j) v[j] = j < N ? p[j < N ? j : 0] : none;
+  UNROLL_FOR (int j = 0; j < W; ++j) v[j] = j < N ? p[j < N ? j : 0] : none;
   scatter_reduce<W / 2, MAX>(v, lane);
   const float low = v[0];
   if constexpr (N <= 32) {
     return low;
   } else {
-    UNROLL for (int j = 0; j < W; ++j) v[j] = j + 32 < N ? p[j + 32 < N ? j + 32 : 0] : none;
+    UNROLL_FOR (int j = 0; j < W; ++j) v[j] = j + 32 < N ? p[j + 32 < N ? j + 32 : 0] : none;
     scatter_reduce<W / 2, MAX>(v, lane);
     const float high = v[0];
     const uint c = lane % 32, half_of = (lane / 32) * 64;
@@ -54,11 +56,11 @@ template <int N, typename S>
 inline void broadcast_columns(thread float (&all)[N], float value, uint lane, uint simd_lane, S scratch) {
   if constexpr (N <= 32) {
     const uint first = simd_lane & ~uint(matrix_lanes(N) - 1);
-    UNROLL for (int j = 0; j < N; ++j) all[j] = simd_shuffle(value, static_cast<ushort>(first + uint(j)));
+    UNROLL_FOR (int j = 0; j < N; ++j) all[j] = simd_shuffle(value, static_cast<ushort>(first + uint(j)));
   } else {
     scratch[lane] = value;
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    UNROLL for (int j = 0; j < N; ++j) all[j] = scratch[j];
+    UNROLL_FOR (int j = 0; j < N; ++j) all[j] = scratch[j];
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 }
@@ -93,7 +95,8 @@ constexpr int growing_steps(int n, float bound) {
 // later; 0 is never. 2^-126 grows to 2^-19 within all half-steps, or to 2^-30 (return_small) within those between two
 // returns.
 constexpr int return_period(int n, int start, int iters) {
-  return start == START_ADDITIVE || 2 * iters - 2 <= growing_steps(n, 1.6225928e32f) ? 0 : growing_steps(n, 7.9228163e28f);
+  return start == START_ADDITIVE || 2 * iters - 2 <= growing_steps(n, 1.6225928e32f) ? 0
+                                                                                     : growing_steps(n, 7.9228163e28f);
 }
 
 // log p = the start's logits - along - across, where lane i holds those of line i and column i. The divisors since the
@@ -108,16 +111,16 @@ inline void record_divisor(thread LogDivisors& log_divisors, int k, float d) {
 // them.
 template <int N> inline float line_sum(thread const float (&p)[N]) {
   float sum = 0.0f;
-  UNROLL for (int j = 0; j < N; j += 8) {
+  UNROLL_FOR (int j = 0; j < N; j += 8) {
     float part = p[j];
-    UNROLL for (int e = 1; e < 8; ++e) part += j + e < N ? p[j + e < N ? j + e : 0] : 0.0f;
+    UNROLL_FOR (int e = 1; e < 8; ++e) part += j + e < N ? p[j + e < N ? j + e : 0] : 0.0f;
     sum = j == 0 ? part : sum + part;
   }
   return sum;
 }
 
 template <int N, bool COLUMNS, typename P> inline void load_line(thread float (&p)[N], P logits, uint lane) {
-  UNROLL for (int j = 0; j < N; ++j) {
+  UNROLL_FOR (int j = 0; j < N; ++j) {
     const uint i = lane < uint(N) ? lane : 0u;
     p[j] = static_cast<float>(logits[COLUMNS ? uint(j * N) + i : i * uint(N) + uint(j)]);
   }
@@ -126,36 +129,37 @@ template <int N, bool COLUMNS, typename P> inline void load_line(thread float (&
 // p = softmax(p) along the line.
 template <int N> inline void softmax_line(thread float (&p)[N], thread float& top, thread float& sum) {
   top = p[0];
-  UNROLL for (int j = 1; j < N; ++j) top = metal::max(top, p[j]);
-  UNROLL for (int j = 0; j < N; ++j) p[j] = metal::precise::exp(p[j] - top);
+  UNROLL_FOR (int j = 1; j < N; ++j) top = metal::max(top, p[j]);
+  UNROLL_FOR (int j = 0; j < N; ++j) p[j] = metal::precise::exp(p[j] - top);
   sum = line_sum(p);
-  UNROLL for (int j = 0; j < N; ++j) p[j] /= sum;
+  UNROLL_FOR (int j = 0; j < N; ++j) p[j] /= sum;
 }
 
 template <int N, int START, typename S>
-inline void sinkhorn_start(thread float (&p)[N], thread LogDivisors& log_divisors, float eps, uint lane, uint simd_lane, S scratch) {
+inline void sinkhorn_start(thread float (&p)[N], thread LogDivisors& log_divisors, float eps, uint lane, uint simd_lane,
+                           S scratch) {
   const bool in_range = lane < uint(N);
   log_divisors = {0.0f, 0.0f, 1.0f, 1.0f, 0.0f, 1.0f};
   if constexpr (START == START_EXP) {
     float m = p[0], s = 0.0f, all[N];
-    UNROLL for (int j = 1; j < N; ++j) m = metal::max(m, p[j]);
-    UNROLL for (int j = 0; j < N; j += 8) {  // this is line_sum, whose array would take registers
+    UNROLL_FOR (int j = 1; j < N; ++j) m = metal::max(m, p[j]);
+    UNROLL_FOR (int j = 0; j < N; j += 8) {  // this is line_sum, whose array would take registers
       float part = metal::precise::exp(p[j] - m);
-      UNROLL for (int e = 1; e < 8; ++e) part += j + e < N ? metal::precise::exp(p[j + e < N ? j + e : 0] - m) : 0.0f;
+      UNROLL_FOR (int e = 1; e < 8; ++e) part += j + e < N ? metal::precise::exp(p[j + e < N ? j + e : 0] - m) : 0.0f;
       s = j == 0 ? part : s + part;
     }
     s = metal::precise::log(s);
-    UNROLL for (int j = 0; j < N; ++j) p[j] = in_range ? clamp_to_float32((p[j] - m) - s) : lowest();
+    UNROLL_FOR (int j = 0; j < N; ++j) p[j] = in_range ? clamp_to_float32((p[j] - m) - s) : lowest();
     const float top = column_reduce<N, true>(p, lane, scratch);
     broadcast_columns<N>(all, top, lane, simd_lane, scratch);
-    UNROLL for (int j = 0; j < N; ++j) p[j] = in_range ? metal::precise::exp(p[j] - all[j]) : 0.0f;
+    UNROLL_FOR (int j = 0; j < N; ++j) p[j] = in_range ? metal::precise::exp(p[j] - all[j]) : 0.0f;
     const float sum = column_reduce<N, false>(p, lane, scratch);
     broadcast_columns<N>(all, RECIPROCAL(sum), lane, simd_lane, scratch);
-    UNROLL for (int j = 0; j < N; ++j) p[j] *= all[j];
+    UNROLL_FOR (int j = 0; j < N; ++j) p[j] *= all[j];
     log_divisors = {m + s, top, 1.0f, sum, 0.0f, 1.0f};
   } else {
     if (START == START_SOFTMAX) softmax_line(p, log_divisors.top, log_divisors.sum);
-    UNROLL for (int j = 0; j < N; ++j)
+    UNROLL_FOR (int j = 0; j < N; ++j)
       p[j] = !in_range ? 0.0f : p[j] + (START == START_SOFTMAX ? eps : uint(j) == lane ? 1.0f : 0.0f);
   }
 }
@@ -167,12 +171,12 @@ inline float half_step(thread float (&p)[N], int k, float eps, uint lane, uint s
   if (k % 2 == 0) {
     d = lane < uint(N) ? line_sum(p) + eps : 1.0f;
     const float r = RECIPROCAL(d);
-    UNROLL for (int j = 0; j < N; ++j) p[j] *= r;
+    UNROLL_FOR (int j = 0; j < N; ++j) p[j] *= r;
   } else {
     float r[N];
     d = column_reduce<N, false>(p, lane, scratch) + eps;
     broadcast_columns<N>(r, RECIPROCAL(d), lane, simd_lane, scratch);
-    UNROLL for (int j = 0; j < N; ++j) p[j] *= r[j];
+    UNROLL_FOR (int j = 0; j < N; ++j) p[j] *= r[j];
   }
   return d;
 }
@@ -180,18 +184,20 @@ inline float half_step(thread float (&p)[N], int k, float eps, uint lane, uint s
 // Small elements of p become exp(the start's logits - along - across). A logit is loaded where it is needed, since
 // registers do not hold all of them.
 template <int N, int START, bool COLUMNS, typename P, typename S>
-inline void return_small(thread float (&p)[N], P logits, thread LogDivisors& log_divisors, float eps, uint lane, uint simd_lane, S scratch) {
+inline void return_small(thread float (&p)[N], P logits, thread LogDivisors& log_divisors, float eps, uint lane,
+                         uint simd_lane, S scratch) {
   constexpr float SMALL = 9.3132257e-10f;  // 2^-30
   log_divisors.along += metal::precise::log(log_divisors.along_since);
   log_divisors.across += metal::precise::log(log_divisors.across_since);
   log_divisors.along_since = log_divisors.across_since = 1.0f;
   publish<N>(log_divisors.across, lane, scratch);
   publish_barrier<N>();
-  UNROLL for (int j = 0; j < N; ++j) {
+  UNROLL_FOR (int j = 0; j < N; ++j) {
     const float other = published<N>(log_divisors.across, j, simd_lane, scratch);
     if (lane < uint(N) && p[j] < SMALL) {
       float a = static_cast<float>(logits[COLUMNS ? uint(j * N) + lane : lane * uint(N) + uint(j)]);
-      if (START == START_SOFTMAX) a = metal::precise::log(metal::precise::exp(a - log_divisors.top) / log_divisors.sum + eps);
+      if (START == START_SOFTMAX)
+        a = metal::precise::log(metal::precise::exp(a - log_divisors.top) / log_divisors.sum + eps);
       p[j] = metal::precise::exp((a - log_divisors.along) - other);
     }
   }
@@ -209,7 +215,8 @@ inline void sinkhorn(thread float (&p)[N], P logits, float eps, uint lane, uint 
   } else {
     for (int from = FIRST; from < 2 * ITERS; from += RETURN) {
       if (from > FIRST) return_small<N, START, COLUMNS>(p, logits, log_divisors, eps, lane, simd_lane, scratch);
-      for (int k = from; k < from + RETURN && k < 2 * ITERS; ++k) record_divisor(log_divisors, k, half_step(p, k, eps, lane, simd_lane, scratch));
+      for (int k = from; k < from + RETURN && k < 2 * ITERS; ++k)
+        record_divisor(log_divisors, k, half_step(p, k, eps, lane, simd_lane, scratch));
     }
   }
 }
@@ -217,32 +224,32 @@ inline void sinkhorn(thread float (&p)[N], P logits, float eps, uint lane, uint 
 // p = the projection of the logits p, N * N of them in one lane; p[i] is line i.
 template <int N, int START> inline void sinkhorn_one_lane(thread float (&p)[N][N], int iters, float eps) {
   if (START == START_EXP) {
-    UNROLL for (int i = 0; i < N; ++i) {
+    UNROLL_FOR (int i = 0; i < N; ++i) {
       float m = p[i][0], s = 0.0f;
-      UNROLL for (int j = 1; j < N; ++j) m = metal::max(m, p[i][j]);
-      UNROLL for (int j = 0; j < N; ++j) s += metal::precise::exp(p[i][j] - m);
+      UNROLL_FOR (int j = 1; j < N; ++j) m = metal::max(m, p[i][j]);
+      UNROLL_FOR (int j = 0; j < N; ++j) s += metal::precise::exp(p[i][j] - m);
       s = metal::precise::log(s);
-      UNROLL for (int j = 0; j < N; ++j) p[i][j] = clamp_to_float32((p[i][j] - m) - s);
+      UNROLL_FOR (int j = 0; j < N; ++j) p[i][j] = clamp_to_float32((p[i][j] - m) - s);
     }
-    UNROLL for (int j = 0; j < N; ++j) {
+    UNROLL_FOR (int j = 0; j < N; ++j) {
       float m = p[0][j], s = 0.0f;
-      UNROLL for (int i = 1; i < N; ++i) m = metal::max(m, p[i][j]);
-      UNROLL for (int i = 0; i < N; ++i) s += (p[i][j] = metal::precise::exp(p[i][j] - m));
-      UNROLL for (int i = 0; i < N; ++i) p[i][j] *= RECIPROCAL(s);
+      UNROLL_FOR (int i = 1; i < N; ++i) m = metal::max(m, p[i][j]);
+      UNROLL_FOR (int i = 0; i < N; ++i) s += (p[i][j] = metal::precise::exp(p[i][j] - m));
+      UNROLL_FOR (int i = 0; i < N; ++i) p[i][j] *= RECIPROCAL(s);
     }
   } else {
-    UNROLL for (int i = 0; i < N; ++i) {
+    UNROLL_FOR (int i = 0; i < N; ++i) {
       float top, sum;
       if (START == START_SOFTMAX) softmax_line(p[i], top, sum);
-      UNROLL for (int j = 0; j < N; ++j) p[i][j] += START == START_SOFTMAX ? eps : i == j ? 1.0f : 0.0f;
+      UNROLL_FOR (int j = 0; j < N; ++j) p[i][j] += START == START_SOFTMAX ? eps : i == j ? 1.0f : 0.0f;
     }
   }
   for (int k = start_half_steps(START); k < 2 * iters; ++k) {
-    UNROLL for (int a = 0; a < N; ++a) {
+    UNROLL_FOR (int a = 0; a < N; ++a) {
       float d = eps;
-      UNROLL for (int b = 0; b < N; ++b) d += k % 2 == 0 ? p[a][b] : p[b][a];
+      UNROLL_FOR (int b = 0; b < N; ++b) d += k % 2 == 0 ? p[a][b] : p[b][a];
       d = RECIPROCAL(d);
-      UNROLL for (int b = 0; b < N; ++b) {
+      UNROLL_FOR (int b = 0; b < N; ++b) {
         if (k % 2 == 0) p[a][b] *= d;
         else p[b][a] *= d;
       }
@@ -257,7 +264,7 @@ inline void project_lanes(P logits, O h_res, bool in_range, float eps, uint simd
   const uint lane = simd_lane % matrix_lanes(N);
   float p[N];
   sinkhorn<N, START, COLUMNS, ITERS>(p, logits, eps, lane, simd_lane, h_res);
-  UNROLL for (int j = 0; j < N; ++j) {
+  UNROLL_FOR (int j = 0; j < N; ++j) {
     if (in_range && lane < uint(N)) h_res[OUT_COLUMNS ? uint(j * N) + lane : lane * uint(N) + uint(j)] = p[j];
   }
 }

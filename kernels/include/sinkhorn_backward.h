@@ -7,23 +7,25 @@ namespace mhc {
 // that step then subtracts shift eps / d from its sum of g. With the g of an element near 1 as its shift, no digits of
 // it cancel.
 template <int N, typename S>
-inline void shift_columns(thread float (&g)[N], thread const float (&p)[N], uint lane, uint simd_lane, S scratch, thread float& shift) {
+inline void shift_columns(thread float (&g)[N], thread const float (&p)[N], uint lane, uint simd_lane, S scratch,
+                          thread float& shift) {
   float all[N];
-  UNROLL for (int j = 0; j < N; ++j) all[j] = p[j] > 0.5f ? g[j] : 0.0f;
+  UNROLL_FOR (int j = 0; j < N; ++j) all[j] = p[j] > 0.5f ? g[j] : 0.0f;
   shift = column_reduce<N, false>(all, lane, scratch);
   publish<N>(shift, lane, scratch);
   publish_barrier<N>();
-  UNROLL for (int j = 0; j < N; ++j) g[j] = p[j] * (g[j] - published<N>(shift, j, simd_lane, scratch));
+  UNROLL_FOR (int j = 0; j < N; ++j) g[j] = p[j] * (g[j] - published<N>(shift, j, simd_lane, scratch));
   publish_barrier<N>();
 }
 
 // q = q - p dot;   p = p d, where lane c holds the dot and the divisor of column c.
 template <int N, typename S>
-inline void step_back_across(thread float (&q)[N], thread float (&p)[N], float dot, float d, uint lane, uint simd_lane, S scratch) {
+inline void step_back_across(thread float (&q)[N], thread float (&p)[N], float dot, float d, uint lane, uint simd_lane,
+                             S scratch) {
   publish<N>(dot, lane, scratch);
   publish<N>(d, lane, scratch, 64);
   publish_barrier<N>();
-  UNROLL for (int j = 0; j < N; ++j) {
+  UNROLL_FOR (int j = 0; j < N; ++j) {
     q[j] -= p[j] * published<N>(dot, j, simd_lane, scratch);
     p[j] *= published<N>(d, j, simd_lane, scratch, 64);
   }
@@ -38,8 +40,10 @@ inline void step_back_across(thread float (&q)[N], thread float (&p)[N], float d
 // the last first, and runs the iteration anew for each. A segment ends after a step across, so steps across and along
 // alternate. Lanes beyond the matrix have zeros in g.
 template <int N, int START, bool COLUMNS, int ITERS, int STORED_STEPS, int STRIDE, typename P, typename D, typename S>
-inline void sinkhorn_gradient(thread float (&g)[N], P logits, D divisors, float eps, uint lane, uint simd_lane, S scratch) {
-  constexpr int FIRST = start_half_steps(START), LAST = 2 * ITERS, RETURN = return_period(N, START, ITERS), SEGMENT = STORED_STEPS / 2 * 2;
+inline void sinkhorn_gradient(thread float (&g)[N], P logits, D divisors, float eps, uint lane, uint simd_lane,
+                              S scratch) {
+  constexpr int FIRST = start_half_steps(START), LAST = 2 * ITERS, RETURN = return_period(N, START, ITERS),
+                SEGMENT = STORED_STEPS / 2 * 2;
   constexpr bool LOGS = START != START_ADDITIVE;
   const bool in_range = lane < uint(N);
   float p[N], shift_eps = 0.0f;
@@ -53,7 +57,8 @@ inline void sinkhorn_gradient(thread float (&g)[N], P logits, D divisors, float 
       if (k >= begin) divisors[(k - begin) * STRIDE] = d;
       if constexpr (RETURN > 0) {
         record_divisor(log_divisors, k, d);
-        if ((k + 1 - FIRST) % RETURN == 0 || k + 1 == end) return_small<N, START, COLUMNS>(p, logits, log_divisors, eps, lane, simd_lane, scratch);
+        if ((k + 1 - FIRST) % RETURN == 0 || k + 1 == end)
+          return_small<N, START, COLUMNS>(p, logits, log_divisors, eps, lane, simd_lane, scratch);
       }
     }
     if (LOGS && end == LAST) {
@@ -67,11 +72,11 @@ inline void sinkhorn_gradient(thread float (&g)[N], P logits, D divisors, float 
         shift_eps = 0.0f;
       } else {
         float all[N], dots[N];
-        UNROLL for (int j = 0; j < N; ++j) all[j] = g[j] * p[j];
+        UNROLL_FOR (int j = 0; j < N; ++j) all[j] = g[j] * p[j];
         const float dot = column_reduce<N, false>(all, lane, scratch);
         broadcast_columns<N>(dots, dot, lane, simd_lane, scratch);
         broadcast_columns<N>(all, d, lane, simd_lane, scratch);
-        UNROLL for (int j = 0; j < N; ++j) {
+        UNROLL_FOR (int j = 0; j < N; ++j) {
           g[j] = in_range ? (g[j] - dots[j]) * RECIPROCAL(all[j]) : 0.0f;
           p[j] *= all[j];
         }
@@ -82,22 +87,23 @@ inline void sinkhorn_gradient(thread float (&g)[N], P logits, D divisors, float 
       d = divisors[(k - 1 - begin) * STRIDE];
       if constexpr (LOGS) {
         const float dot = line_sum(g);
-        UNROLL for (int j = 0; j < N; ++j) {
+        UNROLL_FOR (int j = 0; j < N; ++j) {
           g[j] -= p[j] * dot;
           p[j] *= d;
         }
       } else {
         const float r = RECIPROCAL(d);
         float dot = 0.0f;
-        UNROLL for (int j = 0; j < N; ++j) dot += g[j] * p[j];
-        UNROLL for (int j = 0; j < N; ++j) {
+        UNROLL_FOR (int j = 0; j < N; ++j) dot += g[j] * p[j];
+        UNROLL_FOR (int j = 0; j < N; ++j) {
           g[j] = in_range ? (g[j] - dot) * r : 0.0f;
           p[j] *= d;
         }
       }
       if constexpr (RETURN > 0) {
         record_divisor(log_divisors, k - 1, RECIPROCAL(d));
-        if ((end - k + 1) % (RETURN / 2 * 2) == 0 && k - 1 > begin) return_small<N, START, COLUMNS>(p, logits, log_divisors, eps, lane, simd_lane, scratch);
+        if ((end - k + 1) % (RETURN / 2 * 2) == 0 && k - 1 > begin)
+          return_small<N, START, COLUMNS>(p, logits, log_divisors, eps, lane, simd_lane, scratch);
       }
     }
   }
@@ -116,22 +122,25 @@ inline void sinkhorn_gradient(thread float (&g)[N], P logits, D divisors, float 
     load_line<N, COLUMNS>(p, logits, lane);
     softmax_line(p, log_divisors.top, log_divisors.sum);
     float small_p = 0.0f, small_g = 0.0f, large_g = 0.0f;
-    UNROLL for (int j = 0; j < N; ++j) {
+    UNROLL_FOR (int j = 0; j < N; ++j) {
       if (START == START_SOFTMAX) g[j] *= p[j] / (p[j] + eps);
       const bool large = p[j] > 0.5f;
       small_p += large ? 0.0f : p[j];
       small_g += large ? 0.0f : g[j];
       large_g += large ? g[j] : 0.0f;
     }
-    UNROLL for (int j = 0; j < N; ++j) g[j] = p[j] > 0.5f ? g[j] * small_p - p[j] * small_g : g[j] - p[j] * (small_g + large_g);
+    UNROLL_FOR (int j = 0; j < N; ++j)
+      g[j] = p[j] > 0.5f ? g[j] * small_p - p[j] * small_g : g[j] - p[j] * (small_g + large_g);
   }
 }
 
 // g = a line of dlogits, the gradient of the projection of these logits for dh_res; zeros in lanes beyond the matrix.
-template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, int STORED_STEPS, int STRIDE, typename H, typename P, typename D, typename S>
-inline void walk_back_projection(thread float (&g)[N], H dh_res, P logits, D divisors, float eps, uint lane, uint simd_lane, S scratch) {
+template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, int STORED_STEPS, int STRIDE, typename H,
+          typename P, typename D, typename S>
+inline void walk_back_projection(thread float (&g)[N], H dh_res, P logits, D divisors, float eps, uint lane,
+                                 uint simd_lane, S scratch) {
   load_line<N, OUT_COLUMNS>(g, dh_res, lane);
-  UNROLL for (int j = 0; j < N; ++j) g[j] = lane < uint(N) ? g[j] : 0.0f;
+  UNROLL_FOR (int j = 0; j < N; ++j) g[j] = lane < uint(N) ? g[j] : 0.0f;
   sinkhorn_gradient<N, START, COLUMNS, ITERS, STORED_STEPS, STRIDE>(g, logits, divisors, eps, lane, simd_lane, scratch);
 }
 

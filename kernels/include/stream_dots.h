@@ -4,10 +4,11 @@
 namespace mhc {
 
 // sums[j] += du x[j] over a pack.
-template <typename T, int VEC, int N> inline void add_dots(thread float (&sums)[N], thread const Pack<T, VEC> (&x)[N], thread const Pack<T, VEC>& du) {
-  UNROLL for (int e = 0; e < VEC; ++e) {
+template <typename T, int VEC, int N>
+inline void add_dots(thread float (&sums)[N], thread const Pack<T, VEC> (&x)[N], thread const Pack<T, VEC>& du) {
+  UNROLL_FOR (int e = 0; e < VEC; ++e) {
     const float d = static_cast<float>(du.v[e]);
-    UNROLL for (int j = 0; j < N; ++j) sums[j] += d * static_cast<float>(x[j].v[e]);
+    UNROLL_FOR (int j = 0; j < N; ++j) sums[j] += d * static_cast<float>(x[j].v[e]);
   }
 }
 
@@ -18,11 +19,11 @@ inline void dot_streams(thread float (&sums)[N], X x, D du, int C, int lane, boo
   int c = lane * VEC;
   for (; aligned && c + (PACKS_AT_ONCE - 1) * 32 * VEC < C; c += PACKS_AT_ONCE * 32 * VEC) {
     Pack<T, VEC> v[PACKS_AT_ONCE][N], d[PACKS_AT_ONCE];
-    UNROLL for (int k = 0; k < PACKS_AT_ONCE; ++k) {
-      UNROLL for (int j = 0; j < N; ++j) v[k][j] = *packs<VEC>(x + (j * C + c + k * 32 * VEC));
+    UNROLL_FOR (int k = 0; k < PACKS_AT_ONCE; ++k) {
+      UNROLL_FOR (int j = 0; j < N; ++j) v[k][j] = *packs<VEC>(x + (j * C + c + k * 32 * VEC));
       d[k] = *packs<VEC>(du + (c + k * 32 * VEC));
     }
-    UNROLL for (int k = 0; k < PACKS_AT_ONCE; ++k) add_dots(sums, v[k], d[k]);
+    UNROLL_FOR (int k = 0; k < PACKS_AT_ONCE; ++k) add_dots(sums, v[k], d[k]);
   }
   for (; c < C; c += 32 * VEC) {
     Pack<T, VEC> v[N], d = load<T, VEC>(du + c, aligned);
@@ -34,7 +35,7 @@ inline void dot_streams(thread float (&sums)[N], X x, D du, int C, int lane, boo
 // Returns, in lane j, v[j] summed over the simdgroup.
 template <int N> inline float sum_to_lane(thread const float (&v)[N], int lane) {
   float found = 0.0f;
-  UNROLL for (int j = 0; j < N; ++j) {
+  UNROLL_FOR (int j = 0; j < N; ++j) {
     const float sum = simd_sum(v[j]);
     found = lane == j ? sum : found;
   }
@@ -45,14 +46,15 @@ template <int N> inline float sum_to_lane(thread const float (&v)[N], int lane) 
 // the norm's weight. add_norm_dots adds a pack of channels.
 template <int N> struct NormDots { float du_dot_x[N], u_dot_x[N], u_dot_u, du_dot_u; };
 template <typename T, int VEC, int N>
-inline void add_norm_dots(thread NormDots<N>& dots, thread const float (&pre)[N], thread const Pack<T, VEC> (&x)[N], thread const Pack<T, VEC>& du, thread const float (&weight)[VEC]) {
-  UNROLL for (int e = 0; e < VEC; ++e) {
+inline void add_norm_dots(thread NormDots<N>& dots, thread const float (&pre)[N], thread const Pack<T, VEC> (&x)[N],
+                          thread const Pack<T, VEC>& du, thread const float (&weight)[VEC]) {
+  UNROLL_FOR (int e = 0; e < VEC; ++e) {
     const float d = static_cast<float>(du.v[e]) * weight[e];
     float u = 0.0f;
-    UNROLL for (int j = 0; j < N; ++j) u += pre[j] * static_cast<float>(x[j].v[e]);
+    UNROLL_FOR (int j = 0; j < N; ++j) u += pre[j] * static_cast<float>(x[j].v[e]);
     dots.u_dot_u += u * u;
     dots.du_dot_u += d * u;
-    UNROLL for (int j = 0; j < N; ++j) {
+    UNROLL_FOR (int j = 0; j < N; ++j) {
       dots.du_dot_x[j] += d * static_cast<float>(x[j].v[e]);
       dots.u_dot_x[j] += u * static_cast<float>(x[j].v[e]);
     }
@@ -62,8 +64,10 @@ inline void add_norm_dots(thread NormDots<N>& dots, thread const float (&pre)[N]
 // Returns their sums over the threadgroup; lane j gets those of stream j. scratch holds 2 SIMDS (2 N + 2) floats. If
 // parity goes 0, 1, 0, ... from call to call, one barrier a call is enough.
 struct LaneDots { float du_dot_x, u_dot_x, u_dot_u, du_dot_u; };
-template <int SIMDS, int N, typename S> inline LaneDots sum_norm_dots(const thread NormDots<N>& dots, S scratch, int parity, int simd, int lane) {
-  LaneDots sums = {sum_to_lane(dots.du_dot_x, lane), sum_to_lane(dots.u_dot_x, lane), simd_sum(dots.u_dot_u), simd_sum(dots.du_dot_u)};
+template <int SIMDS, int N, typename S>
+inline LaneDots sum_norm_dots(const thread NormDots<N>& dots, S scratch, int parity, int simd, int lane) {
+  LaneDots sums = {sum_to_lane(dots.du_dot_x, lane), sum_to_lane(dots.u_dot_x, lane), simd_sum(dots.u_dot_u),
+                   simd_sum(dots.du_dot_u)};
   if constexpr (SIMDS > 1) {
     constexpr int PITCH = 2 * N + 2;
     const int at = (parity * SIMDS + simd) * PITCH;
@@ -77,7 +81,7 @@ template <int SIMDS, int N, typename S> inline LaneDots sum_norm_dots(const thre
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     sums = {0.0f, 0.0f, 0.0f, 0.0f};
-    UNROLL for (int k = 0; k < SIMDS; ++k) {
+    UNROLL_FOR (int k = 0; k < SIMDS; ++k) {
       const int from = (parity * SIMDS + k) * PITCH;
       sums.du_dot_x += lane < N ? scratch[from + lane] : 0.0f;
       sums.u_dot_x += lane < N ? scratch[from + N + lane] : 0.0f;
@@ -90,13 +94,14 @@ template <int SIMDS, int N, typename S> inline LaneDots sum_norm_dots(const thre
 
 // du = r (du weight - u slope), rounded to T;   dweight += du u r
 template <typename T, int VEC, int N>
-inline void norm_gradient(thread Pack<T, VEC>& du, thread float (&dweight)[VEC], thread const float (&pre)[N], thread Pack<T, VEC> (&x)[N], thread const float (&weight)[VEC], float r, float slope) {
+inline void norm_gradient(thread Pack<T, VEC>& du, thread float (&dweight)[VEC], thread const float (&pre)[N],
+                          thread Pack<T, VEC> (&x)[N], thread const float (&weight)[VEC], float r, float slope) {
   float u[VEC] = {};
-  UNROLL for (int j = 0; j < N; ++j) {
+  UNROLL_FOR (int j = 0; j < N; ++j) {
     STAY_PACKED(x[j]);
-    UNROLL for (int e = 0; e < VEC; ++e) u[e] += pre[j] * static_cast<float>(x[j].v[e]);
+    UNROLL_FOR (int e = 0; e < VEC; ++e) u[e] += pre[j] * static_cast<float>(x[j].v[e]);
   }
-  UNROLL for (int e = 0; e < VEC; ++e) {
+  UNROLL_FOR (int e = 0; e < VEC; ++e) {
     const float d = static_cast<float>(du.v[e]);
     du.v[e] = static_cast<T>(r * (d * weight[e] - u[e] * slope));
     dweight[e] += d * u[e] * r;

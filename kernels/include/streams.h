@@ -7,17 +7,17 @@ namespace mhc {
 template <int N, typename T, int VEC, typename X, typename S>
 inline void read_pack(thread float (&u)[VEC], X x, S pre, int C, bool aligned) {
   constexpr int STREAM_UNROLL = N <= 8 ? N : 4;  // streams that are loaded before the first is used
-  UNROLL for (int e = 0; e < VEC; ++e) u[e] = 0.0f;
+  UNROLL_FOR (int e = 0; e < VEC; ++e) u[e] = 0.0f;
 #pragma unroll STREAM_UNROLL
   for (int j = 0; j < N; ++j) {
     const Pack<T, VEC> v = load<T, VEC>(x + j * C, aligned);
-    UNROLL for (int e = 0; e < VEC; ++e) u[e] += pre[j] * static_cast<float>(v.v[e]);
+    UNROLL_FOR (int e = 0; e < VEC; ++e) u[e] += pre[j] * static_cast<float>(v.v[e]);
   }
 }
 
 template <int VEC> inline float sum_of_squares(thread const float (&v)[VEC]) {
   float sum = 0.0f;
-  UNROLL for (int e = 0; e < VEC; ++e) sum += v[e] * v[e];
+  UNROLL_FOR (int e = 0; e < VEC; ++e) sum += v[e] * v[e];
   return sum;
 }
 
@@ -27,7 +27,7 @@ inline Pack<T, VEC> finish_u(thread const float (&u)[VEC], float r, W weight, bo
   float w[VEC];
   if (NORM) load_floats<VEC>(w, weight, weight_aligned);
   Pack<T, VEC> packed;
-  UNROLL for (int e = 0; e < VEC; ++e) {
+  UNROLL_FOR (int e = 0; e < VEC; ++e) {
     float v = u[e];
     if (NORM) v *= r;
     if (NORM && ROUND_U) v = static_cast<float>(static_cast<T>(v));

@@ -10,7 +10,7 @@ from .report import StabilityReport
 
 
 def _runs(values, kind: type | tuple, called: str, argument: str) -> dict[str, list]:
-    """The dict with a list for each run, which has a value for each seed of the run."""
+    """Return the dict with a list for each run, which has a value for each seed of the run."""
     if not isinstance(values, dict):
         got = type(values).__name__
         raise TypeError(f"[plot] {argument} must be a dict by name of run but got {got}.")
@@ -176,7 +176,7 @@ def _draw_streams(Figure, runs: dict, colors: dict):
 
 
 def _spread_indices(count: int, limit: int = 4) -> list[int]:
-    """At most ``limit`` indices below count, evenly spread from the first to the last."""
+    """Return at most ``limit`` indices below count, evenly spread from the first to the last."""
     if count <= limit:
         return list(range(count))
     return [round(k * (count - 1) / (limit - 1)) for k in range(limit)]
@@ -196,7 +196,7 @@ def _draw_matrix(axes, matrix: list[list[float]], top: float):
 
 
 def _top(matrices: list) -> float:
-    """The largest absolute value of a finite element, at least 1."""
+    """Return the largest absolute value of a finite element, at least 1."""
     absolute = [abs(v) for matrix in matrices for row in matrix for v in row]
     return max([1.0, *filter(math.isfinite, absolute)])
 
@@ -254,7 +254,7 @@ def _draw_gates(Figure, runs: dict):
 
 
 def _read_log(path: str | Path, column: str) -> tuple[list, list, list, list]:
-    """Steps and values of the column, then steps and values of the validation."""
+    """Return steps and values of the column, then steps and values of the validation."""
     with open(path, newline="") as f:
         rows = list(csv.DictReader(f))
     if not rows or "step" not in rows[0] or column not in rows[0]:

@@ -18,7 +18,7 @@ from ..reference import gates
 
 @dataclasses.dataclass(frozen=True)
 class ConnectionReport:
-    """What one connection did in one run, as numbers and nested lists.
+    """This report says what one connection did in one run, in numbers and nested lists.
 
     Gains are computed for the matrix of each token (arXiv 2512.24880, section 3.1). A field with
     ``_max`` is the largest gain of a token, one without it is the mean over tokens.
@@ -85,7 +85,7 @@ _COLUMNS = {
 
 
 def _finite(v: Any) -> Any:
-    """The same data with None for each number that is not finite."""
+    """Return the same data with None for each number that is not finite."""
     if isinstance(v, dict):
         return {k: _finite(value) for k, value in v.items()}
     if isinstance(v, list):
@@ -94,7 +94,7 @@ def _finite(v: Any) -> Any:
 
 
 def _numbers(v: Any) -> Any:
-    """The same numbers with NaN for each None."""
+    """Return the same numbers with NaN for each None."""
     if isinstance(v, list):
         return [_numbers(value) for value in v]
     return math.nan if v is None else v
@@ -103,7 +103,7 @@ def _numbers(v: Any) -> Any:
 def _read_connection(
     gradient_norms: Any = None, similarity: Any = None, **fields: Any
 ) -> ConnectionReport:
-    """The report with these fields, as `StabilityReport.to_dict` writes them."""
+    """Return the report with these fields, as `StabilityReport.to_dict` writes them."""
     return ConnectionReport(
         gradient_norms=None if gradient_norms is None else _numbers(gradient_norms),
         similarity=None if fields["streams"] == 1 else _numbers(similarity),
@@ -113,7 +113,7 @@ def _read_connection(
 
 @dataclasses.dataclass(frozen=True)
 class StabilityReport:
-    """What the connections of a model did in one run; ``str`` of it is a table.
+    """This report says what a model's connections did in one run; ``str`` makes a table of it.
 
     Attributes:
         connections: A report for each call of a connection, in the order of the calls.
@@ -188,14 +188,14 @@ def _composed(h_res: mx.array, composite: mx.array | None) -> mx.array:
 
 
 def _gains(h: mx.array, prefix: str) -> dict[str, mx.array]:
-    """Mean and maximum over tokens of the gains of h ``[..., n, n]``, by name with this prefix."""
+    """Return the gains of h ``[..., n, n]`` by name, their mean and their maximum over tokens."""
     gains = {"forward": mx.abs(h.sum(-1)).max(-1), "backward": mx.abs(h.sum(-2)).max(-1)}
     means = {f"{prefix}{k}_gain": g.mean() for k, g in gains.items()}
     return means | {f"{prefix}{k}_gain_max": g.max() for k, g in gains.items()}
 
 
 def _mean(h: mx.array, ndim: int) -> mx.array:
-    """The mean over tokens: over all axes but the last ``ndim``."""
+    """Return the mean over tokens: over all axes but the last ``ndim``."""
     return h.mean(axis=tuple(range(h.ndim - ndim)))
 
 
@@ -226,7 +226,7 @@ def _observed(observe: Callable[..., mx.array]) -> Iterator[None]:
 
 
 def _recomputed(loss: mx.array, outs: list[mx.array]) -> int | None:
-    """The index of the first of outs inside an mx.checkpoint, or None.
+    """Return the index of the first of outs inside an mx.checkpoint, or None.
 
     The gradient of a checkpoint computes everything inside it again, so it would miss what this
     module adds to outs there. In the loss's graph a checkpoint is a CustomTransforms node whose
@@ -251,7 +251,7 @@ def _recomputed(loss: mx.array, outs: list[mx.array]) -> int | None:
     }
 
     def reached(start: str, edges: dict) -> set:
-        """The nodes on paths from start along edges; a path ends at StopGradient."""
+        """Return the nodes on paths from start along edges; a path ends at StopGradient."""
         found, stack = {start}, [start]
         while stack:
             node = stack.pop()

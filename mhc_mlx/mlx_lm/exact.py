@@ -10,14 +10,14 @@ from .sites import Site, SiteOutputs, run_site, stock, stock_coefficients, stock
 
 
 def streams_dtype(text: stock.TextModel) -> mx.Dtype:
-    """The dtype of the model's streams, which is that of its embeddings."""
+    """Return the dtype of the model's streams, which is that of its embeddings."""
     return text.embed_tokens(mx.zeros((1, 1), mx.int32)).dtype
 
 
 def random_inputs(
     site: Site, dtype: mx.Dtype, tokens: int, seed: int = 0
 ) -> tuple[mx.array, mx.array]:
-    """Random streams x ``[1, tokens, n, C]`` and y ``[1, tokens, C]``.
+    """Return random streams x ``[1, tokens, n, C]`` and y ``[1, tokens, C]``.
 
     y is normal with deviation 1, and a stream of a token with deviation exp(z), z normal.
     """
@@ -33,7 +33,7 @@ def _float64(a: mx.array) -> np.ndarray:
 
 
 def _exact(site: Site, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
-    """out, h_pre and, if the norm is an nn.RMSNorm, u, by name in float64."""
+    """Return out, h_pre and, if the norm is an nn.RMSNorm, u, by name in float64."""
     hc, n = site.hc, site.hc.hc
     fn, base, scale = map(_float64, (hc.fn, hc.base, hc.scale))
     v = x.reshape(*x.shape[:-2], -1)
@@ -56,14 +56,14 @@ def _exact(site: Site, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _error(got: mx.array, want: np.ndarray, dtype: mx.Dtype) -> float:
-    """The largest error, in units in the last place (in dtype) of the largest value of its row."""
+    """Return the largest error, in units in the last place of its row's largest value in dtype."""
     power = np.exp2(np.floor(np.log2(np.abs(want).max(-1, keepdims=True) + 1e-300)))
     ulps = np.abs(_float64(got) - want) / (power * mx.finfo(dtype).eps)
     return float("inf") if np.isnan(ulps).any() else float(ulps.max())
 
 
 def site_errors(site: Site, x: mx.array, y: mx.array, repeats: int = 1) -> tuple[float, float]:
-    """The largest errors of the site's outputs, as the site runs now and by mlx-lm's functions.
+    """Return the largest errors of a site's outputs, as it runs now and by mlx-lm's functions.
 
     They are in units in the last place of x's dtype. One call runs ``repeats`` copies of x and y.
     """

@@ -14,12 +14,12 @@ from .sites import stock
 
 
 def _constant(f: Callable) -> Callable:
-    """f with results that pass no gradient to its arguments."""
+    """Return f with results that pass no gradient to its arguments."""
     return functools.wraps(f)(lambda a, *args, **kw: mx.stop_gradient(f(a, *args, **kw)))
 
 
 def _straight_through(quantise: Callable) -> Callable:
-    """quantise with the same results, bit for bit, and the gradient of the identity."""
+    """Return quantise, the same bit for bit, with the gradient of the identity."""
 
     @functools.wraps(quantise)
     def f(x: mx.array, *args, **kwargs) -> mx.array:
@@ -29,14 +29,14 @@ def _straight_through(quantise: Callable) -> Callable:
 
 
 def _with_globals(f: types.FunctionType, names: dict) -> types.FunctionType:
-    """f with these globals."""
+    """Return a copy of f with these globals."""
     copy = types.FunctionType(f.__code__, names, f.__name__, f.__defaults__, f.__closure__)
     copy.__kwdefaults__ = f.__kwdefaults__
     return copy
 
 
 def _differentiable_globals() -> dict:
-    """The globals of mlx-lm's module, with functions that have a gradient."""
+    """Return the globals of mlx-lm's module, with functions that have a gradient."""
     core = types.ModuleType(mx.__name__)
     vars(core).update(vars(mx))
     # argpartition picks indices of experts and of compressed keys.
@@ -52,7 +52,7 @@ _GLOBALS = _differentiable_globals()
 
 
 def _differentiable(cls: type) -> type:
-    """A subclass of an mlx-lm class whose methods have the globals with gradients."""
+    """Return a subclass of an mlx-lm class whose methods have the globals with gradients."""
     methods = {
         name: _with_globals(f, _GLOBALS)
         for name, f in vars(cls).items()

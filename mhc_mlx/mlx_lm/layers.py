@@ -9,7 +9,7 @@ from .sites import run_site, stock
 
 
 class Owner:
-    """A layer's reference to its text model.
+    """By this object a layer refers to its text model.
 
     It is no module, list or dict, so that trees of parameters and modules do not enter it. It is
     weak, so that a model frees its memory with its last reference, not when Python collects cycles.
@@ -20,7 +20,7 @@ class Owner:
 
     @property
     def layers(self) -> list[Any]:
-        """The layers of the model; an empty list if the model no longer exists."""
+        """Return the layers of the model, or an empty list if the model no longer exists."""
         text = self._text()
         return [] if text is None else text.layers
 
@@ -39,7 +39,7 @@ _HANDED = "_mhc_mlx"  # the key of (layer_idx, streams, u) in the dict that laye
 
 
 class SinglePassLayer(stock.DecoderLayer):
-    """mlx-lm's DecoderLayer, in which each site runs when its sublayer ends.
+    """This is mlx-lm's DecoderLayer, in which each site runs when its sublayer ends.
 
     The second site makes the u of the next layer of this pipeline stage and puts it in ``shared``.
     That layer takes it from there if it gets the same streams; otherwise it makes u from streams
@@ -49,7 +49,7 @@ class SinglePassLayer(stock.DecoderLayer):
     _owner: Owner
 
     def _next(self) -> "SinglePassLayer | None":
-        """The next layer of this pipeline stage, if it is one and patched."""
+        """Return the next layer of this pipeline stage, if it is one and patched."""
         layers, k = self._owner.layers, self.layer_idx + 1
         after = layers[k] if k < len(layers) else None  # other stages' layers are None
         return after if isinstance(after, SinglePassLayer) else None

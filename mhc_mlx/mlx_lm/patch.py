@@ -153,7 +153,7 @@ def _fails(ours: float, theirs: float) -> bool:
 
 
 def _kind_of_norm(norm: nn.Module | None) -> tuple[Any, ...]:
-    """The kind of a site's norm: sites with norms of one kind run the same kernels."""
+    """Return the kind of a site's norm: sites with norms of one kind run the same kernels."""
     parameters: Any = [] if norm is None else tree_flatten(norm.parameters())
     return type(norm), *(a.dtype for _, a in parameters)
 

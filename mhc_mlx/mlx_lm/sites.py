@@ -35,12 +35,12 @@ from mlx_lm.models import deepseek_v41 as stock  # noqa: E402, older versions la
 
 @functools.cache
 def convention(iters: int, eps: float) -> Convention:
-    """DEEPSEEK_V4 with a model's iterations and eps."""
+    """Return DEEPSEEK_V4 with a model's iterations and eps."""
     return replace(DEEPSEEK_V4, iters=iters, eps=eps, pre_eps=eps)
 
 
 def _fusable_weight(norm: Any, dtype: mx.Dtype) -> mx.array | None:
-    """The weight if norm is an nn.RMSNorm whose output has this dtype: the op can apply it."""
+    """Return the weight if norm is an nn.RMSNorm that the op can apply for this output dtype."""
     if type(norm) is not nn.RMSNorm or not norm.eps > 0:
         return None
     weight = norm["weight"]  # access by attribute would take a microsecond
@@ -61,7 +61,7 @@ def _site(
     use_metal: bool,
     differentiable: bool,
 ) -> Callable[..., SiteOutputs]:
-    """The function of (x, y, fn, base, scale, weight) that computes a site with these constants.
+    """Return the function of (x, y, fn, base, scale, weight) that computes a site.
 
     u is None unless ``reads``; with a weight it is normalised. All sites with the same constants
     share the function. With a backend it is compiled: MLX traces it once for each shape, stream and
@@ -85,7 +85,7 @@ def _site(
 
 
 def _recurs(length: int) -> bool:
-    """Whether a number of tokens is likely to recur: in decoding, or as a full chunk of a prompt.
+    """Tell whether a number of tokens is likely to recur: in decoding, or as a full prompt chunk.
 
     The last chunk of a prompt may have any length, and a trace of each would fill the memory.
     """
@@ -93,7 +93,7 @@ def _recurs(length: int) -> bool:
 
 
 class SinglePassConnection(stock.HyperConnection):
-    """mlx-lm's HyperConnection on these kernels.
+    """This is mlx-lm's HyperConnection on these kernels.
 
     It has the same parameters: ``fn [n*n + 2n, n*C]``, ``base [n*n + 2n]`` and ``scale [3]``.
 
@@ -143,7 +143,7 @@ class SinglePassConnection(stock.HyperConnection):
 
 
 def stock_coefficients(hc: Any) -> Callable[..., Any]:
-    """mlx-lm's function of streams to coefficients, with the parameters of hc, patched or not."""
+    """Return mlx-lm's function of streams to coefficients, with the parameters of hc."""
     return functools.partial(stock.HyperConnection.__call__, hc)
 
 
@@ -168,7 +168,7 @@ def run_site(hc: nn.Module, x: mx.array, y: mx.array, norm: Any) -> SiteOutputs:
 
 
 class Site(NamedTuple):
-    """A site: a hyper-connection, its name, and the norm of the sublayer that reads its streams."""
+    """A site is a hyper-connection with its name and the norm of the sublayer that reads next."""
 
     name: str
     hc: Any  # mlx-lm's HyperConnection or a SinglePassConnection
@@ -176,7 +176,7 @@ class Site(NamedTuple):
 
 
 def text_model(op: str, model: nn.Module) -> stock.TextModel:
-    """The text model of a deepseek_v41; TypeError for other models."""
+    """Return the text model of a deepseek_v41; TypeError for other models."""
     if not isinstance(model, stock.Model):
         kind = f"{type(model).__module__}.{type(model).__qualname__}"
         raise TypeError(f"[{op}] model must be a {MODELS} but got {kind}.")
@@ -184,12 +184,12 @@ def text_model(op: str, model: nn.Module) -> stock.TextModel:
 
 
 def stage_layers(text: stock.TextModel) -> list[stock.DecoderLayer]:
-    """The layers of this pipeline stage; mlx-lm has None in place of those of other stages."""
+    """Return the layers of this pipeline stage: mlx-lm has None in place of others."""
     return [layer for layer in text.layers if layer is not None]
 
 
 def find_sites(text: stock.TextModel) -> list[Site]:
-    """The sites of this pipeline stage, in the order in which they run."""
+    """Return the sites of this pipeline stage, in the order in which they run."""
     sites, layers = [], stage_layers(text)
     for layer, after in zip(layers, [*layers[1:], None], strict=True):
         name = f"model.layers.{layer.layer_idx}"
@@ -199,7 +199,7 @@ def find_sites(text: stock.TextModel) -> list[Site]:
 
 
 def activations(model: nn.Module, sites: list[Site], tokens: mx.array, keep: int = 8) -> list:
-    """x and y of each site in a forward pass over tokens ``[batch, length]``.
+    """Return x and y of each site in a forward pass over tokens ``[batch, length]``.
 
     They are those of the last ``keep`` tokens of the first sequence.
     """

@@ -48,7 +48,7 @@ def check_counts(op: str, **counts: tuple[int, ...]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """The device, the backend, the versions of MLX and mlx-lm, and the date, for reports."""
+    """Return device, backend, versions of MLX and mlx-lm, and the date, for reports."""
     return {
         "device": mx.device_info().get("device_name", "cpu"),
         "backend": launch.backend() or "none: the reference runs",
@@ -59,7 +59,7 @@ def machine() -> dict[str, Any]:
 
 
 def _seconds(run: Callable) -> float:
-    """The median time of ``mx.eval(run())`` after two calls, in seconds.
+    """Return the median time of ``mx.eval(run())`` after two calls, in seconds.
 
     There are at least 5 calls, and up to 50 until they have taken 50 ms together.
     """
@@ -75,7 +75,7 @@ def _seconds(run: Callable) -> float:
 
 @functools.cache
 def _compiled_stock(n: int, iters: int, hc_eps: float, norm_eps: float, eps: float) -> Callable:
-    """mlx-lm's code of a site, compiled, as a function of (x, y, fn, base, scale, weight)."""
+    """Return mlx-lm's code of a site, compiled, of (x, y, fn, base, scale, weight)."""
     fixed = {"hc": n, "iters": iters, "hc_eps": hc_eps, "norm_eps": norm_eps}
     fixed |= {"_eps": mx.array([hc_eps]), "_scale_ids": mx.array([0] * n + [1] * n + [2] * n * n)}
 
@@ -87,7 +87,7 @@ def _compiled_stock(n: int, iters: int, hc_eps: float, norm_eps: float, eps: flo
 
 
 def _chains(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict[str, Callable]:
-    """Functions that run all sites one after the other; the sublayers are the identity.
+    """Return functions that run all sites one after the other; the sublayers are the identity.
 
     "patched" runs them as a patched model does, which compiles each; "mlx-lm" as mlx-lm's model
     does; "mlx-lm, compiled" runs mlx-lm's code of each site, compiled.
@@ -121,14 +121,14 @@ def _chains(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict[str, Callab
 
 
 def site_times(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict[str, Any]:
-    """The number of tokens, and the seconds per site of each function of `_chains`."""
+    """Return the number of tokens, and the seconds per site of each function of `_chains`."""
     count = sum(type(site.norm) is nn.RMSNorm for site in sites)
     chains = _chains(sites, dtype, tokens)
     return {"tokens": tokens} | {k: _seconds(run) / count for k, run in chains.items()}
 
 
 def time_line(t: dict) -> str:
-    """The result of `site_times` in words."""
+    """Return the result of `site_times` in words."""
     ours, theirs, compiled = t["patched"], t["mlx-lm"], t["mlx-lm, compiled"]
     return (
         f"{t['tokens']:5} tokens: {ours * 1e6:.0f} us per sublayer, mlx-lm {theirs * 1e6:.0f} us "
@@ -137,7 +137,7 @@ def time_line(t: dict) -> str:
 
 
 def _dispatches(run: Callable) -> dict[str, Any]:
-    """The number of primitives that the third site adds to a graph, and how many of them launch."""
+    """Return the numbers of primitives, and of launches, that the third site adds to a graph."""
     added = launch.primitives(*run(3))
     added.subtract(launch.primitives(*run(2)))
     launching = sum(count for name, count in added.items() if name not in launch.VIEWS)
@@ -145,7 +145,7 @@ def _dispatches(run: Callable) -> dict[str, Any]:
 
 
 def _peak(run: Callable) -> int:
-    """The peak memory of two sites in bytes, beyond their inputs."""
+    """Return the peak memory of two sites in bytes, beyond their inputs."""
     mx.eval(run(2))
     mx.synchronize()
     mx.clear_cache()
@@ -156,7 +156,7 @@ def _peak(run: Callable) -> int:
 
 
 def random_sites(d: int, count: int) -> list[Site]:
-    """Patched hyper-connections of hidden size d with random weights."""
+    """Return patched hyper-connections of hidden size d with random weights."""
     args, sites = stock.ModelArgs(hidden_size=d), []
     for k in range(count):
         hc, norm = stock.HyperConnection(args), nn.RMSNorm(d, eps=args.rms_norm_eps)
@@ -238,7 +238,7 @@ def bench_sites(
 
 
 def _model_times(model: Any, lengths: tuple[int, ...], steps: int) -> dict[str, Any]:
-    """Tokens per second: of prefill by length, and of decoding after the first of the lengths."""
+    """Return tokens per second: of prefill by length, and of decoding after the first length."""
 
     def prompt(length: int) -> mx.array:
         return mx.random.randint(0, model.args.vocab_size, (length,), key=mx.random.key(1))

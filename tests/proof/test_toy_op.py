@@ -26,7 +26,7 @@ for (uint t = threadgroup_position_in_grid.x; t < uint(x_shape[0]); t += threadg
       const size_t at = size_t(t) * size_t(N * C) + size_t(j * C + c);
       mhc::Pack<T, VEC> v = mhc::load<T, VEC>(x + at, x_aligned);
       const float scale = static_cast<float>(h[j]);
-      UNROLL for (int e = 0; e < VEC; ++e)
+      UNROLL_FOR (int e = 0; e < VEC; ++e)
         v.v[e] = static_cast<T>(scale * static_cast<float>(v.v[e]));
       *(device mhc::Pack<T, VEC>*)(out + at) = v;
     }
@@ -49,11 +49,11 @@ const bool dout_aligned = mhc::is_aligned<VEC>(dout);
 float dh[N] = {};
 for (uint t = threadgroup_position_in_grid.x; t < uint(x_shape[0]); t += threadgroups_per_grid.x) {
   for (int c = int(tid) * VEC; c < C; c += THREADS * VEC) {
-    UNROLL for (int j = 0; j < N; ++j) {
+    UNROLL_FOR (int j = 0; j < N; ++j) {
       const size_t at = size_t(t) * size_t(N * C) + size_t(j * C + c);
       const mhc::Pack<T, VEC> v = mhc::load<T, VEC>(x + at, x_aligned);
       mhc::Pack<T, VEC> d = mhc::load<T, VEC>(dout + at, dout_aligned);
-      UNROLL for (int e = 0; e < VEC; ++e) {
+      UNROLL_FOR (int e = 0; e < VEC; ++e) {
         dh[j] += static_cast<float>(d.v[e]) * static_cast<float>(v.v[e]);
         d.v[e] = static_cast<T>(static_cast<float>(h[j]) * static_cast<float>(d.v[e]));
       }

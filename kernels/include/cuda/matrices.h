@@ -23,14 +23,14 @@ template <typename T> struct XTile : Terms<T> {};
 template <typename PHI_T> struct PhiTile : Terms<PHI_T> {};
 
 template <typename T> inline void split(Terms<T>& t, const Run<T, 8>& r) {
-  UNROLL for (int e = 0; e < 8; ++e) {
+  UNROLL_FOR (int e = 0; e < 8; ++e) {
     const float v = run_float(r, e);
     t.w[0][e] = __float_as_uint(v);
     if constexpr (TERMS<T> == 2) t.w[1][e] = __float_as_uint(v - __uint_as_float(__float_as_uint(v) & 0xffffe000u));
   }
 }
 inline void split(Terms<__nv_bfloat16>& t, const Run<__nv_bfloat16, 8>& r) {
-  UNROLL for (int i = 0; i < 4; ++i) {
+  UNROLL_FOR (int i = 0; i < 4; ++i) {
     const uint w = reinterpret_cast<const uint*>(&r)[i];
     t.w[0][2 * i] = w << 16;
     t.w[0][2 * i + 1] = w & 0xffff0000u;
@@ -43,7 +43,7 @@ template <typename PHI_T> inline void to_tile(PhiTile<PHI_T>& t, const Run<PHI_T
 // shares, in all lanes of a token.
 template <typename T> inline void add_squares(float& s, const XTile<T>& x, const Run<T, 8>&) {
   float run = 0.0f;
-  UNROLL for (int e = 0; e < 8; ++e) run += __uint_as_float(x.w[0][e]) * __uint_as_float(x.w[0][e]);
+  UNROLL_FOR (int e = 0; e < 8; ++e) run += __uint_as_float(x.w[0][e]) * __uint_as_float(x.w[0][e]);
   s += run;
 }
 inline float sum_squares(float s) {
@@ -54,8 +54,9 @@ inline float sum_squares(float s) {
 // d += the products of term p of the tokens of x and y, or of x alone, with term q of phi.
 template <typename T, typename PHI_T>
 inline void multiply(float (&d)[4], const Terms<T>& x, const Terms<T>* y, int p, const Terms<PHI_T>& phi, int q) {
-  UNROLL for (int e = 0; e < 8; e += 2)
-    multiply_tf32(d, x.w[p][e], y ? y->w[p][e] : 0u, x.w[p][e + 1], y ? y->w[p][e + 1] : 0u, phi.w[q][e], phi.w[q][e + 1]);
+  UNROLL_FOR (int e = 0; e < 8; e += 2)
+    multiply_tf32(d, x.w[p][e], y ? y->w[p][e] : 0u, x.w[p][e + 1], y ? y->w[p][e + 1] : 0u, phi.w[q][e],
+                  phi.w[q][e + 1]);
 }
 
 // sum[.][b] += x phi^T; small products are added first.
@@ -68,8 +69,8 @@ inline void multiply_add(float (&sum)[TILES][BLOCK][2], int b, const XTile<T> (&
   if constexpr (X == 1) multiply(d, x[0], next, X, phi, 0);
   if constexpr (PHI == 1) multiply(d, x[0], next, 0, phi, PHI);
   multiply(d, x[0], next, 0, phi, 0);
-  UNROLL for (int m = 0; m < TILES; ++m) {
-    UNROLL for (int e = 0; e < 2; ++e) sum[m][b][e] += d[2 * m + e];
+  UNROLL_FOR (int m = 0; m < TILES; ++m) {
+    UNROLL_FOR (int e = 0; e < 2; ++e) sum[m][b][e] += d[2 * m + e];
   }
 }
 

@@ -38,14 +38,14 @@ __forceinline__ float rsqrt(float v) { return 1.0f / ::sqrtf(v); }
   const dim3 threadgroups_per_grid = gridDim; \
   const uint thread_index_in_simdgroup = threadIdx.x % 32, simdgroup_index_in_threadgroup = threadIdx.x / 32;
 
-#define UNROLL _Pragma("unroll")
+#define UNROLL_FOR _Pragma("unroll") for
 #define RECIPROCAL(v) __fdividef(1.0f, v)  // this is one instruction instead of eight, within 1 ulp
 
 // Keeps a packed value packed: without it NVRTC converts it once and holds the wider floats across a barrier.
-#define STAY_PACKED(value)                                                          \
-  if (sizeof(value) >= 4) {                                                         \
-    for (int word = 0; word < int(sizeof(value) / 4); ++word)                       \
-      asm volatile("" : "+r"(reinterpret_cast<uint*>(&(value))[word]));             \
+#define STAY_PACKED(value) \
+  if (sizeof(value) >= 4) { \
+    for (int word = 0; word < int(sizeof(value) / 4); ++word) \
+      asm volatile("" : "+r"(reinterpret_cast<uint*>(&(value))[word])); \
   }
 
 // Accesses whose lines leave the cache first, so that others stay.
@@ -60,11 +60,13 @@ template <typename V, typename F> __forceinline__ void by_words(F f) {
 }
 template <typename V> __forceinline__ V load_streaming(const V* p) {
   V v;
-  by_words<V>([&](auto word) { reinterpret_cast<decltype(word)&>(v) = __ldcs(reinterpret_cast<const decltype(word)*>(p)); });
+  by_words<V>(
+      [&](auto word) { reinterpret_cast<decltype(word)&>(v) = __ldcs(reinterpret_cast<const decltype(word)*>(p)); });
   return v;
 }
 template <typename V> __forceinline__ void store_streaming(V* p, const V& v) {
-  by_words<V>([&](auto word) { __stcs(reinterpret_cast<decltype(word)*>(p), reinterpret_cast<const decltype(word)&>(v)); });
+  by_words<V>(
+      [&](auto word) { __stcs(reinterpret_cast<decltype(word)*>(p), reinterpret_cast<const decltype(word)&>(v)); });
 }
 #define LOAD_STREAMING(p) load_streaming(p)
 #define STORE_STREAMING(p, v) store_streaming(p, v)

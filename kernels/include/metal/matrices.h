@@ -22,14 +22,14 @@ template <typename T> struct XTile { float v[4][2]; };
 template <typename PHI_T> struct PhiTile { float v[4][2]; };
 
 template <typename T> inline void to_tile(thread XTile<T>& t, const thread Run<T, 8>& r) {
-  UNROLL for (int s = 0; s < 4; ++s) {
+  UNROLL_FOR (int s = 0; s < 4; ++s) {
     t.v[s][0] = run_float(r, s);
     t.v[s][1] = run_float(r, s + 4);
   }
 }
 template <typename PHI_T> inline void to_tile(thread PhiTile<PHI_T>& t, const thread Run<PHI_T, 4> (&r)[PHI_ROWS]) {
-  UNROLL for (int s = 0; s < 4; ++s) {
-    UNROLL for (int e = 0; e < 2; ++e) t.v[s][e] = run_float(r[e], s);
+  UNROLL_FOR (int s = 0; s < 4; ++s) {
+    UNROLL_FOR (int e = 0; e < 2; ++e) t.v[s][e] = run_float(r[e], s);
   }
 }
 
@@ -37,7 +37,7 @@ template <typename PHI_T> inline void to_tile(thread PhiTile<PHI_T>& t, const th
 // shares, in all lanes of a token.
 template <typename T> inline void add_squares(thread float& s, const thread XTile<T>&, const thread Run<T, 8>& r) {
   float run = 0.0f;
-  UNROLL for (int e = 0; e < 8; ++e) run += run_float(r, e) * run_float(r, e);
+  UNROLL_FOR (int e = 0; e < 8; ++e) run += run_float(r, e) * run_float(r, e);
   s += run;
 }
 inline float sum_squares(float s) {
@@ -49,22 +49,23 @@ inline float sum_squares(float s) {
 // else: before MSL 4.1 (macOS 27) their constructors need objects in one address space, and a struct cannot hold one.
 inline void multiply(thread float (&d)[2], thread const float (&a)[2], thread const float (&b)[2]) {
   simdgroup_float8x8 md, ma, mb;
-  UNROLL for (int e = 0; e < 2; ++e) {
+  UNROLL_FOR (int e = 0; e < 2; ++e) {
     md.thread_elements()[e] = d[e];
     ma.thread_elements()[e] = a[e];
     mb.thread_elements()[e] = b[e];
   }
   simdgroup_multiply_accumulate(md, ma, mb, md);
-  UNROLL for (int e = 0; e < 2; ++e) d[e] = md.thread_elements()[e];
+  UNROLL_FOR (int e = 0; e < 2; ++e) d[e] = md.thread_elements()[e];
 }
 
 // sum[.][b] += x phi^T
 template <typename T, typename PHI_T, int TILES, int BLOCK>
-inline void multiply_add(thread float (&sum)[TILES][BLOCK][2], int b, const thread XTile<T> (&x)[TILES], const thread PhiTile<PHI_T>& phi) {
-  UNROLL for (int m = 0; m < TILES; ++m) {
+inline void multiply_add(thread float (&sum)[TILES][BLOCK][2], int b, const thread XTile<T> (&x)[TILES],
+                         const thread PhiTile<PHI_T>& phi) {
+  UNROLL_FOR (int m = 0; m < TILES; ++m) {
     float d[2] = {};
-    UNROLL for (int s = 0; s < 4; ++s) multiply(d, x[m].v[s], phi.v[s]);
-    UNROLL for (int e = 0; e < 2; ++e) sum[m][b][e] += d[e];
+    UNROLL_FOR (int s = 0; s < 4; ++s) multiply(d, x[m].v[s], phi.v[s]);
+    UNROLL_FOR (int e = 0; e < 2; ++e) sum[m][b][e] += d[e];
   }
 }
 
