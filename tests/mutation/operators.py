@@ -276,7 +276,7 @@ def less_precise(code):
 
 
 def loop_headers(code) -> Iterator[tuple[int, int]]:
-    for found in re.finditer(r"\bfor (\()", code):
+    for found in re.finditer(r"\b(?:UNROLL_FOR|for) (\()", code):
         yield found.start(1), closing(code, found.start(1))
 
 
@@ -335,7 +335,7 @@ def swap_extremes(code):
 
 def drop_statement(code):
     """A line that is one assignment or call."""
-    statement = rf"(?m)^[ \t]*(?:UNROLL )?({CALLED}(?: [-+*/]?= [^;{{]*)?);[ \t]*$"
+    statement = rf"(?m)^[ \t]*({CALLED}(?: [-+*/]?= [^;{{]*)?);[ \t]*$"
     for found in re.finditer(statement, code):
         text = found.group(1)
         if re.search("[=(]", text) and not re.match(DECLARED, text):
