@@ -337,8 +337,9 @@ def drop_statement(code):
     """A line that is one assignment or call."""
     statement = rf"(?m)^[ \t]*({CALLED}(?: [-+*/]?= [^;{{]*)?);[ \t]*$"
     for found in re.finditer(statement, code):
-        text = found.group(1)
-        if re.search("[=(]", text) and not re.match(DECLARED, text):
+        text, before = found.group(1), code[: found.start()].rstrip()
+        continued = re.search("[-+*/%&|?<=,(]$", before)
+        if re.search("[=(]", text) and not re.match(DECLARED, text) and not continued:
             yield *found.span(1), ""
 
 
