@@ -134,7 +134,7 @@ SAMPLE = {  # text: the operator of its mutant
     "mhc_pre_backward_coefficients_norm.metal": "drop_operand",
     "mhc_pre_backward_generic.metal": "swap_indices",
     "mhc_pre_backward_phi.metal": "drop_operand",
-    "mhc_pre_backward_projection.metal": "drop_statement",
+    "mhc_pre_backward_projection.metal": "turn_product",
     "mhc_pre_partial_logits.metal": "negate_condition",
     "mhc_seam.metal": "swap_indices",
     "mhc_seam_backward.metal": "turn_sum",
