@@ -2,19 +2,7 @@
 
 from dataclasses import replace
 
-from calls import (
-    DTYPES,
-    Array,
-    Case,
-    Op,
-    always,
-    half,
-    logits,
-    never,
-    normal,
-    scaled,
-    uniform,
-)
+from calls import DTYPES, Array, Case, Op, always, half, logits, never, normal, scaled, uniform
 
 from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, Convention
 from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE, UNCONSTRAINED
@@ -91,9 +79,7 @@ OPS = {
         **HEAD,
     ),
     "mhc_seam": op(
-        "x y h_pre h_post h_res? weight?",
-        lambda n: (n + 1, n + 1, 2 * n + 2, n + 1),
-        "eps rounded",
+        "x y h_pre h_post h_res? weight?", lambda n: (n + 1, n + 1, 2 * n + 2, n + 1), "eps rounded"
     ),
     "mhc_single_pass": op(
         "x y phi bias alpha weight?",

@@ -15,18 +15,7 @@ import sys
 
 import mlx.core as mx
 import numpy as np
-from cases import (
-    CASES,
-    CONVENTIONS,
-    DTYPES,
-    EXACT,
-    FUSED,
-    OPS,
-    OUTPUT_ULPS,
-    RINGED,
-    ULP,
-    Case,
-)
+from cases import CASES, CONVENTIONS, DTYPES, EXACT, FUSED, OPS, OUTPUT_ULPS, RINGED, ULP, Case
 from ops.test_traffic import words
 from proof import executor, simulator, standin
 from proof.compare import doubles, results

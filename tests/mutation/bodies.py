@@ -166,10 +166,7 @@ def refused_by_nvrtc(call: tuple) -> str:
     return refused_source(call[0], nvrtc.cuda_source(*call[:3], *call[4:6]))
 
 
-COMPILERS = {
-    "metal": ("dialect", refused_by_dialect),
-    "cuda": ("nvrtc", refused_by_nvrtc),
-}
+COMPILERS = {"metal": ("dialect", refused_by_dialect), "cuda": ("nvrtc", refused_by_nvrtc)}
 
 
 def refused(form: str, case: cases.Case, bodies: set[str], done: Counter) -> str:

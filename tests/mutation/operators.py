@@ -28,7 +28,6 @@ class Mutant:
     new: str
     operator: str
     line: int  # where the span starts
-    lines: tuple[int, int]  # of the statement, or of its header
     text: str  # the line as it is, without indentation
     changed: str  # what it becomes
     nth: int = 0  # of the mutants of this file that are alike in all four
@@ -41,7 +40,7 @@ class Mutant:
 
     @property
     def key(self) -> tuple[str, str, str, str, int]:
-        """What survivors.py knows it by: other lines may come and go."""
+        """What a report knows it by: other lines may come and go."""
         return self.file, self.text, self.operator, self.changed, self.nth
 
 
@@ -59,9 +58,9 @@ def mutants(path: Path, root: Path = ROOT) -> list[Mutant]:
 
 
 def located(name: str, source: str, spans) -> list[Mutant]:
-    """Mutants of (start, end, new, operator, statement's lines or None)."""
+    """Mutants of (start, end, new, operator)."""
     starts, found = line_starts(source), {}
-    for start, end, new, operator, lines in spans:
+    for start, end, new, operator in spans:
         if source[start:end] == new:
             continue
         line = bisect.bisect(starts, start)
@@ -71,7 +70,7 @@ def located(name: str, source: str, spans) -> list[Mutant]:
         changed = " ".join((source[first:start] + new + source[end:last]).split())
         found.setdefault(
             (start, end, new),
-            Mutant(name, start, end, new, operator, line, lines or (line, line), text, changed),
+            Mutant(name, start, end, new, operator, line, text, changed),
         )
     alike: Counter = Counter()
     each = []
@@ -87,7 +86,6 @@ def line_starts(source: str) -> list[int]:
 
 # --- kernel texts ---------------------------------------------------------------------------------
 
-INSIDE = "[^<>;={}&|]*"  # template arguments
 SUBSCRIPTED = r"([\w.]+(?:\[[^\]]*\])*)"
 CALLED = r"[A-Za-z_][\w:.]*(?:<[^;<>]*>)?(?:\[[^;=]*\]|\([^;=]*\))*"
 DECLARED = r"(return|break|continue|using|const|constexpr|threadgroup|float|int|uint)\b"
@@ -167,7 +165,7 @@ def of_kernel(source: str) -> Iterator[tuple]:
     for make in KERNEL_OPERATORS:
         operator = make.__name__
         for start, end, new in make(code):
-            yield start, end, new, operator, None
+            yield start, end, new, operator
 
 
 def replaced(pattern: str, code: str, new) -> Iterator[tuple[int, int, str]]:
@@ -278,7 +276,7 @@ def less_precise(code):
 
 
 def loop_headers(code) -> Iterator[tuple[int, int]]:
-    for found in re.finditer(r"\bfor (\()", code):
+    for found in re.finditer(r"\b(?:UNROLL_FOR|for) (\()", code):
         yield found.start(1), closing(code, found.start(1))
 
 
@@ -337,10 +335,11 @@ def swap_extremes(code):
 
 def drop_statement(code):
     """A line that is one assignment or call."""
-    statement = rf"(?m)^[ \t]*(?:UNROLL )?({CALLED}(?: [-+*/]?= [^;{{]*)?);[ \t]*$"
+    statement = rf"(?m)^[ \t]*({CALLED}(?: [-+*/]?= [^;{{]*)?);[ \t]*$"
     for found in re.finditer(statement, code):
-        text = found.group(1)
-        if re.search("[=(]", text) and not re.match(DECLARED, text):
+        text, before = found.group(1), code[: found.start()].rstrip()
+        continued = re.search("[-+*/%&|?<=,(]$", before)
+        if re.search("[=(]", text) and not re.match(DECLARED, text) and not continued:
             yield *found.span(1), ""
 
 
@@ -371,11 +370,10 @@ OPTION = re.compile(r"[A-Za-z][\w-]*")
 
 
 class Python(ast.NodeVisitor):
-    """Collects (start, end, new, operator, lines) of a module."""
+    """Collects (start, end, new, operator) of a module."""
 
     def __init__(self, source: str):
         self.source, self.found, self.parents = source, [], []
-        self.statement = (1, 1)
         # of each line where its UTF-8 bytes are characters
         self.starts, self.lines = line_starts(source), source.split("\n")
         tree = ast.parse(source)
@@ -393,7 +391,7 @@ class Python(ast.NodeVisitor):
         return self.source[slice(*self.span(node))]
 
     def add(self, operator: str, start: int, end: int, new: str) -> None:
-        self.found.append((start, end, new, operator, self.statement))
+        self.found.append((start, end, new, operator))
 
     def replace(self, operator: str, node, new: str) -> None:
         self.add(operator, *self.span(node), new)
@@ -407,19 +405,11 @@ class Python(ast.NodeVisitor):
             self.add(operator, start + found.start(), start + found.end(), new)
 
     def visit(self, node) -> None:
-        if isinstance(node, ast.stmt):
-            before, last = self.statement, node.end_lineno
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body:
-                last = max(node.lineno, body[0].lineno - 1)
-            self.statement = (node.lineno, last)
         if isinstance(node, ast.If) and "__name__" in self.text(node.test):
             return
         self.parents.append(node)
         getattr(self, f"visit_{type(node).__name__}", self.generic_visit)(node)
         self.parents.pop()
-        if isinstance(node, ast.stmt):
-            self.statement = before
 
     def visit_all(self, *nodes) -> None:
         for node in nodes:

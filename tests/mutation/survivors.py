@@ -64,6 +64,7 @@ EQUIVALENT = {
     ],
     "mhc_pre_backward_projection.metal": [
         ("(!HAS_DU || mhc", "(!HAS_DU && mhc", SLOWER),
+        ("(!HAS_DX_OUT || mhc", "(!HAS_DX_OUT && mhc", SLOWER),
         ("RING_BYTES > 0 &&", "RING_BYTES >= 0 &&",
          "without a ring asking for a tile does nothing"),
         ("tokens, C - first", "tokens, C + first", PREFETCHED),

@@ -190,20 +190,14 @@ def coefficient_gradients(t, x, bias, alpha, params, weight, d):
     return pre(z[:, :n]), scale * dl, pull, dx, [dz.sum(0), (dz * unit).sum(0), *sums]
 
 
-def mhc_pre_backward_coefficients(t, groups, x, bias, alpha, params, **d):
-    h_pre, dp, pull, _, sums = coefficient_gradients(t, x, bias, alpha, params, None, d)
-    factors = mx.concatenate([h_pre, pull], -1)
-    rows = partials(groups * (t["THREADS"] // 32), *sums)
-    return {"token_factors": factors, "dp": dp, "partial": rows}
-
-
-def mhc_pre_backward_coefficients_norm(t, groups, x, bias, alpha, params, weight, **d):
+def mhc_pre_backward_coefficients(t, groups, x, bias, alpha, params, weight=None, **d):
     h_pre, dp, pull, _, sums = coefficient_gradients(t, x, bias, alpha, params, weight, d)
-    factors = mx.concatenate([h_pre, pull], -1)
+    made = {"token_factors": mx.concatenate([h_pre, pull], -1), "dp": dp}
+    if weight is None:
+        return made | {"partial": partials(groups * (t["THREADS"] // 32), *sums)}
     eps, u = Params(*params).eps, reference.stream_aggregate(x, h_pre)
     (dread,) = mx.vjp(lambda u: reference.rms_norm(u, weight, eps), [u], [d["du"]])[1]
-    made = {"token_factors": factors, "dread": dread, "dp": dp}
-    return made | {"partial": partials(groups, *sums)}
+    return made | {"dread": dread, "partial": partials(groups, *sums)}
 
 
 def mhc_pre_backward_generic(t, groups, x, bias, alpha, params, phi, weight=None, **d):
@@ -277,8 +271,10 @@ def mhc_seam(
 BODIES = (mhc_fused, mhc_fused_backward, sum_partials, mixing_matrix, mixing_matrix_backward)
 BODIES += (mhc_pre, mhc_pre_backward_coefficients, mhc_pre_backward_generic, mhc_pre_backward_phi)
 BODIES += (mhc_pre_backward_projection, mhc_pre_partial_logits, mhc_seam)
-BODIES += (mhc_pre_backward_coefficients_norm,)
-BODIES = {f.__name__: f for f in BODIES} | {"mhc_fused_backward_wide": mhc_fused_backward}
+BODIES = {f.__name__: f for f in BODIES} | {
+    "mhc_fused_backward_wide": mhc_fused_backward,
+    "mhc_pre_backward_coefficients_norm": mhc_pre_backward_coefficients,
+}
 
 # ---- bodies with an op's name
 
