@@ -27,6 +27,7 @@ CALLS = {
         (Case("stream_aggregate", (2,), 4, 8, "bfloat16"), None),
         (Case("mhc_pre", (7,), 4, 8, convention=PAPER), None),
         (Case("mhc_pre", (7,), 4, 8, "bfloat16", PAPER, weights="bfloat16"), None),
+        (Case("mhc_pre", (7,), 4, 8, "bfloat16", PAPER, norm=False), None),
         (Case("mhc_pre", (3,), 4, 1280, "bfloat16", PAPER), 96),  # u is made twice
         (Case("mhc_pre", (3,), 12, 8, "float16", PAPER), None),
         (Case("mhc_single_pass", (2,), 4, 8, "bfloat16", DEEPSEEK_V4), None),  # partial logits

@@ -45,7 +45,7 @@ def declared_bytes(launches: list[tuple[str, dict]], backend: str) -> list[int]:
             else f"constexpr {'bool' if isinstance(v, bool) else 'int'} {word} = {int(v)};\n"
             for word, v in template.items()
         )
-        lines = re.findall(r"(?m)^(?:constexpr .*|typedef .*|static_assert.*);", body)
+        lines = re.findall(r"(?m)^(?:constexpr |typedef |static_assert)[^;]*;", body)
         arrays = re.findall(r"(?m)^threadgroup ([\w:]+(?:<[^;=]*?>)?) \w+((?:\[[^;]*\])+);", body)
         assert len(arrays) == len(re.findall(r"(?m)^threadgroup .*", body)), name
         source += VARIANT.format(

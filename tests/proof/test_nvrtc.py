@@ -100,7 +100,7 @@ def test_a_ring_raises_the_limit_of_its_kernel(monkeypatch):
     )
     launch._build.cache_clear()
     for ring in (0, 32 << 10, 40 << 10, 80 << 10):
-        launch._build("cuda", "mhc_pre", (), (), "", 256, ring)
+        launch._build("cuda", "mhc_pre", (), (), (), (), 256, ring)
     launch._build.cache_clear()
     assert asked == [0, 32 << 10, 48 << 10, 80 << 10]
 
