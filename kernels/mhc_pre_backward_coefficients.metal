@@ -1,5 +1,5 @@
-// mhc_pre_backward_coefficients: of the gradient of mhc_pre without a norm all but dx and dphi;
-// mhc_pre_backward_projection makes these two of what this body writes. NUM_LOGITS <= 32.
+// mhc_pre_backward_coefficients: dp, token_factors, dbias and dalpha of mhc_pre without a norm, of mhc_coefficients,
+// mhc_head and mhc_single_pass; mhc_pre_backward_projection makes dx and dphi of them. NUM_LOGITS <= 32.
 //
 //   l, scale = rsqrt(mean(x**2) + norm_eps) as mhc_pre saved them;   z = alpha l + bias, s = sigmoid(z);
 //   h_pre = s + pre_eps
@@ -9,7 +9,7 @@
 //   dl = alpha dz;   dp = scale dl;   pull = -scale**2 sum(dl l) / (N C), the factor of x in dx
 //   dbias[o] = sum_t dz[o];   dalpha of a part = the sum of dz l over its logits and tokens
 //
-// in   x [tokens, N, C] T; bias [NUM_LOGITS], alpha [parts] any float, NUM_LOGITS = 2 N + R, or N (HEAD), where pre
+// in   x [tokens, N, C] T (read with HAS_DU); bias [NUM_LOGITS], alpha [parts] any float, NUM_LOGITS = 2 N + R, or N (HEAD), where pre
 //      is the only part; l [tokens, NUM_LOGITS + 1] float: l, scale;
 //      params [6] float, by mhc::param: PRE_EPS; without HEAD POST_SCALE; with PROJECT PROJECTION_EPS;
 //      du [tokens, C] T (HAS_DU) or dh_pre [tokens, N] float; dh_post [tokens, N] float (without HEAD);

@@ -1,4 +1,5 @@
-// mhc_seam: the write back of a sublayer and what the next one reads; x is read once, out and u are written once.
+// mhc_seam: the write back of a sublayer and what the next one reads; x is read once (twice where u does
+// not stay in registers, never where only coefficients are made), out and u are written once.
 //
 //   out[i] = sum_j h_res[i, j] x[j] + h_post[i] y, rounded to T   (without WRITE_BACK out is x, which is not written)
 //   u = sum_i h_pre[i] out[i], with NORM u * rsqrt(mean(u**2) + eps) * weight
@@ -18,8 +19,8 @@
 //      FROM_PARTIAL_LOGITS: new_h_pre [tokens, N] float (WRITE_H_PRE); without WRITE_BACK new_h_post [tokens, N] float
 //      (without HEAD), new_h_res [tokens, N, N] float (PROJECT); logits [tokens, R] float (without PROJECT);
 //      l [tokens, NUM_LOGITS + 1] float (SAVE_LOGITS): l, then the token's rsqrt(mean(x**2) + norm_eps)
-// owners  A threadgroup takes tokens in turn. A thread takes VEC neighbours of all streams, PASSES times. SLICES sums
-//      of runs are those that the simdgroups of mhc_pre have, so a token gets the same bits from either.
+// owners  A threadgroup takes tokens in turn. A thread takes VEC neighbours of all streams, PASSES times. Run r of
+//      the phi products is added in slice r % SLICES, as mhc_pre does, so a token gets the same bits from either.
 // template  T, N, VEC, THREADS, PASSES, WRITE_BACK, WRITE_U, NORM, ROUND_U, FROM_PARTIAL_LOGITS, SAVE_LOGITS, PROJECT,
 //      WRITE_H_PRE, NUM_LOGITS, SLICES, ITERS, START, COLUMNS, OUT_COLUMNS
 // grid  any number of threadgroups

@@ -1,4 +1,4 @@
-"""Find, build and launch the kernel bodies: the only module that knows which GPU backend runs.
+"""Find, build and launch the kernel bodies: the only module that asks MLX which GPU backend runs.
 
 A body is a file of kernels/. A room of ops/ describes it by a `Body`, its template arguments, and
 calls `launch`, which returns its outputs by name.
@@ -27,7 +27,9 @@ __all__ = ["Body", "Options", "backend", "launch", "metal_source", "record"]
 Spec = tuple[tuple[int, ...], mx.Dtype]  # the shape and dtype of an array
 _PACKAGE = Path(__file__).parent
 _FOLDERS = (_PACKAGE / "kernels", _PACKAGE.parent / "kernels")  # in a wheel; in a checkout
-_fixed: ContextVar[str | None] = ContextVar("fixed", default=None)  # the backend inside `at`
+_fixed: ContextVar[str | None] = ContextVar(
+    "fixed", default=None
+)  # the backend inside `at` and `record`
 # The launches that `record` collects, while it does.
 _recorded: ContextVar["list[Launch] | None"] = ContextVar("recorded", default=None)
 

@@ -65,8 +65,8 @@ inline void broadcast_columns(thread float (&all)[N], float value, uint lane, ui
   }
 }
 
-// published<N>(value, j, ...) is lane j's value, between two publish_barriers after publish: so no array takes
-// registers. offset is 0, or 64 for a second value. Above 32 lines scratch holds 128 floats.
+// To use each lane's value without an array as in broadcast_columns: publish, publish_barrier, then published<N>(value,
+// j, ...) is lane j's value, and publish_barrier again. offset is 0, or 64 for a second value. Above 32 lines scratch holds 128 floats.
 template <int N, typename S> inline void publish(float value, uint lane, S scratch, int offset = 0) {
   if (N > 32) scratch[uint(offset) + lane] = value;
 }
@@ -80,7 +80,7 @@ template <int N, typename S> inline float published(float value, int j, uint sim
 
 // What a projection starts from, and how many half-steps that already was: START_EXP makes two on the logits
 // (l -= logsumexp(l) along, then across: exact at any logits), START_SOFTMAX one (softmax + eps), START_ADDITIVE none
-// (I + l). Python passes these by name; a test compares the values with those of conventions.START_CODES.
+// (I + l). Python passes the numbers of conventions.START_CODES; a test compares them with these.
 enum { START_EXP = 0, START_SOFTMAX = 1, START_ADDITIVE = 2 };
 constexpr int start_half_steps(int start) { return start == START_EXP ? 2 : start == START_SOFTMAX ? 1 : 0; }
 
@@ -92,8 +92,8 @@ constexpr int growing_steps(int n, float bound) {
   return n > 2 ? steps : 1 << 20;
 }
 // After how many half-steps small elements are computed again from the logits, since what float32 has lost may matter
-// later; 0 is never. 2^-126 grows to 2^-19 within all half-steps, or to 2^-30 (return_small) within those between two
-// returns.
+// later; 0 is never. The bounds are 2^107, by which 2^-126 grows to 2^-19 within all half-steps, and 2^96, by which it
+// grows to 2^-30 (return_small) between two returns.
 constexpr int return_period(int n, int start, int iters) {
   return start == START_ADDITIVE || 2 * iters - 2 <= growing_steps(n, 1.6225928e32f) ? 0
                                                                                      : growing_steps(n, 7.9228163e28f);

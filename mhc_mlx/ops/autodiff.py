@@ -1,7 +1,7 @@
 """Fused ops as MLX's transformations need them: kernels, with the reference's derivatives.
 
-MLX 0.32 goes through what a custom_function computes where it maps it or takes its jvp, and has
-neither of a custom kernel. So `vmap` traces the reference, and kernels get arrays that no jvp goes
+MLX 0.32 goes through what a custom_function computes where it maps it or takes its jvp, and a
+custom kernel has neither vmap nor jvp. So `vmap` traces the reference, and kernels get arrays that no jvp goes
 through: the rules here give the derivative. mx.compile drops stop_gradient.
 """
 
@@ -91,8 +91,8 @@ class FusedOp:
 class _Mapping(NamedTuple):
     """Whether ops that are called now run by the reference, because `vmap` maps them.
 
-    traced: In a function that MLX traces.
-    rule: In what an op's own rule for vmap calls: so an outer `vmap` traces it.
+    traced: The reference runs now, since MLX traces the function that calls the op.
+    rule: What `traced` is while an op's own rule for vmap runs: true where an outer `vmap` traces.
     """
 
     traced: bool
@@ -316,8 +316,8 @@ class _Functions:
             yield
 
     def _folded(self, inputs: Sequence, axes: Sequence, of_gradient: bool) -> list | None:
-        """The inputs with the mapped axis as one more axis of tokens; None where it is not one,
-        because an array per token is not mapped, a shared one is, or a gradient sums over tokens.
+        """The inputs with the mapped axis as one more axis of tokens. None where it cannot be one:
+        an array per token is not mapped, a shared one is, or a gradient sums over tokens.
         """
         ndims = (*self.shared_ndim, *(None for _ in inputs[self.count :]))
         for a, axis, ndim in zip(inputs, axes, ndims, strict=True):

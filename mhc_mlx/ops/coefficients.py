@@ -68,8 +68,8 @@ class MhcPrePartialLogitsBody(PhiBody):
 
 
 def launch_partial_logits(x: mx.array, phi: mx.array, options: Options) -> tuple[mx.array, int]:
-    """The phi products of single runs of x ``[tokens, n, C]``, and in how many slices `mhc_pre`,
-    and so `mhc_seam`, adds them."""
+    """The phi products of single runs of x ``[tokens, n, C]``, and the number of slices: run r is
+    added in slice r % slices, by `mhc_seam` as `mhc_pre` does."""
     (tokens, n, C), num_logits = x.shape, phi.shape[0]
     shape = (n, C, x.dtype, num_logits, tokens, options.threads_per_group)
     t = tiling.logits_tiling(*shape, launch.threadgroup_memory_limit())
@@ -309,7 +309,8 @@ class Parameters(NamedTuple):
 
 
 class Cotangents(NamedTuple):
-    """Of the results, and of the x that was passed through; None where there is none."""
+    """Of the results, and what else is added to dx: the cotangent of the x that was passed
+    through, or in `mhc_single_pass` the dx of the seam. None where there is none."""
 
     u: mx.array | None = None
     h_pre: mx.array | None = None

@@ -187,7 +187,7 @@ def mhc_seam(
 
 @dataclass(frozen=True)
 class MhcSinglePass(FusedOp):
-    """`TokenCoefficients`, then `MhcSeam`; of few tokens without a gradient both in one launch."""
+    """`TokenCoefficients`, then `MhcSeam`; for few tokens without a gradient in two launches."""
 
     convention: Convention
     norm_eps: float

@@ -149,7 +149,7 @@ def sinkhorn_knopp(
     return fused(logits, use_metal=use_metal, differentiable=differentiable)
 
 
-# ---- exactly, and any projection of tokens
+# ---- without half-steps; then the choice by the convention's start
 
 
 @dataclass(frozen=True)

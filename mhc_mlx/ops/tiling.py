@@ -1,4 +1,4 @@
-"""How launches are cut: pure functions of shapes, and the literals that measurements gave.
+"""How launches are cut: pure functions of shapes and a backend's name, and the literals that measurements gave.
 
 Measurements are of one H100, in bfloat16; (65536, 4, 1024) means tokens, streams and channels.
 """
@@ -13,7 +13,7 @@ import mlx.core as mx
 # is x, 2 is x and dout. A thread of an Apple GPU has 128 registers, hence the smaller limit there.
 REGISTER_BYTES = {("metal", 1): 256, ("cuda", 1): 256, ("metal", 2): 256, ("cuda", 2): 512}
 FORWARD_GROUPS = 4096  # fills any GPU; fewer threadgroups than tokens share coefficients
-MANY_GROUPS = 1 << 16  # for a threadgroup that fetches next to nothing before its first token
+MANY_GROUPS = 1 << 16  # for a threadgroup that loads little before its first token
 BACKWARD_THREADS = 132 * 512  # an H100 holds these at 128 registers; a group leaves a row of sums
 # Up to here `mhc_pre` takes tiles of 8 tokens: at (2048, 4, 4096) they take 60 us, of 16 43 us.
 FEW_TOKENS = 1024
