@@ -1,8 +1,8 @@
 """Fused ops as MLX's transformations need them: kernels, with the reference's derivatives.
 
 MLX 0.32 goes through what a custom_function computes where it maps it or takes its jvp, and a
-custom kernel has neither vmap nor jvp. So `vmap` traces the reference, and kernels get arrays that no jvp goes
-through: the rules here give the derivative. mx.compile drops stop_gradient.
+custom kernel has neither vmap nor jvp. So `vmap` traces the reference, and kernels get arrays that
+no jvp goes through: the rules here give the derivative. mx.compile drops stop_gradient.
 """
 
 import contextlib

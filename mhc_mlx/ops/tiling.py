@@ -1,4 +1,4 @@
-"""How launches are cut: pure functions of shapes and a backend's name, and the literals that measurements gave.
+"""How launches are cut: pure functions of shapes and a backend's name, with measured literals.
 
 Measurements are of one H100, in bfloat16; (65536, 4, 1024) means tokens, streams and channels.
 """
