@@ -155,6 +155,7 @@ def dynamic() -> list[Case]:
         (axes, 3, 129, bf16, L, {"phi": bf16, "norm": False}),
         (axes, 4, 1280, f32, P, {}),
         (many, 4, 64, f32, P, {"norm": False}),
+        (many, 4, 8, bf16, L, {}),  # dp of a stage in several rounds of loads
         ((), 4, 1280, bf16, V4, {"weights": bf16, "phi": bf16, "norm": False}),  # decoding
         ((), 4, 1280, f16, R, {}),
         (two, 8, 129, f32, P, {}),
@@ -193,6 +194,7 @@ def dynamic() -> list[Case]:
         (axes, 4, 1280, bf16, V4, {"phi": bf16}),
         (many, 3, 129, f16, V4, {"offset": 1}),
         (few, 16, 31, f32, none, {"weights": f16}),
+        (two, 17, 8, f32, P, {}),  # the last logit is alone in its block
         (two, 12, 264, bf16, V4, {}),  # threadgroups share a tile, as in the last two of mhc_pre
     ]
     read = [
@@ -215,6 +217,8 @@ def dynamic() -> list[Case]:
         Case("mhc_coefficients", (5,), 4, 8, convention=few),
         # nobody's, but a Convention may be: I + l under gates
         Case("mhc_pre", (5,), 4, 8, convention=replace(ADDITIVE, sigmoid=True), scale=0.1),
+        # in mhc_seam a thread makes several packs of u; one logit of h_res
+        Case("mhc_pre", (), 1, 1026, convention=free, eps=0.5),
         Case("mhc_pre", (0,), 4, 8, convention=PAPER),
         Case("mhc_pre", (0,), 4, 8, "bfloat16", IDENTITY, norm=False),
         Case("mhc_coefficients", (2, 0), 4, 8, convention=MHC_LITE),

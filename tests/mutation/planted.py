@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 from cases import Case
+from ops.test_traffic import RETURNS
 from proof import results
 
 from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, launch, ops
@@ -110,12 +111,16 @@ ADD_FOUR = replace(ADD, per_token=(True, True))
 SINKHORN = Case("sinkhorn_knopp", (101,), 4, 4, convention=ROW_FIRST)
 SINKHORN_3 = Case("sinkhorn_knopp", (101,), 3, 3, convention=DEEPSEEK_V4)
 SINKHORN_64 = Case("sinkhorn_knopp", (3,), 64, 64, convention=replace(PAPER, iters=2))
+FAR = replace(SINKHORN_3, lead=(7,), convention=replace(ROW_FIRST, iters=100), scale=100.0)
+ROUGH = replace(SINKHORN_3, convention=replace(ROW_FIRST, eps=0.1, iters=3))
 ADDITIVE_4 = replace(SINKHORN, convention=ADDITIVE)
 READ = Case("stream_aggregate", (5,), 4, 64)
 READ_EACH = Case("stream_aggregate", (5,), 3, 129, per_token=(True, False))
 # mhc_pre, in float32 and by products of matrices.
 PRE = Case("mhc_pre", (5,), 4, 64, convention=PAPER)
 PRE_4 = replace(PRE, C=31)  # aligned, but no whole runs
+ROWS = Call("mhc_pre", (19,), 4, 8, convention=PAPER, threads=512)  # two, of simdgroups
+TURNS = Call("mhc_pre", (19,), 8, 4, convention=PAPER, threads=64)  # two, of projection
 PRE_12 = Case("mhc_pre", (5,), 12, 33, convention=PAPER)  # threadgroups share a tile
 PRE_65 = Case("mhc_pre", (65,), 4, 8, convention=PAPER)  # chunks of 33 and 32 tokens
 PRE_LONG = replace(PRE, C=160)  # several runs of k a simdgroup
@@ -134,6 +139,7 @@ CHUNKS = replace(MULTIPLIED, lead=(130,))  # of 65 tokens
 STAGES = replace(MULTIPLIED, lead=(70,))  # of 64 tokens
 TEAM = Call("mhc_pre", (19,), 4, 512, "bfloat16", PAPER, threads=64)  # simdgroups share a token
 TWICE = replace(TEAM, C=1000)  # and read it twice
+ONE_STREAM = Case("mhc_pre", (5,), 1, 8, "bfloat16", PAPER, eps=0.5)
 # "Single pass" models, and mhc_pre at few tokens.
 FEW = Case("mhc_pre", (2,), 4, 160, convention=PAPER)
 SEAM = Case("mhc_seam", (5,), 4, 64, per_token=(True, True))
@@ -185,6 +191,7 @@ TABLE = {
     ],
     "sinkhorn_knopp sinkhorn.h": [
         (SINKHORN_64, "the first half's sums alone", WRONG, "scratch[64 + lane]", "scratch[lane]"),
+        (FAR, "small elements lost", f"{WRONG}; {MOVED}", "if (from > FIRST)", "if (false)"),
         (SINKHORN, "halves exchanged", WRONG, "high ? v[j] : v[j + O]", "high ? v[j + O] : v[j]"),
     ],
     "sinkhorn_knopp_backward": [
@@ -192,6 +199,8 @@ TABLE = {
     ],
     "sinkhorn_knopp_backward sinkhorn_backward.h": [
         (SINKHORN, "p not restored", WRONG, "p[j] *= published", "published"),
+        (RETURNS, "a return at a segment's end", MOVED, " && k - 1 > begin)", ")"),
+        (ROUGH, "the share of eps added", WRONG, "scratch) - shift_eps", "scratch) + shift_eps"),
         (ADDITIVE_4, "its own divisor for all", WRONG, "RECIPROCAL(all[j])", "RECIPROCAL(d)"),
     ],
     "sum_partials": [
@@ -215,9 +224,13 @@ TABLE = {
         (IDENTITY_32, "a tile for each of its shares", NOBODY, "grid.x / SPLITS *", "grid.x *", 1),
         (IDENTITY_32, "a share past the last output", "traffic: x",
          "= logit_begin + LOGITS_PER_GROUP <", "= -1 <"),
+        (ROWS, "each row of simdgroups the first", DIFFER, "first + uint(first_row)", "first"),
+        (replace(ROWS, n=3, C=11), "the same where runs are not whole", WRONG,
+         "first + uint(first_row)", "first", 1),
     ],
     "mhc_pre coefficients.h": [
         (PRE, "h_res by columns", WRONG, "OUT_COLUMNS ? p", "false ? p"),
+        (TURNS, "a matrix left out of each turn", NOBODY, "m0 += SIMDS", "m0 += 1 + SIMDS"),
     ],
     "mhc_pre read_tile.h": [
         (MADE_TWICE, "h_pre of another token", WRONG, "pre + i * N, C, C - c0",
@@ -289,6 +302,7 @@ TABLE = {
     "mhc_pre_backward_coefficients_norm": [
         (TWICE, "dweight of the last token", f"{WRONG}; traffic: partial",
          "i > 0 || first != group_begin", "false"),
+        (ONE_STREAM, "sums of dweight in packs", UNALIGNED, "2 * NUM_LOGITS % VEC == 0", "true"),
     ],
     "mhc_pre_backward_coefficients_norm stream_dots.h": [
         (TEAM, "no barrier before shares are added", UNWRITTEN, BARRIER, ""),

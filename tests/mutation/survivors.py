@@ -1,7 +1,8 @@
 """Mutants that no test can catch, and why the mutated program is right: its results, the bytes that
 it moves and its refusals are the same, or a picture says the same.
 
-An entry is of all mutants of the file that only make the first words of a line the second.
+An entry is of all mutants of the file that only make the first words of a line the second; with a
+number, counted from 0, only where they do so for that time in lines that read the same.
 """
 
 from mutation.operators import Mutant
@@ -12,6 +13,11 @@ SLOWER = "single loads give the same as packs"
 LEAST = "where both are equal either is the least"
 PREFETCHED = "it only prefetches: what is loaded is the same"
 UNROLLED = "it is how far a loop is unrolled"
+AT_ONCE = "it is how much is loaded before the first is used"
+PACKED = "STAY_PACKED only tells NVRTC to keep registers packed"
+ONE_PASS = "what is CACHED takes one pass, number 0"
+OTHERS = "more or fewer simdgroups make u: each makes the same of a token"
+COUNTED = "k only counts whole runs"
 BYTES = "an element has 2 or 4 bytes: 17 // of that is the same"
 
 # fmt: off
@@ -25,22 +31,42 @@ EQUIVALENT = {
          "one place for coefficients and one barrier more do the same as two places"),
         ("r = 1.0f;", "r = 1.5f;", "without a norm r is not read"),
     ],
+    "metal/phi_product_ring.h": [
+        ("<true, NUM", "<false, NUM", SLOWER),
+    ],
+    "phi_gradient.h": [
+        ("UNROLL_FOR (int r = 0;", "UNROLL_FOR (int r = 1;", PREFETCHED, 1),
+        ("r < LANE_TOKENS;", "r < LANE_TOKENS - 1;", PREFETCHED, 1),
+        ("prefetch(from + ", "prefetch(from - ", PREFETCHED),
+    ],
     "phi_product.h": [
         ("8 / PHI_ROWS>()", "9 / PHI_ROWS>()", "a pack has at most 16 bytes either way"),
     ],
     "read_tile.h": [
         ("8 ? N : 1;", "8 ? 1 : N;", UNROLLED),
     ],
+    "seam_channel.h": [
+        ("8 ? N : 4;", "8 ? 4 : N;", UNROLLED),
+    ],
+    "stream_dots.h": [
+        ("VEC < C; c +=", "VEC < C - 1; c +=",
+         "what one loop leaves the next adds, in the same order"),
+    ],
+    "streams.h": [
+        ("N <= 8", "N < 8", UNROLLED),
+        ("NORM && ROUND_U)", "ROUND_U)", "rounded once or twice it is the same"),
+    ],
     "mixing_matrix_backward.metal": [
         ("static_cast<DLOGITS_T>(-", "(-", CAST),
     ],
     "coefficients.h": [
+        ("m0 < TILE_TOKENS;", "m0 < TILE_TOKENS - 1;", "m0 is a multiple of 4, as TILE_TOKENS is"),
         ("projection_lanes(N, START,", "projection_lanes(START, N,",
          "one lane and a line per lane give the same matrix"),
     ],
     "mhc_fused_backward.metal": [
-        ("STREAMS + i]);", "STREAMS - i]);",
-         "STAY_PACKED only tells NVRTC to keep registers packed"),
+        ("STREAMS + i]);", "STREAMS - i]);", PACKED),
+        ("UNROLL_FOR (int j = 0;", "UNROLL_FOR (int j = 1;", PACKED, 0),
         ("du[CHANNEL_STEP] = {}", "du[CHANNEL_STEP]", SET_LATER),
     ],
     "mhc_fused_backward_wide.metal": [
@@ -49,11 +75,16 @@ EQUIVALENT = {
         ("SIMDGROUP < 8 ?", "SIMDGROUP < 9 ?", "of 8 lines both branches are 8"),
         ("i0 + q : 0) * PITCH", "i0 + q : 1) * PITCH",
          "a row past the last is any other, R >= 9: what it adds to g_res is not stored"),
+        ("float w = 0.0f", "float w = 1.0f", SET_LATER),
     ],
     "mhc_pre.metal": [
         ("PER_GROUP < NUM_LOGITS ?", "PER_GROUP <= NUM_LOGITS ?", LEAST),
-        ("LANES + 31", "LANES",
-         "a simdgroup that projects makes u of some tokens too: another makes the same"),
+        ("LANES + 31", "LANES", OTHERS),
+        ("/ 32 : 0;", "/ 32 : 1;", OTHERS),
+    ],
+    "mhc_pre_backward_coefficients.metal": [
+        ("dh = 0.0f;", "dh;", "lanes that do not set it do not read it"),
+        ("N <= 4 ? 2", "N < 4 ? 2", AT_ONCE),
     ],
     "mhc_pre_backward_generic.metal": [
         ("C / VEC + SPLITS", "C * VEC + SPLITS",
@@ -70,19 +101,40 @@ EQUIVALENT = {
         ("tokens, C - first", "tokens, C + first", PREFETCHED),
     ],
     "mhc_seam_backward.metal": [
-        ("at * N,", "at,", "at is 0: what is CACHED takes one pass"),
+        ("at * N,", "at,", ONE_PASS),
+        ("k < CACHED_PASSES; ++k) {", "k < CACHED_PASSES; k += 2) {", ONE_PASS),
     ],
     "cuda/phi_gradient_matrices.h": [
         ("<__nv_bfloat16> = 1;", "<__nv_bfloat16> = 2;",
          "the second part of a bfloat16 is zero: work more, the same sums"),
         ("[SPAN / 8][", "[SPAN * 8][", "elements that no one uses take no registers"),
+        ("3 ? LOADS_PER_THREAD : 3;", "3 ? 3 : LOADS_PER_THREAD;", AT_ONCE),
+    ],
+    "cuda/phi_product_ring.h": [
+        ("(8 * BLOCK) ==", "(9 * BLOCK) ==",
+         "with a ring there are 12, 15 or 24 logits: none is a multiple of nine blocks"),
+        ("k = runs.first;", "k = runs.first + 1;", COUNTED),
+        ("k < runs.K;", "k < runs.K - 1;", COUNTED),
     ],
     "sinkhorn.h": [
         ("(N) : 32;", "(N) : 33;",
          "places past the 32nd are in no sum: scatter_sum adds halves of 32"),
     ],
+    "sinkhorn_knopp_backward.metal": [
+        ("128 : 0);", "128 : 1);", "up to 32 lines no one uses scratch"),
+    ],
+    "stream_aggregate.metal": [
+        ("N <= 8", "N < 8", UNROLLED),
+    ],
     "stream_aggregate_backward.metal": [
+        ("8 ? N : 1;", "8 ? 1 : N;", UNROLLED),
+        ("N <= 8", "N < 8", UNROLLED),
         ("8 ? N : 1;", "8 ? N : 2;", UNROLLED),
+    ],
+    "stream_mix_add.metal": [
+        ("N <= 4 ? N * N", "N < 4 ? N * N", "each pack of channels loads them either way"),
+        ("THREADS, false, true>(h_post, ", "THREADS, false, false>(h_post, ",
+         "without gates it does not matter whose they would be"),
     ],
     "examples/train_lm/train.py": [
         ("refresh=False", "refresh=True",
@@ -121,14 +173,16 @@ EQUIVALENT = {
 # fmt: on
 
 
-def makes(m: Mutant, was: str, now: str) -> bool:
+def makes(m: Mutant, was: str, now: str, why: str = "", nth: int | None = None) -> bool:
     """Whether a mutant only makes one place of its line that reads ``was`` read ``now``."""
     parts = m.text.split(was)
     pairs = ((parts[:k], parts[k:]) for k in range(1, len(parts)))
-    return any(was.join(a) + now + was.join(b) == m.changed for a, b in pairs)
+    return nth in (None, m.nth) and any(
+        was.join(a) + now + was.join(b) == m.changed for a, b in pairs
+    )
 
 
 def why(m: Mutant) -> str | None:
     """Why nothing catches a mutant, if it is known."""
     entries = (rows for file, rows in EQUIVALENT.items() if f"/{m.file}".endswith(f"/{file}"))
-    return next((why for rows in entries for was, now, why in rows if makes(m, was, now)), None)
+    return next((row[2] for rows in entries for row in rows if makes(m, *row)), None)

@@ -51,7 +51,7 @@ def test_dynamic_covers():
     seen = {op: {c.dtype for c in DYNAMIC if c.op == op} for op in (*PROJECTED, "stream_aggregate")}
     assert all(kinds == set(DTYPES) for kinds in seen.values()), seen
     assert {c.convention.name for c in DYNAMIC if c.convention} == {*CONVENTIONS, *EXACT}
-    assert {c.n for c in DYNAMIC} == {1, 2, 3, 4, 5, 8, 12, 16, 32}
+    assert {c.n for c in DYNAMIC} == {1, 2, 3, 4, 5, 8, 12, 16, 17, 32}
     assert {c.C for c in DYNAMIC} == {1, 8, 31, 64, 129, 264, 1026, 1280}
     assert {c.phi for c in DYNAMIC} == {c.weights for c in DYNAMIC} == set(DTYPES)
     assert {c.lead for c in DYNAMIC} >= {(), (0,), (2, 3), (5,), (70,)}

@@ -6,6 +6,7 @@ backward pass only one.
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from cases import FUSED, OF_LOGITS, OPS, PROJECTED, Case
@@ -22,6 +23,7 @@ TILED = HERE | {"n": 12}
 LAYER = {"convention": ROW_FIRST}
 TILES = HERE | {"lead": (16,), "convention": PAPER}
 TOKENS = {"per_token": (True, True)}
+RETURNS = Case("sinkhorn_knopp", (1,), 4, 4, convention=replace(ROW_FIRST, iters=100), scale=30.0)
 # A case, then its launches in turn:
 # loads of each element of an input, stores of each of an output; "in all" where elements differ.
 # Apart, after the semicolon: weights and coefficients. The floor in rows is DESIGN's, section 4.
@@ -75,6 +77,9 @@ COUNTS = [
     Case("sinkhorn_knopp", (128,), 4, 4, **LAYER),
     "sinkhorn_knopp: ; logits 1, h_res 1",
     "sinkhorn_knopp_backward: ; logits 3, dh_res 1, dlogits 1",
+    RETURNS,  # small elements are made of the logits again, now and then
+    "sinkhorn_knopp: ; logits 1184 in all, h_res 1",
+    "sinkhorn_knopp_backward: ; logits 5312 in all, dh_res 32, dlogits 1",
     Case("stream_aggregate", **HERE),
     "stream_aggregate: x 1, u 1; h_pre 2",
     "stream_aggregate_backward: x 1, du 1, dx 1; h_pre 2, partial 1",
