@@ -1,6 +1,10 @@
 """Options of pytest, fixtures for every test, and a summary of the kernel variants that ran."""
 
+import os
 import sys
+
+# Before NumPy: its threads would wait in a loop beside the other worker's tests.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import mlx.core as mx
 import pytest

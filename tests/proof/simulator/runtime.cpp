@@ -188,8 +188,14 @@ bool run_group(int schedule) {
   }
 }
 
+// Which element of `item` bytes lies at the offset: a shift where it can be one, since every access asks.
+size_t element_at(size_t offset, size_t item) {
+  return item & (item - 1) ? offset / item : offset >> __builtin_ctzll(item);
+}
+
 void threadgroup_access(Array& a, size_t offset, size_t size, bool write, void* where) {
-  for (size_t e = offset / a.element; e * a.element < offset + size; ++e) {
+  const size_t last = element_at(offset + size - 1, a.element);
+  for (size_t e = element_at(offset, a.element); e <= last; ++e) {
     Touch& t = a.touches[e];
     const int me = int(current->tid);
     if (!write && t.write_epoch < first_epoch) {
@@ -220,7 +226,8 @@ void threadgroup_access(Array& a, size_t offset, size_t size, bool write, void* 
 
 void device_access(Buffer& b, size_t offset, size_t size, bool write, void* where) {
   const uint me = group * threads + current->tid;
-  for (size_t e = offset / b.element; e * b.element < offset + size; ++e) {
+  const size_t last = element_at(offset + size - 1, b.element);
+  for (size_t e = element_at(offset, b.element); e <= last; ++e) {
     if (write) {
       if (!b.output) fail(where, "thread %u of threadgroup %u writes the input %s[%zu]", current->tid, group, b.name, e);
       else if (b.stores[e]++ && (b.output == 1 || b.writer[e] != me))
@@ -240,36 +247,43 @@ void device_access(Buffer& b, size_t offset, size_t size, bool write, void* wher
   }
 }
 
+[[noreturn]] void out_of_bounds(const char* a, bool device, bool write, void* where) {
+  const char* near = "no buffer";
+  long element = 0;
+  size_t distance = ~size_t(0);
+  auto measure = [&](const char* name, const char* data, size_t bytes, size_t item) {
+    const size_t away = a < data ? data - a : a - data - bytes;
+    if (away < distance) distance = away, near = name, element = long((a < data ? a - data - long(item) + 1 : a - data) / long(item));
+  };
+  if (dynamic.bytes) measure(dynamic.name, dynamic.data, dynamic.bytes, dynamic.element);
+  if (device) {
+    for (auto* b : buffers) measure(b->name, b->data, b->bytes, b->element);
+  } else {
+    for (auto& array : arrays) measure(array.name, array.data, array.bytes, array.element);
+  }
+  fail(where, "thread %u of threadgroup %u %s out of bounds: %s[%ld]", current->tid, group, write ? "writes" : "reads", near, element);
+  leave();
+}
+
 void access(void* p, size_t size, size_t alignment, bool write, void* where) {
   if (!current) return;
   const char* a = static_cast<char*>(p);
   if (a >= stacks && a < stacks + MAX_THREADS * STACK) return;  // registers
-  const char* what = write ? "writes" : "reads";
-  if (uintptr_t(p) % alignment) {
+  if (uintptr_t(p) & (alignment - 1)) {
     fail(where, "thread %u of threadgroup %u: misaligned %zu bytes", current->tid, group, size);
     leave();
   }
-  const char* near = "no buffer";
-  long element = 0;
-  size_t distance = ~size_t(0);
-  auto seen = [&](const char* name, const char* data, size_t bytes, size_t item) {
-    if (a >= data && a + size <= data + bytes) return true;
-    const size_t away = a < data ? data - a : a - data - bytes;
-    if (away < distance) distance = away, near = name, element = long((a < data ? a - data - long(item) + 1 : a - data) / long(item));
-    return false;
-  };
-  if (dynamic.bytes && seen(dynamic.name, dynamic.data, dynamic.bytes, dynamic.element))
-    return threadgroup_access(dynamic, a - dynamic.data, size, write, where);
-  if (a >= arena.data() && a < arena.data() + arena.size()) {
-    for (auto& array : arrays)
-      if (seen(array.name, array.data, array.bytes, array.element))
-        return threadgroup_access(array, a - array.data, size, write, where);
-  } else {
+  auto within = [&](const auto& array) { return a >= array.data && a + size <= array.data + array.bytes; };
+  if (dynamic.bytes && within(dynamic)) return threadgroup_access(dynamic, a - dynamic.data, size, write, where);
+  const bool device = a < arena.data() || a >= arena.data() + arena.size();
+  if (device) {
     for (auto* b : buffers)
-      if (seen(b->name, b->data, b->bytes, b->element)) return device_access(*b, a - b->data, size, write, where);
+      if (within(*b)) return device_access(*b, a - b->data, size, write, where);
+  } else {
+    for (auto& array : arrays)
+      if (within(array)) return threadgroup_access(array, a - array.data, size, write, where);
   }
-  fail(where, "thread %u of threadgroup %u %s out of bounds: %s[%ld]", current->tid, group, what, near, element);
-  leave();
+  out_of_bounds(a, device, write, where);
 }
 
 }  // namespace
