@@ -8,7 +8,8 @@ from .. import reference
 from ..conventions import PAPER, Convention
 from .autodiff import FusedOp, Options
 from .checks import check_array, check_dynamic, check_eps
-from .coefficients import Cotangents, Parameters, TokenCoefficients
+from .coefficient_gradient import Cotangents, coefficient_gradients
+from .coefficients import Parameters, TokenCoefficients
 
 __all__ = ["mhc_coefficients", "mhc_head", "mhc_pre"]
 
@@ -42,7 +43,7 @@ class MhcCoefficients(FusedOp):
     def backward(self, arrays, cotangents, saved):
         (x, *parameters), (dh_pre, dh_post, dh_res), (l,) = arrays, cotangents, saved  # noqa: E741
         d = Cotangents(h_pre=dh_pre, h_post=dh_post, h_res=dh_res)
-        dx, dp = self.coefficients.gradients(x, Parameters(*parameters), l, d)
+        dx, dp = coefficient_gradients(self.coefficients, x, Parameters(*parameters), l, d)
         return dx, dp.phi, dp.bias, dp.alpha
 
 
@@ -124,7 +125,7 @@ class MhcPre(FusedOp):
         (x, phi, bias, alpha, weight), (du, dh_post, dh_res, dx_out) = arrays, cotangents
         parameters, (l,) = Parameters(phi, bias, alpha, weight), saved  # noqa: E741
         d = Cotangents(u=du, h_post=dh_post, h_res=dh_res, x=dx_out)
-        dx, dp = self.coefficients.gradients(x, parameters, l, d)
+        dx, dp = coefficient_gradients(self.coefficients, x, parameters, l, d)
         return dx, *dp
 
 
@@ -200,7 +201,7 @@ class MhcHead(FusedOp):
     def backward(self, arrays, cotangents, saved):
         (x, *parameters), (du,), (l,) = arrays, cotangents, saved  # noqa: E741
         d = Cotangents(u=du)
-        dx, dp = self.coefficients.gradients(x, Parameters(*parameters), l, d)
+        dx, dp = coefficient_gradients(self.coefficients, x, Parameters(*parameters), l, d)
         return dx, dp.phi, dp.bias, dp.alpha
 
 

@@ -11,8 +11,8 @@ from . import tiling
 from .arrays import body_params, flat, identity, unflat
 from .autodiff import FusedOp, Options
 from .checks import check_array, check_dynamic, check_seam
+from .coefficient_gradient import Cotangents, coefficient_gradients
 from .coefficients import (
-    Cotangents,
     Parameters,
     SeamInputs,
     TokenCoefficients,
@@ -251,7 +251,8 @@ class MhcSinglePass(FusedOp):
         seam = (flat_x, flat_y, h_pre, h_post, h_res[0] if h_res else identity(n), weight)
         dx, dy, dh_pre_of_u, dh_post, dh_res, dweight = self.seam(n).backward(seam, (dout, du), ())
         d = Cotangents(h_pre=dh_pre_of_u + dh_pre, h_post=dh_post, h_res=dh_res, x=dx)
-        dx, dp = self.coefficients.gradients(flat_x, Parameters(phi, bias, alpha), l, d)
+        parameters = Parameters(phi, bias, alpha)
+        dx, dp = coefficient_gradients(self.coefficients, flat_x, parameters, l, d)
         return unflat(dx, x.shape), unflat(dy, y.shape), dp.phi, dp.bias, dp.alpha, dweight
 
 
