@@ -18,6 +18,46 @@ namespace {
 typedef unsigned int uint;
 enum { RUNNING, AT_SIMD, AT_BARRIER, DONE };
 
+void thread_main();
+
+// Where a fiber or the scheduler waits: start(c, ...) makes it the first line of thread_main, and switch_context(from, to)
+// waits in `from` and goes on in `to`.
+#ifdef __x86_64__  // glibc's jumps also save the signal mask and clean up threads: a fifth of a simulation
+typedef void** Context;  // its stack, whose last words are the registers that a function keeps
+extern "C" void switch_stacks(Context* from, Context to);
+asm(R"(
+switch_stacks:
+  push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp
+  ret
+)");
+void start(Context& c, char* stack, size_t bytes) {
+  c = reinterpret_cast<Context>(stack + bytes) - 8;  // six registers, where to return, and where thread_main never does
+  c[6] = reinterpret_cast<void*>(thread_main);
+}
+void switch_context(Context& from, Context& to) { switch_stacks(&from, to); }
+#else
+struct Context {
+  jmp_buf jump;
+  char* stack;  // of a fiber that did not start yet
+  size_t bytes;
+};
+void start(Context& c, char* stack, size_t bytes) { c.stack = stack, c.bytes = bytes; }
+void switch_context(Context& from, Context& to) {
+  from.stack = nullptr;
+  if (_setjmp(from.jump)) return;
+  if (!to.stack) _longjmp(to.jump, 1);
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = to.stack;
+  context.uc_stack.ss_size = to.bytes;
+  makecontext(&context, thread_main, 0);
+  setcontext(&context);
+}
+#endif
+
 struct Copy {
   uint to;
   const void* from;
@@ -25,13 +65,11 @@ struct Copy {
 };
 
 struct Fiber {
-  jmp_buf here, begin;  // where it stopped; where it begins a threadgroup
-  bool has_begin, started;
+  Context context;
   int state, line, flags;
   const char* file;
   uint tid, arrays, turn;
-  float values[2][8];  // numbers or bits published at this simd operation and at the one before
-  bool sync;           // it is one that orders memory in the simdgroup
+  bool sync;  // its simd operation is one that orders memory in the simdgroup
   std::vector<Copy> copies;  // asked for, oldest first
   std::vector<size_t> commits;  // copies in each
 };
@@ -64,6 +102,8 @@ constexpr uint MAX_THREADS = 1024;
 constexpr size_t STACK = 128 << 10, RED_ZONE = 4096, LIMIT = 32 << 10, CUDA_LIMIT = 227 << 10;
 constexpr int MEM_THREADGROUP = 2;
 
+typedef float Values[8];  // numbers or bits that a thread published at a simd operation
+alignas(64) Values published[2][MAX_THREADS];  // at this operation and at the one before
 std::vector<Fiber> fibers;
 char* stacks;             // one for each of MAX_THREADS fibers, reserved once
 std::vector<char> arena;
@@ -73,14 +113,17 @@ uint turns[32];           // of each simdgroup's memory
 int order;                // schedule
 std::vector<Buffer*> buffers;
 Fiber* current;
-jmp_buf scheduler;
+Context scheduler;
 uint threads, group, groups, epoch, first_epoch;
 uint skipped;             // threadgroups before the first that runs
 void (*kernel)();
 std::string error;
 void* error_at;
 
-[[noreturn]] void leave() { _longjmp(scheduler, 1); }
+[[noreturn]] void leave() {
+  switch_context(current->context, scheduler);
+  __builtin_unreachable();
+}
 
 // The first error; __init__.py replaces the address by file and line.
 bool fail(void* where, const char* format, ...) {
@@ -98,21 +141,20 @@ void stop(int state, const char* file, int line) {
   current->state = state;
   current->file = file;
   current->line = line;
-  if (!_setjmp(current->here)) leave();
+  switch_context(current->context, scheduler);
 }
 
-// Publishes to the simdgroup, waits for its lanes, and returns the first. Who is at the next operation publishes in the
-// other turn, so nobody overwrites a value before all have read it.
-const Fiber* publish(const void* values, size_t bytes, const char* file, int line) {
+// Publishes to the simdgroup, waits for its lanes, and returns what they published. Who is at the next operation
+// publishes in the other turn, so nobody overwrites a value before all have read it.
+const Values* publish(const void* values, size_t bytes, const char* file, int line) {
   current->turn ^= 1;
-  std::memcpy(current->values[current->turn], values, bytes);
+  std::memcpy(published[current->turn][current->tid], values, bytes);
   stop(AT_SIMD, file, line);
-  return &fibers[current->tid & ~31u];
+  return &published[current->turn][current->tid & ~31u];
 }
 
-// Runs once for each fiber, which comes back to its first line for each threadgroup.
+// What a fiber does in a threadgroup.
 void thread_main() {
-  _setjmp(current->begin);
   kernel();
   current->state = DONE;
   current->line = 0;
@@ -122,18 +164,7 @@ void thread_main() {
 bool resume(Fiber& f) {
   if (f.state != RUNNING) return false;
   current = &f;
-  if (!_setjmp(scheduler)) {
-    if (f.started) _longjmp(f.here, 1);
-    f.started = true;
-    if (f.has_begin) _longjmp(f.begin, 1);
-    f.has_begin = true;
-    ucontext_t context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = stacks + f.tid * STACK;
-    context.uc_stack.ss_size = STACK;
-    makecontext(&context, thread_main, 0);
-    setcontext(&context);
-  }
+  switch_context(scheduler, f.context);
   current = nullptr;
   return true;
 }
@@ -326,14 +357,14 @@ void sim_barrier(int flags, const char* file, int line) {
 }
 
 float sim_exchange(float v, uint lane, const char* file, int line) {
-  return publish(&v, sizeof v, file, line)[lane].values[current->turn][0];
+  return publish(&v, sizeof v, file, line)[lane][0];
 }
 
 // Lanes add in pairs, then pairs of these, as by simd_shuffle_xor of 1, 2, 4, 8, 16.
 float sim_sum(float v, const char* file, int line) {
-  const Fiber* lanes = publish(&v, sizeof v, file, line);
+  const Values* lanes = publish(&v, sizeof v, file, line);
   float sums[32];
-  for (uint i = 0; i < 32; ++i) sums[i] = lanes[i].values[current->turn][0];
+  for (uint i = 0; i < 32; ++i) sums[i] = lanes[i][0];
   for (uint o = 1; o < 32; o *= 2)
     for (uint i = 0; i < 32; i += 2 * o) sums[i] += sums[i + o];
   return sums[0];
@@ -347,12 +378,12 @@ uint sim_address(const void* p) { return uint(static_cast<const char*>(p) - aren
 static void* sim_pointer(uint address) { return arena.data() + address; }
 
 // What another lane published of a matrix in registers
-static uint word(const Fiber* lanes, uint lane, uint k) { return __builtin_bit_cast(uint, lanes[lane].values[current->turn][k]); }
+static uint word(const Values* lanes, uint lane, uint k) { return __builtin_bit_cast(uint, lanes[lane][k]); }
 
 // d += a b, 16 x K by K x 8, of four and two words a lane, in each one number, tf32, or two, bfloat16.
 // Products are exact, the sum is rounded at its end.
 static inline void multiply(float* d, const uint* factors, uint K, uint per_word, const char* file, int line) {
-  const Fiber* lanes = publish(factors, 6 * sizeof(uint), file, line);
+  const Values* lanes = publish(factors, 6 * sizeof(uint), file, line);
   const uint g = current->tid % 32 / 4, q = current->tid % 4;
   auto value = [&](uint first, uint row, uint k) {
     const uint w = word(lanes, row * 4 + k / per_word % 4, first + k / (4 * per_word) * (first < 4 ? 2 : 1));
@@ -371,7 +402,7 @@ void sim_multiply_16(float* d, const uint* factors, uint K, const char* file, in
 // 8 x 8 matrices of 16 bits, whose row m of the k-th is at the address of lane 8 k + m
 void sim_load_matrices(uint* w, uint address, uint count, bool transposed, const char* file, int line) {
   void* where = __builtin_return_address(0);
-  const Fiber* lanes = publish(&address, sizeof address, file, line);
+  const Values* lanes = publish(&address, sizeof address, file, line);
   const uint g = current->tid % 32 / 4, q = current->tid % 4;
   for (uint m = 0; m < count; ++m) {
     w[m] = 0;
@@ -387,7 +418,7 @@ void sim_load_matrices(uint* w, uint address, uint count, bool transposed, const
 }
 // Numbers of 16 bits, of a matrix whose rows become columns
 uint sim_transposed(uint w, const char* file, int line) {
-  const Fiber* lanes = publish(&w, sizeof w, file, line);
+  const Values* lanes = publish(&w, sizeof w, file, line);
   const uint g = current->tid % 32 / 4, q = current->tid % 4;
   uint v[2];
   for (uint e = 0; e < 2; ++e) v[e] = word(lanes, (2 * q + e) * 4 + g / 2, 0) >> g % 2 * 16 & 0xffffu;
@@ -428,15 +459,15 @@ uint sim_column() { return current->tid / 8 % 2 * 4 + current->tid % 2 * 2; }
 // d = a * b + c, fused, in ascending order of the columns of a
 void sim_matrix(float* d, const float* a, const float* b, const float* c, const char* file, int line) {
   const float words[] = {a[0], a[1], b[0], b[1]};
-  const Fiber* lanes = publish(words, sizeof words, file, line);
-  auto published = [&](int matrix, uint row, uint column) {
+  const Values* lanes = publish(words, sizeof words, file, line);
+  auto factor = [&](int matrix, uint row, uint column) {
     const uint lane = row / 4 * 16 + column / 4 * 8 + row % 4 * 2 + column / 2 % 2;
-    return lanes[lane].values[current->turn][matrix * 2 + column % 2];
+    return lanes[lane][matrix * 2 + column % 2];
   };
   for (uint e = 0; e < 2; ++e) {
     d[e] = c[e];
     for (uint k = 0; k < 8; ++k)
-      d[e] = __builtin_fmaf(published(0, sim_row(), k), published(1, k, sim_column() + e), d[e]);
+      d[e] = __builtin_fmaf(factor(0, sim_row(), k), factor(1, k, sim_column() + e), d[e]);
   }
 }
 
@@ -464,7 +495,7 @@ const char* simulate(void (*entry)(), Buffer* list, int count, uint group_count,
     first_epoch = ++epoch;
     for (uint i = 0; i < threads; ++i) {
       Fiber& f = fibers[i];
-      f.started = false;
+      start(f.context, stacks + i * STACK, STACK - i % 64 * 832);  // else all stacks end in one set of a cache
       f.state = RUNNING;
       f.tid = i;
       f.arrays = f.turn = 0;
