@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import mmap
 import os
 import re
 import shutil
@@ -308,8 +309,9 @@ NUMPY = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}
 
 def place(arrays: dict[str, np.ndarray], offsets: dict[str, int]) -> dict[str, np.ndarray]:
     """Copy arrays to addresses ``offsets`` bytes after a multiple of 64, with gaps between them."""
-    room = np.empty(sum(a.nbytes + 2 * GAP for a in arrays.values()), np.uint8)
-    placed, at = {}, -room.ctypes.data % 64
+    pages = mmap.mmap(-1, sum(a.nbytes + 2 * GAP for a in arrays.values()))
+    pages.madvise(mmap.MADV_NOHUGEPAGE)  # else Linux clears two megabytes for each array
+    room, placed, at = np.frombuffer(pages, np.uint8), {}, 0
     for k, a in arrays.items():
         start = at + GAP + offsets.get(k, 0)
         placed[k] = room[start : start + a.nbytes].view(a.dtype)
