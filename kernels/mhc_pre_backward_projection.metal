@@ -6,7 +6,8 @@
 //
 // in   x [tokens, N, C] T, phi [NUM_LOGITS, N * C] PHI_T, dp [tokens, NUM_LOGITS] float,
 //      token_factors [tokens, N + 1] float: h_pre, pull;
-//      du [tokens, C] T (HAS_DU); dx_out [tokens, N, C] T (HAS_DX_OUT): the cotangent of the x that was passed through
+//      du [tokens, C] T (HAS_DU); dx_out [tokens, N, C] T (HAS_DX_OUT): the cotangent of the x that was passed
+//      through, or the dx that mhc_seam_backward made
 // out  dx [tokens, N, C] T, partial [chunks, NUM_LOGITS * N * C] float: a row is a chunk's sum of dphi
 // owners  A threadgroup takes a chunk of tokens. dp and token_factors of STAGE tokens at a time lie in threadgroup
 //      memory. Each simdgroup takes a span, SPAN channels of a stream, and goes through the chunk tile by tile: its
@@ -64,7 +65,7 @@ for (uint base = begin; base < end; base += STAGE) {
     mhc::Run<T, RUN> ds[mhc::LANE_TOKENS] = {};
     if constexpr (RING_BYTES > 0) {
       mhc::wait_for_tile<SLOTS>();
-      mhc::read_tile(xs, slot * TileSlot::BYTES, lane);
+      mhc::tile_from_ring(xs, slot * TileSlot::BYTES, lane);
     } else {
       mhc::load_tile(xs, from.x + lane_offset, from.K, first, stop, C - first_channel, aligned, lane);
       mhc::prefetch_tile(from.x + lane_offset, from.K, first + mhc::TILE_TOKENS, tokens, C - first_channel, lane);
@@ -76,8 +77,8 @@ for (uint base = begin; base < end; base += STAGE) {
     }
     mhc::accumulate_dphi<STAGE>(sums, xs, staged, row, lane);
     if constexpr (RING_BYTES > 0) {
-      if (HAS_DU) mhc::read_tile(ds, slot * TileSlot::BYTES + TileSlot::DU, lane);
-      if (HAS_DX_OUT) mhc::read_tile(passed, slot * TileSlot::BYTES + TileSlot::PASSED, lane);
+      if (HAS_DU) mhc::tile_from_ring(ds, slot * TileSlot::BYTES + TileSlot::DU, lane);
+      if (HAS_DX_OUT) mhc::tile_from_ring(passed, slot * TileSlot::BYTES + TileSlot::PASSED, lane);
       mhc::fetch_tile_async<TileSlot, HAS_DU, HAS_DX_OUT, T, RUN>(
           from, slot * TileSlot::BYTES, first + uint(SLOTS * mhc::TILE_TOKENS), span_end, lane);
       slot = (slot + 1) % SLOTS == 0 ? slot + 1 - SLOTS : slot + 1;

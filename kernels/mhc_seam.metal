@@ -17,7 +17,8 @@
 //      PRE_EPS, POST_SCALE, POST_EPS, NORM_EPS
 // out  out [tokens, N, C] T (WRITE_BACK), u [tokens, C] T (WRITE_U);
 //      FROM_PARTIAL_LOGITS: new_h_pre [tokens, N] float (WRITE_H_PRE); without WRITE_BACK new_h_post [tokens, N] float
-//      (without HEAD), new_h_res [tokens, N, N] float (PROJECT); logits [tokens, R] float (without PROJECT);
+//      (without HEAD), new_h_res [tokens, N, N] float (PROJECT); logits [tokens, R] float (without PROJECT, which
+//      WRITE_BACK needs here);
 //      l [tokens, NUM_LOGITS + 1] float (SAVE_LOGITS): l, then the token's rsqrt(mean(x**2) + norm_eps)
 // owners  A threadgroup takes tokens in turn. A thread takes VEC neighbours of all streams, PASSES times. Run r of
 //      the phi products is added in slice r % SLICES, as mhc_pre does, so a token gets the same bits from either.
@@ -33,6 +34,7 @@ constexpr bool U_CACHED = PASSES * VEC <= 32;  // u stays in registers; without 
 constexpr int CACHED_PASSES = U_CACHED ? PASSES : 1;
 constexpr int BUFFERS = N <= 8 ? 2 : 1;
 constexpr int PITCH = NUM_LOGITS + 4;
+static_assert(PROJECT || !FROM_PARTIAL_LOGITS || !WRITE_BACK, "the write back needs h_res");
 constexpr bool SUMS_LIKE_MHC_PRE =
     FROM_PARTIAL_LOGITS && NORM && !WRITE_BACK;  // sum(u ** 2) is added in the order of mhc_pre
 threadgroup float pre[BUFFERS * N];

@@ -203,7 +203,7 @@ class Op(NamedTuple):
     arrays: By name, in the order of a call.
     optional: Those of them that may be None.
     rows: Of n, the fewest rows of C elements per token: read and written forward, read and written
-        backward (DESIGN, section 4). None of an op whose arrays have no such rows.
+        backward. None of an op whose arrays have no such rows.
     statics: The fields of Case that follow the arrays in a call.
     drawn: Arrays in the order in which they are drawn, some of which it has not.
     """

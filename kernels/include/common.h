@@ -103,9 +103,10 @@ inline void load_streams(thread Pack<T, VEC>* to, P row, int C, int c, bool alig
 
 inline float sigmoid(float v) { return 1.0f / (1.0f + metal::precise::exp(-v)); }
 
+// 0, 1, 2: logit o is of pre, post, res.
 template <int N> inline int part_of(int o) {
   return o < N ? 0 : o < 2 * N ? 1 : 2;
-}  // 0, 1, 2: logit o is of pre, post, res
+}
 
 // h_pre = sigmoid(z) + pre_eps, and with part 1 h_post = post_scale * sigmoid(z) + post_eps.
 template <typename Q> inline float gate(float z, int part, Q params) {

@@ -1,14 +1,15 @@
 """The ops: every name of `reference`, fused where the default device has kernels.
 
 A room is a family of ops and reads from top to bottom: check, tile, launch, gradient, public
-function. Each imports those above it, and all the ground: `checks` of arguments, `tiling` of
+function. A room imports only rooms above it, and the ground: `checks` of arguments, `tiling` of
 launches, `autodiff`, `arrays` and `sums`.
 
     sinkhorn      from logits to mixing matrices
     streams       read, mix and write back with ready coefficients
     static        the self-contained layer
-    coefficients  what the next two share
-    pre           coefficients that each token makes for itself, and the read
+    coefficients, coefficient_gradient
+                  what the next two share: coefficients that each token makes for itself
+    pre           these coefficients, and the read
     seam          write-back and next read
 
 Every fused op takes the positional arguments of its namesake in `reference` and four keywords:

@@ -77,8 +77,8 @@ class MhcPreBackwardPhiBody(LogitsBody):
 
 
 class Cotangents(NamedTuple):
-    """Of the results, and what else is added to dx: the cotangent of the x that was passed
-    through, or in `mhc_single_pass` the dx of the seam. None where there is none."""
+    """Of the results; x is what is added to dx, namely the cotangent of the x that was passed
+    through, or in `mhc_single_pass` the dx that came through the seam. None where there is none."""
 
     u: mx.array | None = None
     h_pre: mx.array | None = None
@@ -96,7 +96,7 @@ def part_masks(n: int, num_logits: int, parts: int) -> mx.array:
 def coefficient_gradients(
     method: TokenCoefficients, x: mx.array, parameters: Parameters, saved: mx.array, d: Cotangents
 ) -> tuple[mx.array, Parameters]:
-    """The gradients of x and of the parameters; saved is l."""
+    """The gradients of x and of the parameters; ``saved`` holds l, then the scale, of each token."""
     phi, norm = parameters.phi, parameters.weight is not None
     n, num_logits = x.shape[-2], phi.shape[0]
     dx_spec = (x.shape, x.dtype)

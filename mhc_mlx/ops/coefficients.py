@@ -27,8 +27,9 @@ def use_fused_projection(n: int, convention: Convention) -> bool:
     return n <= 8 and convention.start in SINKHORN
 
 
-def use_partial_logits(x: mx.array, phi: mx.array, options: Options) -> bool:
-    """Whether x ``[tokens, n, C]`` has few tokens: `launch_partial_logits`, then `launch_seam`."""
+def has_few_tokens(x: mx.array, phi: mx.array, options: Options) -> bool:
+    """Whether x ``[tokens, n, C]`` has so few tokens that `launch_partial_logits` and `launch_seam`
+    make its coefficients, instead of `mhc_pre`."""
     tokens, n, C = x.shape
     shape = (n, C, x.dtype, phi.shape[0], tokens, options.threads_per_group)
     limit = launch.threadgroup_memory_limit()
@@ -37,7 +38,7 @@ def use_partial_logits(x: mx.array, phi: mx.array, options: Options) -> bool:
 
 @dataclass(frozen=True)
 class PhiBody(launch.Body):
-    """A body that reads phi."""
+    """A body with template arguments of an array phi."""
 
     T: mx.Dtype
     PHI_T: mx.Dtype
@@ -47,7 +48,7 @@ class PhiBody(launch.Body):
 
 @dataclass(frozen=True)
 class LogitsBody(launch.Body):
-    """A body that reads logits, or their gradients."""
+    """A body with template arguments of logits, whose phi is float32 if it reads any."""
 
     T: mx.Dtype
     N: int
@@ -169,8 +170,8 @@ def _mhc_seam_body(
     round_u: bool,
     projection: Convention | None,
 ) -> MhcSeamBody:
-    """The template arguments for the arrays that are present. They are cached: with `mhc_pre`'s,
-    this makes a call of `mhc_single_pass` take its host 55 us instead of 69 us."""
+    """The template arguments for the arrays that are present. They are cached: with `mhc_pre`'s
+    cached too, a call of `mhc_single_pass` costs the CPU 55 us instead of 69 us."""
     return MhcSeamBody(
         **token_arguments(dtype, n, t),
         PASSES=t.passes,
@@ -290,7 +291,7 @@ class TokenCoefficients:
             "logits": logits if num_res_logits and not projects else None,
             "l": ((tokens, num_logits + 1), floats) if save else None,
         }
-        if use_partial_logits(x, parameters.phi, self.options):
+        if has_few_tokens(x, parameters.phi, self.options):
             results = self._launch_few_tokens(x, parameters, outputs)
         else:
             results = self._launch_pre(x, parameters, outputs)

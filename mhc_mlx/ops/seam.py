@@ -16,10 +16,10 @@ from .coefficients import (
     Parameters,
     SeamInputs,
     TokenCoefficients,
+    has_few_tokens,
     launch_partial_logits,
     launch_seam,
     use_fused_projection,
-    use_partial_logits,
 )
 from .streams import StreamMixAdd, TokenBody, token_arguments
 from .sums import sum_partials
@@ -187,7 +187,8 @@ def mhc_seam(
 
 @dataclass(frozen=True)
 class MhcSinglePass(FusedOp):
-    """`TokenCoefficients`, then `MhcSeam`; for few tokens without a gradient in two launches."""
+    """`TokenCoefficients`, then `MhcSeam`; with ``differentiable=False`` two launches make all of
+    few tokens."""
 
     convention: Convention
     norm_eps: float
@@ -215,7 +216,7 @@ class MhcSinglePass(FusedOp):
     def forward(self, x, y, phi, bias, alpha, weight, save=False):
         """out, u, h_pre; what is saved is h_pre, h_post, h_res and l of all tokens in a row."""
         n, flat_x = x.shape[-2], flat(x, 3)
-        few = use_partial_logits(flat_x, phi, self.options)
+        few = has_few_tokens(flat_x, phi, self.options)
         if few and not save and use_fused_projection(n, self.convention):
             return self._forward_few_tokens(x, y, Parameters(phi, bias, alpha, weight)), ()
         h = self.coefficients.make(flat_x, Parameters(phi, bias, alpha), save)

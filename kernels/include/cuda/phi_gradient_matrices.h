@@ -59,7 +59,7 @@ inline void fetch_tile_async(const S& from, int at, uint first, uint end, int la
   commit_copies();
 }
 template <int SLOTS> inline void wait_for_tile() { wait_for_copies<SLOTS - 1>(); }
-template <typename T, int RUN> inline void read_tile(Run<T, RUN> (&runs)[LANE_TOKENS], int at, int lane) {
+template <typename T, int RUN> inline void tile_from_ring(Run<T, RUN> (&runs)[LANE_TOKENS], int at, int lane) {
   UNROLL_FOR (int r = 0; r < LANE_TOKENS; ++r)
     reinterpret_cast<uint4&>(runs[r]) = dynamic_threadgroup[at / 16 + r * 32 + lane];
 }

@@ -42,7 +42,7 @@ template <typename P> inline void prefetch(P) {}
 template <typename TileSlot, bool HAS_DU, bool HAS_DX_OUT, typename T, int RUN, typename S>
 inline void fetch_tile_async(const thread S&, int, uint, uint, int) {}
 template <int SLOTS> inline void wait_for_tile() {}
-template <typename T, int RUN> inline void read_tile(thread Run<T, RUN> (&)[LANE_TOKENS], int, int) {}
+template <typename T, int RUN> inline void tile_from_ring(thread Run<T, RUN> (&)[LANE_TOKENS], int, int) {}
 
 // dp of STAGE tokens in threadgroup memory.
 typedef float Staged;
