@@ -108,7 +108,8 @@ def covering() -> list[Case]:
             weights = {2: dtype, 16: "mixed"}.get(n, "float32")
             special = {"offset": k % 4 and 1, "weights": weights}
             op = layers[k % len(layers)]
-            convention = conventions[(i if n > 8 else k // 2) % len(conventions)] if op == "mhc_layer" else None
+            turn = (i if n > 8 else k // 2) % len(conventions)
+            convention = conventions[turn] if op == "mhc_layer" else None
             cases.append(Case(op, lead, n, C, dtype, convention, eps, **special))
             per_token = ((False, False), (True, True), (True, False), (False, True))[(i + j) % 4]
             cases.append(Case("stream_mix_add", lead, n, C, dtype, per_token=per_token, **special))

@@ -96,7 +96,7 @@ def part_masks(n: int, num_logits: int, parts: int) -> mx.array:
 def coefficient_gradients(
     method: TokenCoefficients, x: mx.array, parameters: Parameters, saved: mx.array, d: Cotangents
 ) -> tuple[mx.array, Parameters]:
-    """The gradients of x and of the parameters; ``saved`` holds l, then the scale, of each token."""
+    """The gradients of x and of the parameters; ``saved`` holds each token's l, then its scale."""
     phi, norm = parameters.phi, parameters.weight is not None
     n, num_logits = x.shape[-2], phi.shape[0]
     dx_spec = (x.shape, x.dtype)

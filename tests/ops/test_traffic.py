@@ -26,7 +26,7 @@ TOKENS = {"per_token": (True, True)}
 RETURNS = Case("sinkhorn_knopp", (1,), 4, 4, convention=replace(ROW_FIRST, iters=100), scale=30.0)
 # A case, then its launches in turn:
 # loads of each element of an input, stores of each of an output; "in all" where elements differ.
-# Apart, after the semicolon: weights and coefficients. The floor in rows is that of `OPS` in cases.py.
+# Apart, after the semicolon: weights and coefficients. The floor in rows is that of cases.py.
 COUNTS = [
     Case("mhc_static", **HERE),
     "mhc_fused: x 1, out 1; H_pre 2, H_post 2, H_res 2, weight 5",
