@@ -126,9 +126,7 @@ def covering() -> list[Case]:
         Case(
             "sinkhorn_knopp", (), 4, 4, convention=replace(ROW_FIRST, iters=300), scale=10.0
         ),  # in segments
-        Case(
-            "mhc_static", (), 4, 8, "bfloat16", identity=True
-        ),  # the smallest: one token
+        Case("mhc_static", (), 4, 8, "bfloat16", identity=True),  # the smallest: one token
         Case("stream_mix_add", (), 4, 8, "bfloat16", identity=True),
         Case("mhc_static", (0,), 4, 8),  # no tokens
         Case("stream_mix_add", (2, 0), 4, 8),
