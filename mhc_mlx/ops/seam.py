@@ -87,7 +87,8 @@ class MhcSeam(FusedOp):
             NORM=weight is not None,
             ROUND_U=self.round_aggregate,
         )
-        groups, weighted = tiling.backward_groups(tokens, t.threads), weight is not None
+        groups = tiling.backward_groups(tokens, t.threads, launch.device())
+        weighted = weight is not None
         h = {"h_pre": h_pre, "h_post": h_post, "h_res": h_res}
         inputs = {"x": flat_x, "y": y, "dout": dout, "du": du, **h, "weight": weight}
         outputs = {
