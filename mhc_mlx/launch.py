@@ -169,7 +169,9 @@ def absent_pointers(inputs: Mapping[str, object], outputs: Mapping[str, object])
 class Options:
     """How all kernels of an op are launched.
 
-    threads_per_group: Threads in a threadgroup, a multiple of 32 from 32 to 1024; None picks.
+    threads_per_group: Threads in a threadgroup, a multiple of 32 from 32 to 1024; None picks. On a
+        Mac a body's registers may allow fewer, which only its compiled form tells: MLX then raises
+        ValueError at evaluation, and names the limit.
     verbose: Print the generated source.
     """
 
