@@ -117,6 +117,9 @@ APPLE = Device(
     coefficient_gradient_x_bytes=64,
     stored_half_steps=8,
     u_floats_per_lane=32,
+    # model: phi from L2 binds `mhc_pre`. Of a tile of 8 tokens a core wants 65 bytes a clock, and
+    # gets 32; of 16 it wants half. From 385 tokens on most cores of a Max have a second tile of 8.
+    few_tokens=384,
 )
 # GPU cores with which a chip is sold, and nominal GB/s of each: Apple's technical specifications.
 # MLX tells the name, but not how many cores there are.
