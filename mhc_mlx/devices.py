@@ -49,6 +49,7 @@ class Device:
     forward_groups: int = 4096  # fills any GPU; fewer threadgroups than tokens share coefficients
     many_groups: int = 1 << 16  # for a threadgroup that loads little before its first token
     filling_groups: int = 264  # two for each multiprocessor
+    one_thread_rows: int = 0  # up to here one thread adds the rows of a column in `sum_partials`
     phi_gradient_groups: int = 528  # of `mhc_pre_backward_phi`, four for each multiprocessor
     # What an H100 holds at 128 registers. A threadgroup, or a simdgroup, leaves a row of sums.
     backward_threads: int = 132 * 512
@@ -123,6 +124,9 @@ APPLE = Device(
     # model: up to 8 tiles of 8 tokens leave most cores idle in `mhc_pre`, 40 to 100 us; runs of a
     # phi product occupy them all. A site of 17 to 64 tokens takes 25 to 50 % less.
     partial_logits_tokens=64,
+    # model: 8 threads a column start 12,000 to 21,000 threadgroups for 4 to 13 rows of dphi, which
+    # take 60 to 150 us; with one thread they are an eighth, and 20 to 40 us.
+    one_thread_rows=16,
 )
 # GPU cores with which a chip is sold, and nominal GB/s of each: Apple's technical specifications.
 # MLX tells the name, but not how many cores there are.

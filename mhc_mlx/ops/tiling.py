@@ -99,8 +99,10 @@ def backward_groups(tokens: int, threads: int, device: Device) -> int:
     return min(tokens, max(1, device.backward_threads // threads))
 
 
-def threads_per_column(rows: int, columns: int) -> int:
+def threads_per_column(rows: int, columns: int, device: Device) -> int:
     """Threads that share a column in `sum_partials`: many only where there are few columns."""
+    if rows <= device.one_thread_rows:
+        return 1
     return 64 if rows >= 64 and columns < 1 << 14 else 8
 
 

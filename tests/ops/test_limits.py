@@ -211,7 +211,7 @@ def far_apart(form: str, call: tuple) -> None:
     name, inputs, outputs, _, threads, template = call
     rng, C = np.random.default_rng(0), inputs["x"].shape[2] if "x" in inputs else 1
     each, split, rows = shares(name, template, C)
-    few, many = (count // each * split for count in (SEEN, TOKENS))
+    few, many = (math.ceil(count / each) * split for count in (SEEN, TOKENS))
     values = {}
     for k, a in inputs.items():
         if a is not None:

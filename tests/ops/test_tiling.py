@@ -97,11 +97,14 @@ def test_a_seam():
 
 
 def test_turns_and_sums():
-    """As many turns for each threadgroup; many threads a column of few columns and many rows."""
+    """As many turns for each threadgroup; many threads a column of few columns and many rows, on a
+    Mac one for few rows."""
     shares = [tiling.even_groups(count, 4096) for count in (0, 5, 4096, 4097, 8193, 65536)]
     assert shares == [0, 5, 4096, 2049, 2731, 4096]
     shapes = [(63, 100), (64, 100), (64, (1 << 14) - 1), (64, 1 << 14)]
-    assert [tiling.threads_per_column(*shape) for shape in shapes] == [8, 64, 64, 8]
+    shapes += [(1, 100), (16, 1 << 20), (17, 100)]
+    assert [tiling.threads_per_column(*k, H100) for k in shapes] == [8, 64, 64, 8, 8, 8, 8]
+    assert [tiling.threads_per_column(*k, APPLE) for k in shapes] == [8, 64, 64, 8, 1, 1, 8]
     assert [tiling._power(k) for k in (1, 2, 3, 4, 7, 8, 31)] == [1, 2, 2, 4, 4, 8, 16]
 
 
@@ -373,6 +376,7 @@ def test_numbers_of_devices():
         "coefficient_gradient_x_bytes": (128, 64),
         "stored_half_steps": (40, 8),
         "few_tokens": (1024, 384),
+        "one_thread_rows": (0, 16),
         "partial_logits_tokens": (16, 64),
         "u_floats_per_lane": (64, 32),
         "ring_memory": (227 << 10, 0),
@@ -465,7 +469,7 @@ def test_threadgroups_of_many_tokens():
         assert got == want, f"{op} of {n} streams"
         for one in (one for one in found if one.name == "sum_partials"):
             rows, columns = one.inputs["partial"][0]
-            lines = tiling.threads_per_column(rows, columns)
+            lines = tiling.threads_per_column(rows, columns, APPLE)
             assert one.groups == math.ceil(columns * lines / 256) and one.threads == 256
     for op, tokens in (("sinkhorn_knopp", 1 << 22), ("mhc_pre", 1 << 21)):  # no more than 65,536
         assert max(one.groups for one in launches(op, tokens, 4)[:1]) == 1 << 16
