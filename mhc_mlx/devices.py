@@ -127,6 +127,9 @@ APPLE = Device(
     # model: 8 threads a column start 12,000 to 21,000 threadgroups for 4 to 13 rows of dphi, which
     # take 60 to 150 us; with one thread they are an eighth, and 20 to 40 us.
     one_thread_rows=16,
+    # model: 512 fill a Max, whose cores hold 12 each. An H100's 2112 make 13 chunks of tokens at
+    # C = 5120, of which the rows of dphi are 25.6 MB to write and to read; these make 3.
+    projection_gradient_simdgroups=512,
 )
 # GPU cores with which a chip is sold, and nominal GB/s of each: Apple's technical specifications.
 # MLX tells the name, but not how many cores there are.
