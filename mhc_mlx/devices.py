@@ -37,6 +37,8 @@ class Device:
     # Most threads of `mhc_seam`: up to 320 take 85 us instead of 99 us with 256 at (2048, 4, 5120),
     # and 114 us instead of 122 us at C = 7168.
     seam_threads: int = 320
+    # Most threads of `mhc_fused_backward` and `mhc_seam_backward` where they keep no token.
+    uncached_backward_threads: int = 256
     # Most threads of `mhc_pre_backward_coefficients_norm`, and what each keeps of x: at
     # (65536, 4, 1024) 408 us with 128 bytes, 460 us with 64.
     coefficient_gradient_threads: int = 512
@@ -130,6 +132,9 @@ APPLE = Device(
     # model: 512 fill a Max, whose cores hold 12 each. An H100's 2112 make 13 chunks of tokens at
     # C = 5120, of which the rows of dphi are 25.6 MB to write and to read; these make 3.
     projection_gradient_simdgroups=512,
+    # model: they take more than 104 registers, so a core of M1 or M2 holds 384 of their threads, in
+    # one threadgroup of 256 or three of 128.
+    uncached_backward_threads=128,
 )
 # GPU cores with which a chip is sold, and nominal GB/s of each: Apple's technical specifications.
 # MLX tells the name, but not how many cores there are.

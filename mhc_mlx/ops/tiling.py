@@ -30,7 +30,8 @@ def token_tiling(
     """How a threadgroup takes a token of n x C elements of ``size`` bytes.
 
     vec: Up to 16 bytes, dividing C, few enough for the sums of n streams.
-    threads: One per vec, a multiple of 32, at most 256 (128 where sums fill the registers).
+    threads: One per vec, a multiple of 32, at most 256; 128 where sums fill the registers; backward
+        ``device.uncached_backward_threads`` where the token is not cached.
     cached: Where ``copies`` of a token fit in registers; n > 8 would unroll n * n loops.
     """
     vec = math.gcd(C, 16 // size)
@@ -41,14 +42,16 @@ def token_tiling(
     crowded = copies == 2 and 4 < n <= 8
     widths, most = (vec, min(vec, 4)) if crowded else (vec,), 128 if crowded and size == 4 else 256
 
-    def of_width(vec: int) -> TokenTiling:
+    def of_width(vec: int, most: int) -> TokenTiling:
         threads = threads_per_group or even_threads(C // vec, most)
         passes = math.ceil(C // vec / threads)
         pack_bytes = max(4, vec * size) if one else 4 * vec
         cached = n <= 8 and passes * copies * n * pack_bytes <= register_bytes
         return TokenTiling(vec, threads, passes, cached)
 
-    tilings = [of_width(vec) for vec in widths]
+    tilings = [of_width(vec, most) for vec in widths]
+    if copies == 2 and not any(t.cached for t in tilings):
+        return of_width(widths[-1], min(most, device.uncached_backward_threads))
     return next((t for t in tilings if t.cached), tilings[-1])
 
 
@@ -72,14 +75,17 @@ def seam_tiling(
 
 
 @functools.cache
-def seam_backward_tiling(n: int, C: int, size: int, threads_per_group: int | None) -> TokenTiling:
+def seam_backward_tiling(
+    n: int, C: int, size: int, threads_per_group: int | None, device: Device
+) -> TokenTiling:
     """How a threadgroup takes a token in `mhc_seam_backward`, whose n (n + 2) sums leave registers
     for few channels at once: for 128 in all, what a GPU wants, where n <= 4."""
     vec = math.gcd(C, 16 // size)
     while n * vec > 16:
         vec //= 2
     packs = C // vec
-    threads = threads_per_group or even_threads(packs, 256)
+    most = 256 if packs <= 256 else device.uncached_backward_threads
+    threads = threads_per_group or even_threads(packs, most)
     passes = math.ceil(packs / threads)
     return TokenTiling(vec, threads, passes, passes == 1)
 

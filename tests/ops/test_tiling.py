@@ -47,13 +47,14 @@ TOKENS = {
     (64, 64, 4, 1, None, APPLE): (1, 64, 1, False),
     # backward, x and dout: as floats; 256 bytes on Metal, 512 on CUDA
     (4, 1024, 2, 2, None, APPLE): (8, 128, 1, True),
-    (4, 4096, 2, 2, None, APPLE): (8, 256, 2, False),
+    (4, 4096, 2, 2, None, APPLE): (8, 128, 4, False),  # on a Mac 128 threads if it is not kept
+    (4, 4096, 2, 2, 256, APPLE): (8, 256, 2, False),
     (4, 4096, 2, 2, None, H100): (8, 256, 2, True),
     (4, 2048, 4, 2, None, APPLE): (4, 256, 2, True),
     # from 5 to 8 streams half as wide, where the token then fits or nothing does
     (8, 1024, 2, 2, None, H100): (8, 128, 1, True),
     (8, 1024, 2, 2, None, APPLE): (4, 256, 1, True),
-    (5, 1280, 2, 2, None, APPLE): (4, 160, 2, False),
+    (5, 1280, 2, 2, None, APPLE): (4, 128, 3, False),
     (8, 4096, 2, 2, None, H100): (4, 256, 4, False),
     # and of float32 128 threads at most
     (4, 1024, 4, 2, None, H100): (4, 256, 1, True),
@@ -93,7 +94,14 @@ def test_a_seam():
         (1, 31, 2, None): (1, 32, 1, True),
         (4, 1280, 2, 64): (4, 64, 5, False),
     }.items():
-        assert tuple(tiling.seam_backward_tiling(*shape)) == want, shape
+        assert tuple(tiling.seam_backward_tiling(*shape, H100)) == want, shape
+    for shape, want in {  # on a Mac 128 threads where no token is kept
+        (4, 1024, 2, None): (4, 256, 1, True),
+        (4, 1028, 2, None): (4, 96, 3, False),
+        (4, 5120, 2, None): (4, 128, 10, False),
+        (4, 5120, 2, 256): (4, 256, 5, False),
+    }.items():
+        assert tuple(tiling.seam_backward_tiling(*shape, APPLE)) == want, shape
 
 
 def test_turns_and_sums():
@@ -377,6 +385,7 @@ def test_numbers_of_devices():
     pairs = {  # an H100's, and an Apple GPU's, whose threads have 128 registers
         "backward_register_bytes": (512, 256),
         "seam_threads": (320, 256),
+        "uncached_backward_threads": (256, 128),
         "coefficient_gradient_threads": (512, 256),
         "coefficient_gradient_x_bytes": (128, 64),
         "stored_half_steps": (40, 8),
