@@ -119,7 +119,9 @@ APPLE = Device(
     coefficient_gradient_threads=256,
     # model: so a threadgroup of 256 keeps x up to C = 4096 at n = 4: 6 rows instead of 15.
     coefficient_gradient_x_bytes=128,
-    stored_half_steps=8,
+    # model: the rest is computed again. 20 take 10 KiB of a threadgroup of 128, of which the memory
+    # of a core holds five, more than its registers.
+    stored_half_steps=20,
     u_floats_per_lane=32,
     # model: phi from L2 binds `mhc_pre`. Of a tile of 8 tokens a core wants 65 bytes a clock, and
     # gets 32; of 16 it wants half. From 385 tokens on most cores of a Max have a second tile of 8.
