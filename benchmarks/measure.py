@@ -10,6 +10,7 @@ from benchmarks.report import show
 from benchmarks.suite import DIRECTIONS, DTYPES, OPS, case_row, function, make_inputs
 from benchmarks.timing import array_limit, directed, input_sets, race
 from mhc_mlx import launch, ops, reference
+from mhc_mlx.devices import Device
 
 # The loads of these do not follow `tiling.token_tiling`, so a sweep tries their threads alone.
 THREADS_ALONE = [("sinkhorn_knopp", d) for d in DIRECTIONS] + [("mhc_seam", "backward")]
@@ -89,9 +90,9 @@ def sweep(bench: Bench, op: str, shape, name: str, verified: list[dict]) -> list
         candidates = [(None, threads, None) for threads in (None, 64, 128, 256, 512)]
         if (op, direction) not in THREADS_ALONE and not OPS[op].saves:
             copies = 1 if direction == "forward" else 2
-            size, backend = DTYPES[name].size, launch.backend()
-            chosen = usual(shape[1], shape[2], size, copies, None, backend)
-            candidates = list(tilings(*shape[1:], size, copies, backend, chosen))
+            size, device = DTYPES[name].size, launch.device()
+            chosen = usual(shape[1], shape[2], size, copies, None, device)
+            candidates = list(tilings(*shape[1:], size, copies, device, chosen))
         timed = []
         for vec, threads, tiling in candidates:
             ops.tiling.token_tiling = (lambda *_, tiling=tiling, **__: tiling) if tiling else usual
@@ -117,7 +118,7 @@ def print_sweep(rows: list[dict]) -> None:
         print(f"vec {row['vec']} threads {threads:>7} {show(row)}{mark}", flush=True)
 
 
-def tilings(n: int, C: int, size: int, copies: int, backend: str, chosen):
+def tilings(n: int, C: int, size: int, copies: int, device: Device, chosen):
     """Yield vector width, threads and `Geometry` of what a sweep tries."""
     for vec in (1, 2, 4, 8):
         for threads in (32, 64, 128, 160, 256, 512):
@@ -127,7 +128,8 @@ def tilings(n: int, C: int, size: int, copies: int, backend: str, chosen):
             if threads > 32 and (threads - 32) * vec >= C or passes > 16:
                 continue
             registers = passes * copies * n * (max(4, vec * size) if copies == 1 else 4 * vec)
-            cached = n <= 8 and registers <= ops.tiling.REGISTER_BYTES[backend, copies]
+            most = device.forward_register_bytes if copies == 1 else device.backward_register_bytes
+            cached = n <= 8 and registers <= most
             yield (
                 vec,
                 threads,

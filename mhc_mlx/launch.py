@@ -22,7 +22,10 @@ from typing import Any, ClassVar, NamedTuple, get_type_hints
 
 import mlx.core as mx
 
-__all__ = ["Body", "Options", "backend", "launch", "metal_source", "record"]
+from . import devices
+from .devices import Device
+
+__all__ = ["Body", "Options", "backend", "device", "launch", "metal_source", "record"]
 
 Spec = tuple[tuple[int, ...], mx.Dtype]  # the shape and dtype of an array
 _PACKAGE = Path(__file__).parent
@@ -41,13 +44,6 @@ def backend() -> str | None:
     if mx.default_device().type != mx.DeviceType.gpu:  # a second GPU does not equal `mx.gpu`
         return None
     return "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else None
-
-
-def kernel_backend() -> str:
-    """`backend` where kernels are launched, which need one."""
-    if (found := backend()) is None:
-        raise RuntimeError("[launch] kernels must run on a GPU but the default device is none.")
-    return found
 
 
 class Place(NamedTuple):
@@ -81,17 +77,22 @@ def at(place: Place) -> Iterator[None]:
         _fixed.reset(token)
 
 
-def threadgroup_memory_limit() -> int:
-    """Bytes of threadgroup memory that a threadgroup with a ring can have: on CUDA the device's,
-    or an H100's where there is no GPU; on Metal, where no body has a ring, 0."""
-    return _cuda_limit(Place("cuda", mx.default_device())) if backend() == "cuda" else 0
+def device() -> Device:
+    """The record of the GPU on which kernels are launched, which need one."""
+    if (found := backend()) is None:
+        raise RuntimeError("[launch] kernels must run on a GPU but the default device is none.")
+    # A Mac has one GPU, and a key of `_cuda_device` takes the host 1 us.
+    return _metal_device() if found == "metal" else _cuda_device(Place(found, mx.default_device()))
 
 
 @functools.cache
-def _cuda_limit(place: Place) -> int:
-    info = mx.device_info(place.device)
-    kind = tuple(info.get(f"compute_capability_{k}", v) for k, v in (("major", 9), ("minor", 0)))
-    return (163 if kind in ((8, 0), (8, 7)) else 227 if kind[0] in (9, 10) else 99) << 10
+def _metal_device() -> Device:
+    return devices.find("metal", mx.device_info(mx.gpu) if mx.metal.is_available() else {})
+
+
+@functools.cache
+def _cuda_device(place: Place) -> Device:
+    return devices.find("cuda", mx.device_info(place.device))
 
 
 @functools.cache
@@ -168,7 +169,9 @@ def absent_pointers(inputs: Mapping[str, object], outputs: Mapping[str, object])
 class Options:
     """How all kernels of an op are launched.
 
-    threads_per_group: Threads in a threadgroup, a multiple of 32 from 32 to 1024; None picks.
+    threads_per_group: Threads in a threadgroup, a multiple of 32 from 32 to 1024; None picks. On a
+        Mac a body's registers may allow fewer, which only its compiled form tells: MLX then raises
+        ValueError at evaluation, and names the limit.
     verbose: Print the generated source.
     """
 
@@ -253,7 +256,7 @@ def run(name, inputs, outputs, groups, threads, template, verbose=False) -> list
     absent_inputs = tuple([k for k in inputs if k not in arrays])
     absent_outputs = tuple([k for k in outputs if k not in specs])
     names = (tuple(arrays), tuple(specs), absent_inputs, absent_outputs)
-    kernel = _build(kernel_backend(), name, *names, threads, template.get("RING_BYTES", 0))
+    kernel = _build(device().backend, name, *names, threads, template.get("RING_BYTES", 0))
     return kernel(
         inputs=list(arrays.values()),
         output_shapes=[shape for shape, _ in specs.values()],

@@ -147,11 +147,11 @@ def _launch_backward_coefficients(
     the gradient of the u before it."""
     (tokens, n, C), num_logits = x.shape, parameters.phi.shape[0]
     projects, norm = method.projects(n), parameters.weight is not None
-    backend, threads = launch.kernel_backend(), method.options.threads_per_group
-    t = tiling.coefficient_gradient_tiling(n, C, tokens, norm, threads, backend)
+    device, threads = launch.device(), method.options.threads_per_group
+    t = tiling.coefficient_gradient_tiling(n, C, tokens, norm, threads, device)
     steps = half_steps(method.convention if projects else None)
     arguments = logits_arguments(x.dtype, n, num_logits, t)
-    stored_steps = tiling.stored_half_steps(steps.ITERS, t.threads, backend)
+    stored_steps = tiling.stored_half_steps(steps.ITERS, t.threads, device)
     arguments |= {"PROJECT": projects, "half_steps": steps}
     arguments |= {"BATCH": t.batch, "STORED_STEPS": stored_steps}
     inputs = {"x": x, **_token_inputs(method, n, parameters, saved, d, projects)}
@@ -179,10 +179,9 @@ def _launch_backward_projection(
 ) -> tuple[mx.array, mx.array]:
     """dx, and dphi in rows to be added, from what `_launch_backward_coefficients` gives."""
     (tokens, n, C), num_logits = x.shape, phi.shape[0]
-    threads = method.options.threads_per_group
-    t = tiling.projection_gradient_tiling(n, C, num_logits, tokens, threads)
+    device, threads = launch.device(), method.options.threads_per_group
+    t = tiling.projection_gradient_tiling(n, C, num_logits, tokens, threads, device)
     size = x.dtype.size * (1 + (d.u is not None) + (d.x is not None))
-    limit = launch.threadgroup_memory_limit()
     body = MhcPreBackwardProjectionBody(
         T=x.dtype,
         PHI_T=phi.dtype,
@@ -191,7 +190,7 @@ def _launch_backward_projection(
         THREADS=t.threads,
         SPAN=t.span,
         STAGE=tiling.PROJECTION_GRADIENT_STAGE,
-        RING_BYTES=tiling.projection_gradient_ring_bytes(t.span, t.threads, size, limit),
+        RING_BYTES=tiling.projection_gradient_ring_bytes(t.span, t.threads, size, device),
         HAS_DU=d.u is not None,
         HAS_DX_OUT=d.x is not None,
     )
@@ -216,7 +215,7 @@ def _launch_backward_generic(
     (tokens, n, C), num_logits = x.shape, phi.shape[0]
     token_inputs = _token_inputs(method, n, parameters, saved, d, projects=False)
     threads = method.options.threads_per_group
-    t = tiling.generic_gradient_tiling(n, C, num_logits, tokens, threads)
+    t = tiling.generic_gradient_tiling(n, C, num_logits, tokens, threads, launch.device())
     body = MhcPreBackwardGenericBody(
         **logits_arguments(x.dtype, n, num_logits, t),
         HAS_DU=d.u is not None,
@@ -239,7 +238,7 @@ def _launch_backward_phi(method: TokenCoefficients, x: mx.array, dp: mx.array) -
     """dphi in rows to be added."""
     (tokens, n, C), num_logits = x.shape, dp.shape[1]
     threads = method.options.threads_per_group
-    t = tiling.phi_gradient_tiling(n * C, C, num_logits, tokens, threads)
+    t = tiling.phi_gradient_tiling(n * C, C, num_logits, tokens, threads, launch.device())
     arguments = logits_arguments(x.dtype, n, num_logits, t)
     body = MhcPreBackwardPhiBody(**arguments, LOGITS_PER_THREAD=t.logits_per_thread)
     inputs, groups = {"x": x, "dp": dp}, t.chunks * t.groups_per_chunk

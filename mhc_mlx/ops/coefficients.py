@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from .. import launch
 from ..conventions import SINKHORN, Convention
+from ..devices import Device
 from ..launch import Spec
 from . import tiling
 from .arrays import body_params, flat, unflat
@@ -32,8 +33,7 @@ def has_few_tokens(x: mx.array, phi: mx.array, options: Options) -> bool:
     make its coefficients, instead of `mhc_pre`."""
     tokens, n, C = x.shape
     shape = (n, C, x.dtype, phi.shape[0], tokens, options.threads_per_group)
-    limit = launch.threadgroup_memory_limit()
-    return tiling.use_partial_logits(*shape, launch.kernel_backend(), limit)
+    return tiling.use_partial_logits(*shape, launch.device())
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def launch_partial_logits(x: mx.array, phi: mx.array, options: Options) -> tuple
     added in slice r % slices, by `mhc_seam` as `mhc_pre` does."""
     (tokens, n, C), num_logits = x.shape, phi.shape[0]
     shape = (n, C, x.dtype, num_logits, tokens, options.threads_per_group)
-    t = tiling.logits_tiling(*shape, launch.threadgroup_memory_limit())
+    t = tiling.logits_tiling(*shape, launch.device())
     runs = math.ceil(n * C / 32)
     body = MhcPrePartialLogitsBody(
         T=x.dtype,
@@ -141,11 +141,11 @@ def launch_seam(
     """
     tokens, n, C = x.shape
     outputs = {k: outputs.get(k) for k in SEAM_OUTPUTS}
-    threads = options.threads_per_group
+    device, threads = launch.device(), options.threads_per_group
     body = _mhc_seam_body(
         x.dtype,
         n,
-        tiling.seam_tiling(n, C, x.dtype.size, threads, launch.kernel_backend()),
+        tiling.seam_tiling(n, C, x.dtype.size, threads, device),
         tuple([k for k, a in zip(inputs._fields, inputs, strict=True) if a is not None]),
         tuple([k for k, spec in outputs.items() if spec is not None]),
         2 * n if inputs.bias is None else inputs.bias.shape[0],
@@ -154,7 +154,7 @@ def launch_seam(
         projection=projection,
     )
     arrays = {"x": x, **inputs._asdict()}
-    return launch.launch(body, arrays, outputs, tiling.many_groups(tokens), options)
+    return launch.launch(body, arrays, outputs, tiling.many_groups(tokens, device), options)
 
 
 @functools.cache
@@ -216,15 +216,14 @@ def _mhc_pre_body(
     num_logits: int,
     phi_dtype: mx.Dtype,
     t: tiling.LogitsTiling,
-    backend: str,
-    limit: int,
+    device: Device,
     outputs: tuple[str, ...],
     *,
     norm: bool,
     projection: Convention | None,
 ) -> MhcPreBody:
     """The template arguments; cached as those of `mhc_seam`."""
-    u = tiling.u_tiling(t, n, C, backend) if norm else tiling.UTiling()
+    u = tiling.u_tiling(t, n, C, device) if norm else tiling.UTiling()
     return MhcPreBody(
         **logits_arguments(dtype, n, num_logits, t),
         PHI_T=phi_dtype,
@@ -237,7 +236,7 @@ def _mhc_pre_body(
         U_SIMDGROUPS=u.simdgroups,
         U_PACKS=u.packs,
         SAVE_LOGITS="l" in outputs,
-        RING_BYTES=tiling.ring_bytes(t, n, C, dtype, phi_dtype, num_logits, limit),
+        RING_BYTES=tiling.ring_bytes(t, n, C, dtype, phi_dtype, num_logits, device),
         PROJECT=projection is not None,
         half_steps=half_steps(projection),
     )
@@ -322,14 +321,14 @@ class TokenCoefficients:
         self, x: mx.array, parameters: Parameters, outputs: dict[str, Spec | None]
     ) -> dict[str, mx.array]:
         (tokens, n, C), phi, threads = x.shape, parameters.phi, self.options.threads_per_group
-        backend, limit = launch.kernel_backend(), launch.threadgroup_memory_limit()
-        t = tiling.logits_tiling(n, C, x.dtype, phi.shape[0], tokens, threads, limit)
+        device = launch.device()
+        t = tiling.logits_tiling(n, C, x.dtype, phi.shape[0], tokens, threads, device)
         body = _mhc_pre_body(
-            *(n, C, x.dtype, phi.shape[0], phi.dtype, t, backend, limit),
+            *(n, C, x.dtype, phi.shape[0], phi.dtype, t, device),
             tuple([k for k, spec in outputs.items() if spec is not None]),
             norm=parameters.weight is not None,
             projection=self.convention if outputs["h_res"] else None,
         )
         inputs = {"x": x, **parameters._asdict(), "params": self.params}
-        groups = t.splits * tiling.many_groups(math.ceil(tokens / t.tokens))
+        groups = t.splits * tiling.many_groups(math.ceil(tokens / t.tokens), device)
         return launch.launch(body, inputs, outputs, groups, self.options)

@@ -79,7 +79,8 @@ class MhcSeam(FusedOp):
         flat_x, (dout, du) = flat(x, 3), cotangents
         tokens, n, C = flat_x.shape
         h_pre, h_post, h_res = per_token(tokens, *coefficients)
-        t = tiling.seam_backward_tiling(n, C, x.dtype.size, self.options.threads_per_group)
+        device, threads = launch.device(), self.options.threads_per_group
+        t = tiling.seam_backward_tiling(n, C, x.dtype.size, threads, device)
         body = MhcSeamBackwardBody(
             **token_arguments(x.dtype, n, t),
             PASSES=t.passes,
@@ -87,7 +88,8 @@ class MhcSeam(FusedOp):
             NORM=weight is not None,
             ROUND_U=self.round_aggregate,
         )
-        groups, weighted = tiling.backward_groups(tokens, t.threads), weight is not None
+        groups = tiling.backward_groups(tokens, t.threads, device)
+        weighted = weight is not None
         h = {"h_pre": h_pre, "h_post": h_post, "h_res": h_res}
         inputs = {"x": flat_x, "y": y, "dout": dout, "du": du, **h, "weight": weight}
         outputs = {

@@ -60,7 +60,7 @@ class SinkhornKnoppBackwardBody(SinkhornKnoppBody):
 def launch_sinkhorn(logits: mx.array, convention: Convention, options: Options) -> mx.array:
     """h_res of logits ``[..., n, n]``."""
     n, matrices = logits.shape[-1], flat(logits, 3)
-    t = tiling.sinkhorn_tiling(n, matrices.shape[0], options.threads_per_group)
+    t = tiling.sinkhorn_tiling(n, matrices.shape[0], options.threads_per_group, launch.device())
     body = SinkhornKnoppBody(N=n, half_steps=half_steps(convention), THREADS=t.threads)
     inputs = {"logits": matrices, "params": body_params(convention)}
     outputs = {"h_res": (matrices.shape, mx.float32)}
@@ -73,12 +73,13 @@ def launch_sinkhorn_backward(
 ) -> mx.array:
     """dlogits, in the dtype of logits ``[..., n, n]``."""
     n, matrices = logits.shape[-1], flat(logits, 3)
-    t = tiling.sinkhorn_tiling(n, matrices.shape[0], options.threads_per_group)
+    device = launch.device()
+    t = tiling.sinkhorn_tiling(n, matrices.shape[0], options.threads_per_group, device)
     body = SinkhornKnoppBackwardBody(
         N=n,
         half_steps=half_steps(convention),
         THREADS=t.threads,
-        STORED_STEPS=tiling.stored_steps(n, convention.iters, t.threads),
+        STORED_STEPS=tiling.stored_steps(n, convention.iters, t.threads, device),
         DLOGITS_T=logits.dtype,
     )
     params = body_params(convention)
@@ -189,7 +190,7 @@ def launch_projection(
         h_res = mx.eye(n) + logits.reshape(tokens, n, n)
         return h_res.swapaxes(1, 2) if convention.transposed else h_res
     body = MixingMatrixBody(**_mixing_arguments(n, num_logits, convention, options))
-    groups = tiling.many_groups(math.ceil(tokens * n / body.THREADS))
+    groups = tiling.many_groups(math.ceil(tokens * n / body.THREADS), launch.device())
     outputs = {"h_res": ((tokens, n, n), mx.float32)}
     return launch.launch(body, {"logits": logits}, outputs, groups, options)["h_res"]
 
@@ -208,7 +209,7 @@ def launch_projection_backward(
         return dlogits.reshape(tokens, num_logits)
     arguments = _mixing_arguments(n, num_logits, convention, options)
     body = MixingMatrixBackwardBody(**arguments, DLOGITS_T=mx.float32)
-    groups = tiling.many_groups(math.ceil(tokens / body.THREADS))
+    groups = tiling.many_groups(math.ceil(tokens / body.THREADS), launch.device())
     inputs, outputs = {"logits": logits, "dh_res": dh_res}, {"dlogits": (logits.shape, mx.float32)}
     return launch.launch(body, inputs, outputs, groups, options)["dlogits"]
 

@@ -36,7 +36,8 @@ def launch_fused(x, layer, *, options, eps, convention=None, sinkhorn=False):
     """
     flat_x, mix, threads = flat(x, 3), layer.H_res is not None, options.threads_per_group
     tokens, n, C = flat_x.shape
-    t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.kernel_backend())
+    device = launch.device()
+    t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, device)
     body = MhcFusedBody(
         **token_arguments(x.dtype, n, t),
         PASSES=t.passes,
@@ -49,7 +50,7 @@ def launch_fused(x, layer, *, options, eps, convention=None, sinkhorn=False):
     params = body_params(convention, eps=eps)
     inputs = {"x": flat_x, **layer._asdict(), "params": params}
     outputs = {"out": (x.shape if mix else (*x.shape[:-2], C), x.dtype)}
-    groups = tiling.even_groups(tokens, tiling.FORWARD_GROUPS)
+    groups = tiling.even_groups(tokens, device.forward_groups)
     return launch.launch(body, inputs, outputs, groups, options)["out"]
 
 
@@ -194,7 +195,7 @@ class MhcLayer(FusedOp):
     def forward(self, x, H_pre, H_post, H_res, weight):
         options, c = self.options, self.convention
         *lead, n, _ = x.shape
-        sinkhorn = n <= 8 and math.prod(lead) <= tiling.ONE_LAUNCH_TOKENS
+        sinkhorn = n <= 8 and math.prod(lead) <= launch.device().one_launch_tokens
         if not sinkhorn:
             H_res = launch_sinkhorn(H_res, c, options)
         layer = Layer(H_pre, H_post, H_res, weight)

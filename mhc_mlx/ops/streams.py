@@ -56,21 +56,21 @@ class StreamAggregate(FusedOp):
 
     def forward(self, x, h_pre):
         flat_x, threads = flat(x, 3), self.options.threads_per_group
-        tokens, n, C = flat_x.shape
-        t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.kernel_backend())
+        (tokens, n, C), device = flat_x.shape, launch.device()
+        t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, device)
         body = StreamAggregateBody(**token_arguments(x.dtype, n, t), PER_TOKEN=h_pre.ndim > 1)
         inputs, outputs = {"x": flat_x, "h_pre": h_pre}, {"u": ((*x.shape[:-2], C), x.dtype)}
-        groups = tiling.many_groups(tokens)
+        groups = tiling.many_groups(tokens, device)
         return launch.launch(body, inputs, outputs, groups, self.options)["u"]
 
     def backward(self, arrays, cotangents, saved):
         (x, h_pre), (du,) = arrays, cotangents
         flat_x, threads, per_token = flat(x, 3), self.options.threads_per_group, h_pre.ndim > 1
-        tokens, n, C = flat_x.shape
-        t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.kernel_backend())
+        (tokens, n, C), device = flat_x.shape, launch.device()
+        t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, device)
         body = StreamAggregateBackwardBody(**token_arguments(x.dtype, n, t), PER_TOKEN=per_token)
-        groups = tiling.backward_groups(tokens, t.threads)
-        groups = tiling.many_groups(tokens) if per_token else groups
+        groups = tiling.backward_groups(tokens, t.threads, device)
+        groups = tiling.many_groups(tokens, device) if per_token else groups
         inputs = {"x": flat_x, "h_pre": h_pre, "du": du}
         outputs = {
             "dx": (x.shape, x.dtype),
@@ -169,8 +169,10 @@ def launch_fused_backward(x, y, layer, dout, *, options, eps=1.0, convention=Non
     shared = {k: a for k, a in present.items() if a.ndim == SHARED_NDIM[k]}
     per_token = {k: a for k, a in present.items() if k not in shared}
     flat_x, columns = flat(x, 3), sum(a.size for a in shared.values())
-    tokens = flat_x.shape[0]
-    groups = tiling.backward_groups(tokens, body.THREADS) if shared else tiling.many_groups(tokens)
+    tokens, device = flat_x.shape[0], launch.device()
+    groups = tiling.many_groups(tokens, device)
+    if shared:
+        groups = tiling.backward_groups(tokens, body.THREADS, device)
     params = body_params(convention, eps=eps) if y is None else None
     inputs = {"x": flat_x, "y": y, "dout": dout, **layer._asdict(), "params": params}
     outputs = {
@@ -209,7 +211,7 @@ def _fused_backward_body(x, layer, convention, options, *, norm):
     }
     if n > 8:
         return MhcFusedBackwardWideBody(**arguments, THREADS=threads or 256)
-    t = tiling.token_tiling(n, C, x.dtype.size, 2, threads, launch.kernel_backend())
+    t = tiling.token_tiling(n, C, x.dtype.size, 2, threads, launch.device())
     return MhcFusedBackwardBody(
         **arguments,
         VEC=t.vec,
@@ -232,12 +234,12 @@ class StreamMixAdd(FusedOp):
 
     def forward(self, x, y, h_post, h_res):
         flat_x, threads = flat(x, 3), self.options.threads_per_group
-        tokens, n, C = flat_x.shape
-        t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.kernel_backend())
+        (tokens, n, C), device = flat_x.shape, launch.device()
+        t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, device)
         per_token = {"POST_PER_TOKEN": h_post.ndim > 1, "RES_PER_TOKEN": h_res.ndim > 2}
         body = StreamMixAddBody(**token_arguments(x.dtype, n, t), **per_token)
         inputs = {"x": flat_x, "y": y, "h_post": h_post, "h_res": h_res}
-        outputs, groups = {"out": (x.shape, x.dtype)}, tiling.many_groups(tokens)
+        outputs, groups = {"out": (x.shape, x.dtype)}, tiling.many_groups(tokens, device)
         return launch.launch(body, inputs, outputs, groups, self.options)["out"]
 
     def backward(self, arrays, cotangents, saved):

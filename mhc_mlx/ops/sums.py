@@ -33,10 +33,11 @@ def sum_partials(
 
     With logits of gates the columns that hold gradients of h_pre and h_post become theirs.
     """
-    shape = shape or partial.shape[1:]
-    if partial.shape[0] == 1 and H_pre is None:
+    rows, columns = partial.shape
+    shape = shape or (columns,)
+    if rows == 1 and H_pre is None:
         return partial.reshape(shape)
-    threads = tiling.threads_per_column(*partial.shape)
+    threads = tiling.threads_per_column(rows, columns, launch.device())
     body = SumPartialsBody(
         T=mx.float32,
         N=0 if H_pre is None else H_pre.shape[0],
@@ -47,6 +48,6 @@ def sum_partials(
         body,
         {"partial": partial, "H_pre": H_pre, "H_post": H_post, "params": params},
         {"out": (shape, mx.float32)},
-        math.ceil(partial.shape[1] * threads / body.THREADS),
+        math.ceil(columns * threads / body.THREADS),
         options,
     )["out"]

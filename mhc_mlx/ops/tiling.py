@@ -1,4 +1,4 @@
-"""How launches are cut: pure functions of shapes and a backend's name, with measured literals.
+"""How launches are cut: pure functions of shapes and a `Device`, which has the measured numbers.
 
 Measurements are of one H100, in bfloat16; (65536, 4, 1024) means tokens, streams and channels.
 """
@@ -9,24 +9,11 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-# Bytes of registers in which a thread keeps parts of a token, by backend and copies of the token: 1
-# is x, 2 is x and dout. A thread of an Apple GPU has 128 registers, hence the smaller limit there.
-REGISTER_BYTES = {("metal", 1): 256, ("cuda", 1): 256, ("metal", 2): 256, ("cuda", 2): 512}
-FORWARD_GROUPS = 4096  # fills any GPU; fewer threadgroups than tokens share coefficients
-MANY_GROUPS = 1 << 16  # for a threadgroup that loads little before its first token
-BACKWARD_THREADS = 132 * 512  # an H100 holds these at 128 registers; a group leaves a row of sums
-# Up to here `mhc_pre` takes tiles of 8 tokens: at (2048, 4, 4096) they take 60 us, of 16 43 us.
-FEW_TOKENS = 1024
-# From this n * C on 16 slices share a row: at (2048, 4, 4096) they take 35 us, 8 slices 43 us.
-LONG_ROW = 1 << 14
-# Up to these tokens many threadgroups share a token's phi product: write-back and read then take
-# 4.0 us with `mhc_pre_partial_logits`, 8.2 us with `mhc_pre`.
-PARTIAL_LOGITS_TOKENS = 16
+from ..devices import Device
+
 # Runs on their way into threadgroup memory: `mhc_pre` takes 354 us at (65536, 4, 1024) with two,
 # 384 us with three and 408 us with loads into registers.
 RING_STAGES = 2
-FILLING_GROUPS = 264  # two for each multiprocessor of an H100
-ONE_LAUNCH_TOKENS = 1024  # up to here every threadgroup of `mhc_layer` projects H_res itself
 
 
 class TokenTiling(NamedTuple):
@@ -38,28 +25,33 @@ class TokenTiling(NamedTuple):
 
 @functools.cache
 def token_tiling(
-    n: int, C: int, size: int, copies: int, threads_per_group: int | None, backend: str
+    n: int, C: int, size: int, copies: int, threads_per_group: int | None, device: Device
 ) -> TokenTiling:
     """How a threadgroup takes a token of n x C elements of ``size`` bytes.
 
     vec: Up to 16 bytes, dividing C, few enough for the sums of n streams.
-    threads: One per vec, a multiple of 32, at most 256 (128 where sums fill the registers).
+    threads: One per vec, a multiple of 32, at most 256; 128 where sums fill the registers; backward
+        ``device.uncached_backward_threads`` where the token is not cached.
     cached: Where ``copies`` of a token fit in registers; n > 8 would unroll n * n loops.
     """
     vec = math.gcd(C, 16 // size)
     while n * vec > 64:
         vec //= 2
+    one = copies == 1
+    register_bytes = device.forward_register_bytes if one else device.backward_register_bytes
     crowded = copies == 2 and 4 < n <= 8
     widths, most = (vec, min(vec, 4)) if crowded else (vec,), 128 if crowded and size == 4 else 256
 
-    def of_width(vec: int) -> TokenTiling:
+    def of_width(vec: int, most: int) -> TokenTiling:
         threads = threads_per_group or even_threads(C // vec, most)
         passes = math.ceil(C // vec / threads)
-        pack_bytes = max(4, vec * size) if copies == 1 else 4 * vec
-        cached = n <= 8 and passes * copies * n * pack_bytes <= REGISTER_BYTES[backend, copies]
+        pack_bytes = max(4, vec * size) if one else 4 * vec
+        cached = n <= 8 and passes * copies * n * pack_bytes <= register_bytes
         return TokenTiling(vec, threads, passes, cached)
 
-    tilings = [of_width(vec) for vec in widths]
+    tilings = [of_width(vec, most) for vec in widths]
+    if copies == 2 and not any(t.cached for t in tilings):
+        return of_width(widths[-1], min(most, device.uncached_backward_threads))
     return next((t for t in tilings if t.cached), tilings[-1])
 
 
@@ -69,28 +61,31 @@ def even_threads(packs: int, most: int) -> int:
     return 32 * math.ceil(packs / math.ceil(packs / most) / 32)
 
 
+@functools.cache
 def seam_tiling(
-    n: int, C: int, size: int, threads_per_group: int | None, backend: str
+    n: int, C: int, size: int, threads_per_group: int | None, device: Device
 ) -> TokenTiling:
-    """How a threadgroup takes a token in `mhc_seam`: on CUDA by up to 320 threads, which take 85 us
-    instead of 99 us at (2048, 4, 5120), and 114 us instead of 122 us at C = 7168."""
-    tiling = token_tiling(n, C, size, 1, threads_per_group, backend)
-    if threads_per_group or backend != "cuda":
+    """How a threadgroup takes a token in `mhc_seam`: by ``device.seam_threads`` threads at most."""
+    tiling = token_tiling(n, C, size, 1, threads_per_group, device)
+    if threads_per_group:
         return tiling
     packs = C // tiling.vec
-    threads = even_threads(packs, 320)
+    threads = even_threads(packs, device.seam_threads)
     return tiling._replace(threads=threads, passes=math.ceil(packs / threads))
 
 
 @functools.cache
-def seam_backward_tiling(n: int, C: int, size: int, threads_per_group: int | None) -> TokenTiling:
+def seam_backward_tiling(
+    n: int, C: int, size: int, threads_per_group: int | None, device: Device
+) -> TokenTiling:
     """How a threadgroup takes a token in `mhc_seam_backward`, whose n (n + 2) sums leave registers
     for few channels at once: for 128 in all, what a GPU wants, where n <= 4."""
     vec = math.gcd(C, 16 // size)
     while n * vec > 16:
         vec //= 2
     packs = C // vec
-    threads = threads_per_group or even_threads(packs, 256)
+    most = 256 if packs <= 256 else device.uncached_backward_threads
+    threads = threads_per_group or even_threads(packs, most)
     passes = math.ceil(packs / threads)
     return TokenTiling(vec, threads, passes, passes == 1)
 
@@ -100,18 +95,20 @@ def even_groups(count: int, most: int) -> int:
     return math.ceil(count / max(1, math.ceil(count / most)))
 
 
-def many_groups(count: int) -> int:
+def many_groups(count: int, device: Device) -> int:
     """A threadgroup for each of so many tokens or tiles, as far as a grid reaches."""
-    return min(count, MANY_GROUPS)
+    return min(count, device.many_groups)
 
 
-def backward_groups(tokens: int, threads: int) -> int:
+def backward_groups(tokens: int, threads: int, device: Device) -> int:
     """Threadgroups of a body that leaves a row of sums for each of them."""
-    return min(tokens, max(1, BACKWARD_THREADS // threads))
+    return min(tokens, max(1, device.backward_threads // threads))
 
 
-def threads_per_column(rows: int, columns: int) -> int:
+def threads_per_column(rows: int, columns: int, device: Device) -> int:
     """Threads that share a column in `sum_partials`: many only where there are few columns."""
+    if rows <= device.one_thread_rows:
+        return 1
     return 64 if rows >= 64 and columns < 1 << 14 else 8
 
 
@@ -120,18 +117,21 @@ class MatrixTiling(NamedTuple):
     groups: int
 
 
-def sinkhorn_tiling(n: int, matrices: int, threads_per_group: int | None) -> MatrixTiling:
+def sinkhorn_tiling(
+    n: int, matrices: int, threads_per_group: int | None, device: Device
+) -> MatrixTiling:
     """How `sinkhorn_knopp` and its gradient take matrices: each by a power of two of lanes, one for
     each line, and as many matrices as a threadgroup holds."""
     lanes = 1 << (n - 1).bit_length()
     threads = max(threads_per_group or 128, lanes) // lanes * lanes
-    return MatrixTiling(threads, many_groups(math.ceil(matrices / (threads // lanes))))
+    return MatrixTiling(threads, many_groups(math.ceil(matrices / (threads // lanes)), device))
 
 
-def stored_steps(n: int, iters: int, threads: int) -> int:
-    """Half-steps whose divisors `sinkhorn_knopp_backward` stores in 30 KiB of threadgroup memory;
-    for n > 32 two others lie there as well."""
-    return min(2 * iters, (30 << 10) // (4 * threads) - (2 if n > 32 else 0))
+def stored_steps(n: int, iters: int, threads: int, device: Device) -> int:
+    """Half-steps whose divisors `sinkhorn_knopp_backward` stores in all but 2 KiB of threadgroup
+    memory; for n > 32 two others lie there as well."""
+    memory = device.threadgroup_memory - (2 << 10)
+    return min(2 * iters, memory // (4 * threads) - (2 if n > 32 else 0))
 
 
 def _power(most: int) -> int:
@@ -156,13 +156,15 @@ class LogitsTiling(NamedTuple):
 
 @functools.cache
 def logits_tiling(
-    n: int, C: int, dtype: mx.Dtype, num_logits: int, tokens: int, threads: int | None, limit: int
+    n: int,
+    C: int,
+    dtype: mx.Dtype,
+    num_logits: int,
+    tokens: int,
+    threads: int | None,
+    device: Device,
 ) -> LogitsTiling:
-    """How `mhc_pre` multiplies. Slices, and so the order of sums, are the same for all tokens.
-
-    limit: Bytes of threadgroup memory of a threadgroup with a ring:
-        `launch.threadgroup_memory_limit`.
-    """
+    """How `mhc_pre` multiplies. Slices, and so the order of sums, are the same for all tokens."""
     vec = math.gcd(C, 16 // dtype.size)
     logit_tiles = math.ceil(num_logits / 8)
     most_tiles = 2 if n * C % 32 else 3  # single elements take more registers
@@ -170,27 +172,29 @@ def logits_tiling(
 
     def cut(threads: int, most_slices: int) -> LogitsTiling:
         most = 2 if threads <= 512 else 1  # or registers spill
-        tiles = most if tokens > (FEW_TOKENS if n <= 8 else 8) else 1  # phi is long for n > 8
+        few_tokens = device.few_tokens if n <= 8 else 8  # phi is long for n > 8
+        tiles = most if tokens > few_tokens else 1
+        memory = device.threadgroup_memory - (2 << 10)
         simds, floats = threads // 32, n + 1 + (n * n if n <= 8 else 0)  # that stay of a token
 
         def fits(slices: int) -> bool:
             sums = 8 * most * simds  # of a token and slice, for 8 * block logits and one more
-            return 4 * (sums * (8 * block + 1) + sums // slices * floats) <= 30 << 10
+            return 4 * (sums * (8 * block + 1) + sums // slices * floats) <= memory
 
         counts = range(min(most_slices, simds), simds + 1)
         slices = next(s for s in counts if simds % s == 0 and fits(s))
         return LogitsTiling(vec, threads, slices, tiles, block, 1)
 
     tiling = cut(threads or 256, 8)
-    if threads is None and n * C >= LONG_ROW:
+    if threads is None and n * C >= device.long_row:
         long = cut(512, 16)
-        if ring_bytes(long._replace(tiles=2), n, C, dtype, mx.float32, num_logits, limit):
+        if ring_bytes(long._replace(tiles=2), n, C, dtype, mx.float32, num_logits, device):
             tiling = long
     splits = 1
     if n > 8:
         blocks, groups = math.ceil(logit_tiles / block), math.ceil(tokens / (8 * tiling.tiles))
         h_pre_blocks = math.ceil(n / (8 * block))  # the first threadgroup makes all of h_pre
-        share = max(h_pre_blocks, math.ceil(blocks * groups / FILLING_GROUPS))
+        share = max(h_pre_blocks, math.ceil(blocks * groups / device.filling_groups))
         splits = _power(math.ceil(blocks / share))
     return tiling._replace(splits=splits)
 
@@ -202,7 +206,7 @@ def ring_bytes(
     dtype: mx.Dtype,
     phi_dtype: mx.Dtype,
     num_logits: int,
-    limit: int,
+    device: Device,
 ) -> int:
     """Bytes in which runs of `mhc_pre` wait, 8 elements of each row that a lane has of a tile:
     where all logits, more than 8, are made in one pass over x, and this fits beside its sums."""
@@ -210,10 +214,7 @@ def ring_bytes(
     size = RING_STAGES * 8 * tiling.threads * row
     sums = 4 * tiling.tokens * (tiling.slices * (8 * tiling.block + 1) + n + n * n)
     gains = n <= 4 and n * C % 32 == 0 and 8 < num_logits <= 8 * tiling.block
-    return size if gains and size + sums <= limit else 0
-
-
-U_FLOATS_PER_LANE = {"metal": 32, "cuda": 64}  # of u, that a lane of `mhc_pre` keeps for its norm
+    return size if gains and size + sums <= device.ring_memory else 0
 
 
 class UTiling(NamedTuple):
@@ -221,11 +222,11 @@ class UTiling(NamedTuple):
     packs: int = 0  # of u that a lane keeps until its norm is known
 
 
-def u_tiling(tiling: LogitsTiling, n: int, C: int, backend: str) -> UTiling:
+def u_tiling(tiling: LogitsTiling, n: int, C: int, device: Device) -> UTiling:
     """How `mhc_pre` makes u with a norm; it keeps none where the squares of u, which lie where sums
     did, do not fit."""
     packs, chunk = math.ceil(C / (32 * tiling.vec)), 4 if n <= 2 else 2 if n <= 4 else 1
-    simds, most, sharing = tiling.threads // 32, U_FLOATS_PER_LANE[backend] // tiling.vec, 1
+    simds, most, sharing = tiling.threads // 32, device.u_floats_per_lane // tiling.vec, 1
     while sharing * most < packs:
         sharing *= 2
     lane_packs = chunk * math.ceil(packs / sharing / chunk)
@@ -234,6 +235,7 @@ def u_tiling(tiling: LogitsTiling, n: int, C: int, backend: str) -> UTiling:
     return UTiling(sharing, lane_packs) if fits else UTiling()
 
 
+@functools.cache
 def use_partial_logits(
     n: int,
     C: int,
@@ -241,17 +243,17 @@ def use_partial_logits(
     num_logits: int,
     tokens: int,
     threads: int | None,
-    backend: str,
-    limit: int,
+    device: Device,
 ) -> bool:
     """Whether `mhc_pre_partial_logits` multiplies by phi, and `mhc_seam` does what else `mhc_pre`
     would: for few tokens, as far as what `mhc_seam` adds up, a square of each load of u and each
     slice's sums, fits threadgroup memory."""
-    if n > 8 or tokens > PARTIAL_LOGITS_TOKENS:
+    if n > 8 or tokens > device.partial_logits_tokens:
         return False
-    seam = seam_tiling(n, C, dtype.size, threads, backend)
-    slices = logits_tiling(n, C, dtype, num_logits, tokens, threads, limit).slices
-    return 4 * (seam.passes * seam.threads + slices * (num_logits + 4)) <= 28 << 10
+    seam = seam_tiling(n, C, dtype.size, threads, device)
+    slices = logits_tiling(n, C, dtype, num_logits, tokens, threads, device).slices
+    floats = seam.passes * seam.threads + slices * (num_logits + 4)
+    return 4 * floats <= device.threadgroup_memory - (4 << 10)
 
 
 class GenericGradientTiling(NamedTuple):
@@ -263,26 +265,21 @@ class GenericGradientTiling(NamedTuple):
 
 
 def generic_gradient_tiling(
-    n: int, C: int, num_logits: int, tokens: int, threads: int | None
+    n: int, C: int, num_logits: int, tokens: int, threads: int | None, device: Device
 ) -> GenericGradientTiling:
     """How `mhc_pre_backward_generic` takes tokens."""
     vec, splits = math.gcd(C, 8), 1
-    tile = 4 if tokens > FEW_TOKENS else 2  # 8 leave room for one threadgroup, not two
-    while tile > 1 and 4 * tile * (num_logits + n + 3) > 30 << 10:
+    # 8 leave room for one threadgroup, not two.
+    tile = 4 if tokens > device.few_backward_tokens else 2
+    memory = device.threadgroup_memory - (2 << 10)
+    while tile > 1 and 4 * tile * (num_logits + n + 3) > memory:
         tile //= 2
     if n > 8:  # phi is longer than a tile of tokens
-        filling = math.ceil(FILLING_GROUPS / math.ceil(tokens / tile))
+        filling = math.ceil(device.filling_groups / math.ceil(tokens / tile))
         splits = _power(min(filling, math.ceil(C / (32 * vec))))
     threads = threads or min(128, 32 * math.ceil(C / splits / vec / 32))
-    rows = min(math.ceil(tokens / tile), max(1, BACKWARD_THREADS // threads // splits))
+    rows = min(math.ceil(tokens / tile), max(1, device.backward_threads // threads // splits))
     return GenericGradientTiling(threads, tile, vec, splits, rows)
-
-
-COEFFICIENT_GRADIENT_SIMDGROUPS = 132 * 16  # an H100 holds these at 128 registers
-# Bytes of x that a thread of `mhc_pre_backward_coefficients_norm` keeps. H100, (65536, 4, 1024):
-# 408 us with 128 bytes, 460 us with 64.
-COEFFICIENT_GRADIENT_X_BYTES = {"metal": 64, "cuda": 128}
-STORED_HALF_STEPS = {"metal": 8, "cuda": 40}  # 128 bytes each of a simdgroup's threadgroup memory
 
 
 class CoefficientGradientTiling(NamedTuple):
@@ -297,7 +294,7 @@ class CoefficientGradientTiling(NamedTuple):
 
 @functools.cache
 def coefficient_gradient_tiling(
-    n: int, C: int, tokens: int, norm: bool, threads: int | None, backend: str
+    n: int, C: int, tokens: int, norm: bool, threads: int | None, device: Device
 ) -> CoefficientGradientTiling:
     """How `mhc_pre_backward_coefficients` takes tokens of 2-byte elements, each by a simdgroup, and
     with a norm `mhc_pre_backward_coefficients_norm`, each by a threadgroup, which keeps it in
@@ -307,33 +304,32 @@ def coefficient_gradient_tiling(
         vec //= 2
     packs, passes, cached = C // vec, 0, False
     if norm:  # more in registers would spill
-        most = min(8, COEFFICIENT_GRADIENT_X_BYTES[backend] // (2 * vec * n)) if n <= 4 else 0
-        limit = 256 if backend == "metal" else 512
-        threads = threads or min(limit, 32 * math.ceil(packs / max(1, most) / 32))
+        most = min(8, device.coefficient_gradient_x_bytes // (2 * vec * n)) if n <= 4 else 0
+        wanted = 32 * math.ceil(packs / max(1, most) / 32)
+        threads = threads or min(device.coefficient_gradient_threads, wanted)
         passes = math.ceil(packs / threads)
         cached = passes <= most
     threads = threads or 128
     batch = min(8, 32 >> (n - 1).bit_length())  # a lane per line of each matrix
-    if tokens < batch * COEFFICIENT_GRADIENT_SIMDGROUPS:
+    if tokens < batch * device.coefficient_gradient_simdgroups:
         batch = max(1, batch // 4)
     simds = threads // 32
-    most_groups = max(1, COEFFICIENT_GRADIENT_SIMDGROUPS // simds)
+    most_groups = max(1, device.coefficient_gradient_simdgroups // simds)
     groups = min(math.ceil(tokens / (batch * simds)), most_groups)
     rows = groups * (1 if norm else simds)
     return CoefficientGradientTiling(threads, vec, passes, cached, batch, groups, rows)
 
 
-def stored_half_steps(iters: int, threads: int, backend: str) -> int:
+def stored_half_steps(iters: int, threads: int, device: Device) -> int:
     """Half-steps whose divisors `mhc_pre_backward_coefficients` (or `_norm`) stores: 20 KiB at
     most."""
-    return min(2 * iters, STORED_HALF_STEPS[backend], (20 << 10) // (4 * threads))
+    return min(2 * iters, device.stored_half_steps, (20 << 10) // (4 * threads))
 
 
 # `mhc_pre_backward_projection` takes 639 us at (65536, 4, 1024), also with 8 simdgroups.
 PROJECTION_GRADIENT_STAGE = 64  # tokens between barriers: their dp and factors take up to 24 KiB
 PROJECTION_GRADIENT_SIMDS = 4  # in a threadgroup: others work while these wait for each other
 PROJECTION_GRADIENT_RING = 2  # tiles of a simdgroup on their way; three take 743 us
-PROJECTION_GRADIENT_SIMDGROUPS = 132 * 16  # an H100 holds these at 128 registers
 
 
 def use_matrix_gradient(num_logits: int, dtype: mx.Dtype) -> bool:
@@ -350,23 +346,23 @@ class ProjectionGradientTiling(NamedTuple):
 
 @functools.cache
 def projection_gradient_tiling(
-    n: int, C: int, num_logits: int, tokens: int, threads: int | None
+    n: int, C: int, num_logits: int, tokens: int, threads: int | None, device: Device
 ) -> ProjectionGradientTiling:
     """How `mhc_pre_backward_projection` shares its work; chunks leave as little of a GPU idle as
     they can."""
     span = 32 if num_logits <= 24 else 16  # as far as registers hold phi and dphi
-    units, most = n * math.ceil(C / span), PROJECTION_GRADIENT_SIMDGROUPS
+    units, most = n * math.ceil(C / span), device.projection_gradient_simdgroups
     simds = threads // 32 if threads else min(PROJECTION_GRADIENT_SIMDS, units)
     turns = max(range(1, 5), key=lambda turns: turns * most // units / turns)
     chunks = max(1, min(turns * most // units, tokens // 64))
     return ProjectionGradientTiling(32 * simds, span, chunks, math.ceil(units / simds))
 
 
-def projection_gradient_ring_bytes(span: int, threads: int, size: int, limit: int) -> int:
+def projection_gradient_ring_bytes(span: int, threads: int, size: int, device: Device) -> int:
     """Bytes in which tiles of `mhc_pre_backward_projection` wait, of 16 tokens and a span's
     channels, ``size`` bytes of each in all arrays: of 32 channels, where they fit beside 24 KiB."""
     ring = PROJECTION_GRADIENT_RING * (threads // 32) * 16 * span * size
-    return ring if span == 32 and ring + (24 << 10) <= limit else 0
+    return ring if span == 32 and ring + (24 << 10) <= device.ring_memory else 0
 
 
 class PhiGradientTiling(NamedTuple):
@@ -379,12 +375,12 @@ class PhiGradientTiling(NamedTuple):
 
 @functools.cache
 def phi_gradient_tiling(
-    K: int, C: int, num_logits: int, tokens: int, threads: int | None
+    K: int, C: int, num_logits: int, tokens: int, threads: int | None, device: Device
 ) -> PhiGradientTiling:
     """How `mhc_pre_backward_phi` shares its work: at most 48 sums a thread, and enough threadgroups
     to fill a GPU."""
     vec, threads = math.gcd(C, 2), threads or 128
     logits = math.ceil(num_logits / math.ceil(num_logits / 24))
     parts = math.ceil(K / (threads * vec)) * math.ceil(num_logits / logits)
-    chunks = max(1, min(math.ceil(528 / parts), math.ceil(tokens / 64)))
+    chunks = max(1, min(math.ceil(device.phi_gradient_groups / parts), math.ceil(tokens / 64)))
     return PhiGradientTiling(threads, vec, logits, chunks, parts)

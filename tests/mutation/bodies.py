@@ -25,7 +25,7 @@ import mlx.core as mx  # noqa: E402
 from ops.test_traffic import PINNED, words  # noqa: E402
 from proof import check, executor, executors, missing, simulator  # noqa: E402
 
-from mhc_mlx import launch, ops  # noqa: E402
+from mhc_mlx import launch  # noqa: E402
 from mutation.planted import PLANTED, run  # noqa: E402
 
 FORMS = {"metal": "simulator", "cuda": "simulator, CUDA"}
@@ -33,7 +33,6 @@ MOST, ALIKE = 24, 2  # cases in all; of the dialect and of NVRTC, variants of a 
 CORNER = 64  # what a corner of a body is worth, in pairs
 COMPILE = 3.0  # seconds for a variant; running a case takes about one
 PINNED_CASES = {str(case): tuple(lines) for case, *lines in PINNED}
-GROUPS = {k: getattr(ops.tiling, k) for k in executors.FEW_GROUPS}
 
 
 def every_case() -> dict[str, cases.Case]:
@@ -53,11 +52,8 @@ def launches(case: cases.Case, form: str) -> list[tuple]:
     with executor("nvrtc"):
         launch.run = recorded
         launch.backend = lambda: form
-        executors.set_tiling(**executors.FEW_GROUPS)
-        try:
+        with executors.set_tiling(**executors.FEW_GROUPS):
             run(case)
-        finally:
-            executors.set_tiling(**GROUPS)
     return found
 
 

@@ -138,7 +138,7 @@ RAGGED_PRODUCTS = Case("mhc_pre", (5,), 3, 31, "bfloat16", DEEPSEEK_V4, norm=Fal
 CHUNKS = replace(MULTIPLIED, lead=(130,))  # of 65 tokens
 STAGES = replace(MULTIPLIED, lead=(70,))  # of 64 tokens
 TEAM = Call("mhc_pre", (19,), 4, 512, "bfloat16", PAPER, threads=64)  # simdgroups share a token
-TWICE = replace(TEAM, C=1000)  # and read it twice
+TWICE = replace(TEAM, C=2000)  # and read it twice
 ONE_STREAM = Case("mhc_pre", (5,), 1, 8, "bfloat16", PAPER, eps=0.5)
 # "Single pass" models, and mhc_pre at few tokens.
 FEW = Case("mhc_pre", (2,), 4, 160, convention=PAPER)

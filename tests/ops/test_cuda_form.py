@@ -38,10 +38,8 @@ def test_threads_per_group(threads, need):
 
 @pytest.fixture
 def long_rows():
-    before = ops.tiling.LONG_ROW
-    set_tiling(LONG_ROW=1024)
-    yield
-    set_tiling(LONG_ROW=before)
+    with set_tiling(long_row=1024):
+        yield
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

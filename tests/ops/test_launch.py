@@ -65,9 +65,9 @@ def devices(request, monkeypatch):
     with monkeypatch.context() as patch:
         found = Devices(patch, mx.Device(mx.cpu, 0))
         found.backend = request.param
-        launch._cuda_limit.cache_clear()
+        launch._cuda_device.cache_clear()
         yield found
-    launch._cuda_limit.cache_clear()
+    launch._cuda_device.cache_clear()
 
 
 def test_every_gpu_has_kernels(devices):
@@ -85,7 +85,7 @@ def test_every_gpu_has_kernels(devices):
         rooms = []
         for device in (GPU, SECOND):
             with mx.stream(device):
-                rooms.append(launch.threadgroup_memory_limit())
+                rooms.append(launch.device().ring_memory)
         assert rooms == [163 << 10, 227 << 10]
 
 

@@ -158,7 +158,6 @@ def test_threadgroup_memory_that_grows_is_caught(need, monkeypatch):
 # ---- 2^32 elements: the last threadgroups of launches whose buffers are virtual
 
 TOKENS = 3 << 29  # of a call: four floats of each are 1.5 times 2^32
-SWEEP_TOKENS = ops.tiling.PARTIAL_LOGITS_TOKENS
 SEEN = 128  # the last tokens, which the threadgroups that run take
 NO_RESERVE = 0x4000  # mmap's flag on Linux: pages exist once they are touched
 
@@ -212,7 +211,7 @@ def far_apart(form: str, call: tuple) -> None:
     name, inputs, outputs, _, threads, template = call
     rng, C = np.random.default_rng(0), inputs["x"].shape[2] if "x" in inputs else 1
     each, split, rows = shares(name, template, C)
-    few, many = (count // each * split for count in (SEEN, TOKENS))
+    few, many = (math.ceil(count / each) * split for count in (SEEN, TOKENS))
     values = {}
     for k, a in inputs.items():
         if a is not None:
@@ -284,9 +283,8 @@ def far_calls(form: str) -> list[tuple]:
         for op, n, dtype, options in FAR:
             if form == "simulator" or op == "mhc_pre" and n == 4:
                 called(op, SEEN, n, 8, dtype, **options)
-        set_tiling(PARTIAL_LOGITS_TOKENS=SEEN)
-        called("mhc_pre", SEEN, 4, 8, mx.float32)
-        set_tiling(PARTIAL_LOGITS_TOKENS=SWEEP_TOKENS)
+        with set_tiling(partial_logits_tokens=SEEN):
+            called("mhc_pre", SEEN, 4, 8, mx.float32)
     return list({str((c[0], c[5])): c for c in launches.calls}.values())
 
 

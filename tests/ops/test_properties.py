@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
@@ -10,6 +11,7 @@ from cases import CONVENTIONS, EXACT
 from proof import executor, oracle, set_tiling
 
 from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, launch, ops
+from mhc_mlx.devices import APPLE, H100
 
 
 @pytest.fixture(params=["reference", "simulator", "gpu"], autouse=True)
@@ -148,18 +150,21 @@ def per_token(n, C, tokens, dtype):
 OPS = ("mhc_layer", "mhc_static", "stream_aggregate_norm", "stream_mix_add", "sinkhorn_knopp")
 
 
+@pytest.fixture
+def few_groups(runs):
+    numbers = {"one_launch_tokens": 4, "forward_groups": 4, "many_groups": 4}
+    with set_tiling(**numbers, backward_threads=4 * 128):
+        yield
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("n", [4, 12])
 @pytest.mark.parametrize("op", OPS)
-def test_a_token_does_not_depend_on_its_neighbours(op, n, dtype, monkeypatch):
+def test_a_token_does_not_depend_on_its_neighbours(op, n, dtype, few_groups):
     """Bit for bit, forward and gradient: how many tokens are in the call, which, in what order.
 
     More than four tokens are many here: they share threadgroups and a launch of the projection.
     """
-    monkeypatch.setattr(ops.tiling, "ONE_LAUNCH_TOKENS", 4)
-    monkeypatch.setattr(ops.tiling, "FORWARD_GROUPS", 4)
-    monkeypatch.setattr(ops.tiling, "MANY_GROUPS", 4)
-    monkeypatch.setattr(ops.tiling, "BACKWARD_THREADS", 4 * 128)
     f, arrays = per_token(n, 72, 9, dtype)[op]
     cotangent = mx.random.normal(f(*arrays).shape).astype(f(*arrays).dtype)
 
@@ -189,10 +194,8 @@ def few_tokens(runs):
     """Nine tokens are many, and of less than three the projection is a sweep."""
     if runs == "reference":
         pytest.skip("reference: MLX's products of matrices depend on their size")
-    before = {k: getattr(ops.tiling, k) for k in ("FEW_TOKENS", "PARTIAL_LOGITS_TOKENS")}
-    set_tiling(FEW_TOKENS=4, PARTIAL_LOGITS_TOKENS=2)
-    yield
-    set_tiling(**before)
+    with set_tiling(few_tokens=4, few_backward_tokens=4, partial_logits_tokens=2):
+        yield
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
@@ -226,11 +229,37 @@ def test_speculative_tokens_are_decoded_ones(n, dtype, few_tokens):
 
     whole = run(list(range(9)), True)
     for sweep in (2, 16):  # a token a threadgroup, and several in turn
-        set_tiling(PARTIAL_LOGITS_TOKENS=sweep)
-        for tokens in FEW:
-            for differentiable in (False, True):
-                for part, all_of_it in zip(run(tokens, differentiable), whole, strict=True):
-                    assert bits(part) == bits(all_of_it[mx.array(tokens)]), tokens
+        with set_tiling(partial_logits_tokens=sweep):
+            parts = [(k, run(k, differentiable)) for k in FEW for differentiable in (False, True)]
+        for tokens, made in parts:
+            for part, all_of_it in zip(made, whole, strict=True):
+                assert bits(part) == bits(all_of_it[mx.array(tokens)]), tokens
+
+
+@pytest.mark.parametrize("device", [H100, APPLE], ids=lambda device: device.name)
+def test_a_token_at_the_limits_of_a_device(device, runs):
+    """At the real limits a token has the bits that it has alone: in partial logits, and in tiles of
+    8 and of 16 tokens."""
+    if runs == "reference":
+        pytest.skip("reference: MLX's products of matrices depend on their size")
+    n, C, run, forms = 4, 72, launch.run, []
+    few, most = device.partial_logits_tokens, device.few_tokens
+    counts = (1, few, few + 1, most, most + 1)
+    _, *rest = dynamic_arrays(n, C, mx.bfloat16)
+    x = mx.random.normal((most + 1, n, C)).astype(mx.bfloat16)
+
+    def noted(name, inputs, outputs, groups, threads, template, verbose=False):
+        forms.append((name, template.get("TILES")))
+        return run(name, inputs, outputs, groups, threads, template, verbose)
+
+    with set_tiling(partial_logits_tokens=few, few_tokens=most):
+        with mock.patch.object(launch, "run", noted):
+            made = {k: ops.mhc_coefficients(x[:k], *rest) for k in counts}
+    partial = [("mhc_pre_partial_logits", None), ("mhc_seam", None)]
+    assert forms == 2 * partial + [("mhc_pre", tiles) for tiles in (1, 1, 2)]
+    for count, parts in made.items():
+        for part, all_of_it in zip(parts, made[most + 1], strict=True):
+            assert bits(part) == bits(all_of_it[:count]), count
 
 
 def test_round_aggregate_rounds_where_mlx_does():
@@ -466,8 +495,8 @@ def test_few_variants_for_any_number_of_tokens(n, C):
     """Each is compiled while a program runs."""
     outs, tokens = 2 * n + n * n, [*range(1, 1300), *range(1300, 9000, 37)]
     shape = (n, C, mx.bfloat16, outs)
-    projections = {ops.tiling.logits_tiling(*shape, t, None, 0) for t in tokens}
-    tilings = [ops.tiling.generic_gradient_tiling(n, C, outs, t, None) for t in tokens]
+    projections = {ops.tiling.logits_tiling(*shape, t, None, APPLE) for t in tokens}
+    tilings = [ops.tiling.generic_gradient_tiling(n, C, outs, t, None, APPLE) for t in tokens]
     spreads = {tiling._replace(rows=0) for tiling in tilings}  # of which a body knows all but rows
     assert len(projections) <= 8 and len(spreads) <= 10
     for g in projections:  # the first threadgroup makes all of h_pre

@@ -114,14 +114,14 @@ COUNTS = [
     # (l and bias) for each of five segments of eight half-steps, and twice at the end.
     Case("mhc_pre", **TILES | {"dtype": "bfloat16"}, norm=False),
     "mhc_pre: x 2, u 1; phi 1, bias 16, h_post 1, h_res 1, l 1",
-    "mhc_pre_backward_coefficients: x 1, du 1; bias 7296 in all, l 8192 in all, dh_post 1, "
+    "mhc_pre_backward_coefficients: x 1, du 1; bias 4224 in all, l 5120 in all, dh_post 1, "
     "dh_res 1024 in all, token_factors 1, dp 1, partial 1",
     "mhc_pre_backward_projection: x 1, du 4, dx_out 1, dx 1; phi 1, dp 2, token_factors 2, "
     "partial 1",
     "sum_partials: out 1; partial 1",
     Case("mhc_pre", **TILES | {"dtype": "bfloat16"}),  # u is kept for its norm, du' is written
     "mhc_pre: x 2, u 1; phi 1, bias 16, weight 16, h_post 1, h_res 1, l 1",
-    "mhc_pre_backward_coefficients_norm: x 1, du 2; bias 7296 in all, l 8192 in "
+    "mhc_pre_backward_coefficients_norm: x 1, du 2; bias 4224 in all, l 5120 in "
     "all, dh_post 1, weight 32, dh_res 1024 in all, token_factors 1, dread 1, dp 1, partial 1",
     "mhc_pre_backward_projection: x 1, du 4, dx_out 1, dx 1; phi 1, dp 2, token_factors 2, "
     "partial 1",

@@ -11,6 +11,7 @@ import benchmark
 from benchmarks import measure, parity, suite
 from benchmarks.measure import Bench
 from mhc_mlx import launch, ops, reference
+from mhc_mlx.devices import APPLE
 from programs import figures
 from programs.figures import figure, shorten
 
@@ -142,7 +143,7 @@ def test_a_sweep_verifies_each_variant(monkeypatch, capsys):
     checked, timings = [], iter(range(100, 0, -1))
 
     def error(op, shape, dtype, gradients, threads_per_group):
-        forced = ops.tiling.token_tiling(2, 512, 4, 1, None, "metal")
+        forced = ops.tiling.token_tiling(2, 512, 4, 1, None, APPLE)
         checked.append((gradients, forced.vec, forced.threads, threads_per_group))
         return 1.0 if threads_per_group == 64 else 0.0
 

@@ -1,9 +1,12 @@
 """Executors run the kernels of a test: the simulator, the stand-in, clang, NVRTC or a GPU."""
 
 import contextlib
+import functools
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 
 # MLX reads this at its first product. By default its float32 products are TF32 on some GPUs, with
 # errors of 1e-3.
@@ -11,22 +14,34 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 import mlx.core as mx
 
-from mhc_mlx import launch, ops
+from mhc_mlx import launch
+from mhc_mlx.devices import Device
 
 variants: set = set()
 # The simulator gets so few threadgroups that each computes several tokens or matrices of a case.
-FEW_GROUPS = {"FORWARD_GROUPS": 2, "MANY_GROUPS": 2, "BACKWARD_THREADS": 64}
-FEW_GROUPS |= {"COEFFICIENT_GRADIENT_SIMDGROUPS": 4}
-# The limits are so low that cases have tokens on both sides of them.
-FEW_TOKENS = {"FEW_TOKENS": 6, "PARTIAL_LOGITS_TOKENS": 2}
+FEW_GROUPS = {"forward_groups": 2, "many_groups": 2, "backward_threads": 64}
+FEW_GROUPS |= {"coefficient_gradient_simdgroups": 4}
+# The limits are so low that cases have tokens, and rows of sums, on both sides of them.
+FEW_TOKENS = {"few_tokens": 6, "few_backward_tokens": 6, "partial_logits_tokens": 2}
+FEW_TOKENS |= {"one_thread_rows": 2}
 
 
-def set_tiling(**literals) -> None:
-    """Set literals of ops/tiling.py, and clear its caches, whose entries depend on them."""
-    vars(ops.tiling).update(literals)
-    for f in vars(ops.tiling).values():
-        if hasattr(f, "cache_clear"):
-            f.cache_clear()
+@functools.cache
+def changed(device: Device, numbers: tuple[tuple[str, int], ...]) -> Device:
+    """The same record each time, because caches know records by their identity. A number that is 0
+    stays: the device does not do that."""
+    return replace(device, **{k: v for k, v in numbers if getattr(device, k)})
+
+
+@contextlib.contextmanager
+def set_tiling(**numbers: int) -> Iterator[None]:
+    """Change numbers in the records of all devices, by their names in `Device`."""
+    real = launch.device
+    launch.device = lambda: changed(real(), tuple(numbers.items()))
+    try:
+        yield
+    finally:
+        launch.device = real
 
 
 def missing(rung: str) -> str | None:
@@ -62,16 +77,15 @@ def executor(rung: str, few_groups: bool = True):
     that were launched.
     """
     real_run, backend = launch.run, launch.backend
-    literals = {k: getattr(ops.tiling, k) for k in (*FEW_GROUPS, *FEW_TOKENS)}
-    set_tiling(**FEW_TOKENS)
     forget_traces()
     stack = contextlib.ExitStack()
+    stack.enter_context(set_tiling(**FEW_TOKENS))
     if rung.startswith("simulator"):
         from proof import simulator
 
         mx.disable_compile()  # because the simulator evaluates its inputs
         run = simulator.run
-        set_tiling(**(FEW_GROUPS if few_groups else {}))
+        stack.enter_context(set_tiling(**(FEW_GROUPS if few_groups else {})))
         launch.backend = lambda: "metal"
         if rung == "simulator, CUDA":
             stack.enter_context(simulator.cuda_form())
@@ -107,7 +121,6 @@ def executor(rung: str, few_groups: bool = True):
     finally:
         variants.update(launched)
         launch.run, launch.backend = real_run, backend
-        set_tiling(**literals)
         forget_traces()
         stack.close()
         if rung.startswith("simulator"):

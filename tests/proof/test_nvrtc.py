@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -9,6 +10,7 @@ from cases import CASES, COVERING, Case
 
 from mhc_mlx import PAPER, launch, ops
 from mhc_mlx.conventions import IDENTITY, MHC_LITE
+from mhc_mlx.devices import APPLE, H100
 from proof import executor, results
 
 
@@ -74,22 +76,23 @@ def test_a_ring_fits_its_device(capability, ring, need, monkeypatch):
     )
     monkeypatch.setattr(mx, "device_info", lambda device: info)
     monkeypatch.setattr(launch, "backend", lambda: "cuda")
-    launch._cuda_limit.cache_clear()
-    room = launch.threadgroup_memory_limit()
-    launch._cuda_limit.cache_clear()
+    launch._cuda_device.cache_clear()
+    device = launch.device()
+    launch._cuda_device.cache_clear()
     shape = (4, 4096, mx.bfloat16)
-    g = ops.tiling.logits_tiling(*shape, 24, 4096, None, room)
-    size = ops.tiling.ring_bytes(g, *shape, mx.float32, 24, room)
+    g = ops.tiling.logits_tiling(*shape, 24, 4096, None, device)
+    size = ops.tiling.ring_bytes(g, *shape, mx.float32, 24, device)
     assert (g.threads, g.slices, size) == (4 * ring, ring // 8, ring << 10)
-    assert size < room
+    assert size < device.ring_memory
 
 
 def test_rings_of_many_threads_fit_their_device():
     """Beside the 24 KiB of mhc_pre_backward_projection's own."""
     ring = ops.tiling.projection_gradient_ring_bytes
-    assert [ring(32, 128, 6, r << 10) >> 10 for r in (0, 99, 227)] == [0, 24, 24]
-    assert [ring(32, 512, 6, r << 10) >> 10 for r in (0, 99, 227)] == [0, 0, 96]
-    assert ring(16, 128, 6, 227 << 10) == 0
+    found = (APPLE, replace(H100, ring_memory=99 << 10), H100)
+    assert [ring(32, 128, 6, device) >> 10 for device in found] == [0, 24, 24]
+    assert [ring(32, 512, 6, device) >> 10 for device in found] == [0, 0, 96]
+    assert ring(16, 128, 6, H100) == 0
 
 
 def test_a_ring_raises_the_limit_of_its_kernel(monkeypatch):

@@ -102,17 +102,18 @@ class StreamScale(FusedOp):
     def launched(self, record, x, arrays, outputs, groups):
         _, n, C = x.shape
         threads = self.options.threads_per_group
-        t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.backend())
+        t = tiling.token_tiling(n, C, x.dtype.size, 1, threads, launch.device())
         body = record(T=x.dtype, N=n, VEC=t.vec, THREADS=t.threads)
         return launch.launch(body, {"x": x, **arrays}, outputs, groups, self.options)
 
     def forward(self, x, h):
-        groups, outputs = tiling.many_groups(flat(x, 3).shape[0]), {"out": (x.shape, x.dtype)}
+        groups = tiling.many_groups(flat(x, 3).shape[0], launch.device())
+        outputs = {"out": (x.shape, x.dtype)}
         return self.launched(StreamScaleBody, flat(x, 3), {"h": h}, outputs, groups)["out"]
 
     def backward(self, arrays, cotangents, saved):
         (x, h), (dout,) = arrays, cotangents
-        groups = tiling.backward_groups(flat(x, 3).shape[0], 256)
+        groups = tiling.backward_groups(flat(x, 3).shape[0], 256, launch.device())
         outputs = {"dx": (x.shape, x.dtype), "partial": ((groups, h.size), mx.float32)}
         inputs = {"h": h, "dout": dout}
         made = self.launched(StreamScaleBackwardBody, flat(x, 3), inputs, outputs, groups)

@@ -1,0 +1,188 @@
+"""What is known of the GPUs that run kernels, and the numbers by which launches are cut for each.
+
+`launch.device` finds the record of the GPU at hand; the functions of ops/tiling.py get it. A number
+without another source was measured on one H100 in bfloat16; (65536, 4, 1024) means tokens, streams
+and channels. No Apple GPU was at hand.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Device:
+    """A GPU. A record equals only itself: so caches find it by its identity, which costs nothing.
+
+    Sizes are in bytes, registers have 32 bits; None is unknown. The defaults of the numbers that
+    cut launches are an H100's.
+    """
+
+    name: str
+    backend: str  # "metal" or "cuda"
+    cores: int | None = None  # multiprocessors of an NVIDIA GPU
+    bandwidth: float | None = None  # of DRAM, nominal, bytes a second
+    registers_per_thread: int  # of which a body can have no more
+    registers_per_core: int
+    threads_per_core: int | None = None  # resident, if registers reach
+    threadgroup_memory: int = 32 << 10  # of a threadgroup
+    threadgroup_memory_per_core: int | None = None
+    # Of a threadgroup with a ring of asynchronous copies; 0 where the backend has none.
+    ring_memory: int = 0
+
+    # ---- a threadgroup
+    # Registers in which a thread keeps parts of a token: of x, and of x and dout.
+    forward_register_bytes: int = 256
+    backward_register_bytes: int = 512
+    # Most threads of `mhc_seam`: up to 320 take 85 us instead of 99 us with 256 at (2048, 4, 5120),
+    # and 114 us instead of 122 us at C = 7168.
+    seam_threads: int = 320
+    # Most threads of `mhc_fused_backward` and `mhc_seam_backward` where they keep no token.
+    uncached_backward_threads: int = 256
+    # Most threads of `mhc_pre_backward_coefficients_norm`, and what each keeps of x: at
+    # (65536, 4, 1024) 408 us with 128 bytes, 460 us with 64.
+    coefficient_gradient_threads: int = 512
+    coefficient_gradient_x_bytes: int = 128
+    # Half-steps whose divisors `mhc_pre_backward_coefficients` stores, 128 bytes a simdgroup each.
+    stored_half_steps: int = 40
+    u_floats_per_lane: int = 64  # of u, that a lane of `mhc_pre` keeps for its norm
+
+    # ---- a grid
+    forward_groups: int = 4096  # fills any GPU; fewer threadgroups than tokens share coefficients
+    many_groups: int = 1 << 16  # for a threadgroup that loads little before its first token
+    filling_groups: int = 264  # two for each multiprocessor
+    one_thread_rows: int = 0  # up to here one thread adds the rows of a column in `sum_partials`
+    phi_gradient_groups: int = 528  # of `mhc_pre_backward_phi`, four for each multiprocessor
+    # What an H100 holds at 128 registers. A threadgroup, or a simdgroup, leaves a row of sums.
+    backward_threads: int = 132 * 512
+    coefficient_gradient_simdgroups: int = 132 * 16
+    projection_gradient_simdgroups: int = 132 * 16
+
+    # ---- tokens
+    # Up to here `mhc_pre` takes tiles of 8 tokens: at (2048, 4, 4096) they take 60 us, of 16 43 us.
+    few_tokens: int = 1024
+    # Up to here `mhc_pre_backward_generic` takes tiles of 2 tokens, otherwise of 4.
+    few_backward_tokens: int = 1024
+    # Up to these many threadgroups share a token's phi product: write-back and read then take
+    # 4.0 us with `mhc_pre_partial_logits`, 8.2 us with `mhc_pre`.
+    partial_logits_tokens: int = 16
+    # Up to here every threadgroup of `mhc_layer` projects H_res itself.
+    one_launch_tokens: int = 1024
+    # From this n * C on 16 slices share a row: at (2048, 4, 4096) they take 35 us, 8 slices 43 us.
+    long_row: int = 1 << 14
+
+
+# ---- NVIDIA
+
+# Of compute capability 9.0; NVIDIA's data sheets of H100 SXM and H200.
+H100 = Device(
+    name="NVIDIA H100 80GB HBM3",
+    backend="cuda",
+    cores=132,
+    bandwidth=3.35e12,
+    registers_per_thread=255,
+    registers_per_core=1 << 16,
+    threads_per_core=2048,
+    threadgroup_memory_per_core=228 << 10,
+    ring_memory=227 << 10,
+)
+H200 = replace(H100, name="NVIDIA H200", bandwidth=4.8e12)
+
+
+def _nvidia(name: str, capability: tuple[int, int]) -> Device:
+    """The record of another NVIDIA GPU: as an H100, but for what its compute capability says."""
+    ring = 163 if capability in ((8, 0), (8, 7)) else 227 if capability[0] in (9, 10) else 99
+    return replace(
+        H100,
+        name=name,
+        cores=None,
+        bandwidth=None,
+        threads_per_core=None,
+        threadgroup_memory_per_core=(ring + 1) << 10,
+        ring_memory=ring << 10,
+    )
+
+
+# ---- Apple
+
+# Registers, threads and memory of a core: https://github.com/philipturner/metal-benchmarks, for M1
+# and M2; later GPUs share one memory among them, whose size is not published.
+APPLE = Device(
+    name="Apple GPU",
+    backend="metal",
+    registers_per_thread=128,
+    registers_per_core=(208 << 10) // 4,
+    threads_per_core=3072,
+    threadgroup_memory_per_core=60 << 10,
+    backward_register_bytes=256,
+    seam_threads=256,
+    coefficient_gradient_threads=256,
+    # model: so a threadgroup of 256 keeps x up to C = 4096 at n = 4: 6 rows instead of 15.
+    coefficient_gradient_x_bytes=128,
+    # model: the rest is computed again. 20 take 10 KiB of a threadgroup of 128, of which the memory
+    # of a core holds five, more than its registers.
+    stored_half_steps=20,
+    u_floats_per_lane=32,
+    # model: phi from L2 binds `mhc_pre`. Of a tile of 8 tokens a core wants 65 bytes a clock, and
+    # gets 32; of 16 it wants half. From 385 tokens on most cores of a Max have a second tile of 8.
+    few_tokens=384,
+    # model: up to 8 tiles of 8 tokens leave most cores idle in `mhc_pre`, 40 to 100 us; runs of a
+    # phi product occupy them all. A site of 17 to 64 tokens takes 25 to 50 % less.
+    partial_logits_tokens=64,
+    # model: 8 threads a column start 12,000 to 21,000 threadgroups for 4 to 13 rows of dphi, which
+    # take 60 to 150 us; with one thread they are an eighth, and 20 to 40 us.
+    one_thread_rows=16,
+    # model: 512 fill a Max, whose cores hold 12 each. An H100's 2112 make 13 chunks of tokens at
+    # C = 5120, of which the rows of dphi are 25.6 MB to write and to read; these make 3.
+    projection_gradient_simdgroups=512,
+    # model: they take more than 104 registers, so a core of M1 or M2 holds 384 of their threads, in
+    # one threadgroup of 256 or three of 128.
+    uncached_backward_threads=128,
+)
+# GPU cores with which a chip is sold, and nominal GB/s of each: Apple's technical specifications.
+# MLX tells the name, but not how many cores there are.
+APPLE_CHIPS = {
+    "Apple M1": {7: 68, 8: 68},
+    "Apple M1 Pro": {14: 200, 16: 200},
+    "Apple M1 Max": {24: 400, 32: 400},
+    "Apple M1 Ultra": {48: 800, 64: 800},
+    "Apple M2": {8: 100, 10: 100},
+    "Apple M2 Pro": {16: 200, 19: 200},
+    "Apple M2 Max": {30: 400, 38: 400},
+    "Apple M2 Ultra": {60: 800, 76: 800},
+    "Apple M3": {8: 100, 10: 100},
+    "Apple M3 Pro": {14: 150, 18: 150},
+    "Apple M3 Max": {30: 300, 40: 400},
+    "Apple M3 Ultra": {60: 819, 80: 819},
+    "Apple M4": {8: 120, 10: 120},
+    "Apple M4 Pro": {16: 273, 20: 273},
+    "Apple M4 Max": {32: 410, 40: 546},
+    "Apple M5": {8: 153, 10: 153},
+    "Apple M5 Pro": {16: 307, 20: 307},
+    "Apple M5 Max": {32: 460, 40: 614},
+}
+
+
+def apple(chip: str, cores: int | None = None) -> Device:
+    """The record of a Mac's chip, by MLX's name for it; with so many cores, if they are known."""
+    rates = APPLE_CHIPS.get(chip, {})
+    known = {rates[cores]} if cores in rates else set(rates.values())
+    return replace(
+        APPLE,
+        name=chip,
+        cores=cores,
+        bandwidth=known.pop() * 1e9 if len(known) == 1 else None,
+    )
+
+
+def find(backend: str, info: Mapping[str, Any]) -> Device:
+    """The record for a backend and what `mx.device_info` says of its GPU. Where it says nothing of
+    one, that is an H100, or any Apple GPU: so they are where kernels run without a GPU."""
+    name = info.get("device_name", "")
+    if backend == "metal":
+        return apple(name) if name in APPLE_CHIPS else APPLE
+    if "compute_capability_major" not in info:
+        return H100
+    known = {device.name: device for device in (H100, H200)}
+    capability = (info["compute_capability_major"], info.get("compute_capability_minor", 0))
+    return known.get(name) or _nvidia(name, capability)
