@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
@@ -10,7 +11,7 @@ from cases import CONVENTIONS, EXACT
 from proof import executor, oracle, set_tiling
 
 from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, launch, ops
-from mhc_mlx.devices import APPLE
+from mhc_mlx.devices import APPLE, H100
 
 
 @pytest.fixture(params=["reference", "simulator", "gpu"], autouse=True)
@@ -233,6 +234,32 @@ def test_speculative_tokens_are_decoded_ones(n, dtype, few_tokens):
         for tokens, made in parts:
             for part, all_of_it in zip(made, whole, strict=True):
                 assert bits(part) == bits(all_of_it[mx.array(tokens)]), tokens
+
+
+@pytest.mark.parametrize("device", [H100, APPLE], ids=lambda device: device.name)
+def test_a_token_at_the_limits_of_a_device(device, runs):
+    """At the real limits a token has the bits that it has alone: in partial logits, and in tiles of
+    8 and of 16 tokens."""
+    if runs == "reference":
+        pytest.skip("reference: MLX's products of matrices depend on their size")
+    n, C, run, forms = 4, 72, launch.run, []
+    few, most = device.partial_logits_tokens, device.few_tokens
+    counts = (1, few, few + 1, most, most + 1)
+    _, *rest = dynamic_arrays(n, C, mx.bfloat16)
+    x = mx.random.normal((most + 1, n, C)).astype(mx.bfloat16)
+
+    def noted(name, inputs, outputs, groups, threads, template, verbose=False):
+        forms.append((name, template.get("TILES")))
+        return run(name, inputs, outputs, groups, threads, template, verbose)
+
+    with set_tiling(partial_logits_tokens=few, few_tokens=most):
+        with mock.patch.object(launch, "run", noted):
+            made = {k: ops.mhc_coefficients(x[:k], *rest) for k in counts}
+    partial = [("mhc_pre_partial_logits", None), ("mhc_seam", None)]
+    assert forms == 2 * partial + [("mhc_pre", tiles) for tiles in (1, 1, 2)]
+    for count, parts in made.items():
+        for part, all_of_it in zip(parts, made[most + 1], strict=True):
+            assert bits(part) == bits(all_of_it[:count]), count
 
 
 def test_round_aggregate_rounds_where_mlx_does():

@@ -216,10 +216,12 @@ def test_a_lane_keeps_whole_chunks(n, packs):
 
 
 def test_what_is_swept():
-    """Up to 16 tokens of up to 8 streams, whose squares and sums fit 28 KiB."""
+    """Up to 16 tokens, 64 on a Mac, of up to 8 streams, whose squares and sums fit 28 KiB."""
     for shape, want in {
         (4, 4096, BF16, 24, 16, None, H100): True,
         (4, 4096, BF16, 24, 17, None, H100): False,
+        (4, 4096, BF16, 24, 64, None, APPLE): True,
+        (4, 4096, BF16, 24, 65, None, APPLE): False,
         (8, 64, BF16, 80, 2, None, APPLE): True,
         (9, 64, BF16, 99, 2, None, APPLE): False,
         # 7136 squares, and 32 of the one slice of a simdgroup: 28 KiB; then 32 squares more
@@ -361,7 +363,6 @@ def test_numbers_of_devices():
         "one_launch_tokens": 1024,
         "few_backward_tokens": 1024,
         "long_row": 16384,
-        "partial_logits_tokens": 16,
         "forward_register_bytes": 256,
         "threadgroup_memory": 32 << 10,
     }
@@ -372,6 +373,7 @@ def test_numbers_of_devices():
         "coefficient_gradient_x_bytes": (128, 64),
         "stored_half_steps": (40, 8),
         "few_tokens": (1024, 384),
+        "partial_logits_tokens": (16, 64),
         "u_floats_per_lane": (64, 32),
         "ring_memory": (227 << 10, 0),
     }
@@ -484,16 +486,16 @@ FEW = {
     # a simdgroup two tokens, or a span
     | {"mhc_pre_backward_coefficients": 2, "mhc_pre_backward_projection": 2},
     # tiles of 8; backward with a norm two tokens each
-    ("mhc_pre", 40, 4, PAPER): {"mhc_pre": 5}
-    | {"mhc_pre_backward_coefficients_norm": 20, "mhc_pre_backward_projection": 2},
+    ("mhc_pre", 72, 4, PAPER): {"mhc_pre": 9}
+    | {"mhc_pre_backward_coefficients_norm": 36, "mhc_pre_backward_projection": 2},
     # tiles of 16, each shared by four; 8 matrices; tiles of two; 3 spans of 7 parts
     ("mhc_pre", 40, 12, PAPER): {"mhc_pre": 12, "sinkhorn_knopp": 5, "sinkhorn_knopp_backward": 5}
     | {"mhc_pre_backward_generic": 20, "mhc_pre_backward_phi": 21},
     # of matrices a thread takes a row, backward all
-    ("mhc_pre", 40, 3, MHC_LITE): {"mhc_pre": 5, "mixing_matrix": 1, "mixing_matrix_backward": 1}
-    | {"mhc_pre_backward_coefficients_norm": 20, "mhc_pre_backward_projection": 2},
-    ("mhc_pre", 40, 8, KRONECKER): {"mhc_pre": 5, "mixing_matrix": 3, "mixing_matrix_backward": 1}
-    | {"mhc_pre_backward_coefficients_norm": 40, "mhc_pre_backward_projection": 4},
+    ("mhc_pre", 72, 3, MHC_LITE): {"mhc_pre": 9, "mixing_matrix": 2, "mixing_matrix_backward": 1}
+    | {"mhc_pre_backward_coefficients_norm": 36, "mhc_pre_backward_projection": 2},
+    ("mhc_pre", 72, 8, KRONECKER): {"mhc_pre": 9, "mixing_matrix": 5, "mixing_matrix_backward": 1}
+    | {"mhc_pre_backward_coefficients_norm": 72, "mhc_pre_backward_projection": 4},
     ("sinkhorn_knopp", 40, 4, PAPER): {"sinkhorn_knopp": 2, "sinkhorn_knopp_backward": 2},
     ("stream_mix_add", 40, 4, PAPER): {"stream_mix_add": 40, "mhc_fused_backward": 40},
     ("mhc_static", 40, 12, PAPER): {"mhc_fused": 40, "mhc_fused_backward_wide": 40},
