@@ -15,7 +15,7 @@
 //      l [tokens, NUM_LOGITS + 1] float: l, scale;
 //      params [6] float, by mhc::param: PRE_EPS, POST_SCALE, EPS; with PROJECT PROJECTION_EPS;
 //      du [tokens, C] T; dh_post [tokens, N] float; dh_res [tokens, N, N] float (PROJECT) or dz_res [tokens, R] float
-// out  token_factors [tokens, N + 1] float: h_pre, pull; dread [tokens, C] T: du'; dp [tokens, NUM_LOGITS] float;
+// out  token_factors [tokens, N + 1] float: h_pre, pull; dread [tokens, C] DREAD_T: du'; dp [tokens, NUM_LOGITS] float;
 //      partial [threadgroups, 2 NUM_LOGITS + C] float: the sums of dz, of dz l, dweight, over this threadgroup's tokens
 // CACHED: x of a token stays in registers between the sums and du', and a thread's dweight until the end; without
 //      CACHED x is read twice, and the running sum of dweight lies in partial.
@@ -24,7 +24,7 @@
 //      threadgroup memory. Then all go token by token: a thread takes VEC channels of all streams, PASSES times, and a
 //      lane of the simdgroup to which the token belongs takes a logit.
 // template  T, N, NUM_LOGITS, PROJECT, ITERS, START, COLUMNS, OUT_COLUMNS, VEC, THREADS, PASSES, CACHED, BATCH,
-//      STORED_STEPS
+//      STORED_STEPS, DREAD_T
 // grid  any number of threadgroups
 #include "coefficient_gradient.h"
 #include "stream_dots.h"
@@ -95,7 +95,8 @@ for (uint first = group_begin; first < tokens; first += threadgroups_per_grid.x 
       const int c = (k * THREADS + tid) * VEC, at = CACHED ? k : 0;
       if (c < C) {
         float w[VEC];
-        mhc::Pack<T, VEC> d = mhc::load<T, VEC>(du_row + c, aligned);
+        mhc::Pack<DREAD_T, VEC> g;
+        const mhc::Pack<T, VEC> d = mhc::load<T, VEC>(du_row + c, aligned);
         if (!CACHED) {
           mhc::load_streams<N>(xv[at], row, C, c, aligned);
           if (i > 0 || first != group_begin) mhc::load_floats<VEC>(dweight[at], dweight_sums + c, PARTIAL_ALIGNED);
@@ -103,8 +104,8 @@ for (uint first = group_begin; first < tokens; first += threadgroups_per_grid.x 
             UNROLL_FOR (int e = 0; e < VEC; ++e) dweight[at][e] = 0.0f;
         }
         mhc::load_floats<VEC>(w, weight + c, weight_aligned);
-        mhc::norm_gradient(d, dweight[at], pre, xv[at], w, r, slope);
-        *(device mhc::Pack<T, VEC>*)(dread + t * size_t(C) + c) = d;
+        mhc::norm_gradient(g, dweight[at], d, pre, xv[at], w, r, slope);
+        *(device mhc::Pack<DREAD_T, VEC>*)(dread + t * size_t(C) + c) = g;
         if (!CACHED) mhc::store_floats<VEC>(dweight_sums + c, dweight[at], PARTIAL_ALIGNED);
       }
     }

@@ -6,14 +6,14 @@
 //
 // in   x [tokens, N, C] T, phi [NUM_LOGITS, N * C] PHI_T, dp [tokens, NUM_LOGITS] float,
 //      token_factors [tokens, N + 1] float: h_pre, pull;
-//      du [tokens, C] T (HAS_DU); dx_out [tokens, N, C] T (HAS_DX_OUT): the cotangent of the x that was passed
+//      du [tokens, C] DU_T (HAS_DU); dx_out [tokens, N, C] T (HAS_DX_OUT): the cotangent of the x that was passed
 //      through, or the dx that mhc_seam_backward made
 // out  dx [tokens, N, C] T, partial [chunks, NUM_LOGITS * N * C] float: a row is a chunk's sum of dphi
 // owners  A threadgroup takes a chunk of tokens. dp and token_factors of STAGE tokens at a time lie in threadgroup
 //      memory. Each simdgroup takes a span, SPAN channels of a stream, and goes through the chunk tile by tile: its
 //      part of phi and its sums of dphi stay in registers.
 //      RING_BYTES: on CUDA a launch adds so many bytes of threadgroup memory, in which fetched tiles arrive.
-// template  T, PHI_T, N, NUM_LOGITS, THREADS, SPAN, STAGE, RING_BYTES, HAS_DU, HAS_DX_OUT
+// template  T, PHI_T, N, NUM_LOGITS, THREADS, SPAN, STAGE, RING_BYTES, HAS_DU, HAS_DX_OUT, DU_T
 // grid  exactly chunks * ceil(N * ceil(C / SPAN) / (THREADS / 32)) threadgroups
 #include "phi_gradient.h"
 constexpr int SIMDS = THREADS / 32;
@@ -40,7 +40,7 @@ const uint end = begin + tokens_per_chunk < tokens ? begin + tokens_per_chunk : 
 const uint span_end = in_range ? end : 0u;
 const int first_channel = c0 + mhc::quarter_of(lane) * RUN;  // the lane's run begins here
 const bool aligned = C % RUN == 0 && mhc::is_aligned<mhc::run_vec<T, RUN>()>(x) &&
-                     (!HAS_DU || mhc::is_aligned<mhc::run_vec<T, RUN>()>(du)) &&
+                     (!HAS_DU || mhc::is_aligned<mhc::run_vec<DU_T, RUN>()>(du)) &&
                      (!HAS_DX_OUT || mhc::is_aligned<mhc::run_vec<T, RUN>()>(dx_out));
 
 mhc::PhiColumns<PHI_T, NUM_LOGITS, SPAN> columns;
@@ -62,7 +62,7 @@ for (uint base = begin; base < end; base += STAGE) {
   for (uint first = base; first < stop; first += mhc::TILE_TOKENS) {
     const int row = int(first - base);
     mhc::Run<T, RUN> xs[mhc::LANE_TOKENS] = {}, passed[mhc::LANE_TOKENS] = {};
-    mhc::Run<T, RUN> ds[mhc::LANE_TOKENS] = {};
+    mhc::Run<DU_T, RUN> ds[mhc::LANE_TOKENS] = {};
     if constexpr (RING_BYTES > 0) {
       mhc::wait_for_tile<SLOTS>();
       mhc::tile_from_ring(xs, slot * TileSlot::BYTES, lane);

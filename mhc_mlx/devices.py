@@ -46,6 +46,8 @@ class Device:
     # Half-steps whose divisors `mhc_pre_backward_coefficients` stores, 128 bytes a simdgroup each.
     stored_half_steps: int = 40
     u_floats_per_lane: int = 64  # of u, that a lane of `mhc_pre` keeps for its norm
+    # Products of matrices take float32, so that `mhc_pre_backward_projection` takes any dtype.
+    float_products: bool = False
 
     # ---- a grid
     forward_groups: int = 4096  # fills any GPU; fewer threadgroups than tokens share coefficients
@@ -123,6 +125,7 @@ APPLE = Device(
     # of a core holds five, more than its registers.
     stored_half_steps=20,
     u_floats_per_lane=32,
+    float_products=True,
     # model: phi from L2 binds `mhc_pre`. Of a tile of 8 tokens a core wants 65 bytes a clock, and
     # gets 32; of 16 it wants half. From 385 tokens on most cores of a Max have a second tile of 8.
     few_tokens=384,

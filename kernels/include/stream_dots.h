@@ -92,10 +92,11 @@ inline LaneDots sum_norm_dots(const thread NormDots<N>& dots, S scratch, int par
   return sums;
 }
 
-// du = r (du weight - u slope), rounded to T;   dweight += du u r
-template <typename T, int VEC, int N>
-inline void norm_gradient(thread Pack<T, VEC>& du, thread float (&dweight)[VEC], thread const float (&pre)[N],
-                          thread Pack<T, VEC> (&x)[N], thread const float (&weight)[VEC], float r, float slope) {
+// dread = r (du weight - u slope), rounded to D;   dweight += du u r
+template <typename D, typename T, int VEC, int N>
+inline void norm_gradient(thread Pack<D, VEC>& dread, thread float (&dweight)[VEC], thread const Pack<T, VEC>& du,
+                          thread const float (&pre)[N], thread Pack<T, VEC> (&x)[N], thread const float (&weight)[VEC],
+                          float r, float slope) {
   float u[VEC] = {};
   UNROLL_FOR (int j = 0; j < N; ++j) {
     STAY_PACKED(x[j]);
@@ -103,7 +104,7 @@ inline void norm_gradient(thread Pack<T, VEC>& du, thread float (&dweight)[VEC],
   }
   UNROLL_FOR (int e = 0; e < VEC; ++e) {
     const float d = static_cast<float>(du.v[e]);
-    du.v[e] = static_cast<T>(r * (d * weight[e] - u[e] * slope));
+    dread.v[e] = static_cast<D>(r * (d * weight[e] - u[e] * slope));
     dweight[e] += d * u[e] * r;
   }
 }

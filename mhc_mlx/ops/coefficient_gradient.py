@@ -43,6 +43,7 @@ class MhcPreBackwardCoefficientsNormBody(LogitsBody):
     CACHED: bool
     BATCH: int
     STORED_STEPS: int
+    DREAD_T: mx.Dtype
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class MhcPreBackwardProjectionBody(PhiBody):
     RING_BYTES: int
     HAS_DU: bool
     HAS_DX_OUT: bool
+    DU_T: mx.Dtype
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def coefficient_gradients(
     n, num_logits = x.shape[-2], phi.shape[0]
     dx_spec = (x.shape, x.dtype)
     x = flat(x, 3)
-    if tiling.use_matrix_gradient(num_logits, x.dtype):
+    if tiling.use_matrix_gradient(num_logits, x.dtype, launch.device()):
         token = _launch_backward_coefficients(method, x, parameters, saved, d)
         if norm:
             d = d._replace(u=token["dread"])
@@ -148,7 +150,7 @@ def _launch_backward_coefficients(
     (tokens, n, C), num_logits = x.shape, parameters.phi.shape[0]
     projects, norm = method.projects(n), parameters.weight is not None
     device, threads = launch.device(), method.options.threads_per_group
-    t = tiling.coefficient_gradient_tiling(n, C, tokens, norm, threads, device)
+    t = tiling.coefficient_gradient_tiling(n, C, x.dtype.size, tokens, norm, threads, device)
     steps = half_steps(method.convention if projects else None)
     arguments = logits_arguments(x.dtype, n, num_logits, t)
     stored_steps = tiling.stored_half_steps(steps.ITERS, t.threads, device)
@@ -157,9 +159,13 @@ def _launch_backward_coefficients(
     inputs = {"x": x, **_token_inputs(method, n, parameters, saved, d, projects)}
     outputs: dict[str, Spec] = {"token_factors": ((tokens, n + 1), mx.float32)}
     if norm:
-        body = MhcPreBackwardCoefficientsNormBody(**arguments, PASSES=t.passes, CACHED=t.cached)
+        # float16 ends where du' may go on
+        dread_dtype = mx.float32 if x.dtype == mx.float16 else x.dtype
+        body = MhcPreBackwardCoefficientsNormBody(
+            **arguments, DREAD_T=dread_dtype, PASSES=t.passes, CACHED=t.cached
+        )
         inputs["weight"] = parameters.weight
-        outputs["dread"] = ((tokens, C), x.dtype)
+        outputs["dread"] = ((tokens, C), dread_dtype)
     else:
         body = MhcPreBackwardCoefficientsBody(**arguments, HAS_DU=d.u is not None)
         inputs["dh_pre"] = d.h_pre
@@ -193,6 +199,7 @@ def _launch_backward_projection(
         RING_BYTES=tiling.projection_gradient_ring_bytes(t.span, t.threads, size, device),
         HAS_DU=d.u is not None,
         HAS_DX_OUT=d.x is not None,
+        DU_T=x.dtype if d.u is None else d.u.dtype,
     )
     factors = {"dp": token["dp"], "token_factors": token["token_factors"]}
     inputs = {"x": x, "phi": phi, **factors, "du": d.u, "dx_out": d.x}

@@ -294,17 +294,17 @@ class CoefficientGradientTiling(NamedTuple):
 
 @functools.cache
 def coefficient_gradient_tiling(
-    n: int, C: int, tokens: int, norm: bool, threads: int | None, device: Device
+    n: int, C: int, size: int, tokens: int, norm: bool, threads: int | None, device: Device
 ) -> CoefficientGradientTiling:
-    """How `mhc_pre_backward_coefficients` takes tokens of 2-byte elements, each by a simdgroup, and
-    with a norm `mhc_pre_backward_coefficients_norm`, each by a threadgroup, which keeps it in
-    registers as far as they reach."""
-    vec = math.gcd(C, 8)
+    """How `mhc_pre_backward_coefficients` takes tokens of elements of ``size`` bytes, each by a
+    simdgroup, and with a norm `mhc_pre_backward_coefficients_norm`, each by a threadgroup, which
+    keeps it in registers as far as they reach."""
+    vec = math.gcd(C, 16 // size)
     while n > 8 and n * vec > 32:
         vec //= 2
     packs, passes, cached = C // vec, 0, False
     if norm:  # more in registers would spill
-        most = min(8, device.coefficient_gradient_x_bytes // (2 * vec * n)) if n <= 4 else 0
+        most = min(8, device.coefficient_gradient_x_bytes // (size * vec * n)) if n <= 4 else 0
         wanted = 32 * math.ceil(packs / max(1, most) / 32)
         threads = threads or min(device.coefficient_gradient_threads, wanted)
         passes = math.ceil(packs / threads)
@@ -332,9 +332,10 @@ PROJECTION_GRADIENT_SIMDS = 4  # in a threadgroup: others work while these wait 
 PROJECTION_GRADIENT_RING = 2  # tiles of a simdgroup on their way; three take 743 us
 
 
-def use_matrix_gradient(num_logits: int, dtype: mx.Dtype) -> bool:
-    """Whether `mhc_pre_backward_projection` makes dx and dphi: as far as its registers reach."""
-    return dtype == mx.bfloat16 and num_logits <= 32
+def use_matrix_gradient(num_logits: int, dtype: mx.Dtype, device: Device) -> bool:
+    """Whether `mhc_pre_backward_projection` makes dx and dphi: of the dtypes that the device
+    multiplies, as far as its registers reach."""
+    return (dtype == mx.bfloat16 or device.float_products) and num_logits <= 32
 
 
 class ProjectionGradientTiling(NamedTuple):

@@ -278,32 +278,35 @@ def test_tokens_backward():
     mhc_pre_backward_coefficients."""
     for shape, want in {
         # with a norm a threadgroup a token; x of four streams in 128 bytes a thread
-        (4, 1024, 65536, True, None, H100): (64, 8, 2, True, 8, 1056, 1056),
-        (4, 1024, 65536, True, None, APPLE): (64, 8, 2, True, 8, 1056, 1056),
-        (4, 4096, 2048, True, None, H100): (256, 8, 2, True, 2, 128, 128),
-        (4, 4096, 2048, True, None, APPLE): (256, 8, 2, True, 2, 128, 128),
-        (4, 5120, 2048, True, None, APPLE): (256, 8, 3, False, 2, 128, 128),  # at most 256
-        (3, 20480, 64, True, None, H100): (512, 8, 5, False, 2, 2, 2),  # at most 512
-        (2, 1024, 5, True, None, H100): (32, 8, 4, True, 2, 3, 3),
-        (1, 4096, 5, True, None, H100): (64, 8, 8, True, 2, 2, 2),
-        (1, 16, 5, True, None, H100): (32, 8, 1, True, 2, 3, 3),
-        (1, 257, 5, True, None, H100): (64, 1, 5, True, 2, 2, 2),  # at most 8 passes
-        (4, 1280, 2048, True, 64, H100): (64, 8, 3, False, 2, 512, 512),
-        (5, 1024, 5, True, None, H100): (128, 8, 1, False, 1, 2, 2),  # n > 4: never kept
+        (4, 1024, 2, 65536, True, None, H100): (64, 8, 2, True, 8, 1056, 1056),
+        (4, 1024, 2, 65536, True, None, APPLE): (64, 8, 2, True, 8, 1056, 1056),
+        (4, 4096, 2, 2048, True, None, H100): (256, 8, 2, True, 2, 128, 128),
+        (4, 4096, 2, 2048, True, None, APPLE): (256, 8, 2, True, 2, 128, 128),
+        (4, 5120, 2, 2048, True, None, APPLE): (256, 8, 3, False, 2, 128, 128),  # at most 256
+        (3, 20480, 2, 64, True, None, H100): (512, 8, 5, False, 2, 2, 2),  # at most 512
+        (2, 1024, 2, 5, True, None, H100): (32, 8, 4, True, 2, 3, 3),
+        (1, 4096, 2, 5, True, None, H100): (64, 8, 8, True, 2, 2, 2),
+        (1, 16, 2, 5, True, None, H100): (32, 8, 1, True, 2, 3, 3),
+        (1, 257, 2, 5, True, None, H100): (64, 1, 5, True, 2, 2, 2),  # at most 8 passes
+        (4, 1280, 2, 2048, True, 64, H100): (64, 8, 3, False, 2, 512, 512),
+        (5, 1024, 2, 5, True, None, H100): (128, 8, 1, False, 1, 2, 2),  # n > 4: never kept
         # without, a simdgroup a token: a row of sums for each of four
-        (4, 1280, 2048, False, 96, H100): (96, 8, 0, False, 2, 342, 1026),
-        (1, 7, 3, False, None, APPLE): (128, 1, 0, False, 2, 1, 4),
+        (4, 1280, 2, 2048, False, 96, H100): (96, 8, 0, False, 2, 342, 1026),
+        (1, 7, 2, 3, False, None, APPLE): (128, 1, 0, False, 2, 1, 4),
         # eight tokens at once, a lane for each line, from 16,896 on: then no simdgroup is idle
-        (4, 1024, 16895, False, None, H100): (128, 8, 0, False, 2, 528, 2112),
-        (4, 1024, 16896, False, None, H100): (128, 8, 0, False, 8, 528, 2112),
-        (5, 1024, 1 << 20, False, None, H100): (128, 8, 0, False, 4, 528, 2112),
-        (1, 1024, 1 << 20, False, None, H100): (128, 8, 0, False, 8, 528, 2112),
-        (12, 1024, 1 << 20, False, None, H100): (128, 2, 0, False, 2, 528, 2112),
-        (12, 1024, 2048, False, None, H100): (128, 2, 0, False, 1, 512, 2048),
-        (16, 1024, 2048, True, None, H100): (512, 2, 1, False, 1, 128, 128),
-        (9, 1024, 5, False, None, H100): (128, 2, 0, False, 1, 2, 8),
-        (8, 1024, 5, False, None, H100): (128, 8, 0, False, 1, 2, 8),
-        (32, 1024, 5, False, None, H100): (128, 1, 0, False, 1, 2, 8),
+        (4, 1024, 2, 16895, False, None, H100): (128, 8, 0, False, 2, 528, 2112),
+        (4, 1024, 2, 16896, False, None, H100): (128, 8, 0, False, 8, 528, 2112),
+        (5, 1024, 2, 1 << 20, False, None, H100): (128, 8, 0, False, 4, 528, 2112),
+        (1, 1024, 2, 1 << 20, False, None, H100): (128, 8, 0, False, 8, 528, 2112),
+        (12, 1024, 2, 1 << 20, False, None, H100): (128, 2, 0, False, 2, 528, 2112),
+        (12, 1024, 2, 2048, False, None, H100): (128, 2, 0, False, 1, 512, 2048),
+        (16, 1024, 2, 2048, True, None, H100): (512, 2, 1, False, 1, 128, 128),
+        (9, 1024, 2, 5, False, None, H100): (128, 2, 0, False, 1, 2, 8),
+        (8, 1024, 2, 5, False, None, H100): (128, 8, 0, False, 1, 2, 8),
+        (32, 1024, 2, 5, False, None, H100): (128, 1, 0, False, 1, 2, 8),
+        # four-byte elements
+        (4, 1024, 4, 65536, True, None, APPLE): (128, 4, 2, True, 8, 528, 528),
+        (4, 1024, 4, 65536, False, None, APPLE): (128, 4, 0, False, 8, 528, 2112),
     }.items():
         assert tuple(tiling.coefficient_gradient_tiling(*shape)) == want, shape
     # half-steps, threads, device: what a simdgroup keeps, of 20 KiB
@@ -341,7 +344,11 @@ def test_products_backward():
     }.items():
         assert tiling.projection_gradient_tiling(*shape, APPLE) == want, shape
     kinds = [(32, BF16), (33, BF16), (32, F32), (32, mx.float16)]
-    assert [tiling.use_matrix_gradient(*kind) for kind in kinds] == [True, False, False, False]
+    for device, want in {
+        H100: [True, False, False, False],
+        APPLE: [True, False, True, True],
+    }.items():
+        assert [tiling.use_matrix_gradient(*kind, device) for kind in kinds] == want
     # a ring of 32 channels, 6 bytes of each, beside 24 KiB
     least = (24 << 10) + 2 * 4 * 16 * 32 * 6
     found = [replace(H100, ring_memory=bytes_) for bytes_ in (least - 1, least)]
@@ -397,6 +404,7 @@ def test_numbers_of_devices():
         "partial_logits_tokens": (16, 64),
         "u_floats_per_lane": (64, 32),
         "ring_memory": (227 << 10, 0),
+        "float_products": (False, True),
     }
     pairs |= {k: (v, v) for k, v in same.items()}
     assert {k: (getattr(H100, k), getattr(APPLE, k)) for k in pairs} == pairs
