@@ -1,0 +1,194 @@
+"""What an optimising LLVM makes of the Metal text that MLX generates, without a GPU.
+
+apt-get install clang-19
+
+Apple's compiler is a fork of LLVM, and only Macs have it. The exact text of a launch is compiled
+here by clang-19 at -O2 for two targets. spir64 keeps LLVM's IR, with the default inliner: what lies
+in memory there, or is narrow, was not mended by any pass. amdgcn (gfx1100, 32 lanes) allocates
+registers, of which Apple's GPUs have 128 a thread. `python tests/proof/optimiser --help` prints
+`Figures` of the variants that a name matches.
+"""
+
+import functools
+import hashlib
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mhc_mlx.launch import Launch
+from proof import simulator
+from proof.optimiser import llvm, opencl
+from proof.optimiser.llvm import available
+
+__all__ = ["EXCEPTIONS", "Fault", "Figures", "Variant", "all_figures", "available", "faults"]
+__all__ += ["figures", "variant"]
+
+REGISTERS = 128  # of a thread on Apple's GPUs, where 384 threads share a core
+NARROWEST = 8  # bytes that a load or store of a stream must move
+STREAMS = frozenset("x y out u dout dx_out du dread dx dy".split())  # rows of C channels
+CACHE = Path(tempfile.gettempdir(), simulator.CACHE.name.replace("simulator", "optimiser"))
+
+
+class Variant(NamedTuple):
+    """A text that MLX generates, and where it comes from."""
+
+    body: str
+    template: str  # in words
+    source: str
+    threads: int
+    pack_bytes: int  # of a stream; 16 where a body has no VEC, but runs; 0 without streams
+    origin: str = ""  # the first case that launches it
+    main: bool = False  # of a shape that models have
+
+    def __str__(self) -> str:
+        return f"{self.body} ({self.origin})"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What LLVM makes of a variant. Counts of instructions are of the text, not of a run."""
+
+    registers: int  # a lane's, where 256 may be had
+    spills: int  # registers that lie in memory where REGISTERS may be had
+    scratch_bytes: int  # of a thread where REGISTERS may be had: spills, and arrays
+    array_bytes: int  # of scratch where 256 registers may be had
+    arrays: tuple[str, ...]  # types of private arrays in memory, of functions too (spir64)
+    functions: tuple[str, ...]  # that are not inlined (spir64)
+    loads: dict[str, int]  # of device memory by bytes moved at once, as "x 16" (spir64)
+    stores: dict[str, int]
+    narrow: tuple[str, ...]  # accesses of streams below NARROWEST bytes where all is aligned
+    instructions: dict[str, int]  # by kind, see llvm.KINDS (amdgcn)
+    by_depth: tuple[dict[str, int], ...]  # the same outside loops, in loops, in loops in those, ...
+    code_bytes: int  # (amdgcn)
+
+    @property
+    def alu(self) -> int:
+        """Vector instructions but moves; one of Apple's each, or about so."""
+        return sum(self.instructions.get(kind, 0) for kind in ("fma", "other_alu"))
+
+
+class Fault(NamedTuple):
+    kind: str  # "array", "function", "spill" or "narrow"
+    words: str
+
+
+class Exempt(NamedTuple):
+    """A fault that stands, of the variants of a body whose template has these words."""
+
+    body: str
+    template: str  # words that the template has, as "N=16"; "" for all
+    kind: str
+    reason: str
+    cost: str
+
+    def covers(self, variant: Variant, fault: Fault) -> bool:
+        words = set(variant.template.split(", "))
+        alike = self.body == variant.body and self.kind == fault.kind
+        return alike and set(self.template.split()) <= words
+
+
+EXCEPTIONS: tuple[Exempt, ...] = ()
+
+
+def variant(launch: Launch, origin: str = "", main: bool = False) -> Variant:
+    """Return the variant of a launch, whose arrays may be shapes with dtypes, as `record` gives."""
+    given = {k: mx.zeros(*a) if isinstance(a, tuple) else a for k, a in launch.inputs.items()}
+    source = simulator.generated(launch.name, given, *launch[2:])
+    template = dict(launch.template)
+    pack = template["VEC"] * template["T"].size if "VEC" in template else 16
+    pack = pack if "x" in launch.inputs else 0
+    words = ", ".join(f"{k}={str(v).removeprefix('mlx.core.')}" for k, v in template.items())
+    return Variant(launch.name, words, source, launch.threads, pack, origin, main)
+
+
+def figures(variant: Variant) -> Figures:
+    """Compile a variant; equal texts are compiled once on this machine."""
+    simulator.check_private(CACHE)
+    key = [variant.source, str(variant.threads), str(variant.pack_bytes), tool()]
+    kept = CACHE / f"{hashlib.sha256(''.join(key).encode()).hexdigest()[:24]}.json"
+    if not kept.exists():
+        made = compile_variant(variant)
+        with tempfile.NamedTemporaryFile("w", dir=CACHE, delete=False) as f:
+            json.dump(asdict(made), f)
+        Path(f.name).replace(kept)
+    found = json.loads(kept.read_text())
+    return Figures(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
+
+
+@functools.cache
+def tool() -> str:
+    """Everything that figures depend on, but the variant."""
+    files = sorted(Path(__file__).parent.glob("*.[ph]*"))
+    return llvm.version() + "".join(f.read_text() for f in files)
+
+
+def compile_variant(variant: Variant) -> Figures:
+    program = opencl.program(variant.source, variant.threads)
+    ir = llvm.compiled(program, llvm.SPIR64)
+    assembly = llvm.compiled(program, llvm.AMDGCN)
+    free = limited = llvm.assembly_figures(assembly)
+    if free["registers"] > REGISTERS or free["scratch_bytes"]:
+        limited = llvm.assembly_figures(llvm.compiled(program, llvm.AMDGCN, REGISTERS))
+    depths = llvm.instructions(assembly)
+    widths = {"load": Counter(), "store": Counter()}
+    for access in llvm.accesses(ir):
+        widths[access.kind][f"{'|'.join(access.buffers)} {access.bytes}"] += 1
+    return Figures(
+        registers=free["registers"],
+        spills=limited["spills"],
+        scratch_bytes=limited["scratch_bytes"],
+        array_bytes=free["scratch_bytes"],
+        arrays=tuple(llvm.arrays(ir)),
+        functions=tuple(llvm.functions(ir)),
+        loads=dict(sorted(widths["load"].items())),
+        stores=dict(sorted(widths["store"].items())),
+        narrow=narrow(variant) if variant.pack_bytes >= NARROWEST else (),
+        instructions=dict(sum(depths, Counter())),
+        by_depth=tuple(map(dict, depths)),
+        code_bytes=free["code_bytes"],
+    )
+
+
+def narrow(variant: Variant) -> tuple[str, ...]:
+    """Return accesses below NARROWEST bytes where all is aligned: of streams, or of who knows."""
+    ir = llvm.compiled(opencl.program(variant.source, variant.threads, True), llvm.SPIR64)
+    buffers, found = set(llvm.entry_of(ir)[0]), Counter()
+    for access in llvm.accesses(ir):
+        unknown = [b for b in access.buffers if f"%{b}" not in buffers]
+        if access.bytes < NARROWEST and (unknown or STREAMS & set(access.buffers)):
+            found[f"{access.kind} {'|'.join(access.buffers)} {access.bytes}"] += 1
+    return tuple(f"{count} x {access}" for access, count in sorted(found.items()))
+
+
+def all_figures(variants: Iterable[Variant], workers: int = 1) -> dict[Variant, Figures]:
+    variants = list(variants)
+    with ThreadPoolExecutor(workers) as pool:
+        return dict(zip(variants, pool.map(figures, variants), strict=True))
+
+
+def each(words: Iterable[str]) -> str:
+    return ", ".join(f"{count} {word}" for word, count in Counter(words).items())
+
+
+def faults(variant: Variant, figures: Figures) -> list[Fault]:
+    """Return what is wrong, exceptions left out."""
+    found = []
+    if figures.arrays or figures.array_bytes:
+        words = f"{len(figures.arrays)} private arrays lie in memory: {each(figures.arrays)}"
+        found.append(Fault("array", f"{words}; {figures.array_bytes} bytes of scratch"))
+    if figures.functions:
+        found.append(Fault("function", f"not inlined: {each(figures.functions)}"))
+    if variant.main and (figures.spills or figures.scratch_bytes > figures.array_bytes):
+        words = f"{figures.spills} registers spilled and {figures.scratch_bytes} bytes of scratch"
+        found.append(Fault("spill", f"{words} at {REGISTERS} registers"))
+    if figures.narrow:
+        words = f"below {NARROWEST} bytes where all is aligned: {', '.join(figures.narrow)}"
+        found.append(Fault("narrow", words))
+    return [f for f in found if not any(e.covers(variant, f) for e in EXCEPTIONS)]
