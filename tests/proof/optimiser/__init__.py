@@ -31,6 +31,7 @@ __all__ = ["EXCEPTIONS", "Fault", "Figures", "Variant", "all_figures", "availabl
 __all__ += ["figures", "variant"]
 
 REGISTERS = 128  # of a thread on Apple's GPUs, where 384 threads share a core
+KINDS = ("load", "store")
 NARROWEST = 8  # bytes that a load or store of a stream must move
 STREAMS = frozenset("x y out u dout dx_out du dread dx dy".split())  # rows of C channels
 CACHE = Path(tempfile.gettempdir(), simulator.CACHE.name.replace("simulator", "optimiser"))
@@ -61,9 +62,10 @@ class Figures:
     array_bytes: int  # of scratch where 256 registers may be had
     arrays: tuple[str, ...]  # types of private arrays in memory, of functions too (spir64)
     functions: tuple[str, ...]  # that are not inlined (spir64)
-    loads: dict[str, int]  # of device memory by bytes moved at once, as "x 16" (spir64)
+    loads: dict[str, int]  # of device memory by bytes moved at once, as "load x 16" (spir64)
     stores: dict[str, int]
     narrow: tuple[str, ...]  # accesses of streams below NARROWEST bytes where all is aligned
+    split: tuple[str, ...]  # streams whose packs LLVM made fewer where they may not be aligned
     instructions: dict[str, int]  # by kind, see llvm.KINDS (amdgcn)
     by_depth: tuple[dict[str, int], ...]  # the same outside loops, in loops, in loops in those, ...
     code_bytes: int  # (amdgcn)
@@ -75,7 +77,7 @@ class Figures:
 
 
 class Fault(NamedTuple):
-    kind: str  # "array", "function", "spill" or "narrow"
+    kind: str  # "array", "function", "spill", "narrow" or "split"
     words: str
 
 
@@ -136,10 +138,14 @@ def compile_variant(variant: Variant) -> Figures:
     free = limited = llvm.assembly_figures(assembly)
     if free["registers"] > REGISTERS or free["scratch_bytes"]:
         limited = llvm.assembly_figures(llvm.compiled(program, llvm.AMDGCN, REGISTERS))
-    depths = llvm.instructions(assembly)
-    widths = {"load": Counter(), "store": Counter()}
-    for access in llvm.accesses(ir):
-        widths[access.kind][f"{'|'.join(access.buffers)} {access.bytes}"] += 1
+    depths, accesses = llvm.instructions(assembly), llvm.accesses(ir)
+    widths = {kind: Counter(a.words for a in accesses if a.kind == kind) for kind in KINDS}
+    streams = aligned = []
+    if variant.pack_bytes >= NARROWEST:
+        streams = of_streams(accesses, llvm.entry_of(ir)[0])
+        program = opencl.program(variant.source, variant.threads, aligned=True)
+        ir_aligned = llvm.compiled(program, llvm.SPIR64)
+        aligned = of_streams(llvm.accesses(ir_aligned), llvm.entry_of(ir_aligned)[0])
     return Figures(
         registers=free["registers"],
         spills=limited["spills"],
@@ -149,22 +155,40 @@ def compile_variant(variant: Variant) -> Figures:
         functions=tuple(llvm.functions(ir)),
         loads=dict(sorted(widths["load"].items())),
         stores=dict(sorted(widths["store"].items())),
-        narrow=narrow(variant) if variant.pack_bytes >= NARROWEST else (),
+        narrow=narrow(aligned),
+        split=split(aligned, streams),
         instructions=dict(sum(depths, Counter())),
         by_depth=tuple(map(dict, depths)),
         code_bytes=free["code_bytes"],
     )
 
 
-def narrow(variant: Variant) -> tuple[str, ...]:
-    """Return accesses below NARROWEST bytes where all is aligned: of streams, or of who knows."""
-    ir = llvm.compiled(opencl.program(variant.source, variant.threads, True), llvm.SPIR64)
-    buffers, found = set(llvm.entry_of(ir)[0]), Counter()
-    for access in llvm.accesses(ir):
-        unknown = [b for b in access.buffers if f"%{b}" not in buffers]
-        if access.bytes < NARROWEST and (unknown or STREAMS & set(access.buffers)):
-            found[f"{access.kind} {'|'.join(access.buffers)} {access.bytes}"] += 1
-    return tuple(f"{count} x {access}" for access, count in sorted(found.items()))
+def of_streams(accesses: Iterable[llvm.Access], buffers: Iterable[str]) -> list[llvm.Access]:
+    """Return the accesses of streams, and those of which nobody knows the buffer."""
+    known = set(buffers)
+    return [a for a in accesses if STREAMS & set(a.buffers) or not set(a.buffers) <= known]
+
+
+def narrow(aligned: list[llvm.Access]) -> tuple[str, ...]:
+    """Name accesses of streams below NARROWEST bytes, in the program where all is aligned."""
+    found = Counter(a.words for a in aligned if a.bytes < NARROWEST)
+    return tuple(f"{count} x {words}" for words, count in sorted(found.items()))
+
+
+def split(aligned: list[llvm.Access], text: list[llvm.Access]) -> tuple[str, ...]:
+    """Name streams whose packs are fewer in the text than in the program where all is aligned.
+
+    LLVM merges equal loads of both branches of `if (aligned)`, and leaves the narrow ones.
+    """
+    packs = [
+        Counter((a.kind, a.buffers) for a in each if a.bytes >= NARROWEST)
+        for each in (aligned, text)
+    ]
+    return tuple(
+        f"{packs[1][place]} packs for {count}: {place[0]} {'|'.join(place[1])}"
+        for place, count in sorted(packs[0].items())
+        if packs[1][place] < count
+    )
 
 
 def all_figures(variants: Iterable[Variant], workers: int = 1) -> dict[Variant, Figures]:
@@ -191,4 +215,6 @@ def faults(variant: Variant, figures: Figures) -> list[Fault]:
     if figures.narrow:
         words = f"below {NARROWEST} bytes where all is aligned: {', '.join(figures.narrow)}"
         found.append(Fault("narrow", words))
+    if figures.split:
+        found.append(Fault("split", "; ".join(figures.split)))
     return [f for f in found if not any(e.covers(variant, f) for e in EXCEPTIONS)]

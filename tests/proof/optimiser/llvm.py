@@ -51,7 +51,10 @@ class Access(NamedTuple):
     kind: str  # "load" or "store"
     buffers: tuple[str, ...]  # that it may touch: parameters of the entry
     bytes: int  # that it moves at once: no more than its alignment
-    line: str
+
+    @property
+    def words(self) -> str:
+        return f"{self.kind} {'|'.join(self.buffers)} {self.bytes}"
 
 
 def available() -> bool:
@@ -75,7 +78,7 @@ def compiled(program: str, target: list[str], registers: int | None = None) -> s
 
 # ---- IR
 
-POINTER = r"ptr addrspace\(\d+\) ([%@][-\w.$]+|null|undef|poison)"
+POINTER = r"ptr(?: addrspace\(\d+\))? ([%@][-\w.$]+|null|undef|poison)"
 SIZES = {"half": 2, "float": 4, "double": 8, "ptr": 8}
 
 
@@ -90,12 +93,12 @@ def size_of(kind: str) -> int:
     return SIZES[kind.split()[0]]
 
 
-def entry_of(ir: str) -> tuple[list[str], list[str]]:
-    """Return the parameters and the lines of the entry."""
-    found = re.search(
-        rf"(?m)^define [^\n]*@{ENTRY}\(([^\n]*)\) [^\n]*\{{\n(.*?)^\}}", ir, re.S | re.M
-    )
-    return re.findall(r"(%[-\w.$]+)(?:,|$)", found[1]), found[2].split("\n")
+def entry_of(ir: str) -> tuple[dict[str, bool], list[str]]:
+    """Return the parameters of the entry, with whether they lie in device memory, and its lines."""
+    pattern = rf"^define [^\n]*@{ENTRY}\(([^\n]*)\) [^\n]*\{{\n(.*?)^\}}"
+    found = re.search(pattern, ir, re.S | re.M)
+    parameters = re.findall(r"(?:^|, )(ptr addrspace\(1\)|\w+)[^%]*%([-\w.$]+)", found[1])
+    return {name: "(1)" in kind for kind, name in parameters}, found[2].split("\n")
 
 
 def arrays(ir: str) -> list[str]:
@@ -123,6 +126,7 @@ def accesses(ir: str) -> list[Access]:
     """
     parameters, lines = entry_of(ir)
     pointers: dict[str, list[str]] = {}  # the pointers of which a value is made
+    arrays = set()
     for line in lines:
         made = re.match(r"\s+(%[-\w.$]+) = (\w+) (.*)", line)
         if not made:
@@ -132,36 +136,38 @@ def accesses(ir: str) -> list[Access]:
             pointers[value] = re.findall(POINTER, rest)[:1]
         elif instruction == "select":
             pointers[value] = re.findall(POINTER, rest)
-        elif instruction == "phi" and rest.startswith("ptr "):
+        elif instruction == "phi" and rest.startswith("ptr"):
             pointers[value] = re.findall(r"\[ ([^,]+), ", rest)
+        elif instruction == "alloca":
+            arrays.add(value)
 
     @functools.cache
     def behind(pointer: str) -> tuple[str, ...]:
+        """The device buffers; threadgroup memory, private arrays and constants are none."""
         seen, left, found = set(), [pointer], set()
         while left:
             one = left.pop()
-            if one in seen or one in ("null", "undef", "poison"):
+            if one in seen or one in arrays or one[0] != "%":
                 continue
             seen.add(one)
-            if one in parameters or not pointers.get(one):
-                found.add(one.lstrip("%"))
-            else:
+            if pointers.get(one):
                 left += pointers[one]
+            elif parameters.get(one[1:], True):
+                found.add(one[1:])
         return tuple(sorted(found))
 
     found = []
     access = re.compile(
         r"\s(?:(load) (?:volatile )?(.*?), |(store) (?:volatile )?(.*) [^ ]+, )"
-        r"(ptr addrspace\((\d+)\) ([%@][-\w.$]+)).*?, align (\d+)"
+        r"ptr addrspace\(\d+\) ([%@][-\w.$]+).*?, align (\d+)"
     )
     for line in lines:
         if made := access.search(line):
-            load, loaded, _, stored, _, space, pointer, align = made.groups()
-            if space in ("3", "4"):  # threadgroup memory, and constants of the program
-                continue
+            load, loaded, _, stored, pointer, align = made.groups()
             kind = loaded if load else stored_type(stored)
             moved = min(size_of(kind), int(align))
-            found.append(Access(load or "store", behind(pointer), moved, line.strip()))
+            if buffers := behind(pointer):
+                found.append(Access(load or "store", buffers, moved))
     return found
 
 

@@ -20,7 +20,7 @@ __attribute__((amdgpu_num_vgpr(REGISTERS)))
 #endif
 """
 # Whole packs of every array lie at multiples of their size, and rows hold whole runs of 32.
-IS_ALIGNED = re.compile(r"(\bbool is_aligned\(P p\) \{\n)")
+IS_ALIGNED = re.compile(r"(\bbool is_aligned\(P p\) \{)")
 ROW = "__builtin_assume(x_shape[2] % 32 == 0);\n"
 # In OpenCL the type of an object has an address space, so `a ? object : value` has two types.
 OBJECT_OR_VALUE = re.compile(r"(\w+ \? )(\w+\[[^\]]*\])( : mhc::load<)")
@@ -39,7 +39,7 @@ def program(source: str, threads: int, aligned: bool = False) -> str:
     head, body = source[: signature.start()], source[signature.end() :]
     body = OBJECT_OR_VALUE.sub(r"\1of_optimiser::value(\2)\3", body)
     if aligned:
-        head, found = IS_ALIGNED.subn(r"\1if (true) return true;\n", head)
+        head, found = IS_ALIGNED.subn(r"\1 if (true) return true;", head)
         if not found:
             raise ValueError("[optimiser] the text must define is_aligned as common.h does.")
         body = ROW + body if any(" x_shape" in p for p in parameters) else body
