@@ -9,8 +9,8 @@ namespace mhc {
 // mix[j * N + i] = h_res[i, j].
 template <bool WRITE_BACK, bool WRITE_OUT, bool ROUND, int N, typename T, int VEC, typename X, typename Y, typename O,
           typename S>
-inline void seam_pack(thread float (&u)[VEC], X x, Y y, O out, uint t, int c, S pre, S post, S mix, int C,
-                      bool x_aligned, bool y_aligned) {
+METAL_FUNC void seam_pack(thread float (&u)[VEC], X x, Y y, O out, uint t, int c, S pre, S post, S mix, int C,
+                          bool x_aligned, bool y_aligned) {
   const size_t base = size_t(t) * size_t(N * C);
   if constexpr (WRITE_BACK) {
     constexpr int STREAM_UNROLL = N <= 8 ? N : 4;  // streams that are loaded before the first is used
@@ -47,7 +47,7 @@ inline void seam_pack(thread float (&u)[VEC], X x, Y y, O out, uint t, int c, S 
 // One channel of it in registers: out, and the u that is returned. The products are added in the steps and the order of
 // seam_pack, so that both round ties alike.
 template <int N, typename T, typename S>
-inline float seam_channel(thread float (&out)[N], thread const float (&x)[N], float y, S pre, S post, S mix) {
+METAL_FUNC float seam_channel(thread float (&out)[N], thread const float (&x)[N], float y, S pre, S post, S mix) {
   float u = 0.0f;
   UNROLL_FOR (int i = 0; i < N; ++i) {
     float o = post[i] * y;
@@ -65,9 +65,9 @@ template <int N> struct SeamSums { float dh_pre[N], dh_post[N], dh_res[N * N]; }
 // dx[j] = sum_i h_res[i, j] ds[i];   returns dy = sum_i h_post[i] ds[i];
 // dh_pre[i] += du out[i];   dh_post[i] += ds[i] y;   dh_res[i, j] += ds[i] x[j]
 template <int N, typename S>
-inline float seam_channel_gradient(thread float (&dx)[N], thread SeamSums<N>& sums, thread const float (&x)[N], float y,
-                                   thread const float (&out)[N], thread const float (&dout)[N], float du, S pre, S post,
-                                   S mix) {
+METAL_FUNC float seam_channel_gradient(thread float (&dx)[N], thread SeamSums<N>& sums, thread const float (&x)[N],
+                                       float y, thread const float (&out)[N], thread const float (&dout)[N], float du,
+                                       S pre, S post, S mix) {
   float ds[N], dy = 0.0f;
   UNROLL_FOR (int i = 0; i < N; ++i) {
     ds[i] = dout[i] + pre[i] * du;

@@ -160,8 +160,8 @@ TABLE = {
         (STATIC, "a reference in no address space", "dialect: address space",
          "load_floats(thread float", "load_floats(float"),
         (STATIC, "threadgroup memory for a device pointer", "dialect: device",
-         "typename P, typename S> inline void load_mix(P H, S mix",
-         "typename P> inline void load_mix(P H, device float* mix"),
+         "typename P, typename S> METAL_FUNC void load_mix(P H, S mix",
+         "typename P> METAL_FUNC void load_mix(P H, device float* mix"),
     ],
     "mhc_fused": [
         (HALF, "float assigned to bfloat", f"dialect: bfloat; {NO_COMPILE}",

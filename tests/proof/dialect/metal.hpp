@@ -8,6 +8,7 @@
 #define constant const __attribute__((opencl_global_host))
 #define threadgroup __local
 #define thread __private
+#define METAL_FUNC  // it is always inlined, which does not matter to a parser
 
 typedef unsigned int uint;                               // utils.h
 typedef unsigned short ushort;                           // bf16_math.h

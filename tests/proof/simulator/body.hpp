@@ -1,6 +1,7 @@
 // Metal's words for a body compiled for the CPU. Every call that needs the other threads goes to runtime.cpp.
 #pragma once
 #define ONE_ADDRESS_SPACE
+#define METAL_FUNC inline
 #define UNROLL_FOR for
 #define STAY_PACKED(value)
 #define RECIPROCAL(v) (1.0f / (v))
