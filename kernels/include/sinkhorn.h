@@ -18,8 +18,9 @@ template <int O, bool MAX, int W> METAL_FUNC void scatter_reduce(thread float (&
   if constexpr (O > 0) {
     const bool high = (lane & uint(O)) != 0;
     UNROLL_FOR (int j = 0; j < O; ++j) {
-      const float other = simd_shuffle_xor(high ? v[j] : v[j + O], static_cast<ushort>(O));
-      const float value = high ? v[j + O] : v[j];
+      const float first = v[j], second = v[j + O];  // a choice between places would leave v in memory
+      const float other = simd_shuffle_xor(high ? first : second, static_cast<ushort>(O));
+      const float value = high ? second : first;
       v[j] = MAX ? metal::max(value, other) : value + other;
     }
     scatter_reduce<O / 2, MAX>(v, lane);
@@ -222,6 +223,19 @@ METAL_FUNC void sinkhorn(thread float (&p)[N], P logits, float eps, uint lane, u
   }
 }
 
+// p = p / (p.sum() + eps), along the lines, with ACROSS across them.
+template <bool ACROSS, int N> METAL_FUNC void half_step_one_lane(thread float (&p)[N][N], float eps) {
+  UNROLL_FOR (int a = 0; a < N; ++a) {
+    float d = eps;
+    UNROLL_FOR (int b = 0; b < N; ++b) d += ACROSS ? p[b][a] : p[a][b];
+    d = RECIPROCAL(d);
+    UNROLL_FOR (int b = 0; b < N; ++b) {
+      if (ACROSS) p[b][a] *= d;
+      else p[a][b] *= d;
+    }
+  }
+}
+
 // p = the projection of the logits p, N * N of them in one lane; p[i] is line i.
 template <int N, int START> METAL_FUNC void sinkhorn_one_lane(thread float (&p)[N][N], int iters, float eps) {
   if (START == START_EXP) {
@@ -246,15 +260,8 @@ template <int N, int START> METAL_FUNC void sinkhorn_one_lane(thread float (&p)[
     }
   }
   for (int k = start_half_steps(START); k < 2 * iters; ++k) {
-    UNROLL_FOR (int a = 0; a < N; ++a) {
-      float d = eps;
-      UNROLL_FOR (int b = 0; b < N; ++b) d += k % 2 == 0 ? p[a][b] : p[b][a];
-      d = RECIPROCAL(d);
-      UNROLL_FOR (int b = 0; b < N; ++b) {
-        if (k % 2 == 0) p[a][b] *= d;
-        else p[b][a] *= d;
-      }
-    }
+    if (k % 2 == 0) half_step_one_lane<false>(p, eps);
+    else half_step_one_lane<true>(p, eps);
   }
 }
 

@@ -192,7 +192,7 @@ TABLE = {
     "sinkhorn_knopp sinkhorn.h": [
         (SINKHORN_64, "the first half's sums alone", WRONG, "scratch[64 + lane]", "scratch[lane]"),
         (FAR, "small elements lost", f"{WRONG}; {MOVED}", "if (from > FIRST)", "if (false)"),
-        (SINKHORN, "halves exchanged", WRONG, "high ? v[j] : v[j + O]", "high ? v[j + O] : v[j]"),
+        (SINKHORN, "halves exchanged", WRONG, "high ? first : second", "high ? second : first"),
     ],
     "sinkhorn_knopp_backward": [
         (SINKHORN, "a divisor for all lanes", RACE, "divisors + tid", "divisors"),
