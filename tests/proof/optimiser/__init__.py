@@ -59,7 +59,7 @@ class Figures:
     registers: int  # a lane's, where 256 may be had
     spills: int  # registers that lie in memory where REGISTERS may be had
     scratch_bytes: int  # of a thread where REGISTERS may be had: spills, and arrays
-    array_bytes: int  # of scratch where 256 registers may be had
+    array_bytes: int  # of scratch where 256 may be had and none is spilled, so of arrays
     arrays: tuple[str, ...]  # types of private arrays in memory, of functions too (spir64)
     functions: tuple[str, ...]  # that are not inlined (spir64)
     loads: dict[str, int]  # of device memory by bytes moved at once, as "load x 16" (spir64)
@@ -150,7 +150,7 @@ def compile_variant(variant: Variant) -> Figures:
         registers=free["registers"],
         spills=limited["spills"],
         scratch_bytes=limited["scratch_bytes"],
-        array_bytes=free["scratch_bytes"],
+        array_bytes=0 if free["spills"] else free["scratch_bytes"],
         arrays=tuple(llvm.arrays(ir)),
         functions=tuple(llvm.functions(ir)),
         loads=dict(sorted(widths["load"].items())),
@@ -176,18 +176,18 @@ def narrow(aligned: list[llvm.Access]) -> tuple[str, ...]:
 
 
 def split(aligned: list[llvm.Access], text: list[llvm.Access]) -> tuple[str, ...]:
-    """Name streams whose packs are fewer in the text than in the program where all is aligned.
+    """Name streams of which packs move less in the text than in the program where all is aligned.
 
     LLVM merges equal loads of both branches of `if (aligned)`, and leaves the narrow ones.
     """
-    packs = [
-        Counter((a.kind, a.buffers) for a in each if a.bytes >= NARROWEST)
-        for each in (aligned, text)
-    ]
+    moved: tuple[Counter, Counter] = Counter(), Counter()
+    for total, accesses in zip(moved, (aligned, text), strict=True):
+        for a in accesses:
+            total[a.kind, "|".join(a.buffers)] += a.bytes if a.bytes >= NARROWEST else 0
     return tuple(
-        f"{packs[1][place]} packs for {count}: {place[0]} {'|'.join(place[1])}"
-        for place, count in sorted(packs[0].items())
-        if packs[1][place] < count
+        f"{kind} {buffers}: packs of {moved[1][kind, buffers]} bytes in all, where aligned {count}"
+        for (kind, buffers), count in sorted(moved[0].items())
+        if moved[1][kind, buffers] < count
     )
 
 

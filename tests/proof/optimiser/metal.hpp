@@ -12,10 +12,10 @@ typedef unsigned short ushort;
 typedef unsigned long ulong;
 typedef __SIZE_TYPE__ size_t;
 typedef long int64_t;
-typedef uint uint2 __attribute__((ext_vector_type(2)));
 typedef uint uint3 __attribute__((ext_vector_type(3)));
-typedef uint uint4 __attribute__((ext_vector_type(4)));
 typedef float float2 __attribute__((ext_vector_type(2)));
+template <typename T, int N> using vec = T __attribute__((ext_vector_type(N)));
+template <typename To, typename From> METAL_FUNC To as_type(From v) { return __builtin_bit_cast(To, v); }
 
 namespace of_optimiser {
 #ifdef __AMDGCN__
@@ -101,14 +101,5 @@ METAL_FUNC float exp(float v) { return of_optimiser::exp2(v * 1.44269504f); }
 METAL_FUNC float log(float v) { return of_optimiser::log2(v) * 0.69314718f; }
 METAL_FUNC float rsqrt(float v) { return of_optimiser::rsqrt(v); }
 }  // namespace precise
-// as_type<T>(v): the bits of v as a T.
-#define as_type of_optimiser_as_type
-template <typename T, typename V> METAL_FUNC T of_optimiser_as_type(V v) { return __builtin_astype(v, T); }
-// vec<T, COUNT> is Metal's word for uint4 and its like.
-template <typename T, int COUNT> struct of_optimiser_vec;
-template <> struct of_optimiser_vec<uint, 1> { typedef uint type; };
-template <> struct of_optimiser_vec<uint, 2> { typedef uint2 type; };
-template <> struct of_optimiser_vec<uint, 4> { typedef uint4 type; };
-template <typename T, int COUNT> using vec = typename of_optimiser_vec<T, COUNT>::type;
 }  // namespace metal
 using namespace metal;
