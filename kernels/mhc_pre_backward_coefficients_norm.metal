@@ -104,7 +104,7 @@ for (uint first = group_begin; first < tokens; first += threadgroups_per_grid.x 
         }
         mhc::load_floats<VEC>(w, weight + c, weight_aligned);
         mhc::norm_gradient(d, dweight[at], pre, xv[at], w, r, slope);
-        *(device mhc::Pack<T, VEC>*)(dread + t * size_t(C) + c) = d;
+        mhc::store(dread + t * size_t(C) + c, d);
         if (!CACHED) mhc::store_floats<VEC>(dweight_sums + c, dweight[at], PARTIAL_ALIGNED);
       }
     }

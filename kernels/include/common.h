@@ -1,12 +1,9 @@
 // What all bodies share: the slots of params, packs and their loads and stores, gates, sums over a threadgroup.
 // Functions say METAL_FUNC, Metal's word for what is always inlined: arrays that a call takes would lie in memory.
+#include "BACKEND/packs.h"
 
-#ifndef UNROLL_FOR  // Metal; on CUDA cuda/metal_words.h defines these
-#define UNROLL_FOR _Pragma("clang loop unroll(full)") for
+#ifndef STAY_PACKED  // Metal
 #define STAY_PACKED(value)
-#define RECIPROCAL(v) (1.0f / (v))
-#define LOAD_STREAMING(p) (*(p))
-#define STORE_STREAMING(p, v) (*(p) = (v))
 #endif
 
 namespace mhc {
@@ -17,36 +14,34 @@ namespace param {
 enum { PRE_EPS, POST_SCALE, POST_EPS, PROJECTION_EPS, NORM_EPS, EPS, COUNT };
 }
 
-// A Pack is VEC neighbours, which move in one load or store.
-template <typename T, int VEC> struct alignas(sizeof(T) * VEC) Pack { T v[VEC]; };
-
-template <int VEC, typename T> METAL_FUNC const device Pack<T, VEC>* packs(const device T* p) {
-  return (const device Pack<T, VEC>*)p;
-}
 template <typename T> METAL_FUNC size_t address(const device T* p) { return reinterpret_cast<size_t>(p); }
 #ifndef ONE_ADDRESS_SPACE  // on Metal, MLX puts inputs of fewer than 8 elements in the constant address space
-template <int VEC, typename T> METAL_FUNC const constant Pack<T, VEC>* packs(const constant T* p) {
-  return (const constant Pack<T, VEC>*)p;
-}
 template <typename T> METAL_FUNC size_t address(const constant T* p) { return reinterpret_cast<size_t>(p); }
 #endif
 
 // A contiguous slice keeps its byte offset, so an input need not be aligned to a pack; outputs are.
 template <int VEC, typename P> METAL_FUNC bool is_aligned(P p) {
-  return VEC == 1 || address(p) % sizeof(*packs<VEC>(p)) == 0;
+  return VEC == 1 || address(p) % (sizeof(p[0]) * VEC) == 0;
 }
 
+template <typename T, int VEC> METAL_FUNC float float_of(const thread Pack<T, VEC>& pack, int e) {
+  return static_cast<float>(element(pack, e));
+}
+
+// Neighbours in threadgroup memory that move at once.
+template <int COUNT> struct alignas(4 * COUNT) Floats { float v[COUNT]; };
+
 template <typename T, int VEC, typename P> METAL_FUNC Pack<T, VEC> load(P p, bool aligned) {
-  if (aligned) return *packs<VEC>(p);
-  Pack<T, VEC> r;
-  UNROLL_FOR (int e = 0; e < VEC; ++e) r.v[e] = p[e];
-  return r;
+  if (aligned) return load_aligned<VEC>(p);
+  Pack<T, VEC> pack = {};
+  UNROLL_FOR (int e = 0; e < VEC; ++e) set_element(pack, e, T(p[e]));
+  return pack;
 }
 
 template <int VEC, typename P> METAL_FUNC void load_floats(thread float (&v)[VEC], P p, bool aligned) {
   if (aligned) {
-    const auto pack = *packs<VEC>(p);
-    UNROLL_FOR (int e = 0; e < VEC; ++e) v[e] = static_cast<float>(pack.v[e]);
+    const auto pack = load_aligned<VEC>(p);
+    UNROLL_FOR (int e = 0; e < VEC; ++e) v[e] = float_of(pack, e);
   } else {
     UNROLL_FOR (int e = 0; e < VEC; ++e) v[e] = static_cast<float>(p[e]);
   }
@@ -54,9 +49,9 @@ template <int VEC, typename P> METAL_FUNC void load_floats(thread float (&v)[VEC
 
 template <int VEC, typename P> METAL_FUNC void store_floats(P p, thread const float (&v)[VEC], bool aligned) {
   if (aligned) {
-    Pack<float, VEC> pack;
-    UNROLL_FOR (int e = 0; e < VEC; ++e) pack.v[e] = v[e];
-    *(device Pack<float, VEC>*)p = pack;
+    Pack<float, VEC> pack = {};
+    UNROLL_FOR (int e = 0; e < VEC; ++e) set_element(pack, e, v[e]);
+    store(p, pack);
   } else {
     UNROLL_FOR (int e = 0; e < VEC; ++e) p[e] = v[e];
   }
@@ -79,7 +74,7 @@ template <typename T, int COUNT> constexpr int run_vec() {
 }
 template <typename T, int COUNT> struct Run { Pack<T, run_vec<T, COUNT>()> p[COUNT / run_vec<T, COUNT>()]; };
 template <typename T, int COUNT> METAL_FUNC float run_float(const thread Run<T, COUNT>& r, int e) {
-  return static_cast<float>(r.p[e / run_vec<T, COUNT>()].v[e % run_vec<T, COUNT>()]);
+  return float_of(r.p[e / run_vec<T, COUNT>()], e % run_vec<T, COUNT>());
 }
 
 // r = from[0..COUNT), with zeros from element `remaining` on. ALIGNED: all elements remain, and from is aligned.
@@ -87,11 +82,11 @@ template <bool ALIGNED, typename T, int COUNT, typename P>
 METAL_FUNC void load_run(thread Run<T, COUNT>& r, P from, int remaining) {
   constexpr int VEC = run_vec<T, COUNT>();
   if (ALIGNED) {
-    UNROLL_FOR (int i = 0; i < COUNT / VEC; ++i) r.p[i] = *packs<VEC>(from + i * VEC);
+    UNROLL_FOR (int i = 0; i < COUNT / VEC; ++i) r.p[i] = load_aligned<VEC>(from + i * VEC);
   } else {
+    r = {};
     UNROLL_FOR (int e = 0; e < COUNT; ++e) {
-      r.p[e / VEC].v[e % VEC] = static_cast<T>(0.0f);
-      if (e < remaining) r.p[e / VEC].v[e % VEC] = from[e];
+      if (e < remaining) set_element(r.p[e / VEC], e % VEC, T(from[e]));
     }
   }
 }

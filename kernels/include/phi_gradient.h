@@ -57,11 +57,11 @@ METAL_FUNC void store_run(P to, thread const Run<T, COUNT>& r, int remaining, bo
   constexpr int VEC = run_vec<T, COUNT>();
   if (aligned) {
     if (remaining > 0) {
-      UNROLL_FOR (int i = 0; i < COUNT / VEC; ++i) *(device Pack<T, VEC>*)(to + i * VEC) = r.p[i];
+      UNROLL_FOR (int i = 0; i < COUNT / VEC; ++i) store(to + i * VEC, r.p[i]);
     }
   } else {
     UNROLL_FOR (int e = 0; e < COUNT; ++e) {
-      if (e < remaining) to[e] = r.p[e / VEC].v[e % VEC];
+      if (e < remaining) to[e] = element(r.p[e / VEC], e % VEC);
     }
   }
 }

@@ -16,13 +16,14 @@ METAL_FUNC void read_streams(thread float (&o)[PACKS_AT_ONCE][VEC], X x, S pre, 
     Pack<T, VEC> v[PACKS_AT_ONCE][STREAMS_AT_ONCE];
     UNROLL_FOR (int k = 0; k < PACKS_AT_ONCE; ++k) {
       UNROLL_FOR (int j = 0; j < STREAMS_AT_ONCE; ++j) {
-        const auto from = packs<VEC>(x + ((j0 + j) * C + k * 32 * VEC));
-        v[k][j] = LAST ? LOAD_STREAMING(from) : *from;
+        const auto from = x + ((j0 + j) * C + k * 32 * VEC);
+        if constexpr (LAST) v[k][j] = load_last<VEC>(from);
+        else v[k][j] = load_aligned<VEC>(from);
       }
     }
     UNROLL_FOR (int k = 0; k < PACKS_AT_ONCE; ++k) {
       UNROLL_FOR (int j = 0; j < STREAMS_AT_ONCE; ++j) {
-        UNROLL_FOR (int e = 0; e < VEC; ++e) o[k][e] += pre[j0 + j] * static_cast<float>(v[k][j].v[e]);
+        UNROLL_FOR (int e = 0; e < VEC; ++e) o[k][e] += pre[j0 + j] * float_of(v[k][j], e);
       }
     }
   }
@@ -61,9 +62,7 @@ METAL_FUNC void read_tile(U u, X x, S pre, int count, int C, bool aligned, int s
       read_packs<true, N, T>(o, x + (size_t(i) * size_t(N * C) + c0), pre + i * N, C, C - c0, aligned);
       UNROLL_FOR (int k = 0; k < PACKS; ++k) {
         const int c = c0 + k * 32 * VEC;
-        if (c < C)
-          STORE_STREAMING((device Pack<T, VEC>*)(u + size_t(i) * size_t(C) + c),
-                          (finish_u<false, false, T>(o[k], 1.0f, u, false)));
+        if (c < C) store_last(u + (size_t(i) * size_t(C) + c), (finish_u<false, false, T>(o[k], 1.0f, u, false)));
       }
     }
   }
@@ -91,8 +90,7 @@ METAL_FUNC void read_tile_twice(U u, X x, S pre, W weight, float eps, int count,
       UNROLL_FOR (int k = 0; k < PACKS; ++k) {
         const int c = c0 + k * 32 * VEC;
         if (c < C)
-          STORE_STREAMING((device Pack<T, VEC>*)(u + size_t(i) * size_t(C) + c),
-                          (finish_u<true, false, T>(o[k], r, weight + c, weight_aligned)));
+          store_last(u + (size_t(i) * size_t(C) + c), (finish_u<true, false, T>(o[k], r, weight + c, weight_aligned)));
       }
     }
   }
@@ -131,8 +129,8 @@ METAL_FUNC void read_tile_cached(U u, X x, S pre, W weight, S scratch, float eps
     UNROLL_FOR (int k = 0; k < U_PACKS; ++k) {
       const int c = c0 + k * 32 * VEC;
       if (in_range && c < C)
-        STORE_STREAMING((device Pack<T, VEC>*)(u + size_t(i) * size_t(C) + c),
-                        (finish_u<true, false, T>(o[k / PACKS][k % PACKS], r, weight + c, weight_aligned)));
+        store_last(u + (size_t(i) * size_t(C) + c),
+                   (finish_u<true, false, T>(o[k / PACKS][k % PACKS], r, weight + c, weight_aligned)));
     }
   }
 }

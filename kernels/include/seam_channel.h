@@ -17,25 +17,24 @@ METAL_FUNC void seam_pack(thread float (&u)[VEC], X x, Y y, O out, uint t, int c
     float acc[N * VEC];
     const Pack<T, VEC> yv = load<T, VEC>(y + size_t(t) * size_t(C) + c, y_aligned);
     UNROLL_FOR (int i = 0; i < N; ++i) {
-      UNROLL_FOR (int e = 0; e < VEC; ++e) acc[i * VEC + e] = post[i] * static_cast<float>(yv.v[e]);
+      UNROLL_FOR (int e = 0; e < VEC; ++e) acc[i * VEC + e] = post[i] * float_of(yv, e);
     }
 #pragma unroll STREAM_UNROLL
     for (int j = 0; j < N; ++j) {
       const Pack<T, VEC> v = load<T, VEC>(x + base + j * C + c, x_aligned);
       UNROLL_FOR (int i = 0; i < N; ++i) {
         const float m = mix[j * N + i];
-        UNROLL_FOR (int e = 0; e < VEC; ++e)
-          acc[i * VEC + e] = metal::fma(m, static_cast<float>(v.v[e]), acc[i * VEC + e]);
+        UNROLL_FOR (int e = 0; e < VEC; ++e) acc[i * VEC + e] = metal::fma(m, float_of(v, e), acc[i * VEC + e]);
       }
     }
     UNROLL_FOR (int e = 0; e < VEC; ++e) u[e] = 0.0f;
     UNROLL_FOR (int i = 0; i < N; ++i) {
-      Pack<T, VEC> o;
+      Pack<T, VEC> o = {};
       UNROLL_FOR (int e = 0; e < VEC; ++e) {
-        o.v[e] = static_cast<T>(acc[i * VEC + e]);
-        u[e] = metal::fma(pre[i], static_cast<float>(o.v[e]), u[e]);
+        set_element(o, e, static_cast<T>(acc[i * VEC + e]));
+        u[e] = metal::fma(pre[i], float_of(o, e), u[e]);
       }
-      if (WRITE_OUT) *(device Pack<T, VEC>*)(out + base + i * C + c) = o;
+      if (WRITE_OUT) store(out + base + i * C + c, o);
     }
   } else {
     read_pack<N, T>(u, x + base + c, pre, C, x_aligned);

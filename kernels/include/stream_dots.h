@@ -7,8 +7,8 @@ namespace mhc {
 template <typename T, int VEC, int N>
 METAL_FUNC void add_dots(thread float (&sums)[N], thread const Pack<T, VEC> (&x)[N], thread const Pack<T, VEC>& du) {
   UNROLL_FOR (int e = 0; e < VEC; ++e) {
-    const float d = static_cast<float>(du.v[e]);
-    UNROLL_FOR (int j = 0; j < N; ++j) sums[j] += d * static_cast<float>(x[j].v[e]);
+    const float d = float_of(du, e);
+    UNROLL_FOR (int j = 0; j < N; ++j) sums[j] += d * float_of(x[j], e);
   }
 }
 
@@ -20,8 +20,8 @@ METAL_FUNC void dot_streams(thread float (&sums)[N], X x, D du, int C, int lane,
   for (; aligned && c + (PACKS_AT_ONCE - 1) * 32 * VEC < C; c += PACKS_AT_ONCE * 32 * VEC) {
     Pack<T, VEC> v[PACKS_AT_ONCE][N], d[PACKS_AT_ONCE];
     UNROLL_FOR (int k = 0; k < PACKS_AT_ONCE; ++k) {
-      UNROLL_FOR (int j = 0; j < N; ++j) v[k][j] = *packs<VEC>(x + (j * C + c + k * 32 * VEC));
-      d[k] = *packs<VEC>(du + (c + k * 32 * VEC));
+      UNROLL_FOR (int j = 0; j < N; ++j) v[k][j] = load_aligned<VEC>(x + (j * C + c + k * 32 * VEC));
+      d[k] = load_aligned<VEC>(du + (c + k * 32 * VEC));
     }
     UNROLL_FOR (int k = 0; k < PACKS_AT_ONCE; ++k) add_dots(sums, v[k], d[k]);
   }
@@ -49,14 +49,14 @@ template <typename T, int VEC, int N>
 METAL_FUNC void add_norm_dots(thread NormDots<N>& dots, thread const float (&pre)[N], thread const Pack<T, VEC> (&x)[N],
                               thread const Pack<T, VEC>& du, thread const float (&weight)[VEC]) {
   UNROLL_FOR (int e = 0; e < VEC; ++e) {
-    const float d = static_cast<float>(du.v[e]) * weight[e];
+    const float d = float_of(du, e) * weight[e];
     float u = 0.0f;
-    UNROLL_FOR (int j = 0; j < N; ++j) u += pre[j] * static_cast<float>(x[j].v[e]);
+    UNROLL_FOR (int j = 0; j < N; ++j) u += pre[j] * float_of(x[j], e);
     dots.u_dot_u += u * u;
     dots.du_dot_u += d * u;
     UNROLL_FOR (int j = 0; j < N; ++j) {
-      dots.du_dot_x[j] += d * static_cast<float>(x[j].v[e]);
-      dots.u_dot_x[j] += u * static_cast<float>(x[j].v[e]);
+      dots.du_dot_x[j] += d * float_of(x[j], e);
+      dots.u_dot_x[j] += u * float_of(x[j], e);
     }
   }
 }
@@ -99,11 +99,11 @@ METAL_FUNC void norm_gradient(thread Pack<T, VEC>& du, thread float (&dweight)[V
   float u[VEC] = {};
   UNROLL_FOR (int j = 0; j < N; ++j) {
     STAY_PACKED(x[j]);
-    UNROLL_FOR (int e = 0; e < VEC; ++e) u[e] += pre[j] * static_cast<float>(x[j].v[e]);
+    UNROLL_FOR (int e = 0; e < VEC; ++e) u[e] += pre[j] * float_of(x[j], e);
   }
   UNROLL_FOR (int e = 0; e < VEC; ++e) {
-    const float d = static_cast<float>(du.v[e]);
-    du.v[e] = static_cast<T>(r * (d * weight[e] - u[e] * slope));
+    const float d = float_of(du, e);
+    set_element(du, e, static_cast<T>(r * (d * weight[e] - u[e] * slope)));
     dweight[e] += d * u[e] * r;
   }
 }

@@ -11,7 +11,7 @@ METAL_FUNC void read_pack(thread float (&u)[VEC], X x, S pre, int C, bool aligne
 #pragma unroll STREAM_UNROLL
   for (int j = 0; j < N; ++j) {
     const Pack<T, VEC> v = load<T, VEC>(x + j * C, aligned);
-    UNROLL_FOR (int e = 0; e < VEC; ++e) u[e] += pre[j] * static_cast<float>(v.v[e]);
+    UNROLL_FOR (int e = 0; e < VEC; ++e) u[e] += pre[j] * float_of(v, e);
   }
 }
 
@@ -26,12 +26,12 @@ template <bool NORM, bool ROUND_U, typename T, int VEC, typename W>
 METAL_FUNC Pack<T, VEC> finish_u(thread const float (&u)[VEC], float r, W weight, bool weight_aligned) {
   float w[VEC];
   if (NORM) load_floats<VEC>(w, weight, weight_aligned);
-  Pack<T, VEC> packed;
+  Pack<T, VEC> packed = {};
   UNROLL_FOR (int e = 0; e < VEC; ++e) {
     float v = u[e];
     if (NORM) v *= r;
     if (NORM && ROUND_U) v = static_cast<float>(static_cast<T>(v));
-    packed.v[e] = static_cast<T>(NORM ? v * w[e] : v);
+    set_element(packed, e, static_cast<T>(NORM ? v * w[e] : v));
   }
   return packed;
 }

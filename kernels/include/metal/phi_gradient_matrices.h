@@ -34,7 +34,7 @@ template <typename T, int COUNT> METAL_FUNC void run_pair(thread float (&v)[2], 
 }
 template <typename T, int COUNT> METAL_FUNC void set_pair(thread Run<T, COUNT>& r, int p, const thread float (&v)[2]) {
   constexpr int VEC = run_vec<T, COUNT>();
-  UNROLL_FOR (int e = 0; e < 2; ++e) r.p[(2 * p + e) / VEC].v[(2 * p + e) % VEC] = static_cast<T>(v[e]);
+  UNROLL_FOR (int e = 0; e < 2; ++e) set_element(r.p[(2 * p + e) / VEC], (2 * p + e) % VEC, static_cast<T>(v[e]));
 }
 
 // Metal has no prefetch, and no tile waits in a ring.

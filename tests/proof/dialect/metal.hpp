@@ -12,8 +12,10 @@
 
 typedef unsigned int uint;                               // utils.h
 typedef unsigned short ushort;                           // bf16_math.h
+typedef unsigned long ulong;                             // steel/utils.h
 typedef __SIZE_TYPE__ size_t;                            // utils.h
 typedef uint uint3 __attribute__((ext_vector_type(3)));  // copy.h
+template <typename T, int N> using vec = T __attribute__((ext_vector_type(N)));  // fp_quantized.h
 
 struct bfloat {  // bf16.h
   bfloat() = default;
@@ -25,6 +27,8 @@ struct bfloat {  // bf16.h
 };
 typedef bfloat bfloat16_t;  // bf16.h
 typedef half float16_t;     // utils.h
+
+template <typename To, typename From> To as_type(From);  // utils.h
 
 enum class mem_flags { mem_threadgroup };    // sort.h
 void threadgroup_barrier(mem_flags);         // sort.h
