@@ -167,7 +167,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         }
       }
       UNROLL_FOR (int j = 0; j < N; ++j) mhc::store(dx + size_t(t) * size_t(N * C) + j * C + c, xv[at * N + j]);
-      if constexpr (!NORM) mhc::store(dy + size_t(t) * size_t(C) + c, yv);
+      if (!NORM) mhc::store((device T*)dy + size_t(t) * size_t(C) + c, yv);  // an absent dy is one of floats
     }
   }
   if (POST_PER_TOKEN) {
