@@ -87,9 +87,9 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         mhc::load_streams<OUT_STREAMS>(dv + at * OUT_STREAMS, dout_row, C, c, aligned);
         UNROLL_FOR (int e = 0; e < VEC; ++e) {
           if (e % CHANNEL_STEP == 0) mhc::load_floats<CHANNEL_STEP>(w, weight + c + e, weight_aligned);
-          UNROLL_FOR (int j = 0; j < N; ++j) u[e] += pre[j] * static_cast<float>(xv[at * N + j].v[e]);
+          UNROLL_FOR (int j = 0; j < N; ++j) u[e] += pre[j] * mhc::float_of(xv[at * N + j], e);
           UNROLL_FOR (int i = 0; i < OUT_STREAMS; ++i)
-            d[e] += (MIX ? post[i] : 1.0f) * static_cast<float>(dv[at * OUT_STREAMS + i].v[e]);
+            d[e] += (MIX ? post[i] : 1.0f) * mhc::float_of(dv[at * OUT_STREAMS + i], e);
           dots[0] += u[e] * u[e];
           dots[1] += d[e] * u[e] * w[e % CHANNEL_STEP];
         }
@@ -125,11 +125,11 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         if (NORM) mhc::load_floats<CHANNEL_STEP>(w, weight + c + e, weight_aligned);
         UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q) {
           UNROLL_FOR (int i = 0; i < OUT_STREAMS; ++i) {
-            ds[i * CHANNEL_STEP + q] = static_cast<float>(dv[at * OUT_STREAMS + i].v[e + q]);
+            ds[i * CHANNEL_STEP + q] = mhc::float_of(dv[at * OUT_STREAMS + i], e + q);
             d[q] += (MIX ? post[i] : 1.0f) * ds[i * CHANNEL_STEP + q];
           }
           if (NORM) {
-            UNROLL_FOR (int j = 0; j < N; ++j) u[q] += pre[j] * static_cast<float>(xv[at * N + j].v[e + q]);
+            UNROLL_FOR (int j = 0; j < N; ++j) u[q] += pre[j] * mhc::float_of(xv[at * N + j], e + q);
             out[q] = u[q] * r;
             const int column = WEIGHT_AT + c + e + q;  // without CACHED this column of partial is the running sum
             if (DWEIGHT_IN_THREADGROUP) dweight_sums[(at * VEC + e + q) * THREADS + int(tid)] += d[q] * out[q];
@@ -138,8 +138,8 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
             du[q] = r * (d[q] * w[q] - u[q] * slope);
             out[q] *= w[q];
           } else {
-            out[q] = static_cast<float>(yv.v[e + q]);
-            yv.v[e + q] = static_cast<T>(d[q]);
+            out[q] = mhc::float_of(yv, e + q);
+            mhc::set_element(yv, e + q, static_cast<T>(d[q]));
           }
         }
         if (MIX) {
@@ -150,7 +150,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         UNROLL_FOR (int j = 0; j < N; ++j) {
           float xs[CHANNEL_STEP], a[CHANNEL_STEP];
           UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q) {
-            xs[q] = static_cast<float>(xv[at * N + j].v[e + q]);
+            xs[q] = mhc::float_of(xv[at * N + j], e + q);
             a[q] = NORM ? pre[j] * du[q] : 0.0f;
             if (NORM) g_pre[j] += du[q] * xs[q];
           }
@@ -163,12 +163,11 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
               }
             }
           }
-          UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q) xv[at * N + j].v[e + q] = static_cast<T>(a[q]);
+          UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q) mhc::set_element(xv[at * N + j], e + q, static_cast<T>(a[q]));
         }
       }
-      UNROLL_FOR (int j = 0; j < N; ++j)
-        *(device mhc::Pack<T, VEC>*)(dx + size_t(t) * size_t(N * C) + j * C + c) = xv[at * N + j];
-      if (!NORM) *(device mhc::Pack<T, VEC>*)(dy + size_t(t) * size_t(C) + c) = yv;
+      UNROLL_FOR (int j = 0; j < N; ++j) mhc::store(dx + size_t(t) * size_t(N * C) + j * C + c, xv[at * N + j]);
+      if (!NORM) mhc::store((device T*)dy + size_t(t) * size_t(C) + c, yv);  // an absent dy is one of floats
     }
   }
   if (POST_PER_TOKEN) {

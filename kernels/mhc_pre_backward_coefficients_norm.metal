@@ -105,7 +105,7 @@ for (uint first = group_begin; first < tokens; first += threadgroups_per_grid.x 
         }
         mhc::load_floats<VEC>(w, weight + c, weight_aligned);
         mhc::norm_gradient(g, dweight[at], d, pre, xv[at], w, r, slope);
-        *(device mhc::Pack<DREAD_T, VEC>*)(dread + t * size_t(C) + c) = g;
+        mhc::store(dread + t * size_t(C) + c, g);
         if (!CACHED) mhc::store_floats<VEC>(dweight_sums + c, dweight[at], PARTIAL_ALIGNED);
       }
     }

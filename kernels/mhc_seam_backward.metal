@@ -58,11 +58,11 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         dv[at] = mhc::load<T, VEC>(du + base + c, aligned);
         UNROLL_FOR (int e = 0; e < VEC; ++e) {
           float xs[N], out[N];
-          UNROLL_FOR (int j = 0; j < N; ++j) xs[j] = static_cast<float>(xv[at * N + j].v[e]);
-          float u = mhc::seam_channel<N, T>(out, xs, static_cast<float>(yv[at].v[e]), pre, post, mix);
+          UNROLL_FOR (int j = 0; j < N; ++j) xs[j] = mhc::float_of(xv[at * N + j], e);
+          float u = mhc::seam_channel<N, T>(out, xs, mhc::float_of(yv[at], e), pre, post, mix);
           if (ROUND_U) u = static_cast<float>(static_cast<T>(u));
           dots[0] += u * u;
-          dots[1] += static_cast<float>(dv[at].v[e]) * u * static_cast<float>(weight[c + e]);
+          dots[1] += mhc::float_of(dv[at], e) * u * static_cast<float>(weight[c + e]);
         }
       }
     }
@@ -90,12 +90,12 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
           }
         }
         float xs[N], out[N], douts[N], dxs[N];
-        const float ys = static_cast<float>(yv[at].v[e]);
+        const float ys = mhc::float_of(yv[at], e);
         UNROLL_FOR (int j = 0; j < N; ++j) {
-          xs[j] = static_cast<float>(xv[at * N + j].v[e]);
-          douts[j] = static_cast<float>(ov[j].v[e]);
+          xs[j] = mhc::float_of(xv[at * N + j], e);
+          douts[j] = mhc::float_of(ov[j], e);
         }
-        float u = mhc::seam_channel<N, T>(out, xs, ys, pre, post, mix), da = static_cast<float>(dv[at].v[e]);
+        float u = mhc::seam_channel<N, T>(out, xs, ys, pre, post, mix), da = mhc::float_of(dv[at], e);
         if (NORM) {
           if (ROUND_U) u = static_cast<float>(static_cast<T>(u));
           const float normed = u * r, d = da * (ROUND_U ? static_cast<float>(static_cast<T>(normed)) : normed);
@@ -103,13 +103,12 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
           else group_partial[c + e] = (t < threadgroups_per_grid.x ? 0.0f : group_partial[c + e]) + d;
           da = r * (da * static_cast<float>(weight[c + e]) - u * slope);
         }
-        yv[at].v[e] =
-            static_cast<T>(mhc::seam_channel_gradient(dxs, gradients, xs, ys, out, douts, da, pre, post, mix));
-        UNROLL_FOR (int j = 0; j < N; ++j) xv[at * N + j].v[e] = static_cast<T>(dxs[j]);
+        const float dys = mhc::seam_channel_gradient(dxs, gradients, xs, ys, out, douts, da, pre, post, mix);
+        mhc::set_element(yv[at], e, static_cast<T>(dys));
+        UNROLL_FOR (int j = 0; j < N; ++j) mhc::set_element(xv[at * N + j], e, static_cast<T>(dxs[j]));
       }
-      UNROLL_FOR (int j = 0; j < N; ++j)
-        *(device mhc::Pack<T, VEC>*)(dx + size_t(t) * size_t(N * C) + j * C + c) = xv[at * N + j];
-      *(device mhc::Pack<T, VEC>*)(dy + base + c) = yv[at];
+      UNROLL_FOR (int j = 0; j < N; ++j) mhc::store(dx + size_t(t) * size_t(N * C) + j * C + c, xv[at * N + j]);
+      mhc::store(dy + base + c, yv[at]);
     }
   }
   mhc::group_sum<N, THREADS>(gradients.dh_pre, scratch, dh_pre + size_t(t) * N, tid);

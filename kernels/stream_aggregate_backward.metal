@@ -34,10 +34,10 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     for (int j = 0; j < N; ++j) {
       mhc::Pack<T, VEC> v = mhc::load<T, VEC>(row + j * C + c, x_aligned);
       UNROLL_FOR (int e = 0; e < VEC; ++e) {
-        g_pre[j] += d[e] * static_cast<float>(v.v[e]);
-        v.v[e] = static_cast<T>(pre[j] * d[e]);
+        g_pre[j] += d[e] * mhc::float_of(v, e);
+        mhc::set_element(v, e, static_cast<T>(pre[j] * d[e]));
       }
-      *(device mhc::Pack<T, VEC>*)(dx + size_t(t) * size_t(N * C) + j * C + c) = v;
+      mhc::store(dx + size_t(t) * size_t(N * C) + j * C + c, v);
     }
   }
   if (PER_TOKEN) {

@@ -33,7 +33,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
       const float q = TOKEN_POSTS > 0  ? token_post[TOKEN_POSTS > 0 ? i : 0]
                       : POST_PER_TOKEN ? static_cast<float>(h_post[size_t(t) * N + i])
                                        : post[i];
-      UNROLL_FOR (int e = 0; e < VEC; ++e) acc[i * VEC + e] = q * static_cast<float>(yv.v[e]);
+      UNROLL_FOR (int e = 0; e < VEC; ++e) acc[i * VEC + e] = q * mhc::float_of(yv, e);
     }
 #pragma unroll STREAM_UNROLL
     for (int j = 0; j < N; ++j) {
@@ -42,14 +42,13 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         const float m = TOKEN_MIXES > 0 ? token_mix[TOKEN_MIXES > 0 ? i * N + j : 0]
                         : RES_PER_TOKEN ? static_cast<float>(h_res[(size_t(t) * N + i) * N + j])
                                         : mix[j * N + i];
-        UNROLL_FOR (int e = 0; e < VEC; ++e)
-          acc[i * VEC + e] = metal::fma(m, static_cast<float>(v.v[e]), acc[i * VEC + e]);
+        UNROLL_FOR (int e = 0; e < VEC; ++e) acc[i * VEC + e] = metal::fma(m, mhc::float_of(v, e), acc[i * VEC + e]);
       }
     }
     UNROLL_FOR (int i = 0; i < N; ++i) {
-      mhc::Pack<T, VEC> o;
-      UNROLL_FOR (int e = 0; e < VEC; ++e) o.v[e] = static_cast<T>(acc[i * VEC + e]);
-      *(device mhc::Pack<T, VEC>*)(out + base + i * C + c) = o;
+      mhc::Pack<T, VEC> o = {};
+      UNROLL_FOR (int e = 0; e < VEC; ++e) mhc::set_element(o, e, static_cast<T>(acc[i * VEC + e]));
+      mhc::store(out + base + i * C + c, o);
     }
   }
 }

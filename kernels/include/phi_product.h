@@ -16,8 +16,8 @@ template <typename XP, typename PP, int TILES, int BLOCK> struct RunPointers {
 };
 // Returns the pointers at k, for tokens from `token` on and logits from `logit` on.
 template <int TILES, int BLOCK, int NUM_LOGITS, typename XP, typename PP>
-inline RunPointers<XP, PP, TILES, BLOCK> run_pointers(XP x, PP phi, uint tokens, int K, uint token, int logit, int k,
-                                                      int lane) {
+METAL_FUNC RunPointers<XP, PP, TILES, BLOCK> run_pointers(XP x, PP phi, uint tokens, int K, uint token, int logit,
+                                                          int k, int lane) {
   RunPointers<XP, PP, TILES, BLOCK> pointers;
   UNROLL_FOR (int m = 0; m < TILES; ++m) {
     const uint t = token + uint(m * 8 + x_row(lane));
@@ -37,9 +37,9 @@ inline RunPointers<XP, PP, TILES, BLOCK> run_pointers(XP x, PP phi, uint tokens,
 // holds the run that lies `step` further on and has `remaining` elements; each register is loaded again as soon as it
 // has been used.
 template <bool ALIGNED, bool LOAD_NEXT, typename T, typename PHI_T, int TILES, int BLOCK, typename XP, typename PP>
-inline void multiply_run(thread float (&sum)[TILES][BLOCK][2], thread float (&squares)[TILES],
-                         thread LaneRuns<T, PHI_T, TILES, BLOCK>& lane_runs,
-                         thread RunPointers<XP, PP, TILES, BLOCK>& pointers, int step, int remaining, int lane) {
+METAL_FUNC void multiply_run(thread float (&sum)[TILES][BLOCK][2], thread float (&squares)[TILES],
+                             thread LaneRuns<T, PHI_T, TILES, BLOCK>& lane_runs,
+                             thread RunPointers<XP, PP, TILES, BLOCK>& pointers, int step, int remaining, int lane) {
   XTile<T> xt[TILES];
   UNROLL_FOR (int m = 0; m < TILES; ++m) {
     to_tile(xt[m], lane_runs.xs[m]);
@@ -64,8 +64,8 @@ struct Runs {
 // Adds the sums over these runs, for tokens from `token` on and logits from `logit` on. ALIGNED: x and phi are aligned,
 // and K % 32 == 0.
 template <bool ALIGNED, int NUM_LOGITS, typename T, typename PHI_T, int TILES, int BLOCK, typename XP, typename PP>
-inline void accumulate_runs(thread float (&sum)[TILES][BLOCK][2], thread float (&squares)[TILES], XP x, PP phi,
-                            const thread Runs& runs, uint token, int logit) {
+METAL_FUNC void accumulate_runs(thread float (&sum)[TILES][BLOCK][2], thread float (&squares)[TILES], XP x, PP phi,
+                                const thread Runs& runs, uint token, int logit) {
   if (runs.first < runs.K) {
     LaneRuns<T, PHI_T, TILES, BLOCK> lane_runs;
     auto pointers =
@@ -84,14 +84,14 @@ inline void accumulate_runs(thread float (&sum)[TILES][BLOCK][2], thread float (
 }
 
 // Returns whether x and phi are aligned and K % 32 == 0.
-template <typename T, typename PHI_T, typename XP, typename PP> inline bool runs_aligned(XP x, PP phi, int K) {
+template <typename T, typename PHI_T, typename XP, typename PP> METAL_FUNC bool runs_aligned(XP x, PP phi, int K) {
   return K % 32 == 0 && is_aligned<run_vec<T, 8>()>(x) && is_aligned<run_vec<PHI_T, 8 / PHI_ROWS>()>(phi);
 }
 
 // Each token gets a row of sums: its 8 * BLOCK logits, then sum(x ** 2).
 template <int TILES, int BLOCK, typename S>
-inline void store_sums(S sums, thread const float (&sum)[TILES][BLOCK][2], thread const float (&squares)[TILES],
-                       int lane) {
+METAL_FUNC void store_sums(S sums, thread const float (&sum)[TILES][BLOCK][2], thread const float (&squares)[TILES],
+                           int lane) {
   constexpr int PITCH = 8 * BLOCK + 1;
   UNROLL_FOR (int m = 0; m < TILES; ++m) {
     UNROLL_FOR (int b = 0; b < BLOCK; ++b) {

@@ -7,6 +7,7 @@
 #define constant
 #define thread
 #define threadgroup __shared__
+#define METAL_FUNC inline  // NVRTC inlines all; on Metal this word says so
 typedef unsigned int uint;
 typedef unsigned short ushort;
 
