@@ -8,7 +8,7 @@ from mhc_mlx import launch
 from mhc_mlx.commands import memory
 from mhc_mlx.device_report.parity import needed_bytes
 from mhc_mlx.device_report.shapes import DECODE, FLOAT32_TOO, TABLE
-from mhc_mlx.device_report.suite import DIRECTIONS, DTYPES, LARGE, OPS, TARGETS, mandatory_bytes
+from mhc_mlx.device_report.suite import DIRECTIONS, DTYPES, OPS, mandatory_bytes
 from mhc_mlx.device_report.timing import array_limit
 
 SEEDS = [(320, 4, 1280), (512, 4, 1920), (1280, 4, 2560), (2560, 4, 1280), (128, 8, 1280)]
