@@ -251,6 +251,28 @@ def test_a_launch_that_needs_more_threads_than_fit(monkeypatch):
     monkeypatch.undo()
 
 
+def test_as_on_cuda(on_metal, monkeypatch):
+    """A call that runs compiles its variants; MLX's message is the row of one that does not."""
+    on_metal({})
+    case = ("stream_aggregate", "forward+backward", (2, 2, 8), "bfloat16")
+    found = variants.find_variants([case], "cuda")
+    assert [v.launch.name for v in found] == ["stream_aggregate", "stream_aggregate_backward"]
+    assert variants.compile_on_cuda(case) == {"ok": True}
+    usual = launch.run
+
+    def run(name, *call):
+        if name.endswith("backward") and launch._recorded.get() is None:
+            raise RuntimeError("Failed to compile kernel: NVRTC")
+        return usual(name, *call)
+
+    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(launch, "backend", lambda: "cuda")
+    monkeypatch.setattr(shapes, "variant_cases", lambda kernels: [case])
+    jobs = parts.variant_jobs()
+    rows = [command.run_job(job) for job in jobs]
+    assert [row["error"] for row in rows] == ["Failed to compile kernel: NVRTC"] * 2
+
+
 def test_a_refused_launch_has_the_text_of_the_true_one(monkeypatch):
     """Its arrays are shorter, and MLX's text depends on their dtype and on whether they have fewer
     than 8 elements."""
