@@ -22,13 +22,14 @@ from collections.abc import Iterator
 import mlx.core as mx
 
 from benchmarks import cases, options
-from benchmarks.layers import decode, overhead
-from benchmarks.measure import Bench, launch_twice, sweep
-from benchmarks.parity import verify
 from benchmarks.processes import repeat
 from benchmarks.report import compare, plot, predict, show
-from benchmarks.suite import OPS
+from benchmarks.sweep import launch_twice, sweep
 from mhc_mlx import launch
+from mhc_mlx.device_report.layers import decode, overhead
+from mhc_mlx.device_report.measure import Bench
+from mhc_mlx.device_report.parity import verify
+from mhc_mlx.device_report.suite import OPS
 
 BASELINE = (
     "mhc_static",

@@ -4,22 +4,13 @@ import argparse
 import math
 
 from benchmarks import options
-from benchmarks.parity import needed_bytes
-from benchmarks.suite import DIRECTIONS, DTYPES, LARGE, OPS, TARGETS, mandatory_bytes
-from benchmarks.timing import array_limit
 from mhc_mlx import launch
 from mhc_mlx.commands import memory
+from mhc_mlx.device_report.parity import needed_bytes
+from mhc_mlx.device_report.shapes import DECODE, FLOAT32_TOO, TABLE
+from mhc_mlx.device_report.suite import DIRECTIONS, DTYPES, OPS, mandatory_bytes
+from mhc_mlx.device_report.timing import array_limit
 
-USUAL = [(16384, 4, 1024)]
-DEFAULT = {
-    "mhc_static": [(16384, 4, 1024), (8192, 8, 1024), (64, 32, 1280)],
-    "mhc_layer": [(320, 4, 1280)],
-    "stream_mix_add": USUAL,
-    "sinkhorn_knopp": [(65536, 4, 4)],
-    **dict.fromkeys((*TARGETS, "mhc_pre_norm"), LARGE),
-}
-DEFAULT |= {op: USUAL for op in OPS if op not in DEFAULT}
-FLOAT32_TOO = ("mhc_static",)  # the default list times float32 of these
 SEEDS = [(320, 4, 1280), (512, 4, 1920), (1280, 4, 2560), (2560, 4, 1280), (128, 8, 1280)]
 SEEDS += [(256, 8, 1280), (32, 32, 1280), (64, 32, 1280), (128, 32, 1280), (128, 4, 1280)]
 SEEDS += [(256, 4, 1280), (512, 4, 2560), (1024, 4, 1920), (1024, 4, 2560), (65536, 4, 1024)]
@@ -40,13 +31,12 @@ GRID = {4: (1024, 1280, 2560, 4096, 5120, 7168), 2: (1024, 4096), 8: (1024, 4096
 TOKENS = [4**k for k in range(9)]
 GROWING = ("stream_mix_add_per_token", "mhc_pre", "sublayer")
 STACKS = ("sublayer", "single_pass")
-DECODE = [(T, 4, C) for C in (4096, 5120, 7168) for T in (1, 2, 4, 8, 16)]
 OVERHEAD = [(1, 4, 4096), (16384, 4, 1024)]
 REFERENCE_TOKENS = 256  # without kernels a shape has no more, because a CPU is slow
 
 
 def table_cases(args: argparse.Namespace) -> list[tuple]:
-    table = PRESETS[args.preset] if args.preset else DEFAULT
+    table = PRESETS[args.preset] if args.preset else TABLE
     if args.shape:
         shapes = [tuple(int(v) for v in s.split(",")) for s in args.shape]
         square = [s for s in shapes if s[1] == s[2]]

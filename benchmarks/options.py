@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable
 
 from benchmarks.report import check_figures, check_result
-from benchmarks.suite import DIRECTIONS, DTYPES, OPS
 from mhc_mlx import launch
 from mhc_mlx.commands import Output, make_parser, read
+from mhc_mlx.device_report.suite import DIRECTIONS, DTYPES, OPS
 from mhc_mlx.ops import MAX_STREAMS, check_threads
 
 RESULT = "a result of benchmark.py"

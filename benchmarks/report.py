@@ -4,8 +4,8 @@ import statistics
 
 import mlx.core as mx
 
-from benchmarks.suite import DIRECTIONS, DTYPES, LARGE, TARGETS, mandatory_bytes
 from mhc_mlx.commands import check_strings
+from mhc_mlx.device_report.suite import DIRECTIONS, DTYPES, LARGE, TARGETS, mandatory_bytes
 
 SECTIONS = ("rows", "sizes", "decode", "overhead", "reference")  # the last is of CPUs
 

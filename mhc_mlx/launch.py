@@ -280,10 +280,11 @@ class Launch(NamedTuple):
 
 
 @contextlib.contextmanager
-def record() -> "Iterator[list[Launch]]":
-    """Collect the launches of this thread, as for Metal; each returns zeros and runs nothing."""
+def record(backend: str = "metal") -> "Iterator[list[Launch]]":
+    """Collect the launches of this thread, as for that backend; each returns zeros and runs
+    nothing."""
     launches: list[Launch] = []
-    tokens = _recorded.set(launches), _fixed.set("metal")
+    tokens = _recorded.set(launches), _fixed.set(backend)
     try:
         yield launches
     finally:

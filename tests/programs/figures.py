@@ -6,8 +6,9 @@ import mlx.core as mx
 import pytest
 
 import benchmark
-from benchmarks import cases, layers, measure, parity, suite, timing
+from benchmarks import cases
 from mhc_mlx import DEEPSEEK_V4
+from mhc_mlx.device_report import layers, measure, parity, suite, timing
 
 
 def figure(**fields) -> dict:

@@ -10,11 +10,12 @@ import pytest
 from proof import executor
 
 import benchmark
-from benchmarks import cases, layers, measure, overhead, parity, processes, suite, timing
-from benchmarks.measure import Bench
+from benchmarks import cases, overhead, processes
 from benchmarks.report import SECTIONS, check_figures, predicted_us, show
 from mhc_mlx import launch, ops
 from mhc_mlx.commands import text
+from mhc_mlx.device_report import layers, measure, parity, suite, timing
+from mhc_mlx.device_report.measure import Bench
 from programs.figures import RESULT, figure, shorten
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,7 @@ def test_shapes_of_the_tables():
     lists |= dict.fromkeys(suite.TARGETS, [(65536, 4, 1024), (16384, 4, 4096)])
     lists["mhc_pre_norm"] = lists["mhc_pre"]
     usual = [(16384, 4, 1024)]
-    assert {op: lists.get(op, usual) for op in suite.OPS} == cases.DEFAULT
+    assert {op: lists.get(op, usual) for op in suite.OPS} == cases.TABLE
     seeds = [
         *((320, 4, 1280), (512, 4, 1920), (1280, 4, 2560), (2560, 4, 1280), (128, 8, 1280)),
         *((256, 8, 1280), (32, 32, 1280), (64, 32, 1280), (128, 32, 1280), (128, 4, 1280)),
@@ -100,7 +101,7 @@ def test_verify_writes_json(tmp_path, capsys):
     assert result["mlx"] == mx.__version__ and result["rows"] == []
     assert all(r["ok"] and r["error"] < 1 for r in result["verified"])
     assert all(r["direction"] == "forward+backward" for r in result["verified"])
-    assert {r["op"] for r in result["verified"]} == set(cases.DEFAULT)
+    assert {r["op"] for r in result["verified"]} == set(cases.TABLE)
     largest = max(r["error"] for r in result["verified"])
     told = f"parity: {len(result['verified'])} cases, largest relative error {largest:.1e}"
     assert told in capsys.readouterr().out.splitlines()

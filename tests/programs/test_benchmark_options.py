@@ -7,10 +7,11 @@ import mlx.core as mx
 import pytest
 
 import benchmark
-from benchmarks import cases, measure, processes
+from benchmarks import cases, processes
 from benchmarks import options as benchmark_options
 from benchmarks.report import check_figures, check_result
 from mhc_mlx import launch
+from mhc_mlx.device_report import measure
 from programs.figures import RESULT, figure, refused
 
 

@@ -8,9 +8,9 @@ import pytest
 from proof import executor
 
 import benchmark
-from benchmarks import measure, parity, suite
-from benchmarks.measure import Bench
 from mhc_mlx import launch, ops, reference
+from mhc_mlx.device_report import measure, parity, suite
+from mhc_mlx.device_report.measure import Bench
 from mhc_mlx.devices import APPLE
 from programs import figures
 from programs.figures import figure, shorten

@@ -9,9 +9,9 @@ from cases import OPS
 from proof import executor, tracing
 
 import benchmark
-from benchmarks import layers, measure, suite, timing
-from benchmarks.measure import Bench
 from mhc_mlx import launch, ops
+from mhc_mlx.device_report import layers, measure, suite, timing
+from mhc_mlx.device_report.measure import Bench
 from programs.figures import shorten
 
 ROWS = {  # forward, backward at n = 4

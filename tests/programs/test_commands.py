@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import benchmark
-from benchmarks import parity
 from mhc_mlx.commands import Output, is_stream, text
+from mhc_mlx.device_report import parity
 
 
 def anything(data) -> None:

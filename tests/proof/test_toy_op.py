@@ -174,7 +174,7 @@ from ops.test_coverage import uncovered
 from proof import error_table
 
 import benchmark
-from benchmarks import suite
+from mhc_mlx.device_report import suite
 from mhc_mlx import launch
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mhc_mlx import DEEPSEEK_V4, ROW_FIRST, ops, reference
-from mhc_mlx.ops.autodiff import FUSED_OPS
+from .. import DEEPSEEK_V4, ROW_FIRST, ops, reference
+from ..ops.autodiff import FUSED_OPS
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 DIRECTIONS = ("forward", "backward", "forward+backward")
@@ -167,8 +167,8 @@ def case_row(op: str, direction: str, shape: tuple[int, int, int], name: str) ->
 def rows(op: str) -> tuple:
     """Return the fewest rows of C elements per token that move forward and backward, a and b of
     a * n + b: each array of a call, of its results and of their cotangents and gradients once."""
-    if OPS[op].rows:
-        return OPS[op].rows
+    if (designed := OPS[op].rows) is not None:
+        return designed
     shape = (5, 2, 3)  # sizes that differ; nothing is evaluated
     arrays = [mx.zeros(shape_of(OPS[op], name, shape)) for name in OPS[op].arrays]
     results = [a for a in as_list(function(reference, op)(*arrays)) if a is not None]

@@ -8,9 +8,9 @@ from collections import Counter
 
 import mlx.core as mx
 
-from benchmarks.suite import as_list
-from mhc_mlx import launch
-from mhc_mlx.commands import memory
+from .. import launch
+from ..commands import memory
+from .suite import as_list
 
 CACHE = 256 << 20  # input sets together reach this many bytes: several times any L2
 MOST_SETS = 32  # more do not matter: small inputs' time is MLX's and not the memory's
@@ -38,6 +38,7 @@ def race(budget: float, *contestants: tuple) -> list[list[float]]:
         calls = min(400, int(budget / 5 / max(run(f, sets, len(sets)), 1e-6)))
         calls = min(max(len(sets), calls), array_limit() // max(1, size))
         plan.append((f, sets, max(2, calls)))
+    times: list[list[float]] = []
     for _ in range(2):  # the first round at a size is for the allocator: often half as fast
         times = [[run(*entry)] for entry in plan]
     for _ in range(4):

@@ -4,9 +4,9 @@ import statistics
 
 import mlx.core as mx
 
-from benchmarks.suite import DTYPES, OPS, case_row, function, make_array, sublayer
-from benchmarks.timing import call_times, dispatches, gpu_time, launches, race, spread
-from mhc_mlx import DEEPSEEK_V4, HyperConnection, MHCLayer, ops, reference
+from .. import DEEPSEEK_V4, HyperConnection, MHCLayer, ops, reference
+from .suite import DTYPES, OPS, case_row, function, make_array, sublayer
+from .timing import call_times, dispatches, gpu_time, launches, race, spread
 
 LAYERS, PLAIN_LAYERS = 61, 8  # a stack has so many; plain ops are slow to compile
 
@@ -14,8 +14,9 @@ LAYERS, PLAIN_LAYERS = 61, 8  # a stack has so many; plain ops are slow to compi
 def quiet_parameters(x: mx.array) -> list[mx.array]:
     """Return parameters of a sublayer that adds little: else a stack without norms would
     overflow."""
-    n, names = x.shape[1], ("phi", "bias", "alpha")
-    phi, bias, alpha = (make_array(OPS["sublayer"], k, x.shape, x.dtype) for k in names)
+    T, n, C = x.shape
+    names = ("phi", "bias", "alpha")
+    phi, bias, alpha = (make_array(OPS["sublayer"], k, (T, n, C), x.dtype) for k in names)
     gate = (mx.arange(bias.size) >= n) & (mx.arange(bias.size) < 2 * n)
     return [phi, mx.where(gate, -4.0, bias), alpha]
 

@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 
-from benchmarks import suite
-from benchmarks.layers import layers
-from benchmarks.suite import DTYPES, OPS, as_list, function, make_inputs
-from benchmarks.timing import array_limit, directed
-from mhc_mlx import launch, ops, reference
-from mhc_mlx.commands import memory
+from .. import launch, ops, reference
+from ..commands import memory
+from . import suite
+from .layers import layers
+from .suite import DTYPES, OPS, as_list, function, make_inputs
+from .timing import array_limit, directed
 
 BOUNDS = {mx.float32: 3e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
 CHUNK_BYTES = 1 << 30  # the reference's temporaries take no more at once
@@ -28,8 +29,9 @@ class Largest:
             return
         want, got = want.astype(mx.float32), got.astype(mx.float32)
         self.finite &= bool((mx.isfinite(want).all() & mx.isfinite(got).all()).item())
-        self.difference = max(self.difference, mx.abs(want - got).max().item())
-        self.value = max(self.value, mx.abs(want).max().item())
+        difference: Any = mx.abs(want - got).max().item()
+        value: Any = mx.abs(want).max().item()
+        self.difference, self.value = max(self.difference, difference), max(self.value, value)
 
     def relative(self) -> float:
         return self.difference / self.value if self.finite else math.inf
@@ -147,6 +149,7 @@ def verify(section: str, op: str, shape, name: str, directions, threads: int | N
         cases = [(kind, layer_error(kind, shape, name)) for kind in layers(*shape[1:])]
         return [parity_row(kind, shape, name, False, None, error) for kind, error in cases]
     gradients = any(direction != "forward" for direction in directions)
+    used: dict[str, Any]
     used = {"differentiable": False} if section == "decode" else {"threads_per_group": threads}
     error = worst_error(op, shape, DTYPES[name], gradients, **used)
     return [parity_row(op, shape, name, gradients, threads, error)]
