@@ -4,8 +4,9 @@
 
 starts itself once more under `ncu --clock-control none`, with cold caches, as ncu does by default.
 Each case runs twice and the second run counts. A row holds the launch too (body, template
-arguments, shapes, threadgroups, threads), so that `benchmark.py --model` can say what it expects of
-just this launch. A case is begun only in the first --seconds; the result names those left out.
+arguments, shapes, threadgroups, threads), so that the model can say what it expects of just this
+launch. A case is begun only in the first --seconds; the result names those left out, and the same
+command goes on with them where --json is an earlier result.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from benchmarks.measure import count_inputs
 from benchmarks.suite import DTYPES, add_cotangents, function, make_inputs
 from benchmarks.timing import directed
 from mhc_mlx import launch, ops
-from mhc_mlx.commands import Output, check_strings, make_parser
+from mhc_mlx.commands import Output, check_strings, make_parser, read
 
 COMMAND = "python -m benchmarks.kernel_times"
 KEPT = "mhc_pre_norm mhc_pre stream_mix_add_per_token stream_aggregate mhc_static mhc_seam".split()
@@ -88,7 +89,7 @@ def about_launch(name, inputs, outputs, groups, threads, template) -> dict:
     return row | {"inputs": specs(inputs), "outputs": specs(outputs)}
 
 
-def run_cases(file: str, seconds: float) -> None:
+def run_cases(cases: list[tuple], file: str, seconds: float) -> None:
     """Run every case twice, each time after a marker whose threadgroups number the runs from 1, and
     write what was launched; the profiler watches."""
     began, launched = time.perf_counter(), []
@@ -105,7 +106,7 @@ def run_cases(file: str, seconds: float) -> None:
     )
     one = mx.ones((1,))
     launch.run = spying
-    for op, direction, shape, name in CASES:
+    for op, direction, shape, name in cases:
         if time.perf_counter() - began > seconds:
             break
         mx.random.seed(0)
@@ -165,7 +166,7 @@ def profiled(text: str, names: dict[str, str]) -> list[dict]:
     return found
 
 
-def joined(kernels: list[dict], launched: list[list[dict]]) -> Iterator[dict]:
+def joined(cases: list[tuple], kernels: list[dict], launched: list[list[dict]]) -> Iterator[dict]:
     """Give each kernel of the second run of each case what was launched.
 
     Raises:
@@ -177,7 +178,7 @@ def joined(kernels: list[dict], launched: list[list[dict]]) -> Iterator[dict]:
         if MARKER in kernel["name"]:
             run = kernel["groups"] - 1
             remaining = list(launched[run]) if run < len(launched) else []
-            about = dict(zip(("op", "direction", "shape", "dtype"), CASES[run // 2], strict=True))
+            about = dict(zip(("op", "direction", "shape", "dtype"), cases[run // 2], strict=True))
             counts = run % 2 == 1 and run < len(launched)
             continue
         if not counts:
@@ -202,8 +203,8 @@ def check(report) -> None:
         raise ValueError("its kernels are missing")
 
 
-def measure(seconds: float, folder: Path) -> dict:
-    """Run the cases under ncu, which leaves its page in folder, and return the report."""
+def measure(cases: list[tuple], seconds: float, folder: Path) -> dict:
+    """Run cases under ncu, which leaves its page in folder, and return the report."""
     names = metrics()
     log, file = folder / "ncu.csv", folder / "launched.json"
     command = ["ncu", "--clock-control", "none", "-k", "regex:custom_kernel", "--csv"]
@@ -211,15 +212,26 @@ def measure(seconds: float, folder: Path) -> dict:
     command += ["--metrics", ",".join(names.values())]
     child = [sys.executable, "-m", "benchmarks.kernel_times"]
     child += ["--launched", str(file), "--seconds", str(seconds)]
+    child += ["--cases", ",".join(str(CASES.index(case)) for case in cases)]
     subprocess.run([*command, *child], check=True)
     launched = json.loads(file.read_text())
-    rows = list(joined(profiled(log.read_text(), names), launched))
+    rows = list(joined(cases, profiled(log.read_text(), names), launched))
     version = subprocess.run(["ncu", "--version"], capture_output=True, text=True).stdout
     report = {"device": mx.device_info()["device_name"], "mlx": version_of("mlx")}
     report |= {"date": datetime.date.today().isoformat()}
     report |= {"command": f"ncu --clock-control none -k regex:custom_kernel {COMMAND}"}
     report |= {"ncu": version.strip().splitlines()[-1], "metrics": names}
-    return report | {"left_out": [list(c) for c in CASES[len(launched) // 2 :]], "kernels": rows}
+    return report | {"left_out": [list(c) for c in cases[len(launched) // 2 :]], "kernels": rows}
+
+
+def remaining(earlier: dict | None) -> list[tuple]:
+    """The cases to run: all, or those that an earlier result left out."""
+    if earlier is None:
+        return CASES
+    left = [
+        (op, direction, tuple(shape), name) for op, direction, shape, name in earlier["left_out"]
+    ]
+    return [case for case in CASES if case in left]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -227,23 +239,30 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE", help="new, or an earlier result")
     parser.add_argument("--seconds", type=float, default=200, help="no case begins later")
     parser.add_argument("--raw", metavar="FOLDER", help="keep ncu's page and the launches there")
+    parser.add_argument("--cases", help=argparse.SUPPRESS)  # of the profiled process
     parser.add_argument("--launched", help=argparse.SUPPRESS)  # what the profiled process writes
     args = parser.parse_args(argv)
     if launch.backend() != "cuda":
         parser.error("it must run on an NVIDIA GPU, with MLX for CUDA")
     if args.launched:
-        run_cases(args.launched, args.seconds)
+        cases = [CASES[int(k)] for k in args.cases.split(",")]
+        run_cases(cases, args.launched, args.seconds)
         return
     if shutil.which("ncu") is None:
         parser.error("it must have ncu, NVIDIA's Nsight Compute, on the path")
     try:
         output = Output("--json", args.json, f"a result of {COMMAND}", check)
+        earlier = None
+        if args.json and Path(args.json).exists() and Path(args.json).stat().st_size:
+            earlier = read("--json", args.json, f"a result of {COMMAND}", check)
     except ValueError as error:
         parser.error(str(error))
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(args.raw or folder)
         raw.mkdir(parents=True, exist_ok=True)
-        report = measure(args.seconds, raw)
+        report = measure(remaining(earlier), args.seconds, raw)
+    if earlier:
+        report["kernels"] = earlier["kernels"] + report["kernels"]
     print(f"{len(report['kernels'])} kernels; left out: {report['left_out']}")
     if reason := output.finish(report):
         sys.exit(reason)

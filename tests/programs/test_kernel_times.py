@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import kernel_times
 
+CASES = kernel_times.CASES
 NAMES = {"ns": "gpu__time_duration.sum", "stall_barrier": "smsp__barrier.ratio"}
 HEADS = '"ID","Kernel Name","Block Size","Grid Size","gpu__time_duration.sum","smsp__barrier.ratio"'
 
@@ -40,7 +41,9 @@ def test_second_run_counts_and_longest_name_wins():
         ("custom_kernel_mhc_pre_ab", 8, 64, 3000),
         ("custom_kernel_mhc_pre_cd", 8, 64, 4000),
     ]
-    found = list(kernel_times.joined(kernel_times.profiled(page(*kernels), NAMES), [rows, rows]))
+    found = list(
+        kernel_times.joined(CASES, kernel_times.profiled(page(*kernels), NAMES), [rows, rows])
+    )
     assert [(r["template"]["N"], r["ns"]) for r in found] == [(2, 2000), (1, 3000), (3, 4000)]
     assert found[0]["op"] == kernel_times.CASES[0][0] and found[0]["stall_barrier"] is None
     assert found[0]["inputs"] == {"x": [[2, 4], "bfloat16"], "y": None}
@@ -51,7 +54,14 @@ def test_a_kernel_that_nothing_launched_is_refused(groups, threads):
     rows = [launched("mhc_pre", 8, 64, 1)]
     text = page(mark(2), ("custom_kernel_mhc_pre", groups, threads, 1))
     with pytest.raises(ValueError, match="no launch of .* is the kernel"):
-        list(kernel_times.joined(kernel_times.profiled(text, NAMES), [rows, rows]))
+        list(kernel_times.joined(CASES, kernel_times.profiled(text, NAMES), [rows, rows]))
+
+
+def test_a_result_is_continued():
+    left = [list(case) for case in json.loads(json.dumps(CASES[3:5]))]
+    assert kernel_times.remaining({"left_out": left}) == CASES[3:5]
+    assert kernel_times.remaining(None) == CASES
+    assert len(set(CASES)) == len(CASES)
 
 
 def test_it_needs_an_nvidia_gpu(capsys, monkeypatch):
