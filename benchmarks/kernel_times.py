@@ -26,11 +26,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from benchmarks.measure import count_inputs
-from benchmarks.suite import DTYPES, add_cotangents, function, make_inputs
-from benchmarks.timing import directed
 from mhc_mlx import launch, ops
 from mhc_mlx.commands import Output, check_strings, make_parser, read
+from mhc_mlx.device_report.measure import count_inputs
+from mhc_mlx.device_report.suite import DTYPES, add_cotangents, function, make_inputs
+from mhc_mlx.device_report.timing import directed
 
 COMMAND = "python -m benchmarks.kernel_times"
 KEPT = "mhc_pre_norm mhc_pre stream_mix_add_per_token stream_aggregate mhc_static mhc_seam".split()

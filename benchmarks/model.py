@@ -25,11 +25,11 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks import listings, ptx
-from benchmarks.measure import count_inputs
 from benchmarks.rates import Rates, Unit
-from benchmarks.suite import DTYPES, add_cotangents, function, make_inputs
-from benchmarks.timing import directed
 from mhc_mlx import launch, ops
+from mhc_mlx.device_report.measure import count_inputs
+from mhc_mlx.device_report.suite import DTYPES, add_cotangents, function, make_inputs
+from mhc_mlx.device_report.timing import directed
 from mhc_mlx.launch import Launch
 
 STEPS = 60_000  # instructions that a threadgroup may take; what takes more is scaled from less

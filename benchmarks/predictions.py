@@ -7,7 +7,6 @@
 The second writes the tables of docs/model.md between their marks, and needs no compiler.
 """
 
-import argparse
 import datetime
 import json
 import re
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from benchmarks import model, published
 from benchmarks.rates import DEVICES, H100, H200, MACS, SOURCES, Rates
-from mhc_mlx.commands import Output, check_strings, make_parser, read, text
+from mhc_mlx.commands import Output, check_strings, make_parser, read
 
 COMMAND = "python -m benchmarks.predictions"
 RESULTS = Path(__file__).parent / "results"
