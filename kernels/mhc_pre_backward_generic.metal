@@ -17,7 +17,7 @@
 //      params [6] float, by mhc::param: PRE_EPS; without HEAD POST_SCALE; with NORM EPS;
 //      l [tokens, NUM_LOGITS + 1] float: l, scale; dz_res [tokens, R] float; du [tokens, C] T (HAS_DU) or dh_pre
 //      [tokens, N] float; dh_post [tokens, N] float (without HEAD); dx_out [tokens, N, C] T (HAS_DX_OUT): the cotangent
-//      of the x that was passed through
+//      of the x that was passed through, or the dx that mhc_seam_backward made
 // out  dx [tokens, N, C] T; dp [tokens, NUM_LOGITS] float; partial [threadgroups / SPLITS, P] float: sums of dz, of dz
 //      l, and with NORM dweight, in this order, over these threadgroups' tokens
 // owners  A threadgroup takes tiles of TILE tokens in turn, and a thread takes VEC neighbours of all streams: phi is

@@ -1,5 +1,5 @@
-// mhc_seam: the write back of a sublayer and what the next one reads; x is read once (twice where u does
-// not stay in registers, never where only coefficients are made), out and u are written once.
+// mhc_seam: the write back of a sublayer and what the next one reads; x is read once (twice with NORM
+// where u does not stay in registers, never where only coefficients are made), out and u are written once.
 //
 //   out[i] = sum_j h_res[i, j] x[j] + h_post[i] y, rounded to T   (without WRITE_BACK out is x, which is not written)
 //   u = sum_i h_pre[i] out[i], with NORM u * rsqrt(mean(u**2) + eps) * weight

@@ -120,6 +120,7 @@ class SeamInputs(NamedTuple):
     params: mx.array | None = None
 
 
+NEW_NAMES = {"h_pre": "new_h_pre", "h_post": "new_h_post", "h_res": "new_h_res"}  # if made here
 SEAM_OUTPUTS = ("out", "u", "new_h_pre", "new_h_post", "new_h_res", "logits", "l")
 
 
@@ -134,7 +135,7 @@ def launch_seam(
     options: Options,
 ) -> dict[str, mx.array]:
     """The write-back and the read of x ``[tokens, n, C]``: what ``outputs`` asks for, by names of
-    `SEAM_OUTPUTS`.
+    `SEAM_OUTPUTS`. So the outputs set the template arguments: `mhc_seam` reads x for out or u.
 
     With partial logits it makes the coefficients: ``slices`` is how it adds those, ``projection``
     the convention by which it makes h_res.
@@ -291,31 +292,30 @@ class TokenCoefficients:
             "l": ((tokens, num_logits + 1), floats) if save else None,
         }
         if has_few_tokens(x, parameters.phi, self.options):
-            results = self._launch_few_tokens(x, parameters, outputs)
+            phi, bias, alpha, weight = parameters
+            partial_logits, slices = launch_partial_logits(x, phi, self.options)
+            results = launch_seam(
+                x,
+                SeamInputs(
+                    partial_logits=partial_logits,
+                    bias=bias,
+                    alpha=alpha,
+                    weight=weight,
+                    params=self.params,
+                ),
+                {NEW_NAMES.get(k, k): spec for k, spec in outputs.items()},
+                slices=slices,
+                projection=self.convention if projects else None,
+                options=self.options,
+            )
+            names = {NEW_NAMES.get(k, k): k for k in outputs}
+            results = {names[k]: a for k, a in results.items()}
         else:
             results = self._launch_pre(x, parameters, outputs)
         if "logits" in results:
             h_res = launch_projection(results["logits"], n, self.convention, self.options)
             results["h_res"] = unflat(h_res, (*lead, n, n))
         return results
-
-    def _launch_few_tokens(
-        self, x: mx.array, parameters: Parameters, outputs: dict[str, Spec | None]
-    ) -> dict[str, mx.array]:
-        phi, bias, alpha, weight = parameters
-        partial_logits, slices = launch_partial_logits(x, phi, self.options)
-        inputs = {"partial_logits": partial_logits, "bias": bias, "alpha": alpha, "weight": weight}
-        new_names = {"h_pre": "new_h_pre", "h_post": "new_h_post", "h_res": "new_h_res"}
-        results = launch_seam(
-            x,
-            SeamInputs(**inputs, params=self.params),
-            {new_names.get(k, k): spec for k, spec in outputs.items()},
-            slices=slices,
-            projection=self.convention if outputs["h_res"] else None,
-            options=self.options,
-        )
-        names = {new_names.get(k, k): k for k in outputs}
-        return {names[k]: a for k, a in results.items()}
 
     def _launch_pre(
         self, x: mx.array, parameters: Parameters, outputs: dict[str, Spec | None]
