@@ -62,6 +62,10 @@ def main() -> None:
         for fault in wrong:
             print(f"    {fault.kind}: {fault.words}")
     print(f"{len(figures)} variants, {faulty} with faults")
+    if args.all and not args.names:
+        for unused in optimiser.unused(figures):
+            print(f"EXCEPTIONS: nothing needs {unused}")
+            faulty += 1
     if args.json:
         rows = [
             {"body": v.body, "origin": v.origin, "template": v.template, "threads": v.threads}
