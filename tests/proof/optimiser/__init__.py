@@ -19,13 +19,14 @@ from proof.optimiser.measure import (
     REGISTERS,
     Figures,
     Variant,
+    aligned_instructions,
     all_figures,
     figures,
     variant,
 )
 
 __all__ = ["EXCEPTIONS", "Exempt", "Fault", "Figures", "Variant", "all_figures", "available"]
-__all__ += ["faults", "figures", "unused", "variant"]
+__all__ += ["aligned_instructions", "faults", "figures", "unused", "variant"]
 
 
 class Fault(NamedTuple):

@@ -137,6 +137,15 @@ def compile_variant(variant: Variant) -> Figures:
     )
 
 
+def aligned_instructions(variant: Variant) -> list[Counter[str]]:
+    """Return instructions by kind and depth of loops where all is aligned: what models run.
+
+    `Figures` counts those for unaligned arrays too.
+    """
+    program = opencl.program(variant.source, variant.threads, aligned=True)
+    return llvm.instructions(llvm.compiled(program, llvm.AMDGCN))
+
+
 def of_streams(accesses: Iterable[llvm.Access], buffers: Iterable[str]) -> list[llvm.Access]:
     """Return the accesses of streams, and those of which nobody knows the buffer."""
     known = set(buffers)
