@@ -46,7 +46,7 @@ def token_tiling(
     threads: One per vec, a multiple of 32, at most 256 (128 where sums fill the registers).
     cached: Where ``copies`` of a token fit in registers; n > 8 would unroll n * n loops.
     """
-    vec = math.gcd(C, 16 // size)
+    vec = math.gcd(C, 4 if backend == "metal" and copies == 2 else 16 // size)
     while n * vec > 64:
         vec //= 2
     crowded = copies == 2 and 4 < n <= 8
