@@ -58,7 +58,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
       float u[VEC] = {};
 #pragma unroll STREAM_UNROLL
       for (int j = 0; j < N; ++j) {
-        const mhc::Pack<T, VEC> v = mhc::load<T, VEC>(row + j * C + c, x_aligned);
+        const mhc::Pack<T, VEC> v = mhc::load<T, VEC>(mhc::at(row, j * C + c), x_aligned);
         if (CACHED) xv[k * N + j] = v;
         UNROLL_FOR (int e = 0; e < VEC; ++e) u[e] += pre[j] * mhc::float_of(v, e);
       }
@@ -76,12 +76,12 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     if (c < C) {
       float w[VEC];
       mhc::Pack<T, VEC> o[CACHED ? OUT_STREAMS : 1] = {};
-      mhc::load_floats<VEC>(w, weight + c, weight_aligned);
+      mhc::load_floats<VEC>(w, mhc::at(weight, c), weight_aligned);
       UNROLL_FOR (int e = 0; e < VEC; e += CHANNEL_STEP) {
         float acc[OUT_STREAMS * CHANNEL_STEP] = {}, u[CHANNEL_STEP] = {};
 #pragma unroll STREAM_UNROLL
         for (int j = 0; j < N; ++j) {
-          const mhc::Pack<T, VEC> v = CACHED ? xv[k * N + j] : mhc::load<T, VEC>(row + j * C + c, x_aligned);
+          const mhc::Pack<T, VEC> v = CACHED ? xv[k * N + j] : mhc::load<T, VEC>(mhc::at(row, j * C + c), x_aligned);
           UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q) {
             const float f = mhc::float_of(v, e + q);
             u[q] += pre[j] * f;
@@ -94,11 +94,11 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
           UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q)
             mhc::set_element(o[CACHED ? i : 0], e + q,
                              static_cast<T>(MIX ? acc[i * CHANNEL_STEP + q] + post[i] * u[q] : u[q]));
-          if (!CACHED) mhc::store(out_row + i * C + c, o[0]);
+          if (!CACHED) mhc::store(mhc::at(out_row, i * C + c), o[0]);
         }
       }
       UNROLL_FOR (int i = 0; i < OUT_STREAMS; ++i)
-        if (CACHED) mhc::store(out_row + i * C + c, o[i]);
+        if (CACHED) mhc::store(mhc::at(out_row, i * C + c), o[i]);
     }
   }
 }

@@ -43,6 +43,7 @@ threadgroup float dweight_sums[DWEIGHT_IN_THREADGROUP ? PASSES * VEC * THREADS :
 const uint tid = thread_position_in_threadgroup.x;
 const int C = x_shape[2];
 const uint tokens = x_shape[0];
+const uint zero = tokens >> 31;  // the compiler does not know that it is 0
 
 if constexpr (NORM) mhc::load_gates<N, THREADS, GATES, false>(H_pre, pre, params, tid);
 if constexpr (MIX && !POST_PER_TOKEN) mhc::load_gates<N, THREADS, GATES, true>(H_post, post, params, tid);
@@ -66,11 +67,13 @@ mhc::Pack<T, VEC> xv[CACHED_PASSES * N], dv[CACHED_PASSES * OUT_STREAMS];
 
 int parity = 0;
 for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_grid.x) {
+  const int lane_tid = mhc::each_turn(int(tid), t >> 31);
   const auto row = x + size_t(t) * size_t(N * C);
   const auto dout_row = dout + size_t(t) * size_t(OUT_STREAMS * C);
+  const auto dx_row = dx + size_t(t) * size_t(N * C);
   if (POST_PER_TOKEN || RES_PER_TOKEN) {  // group_sum ended with a barrier: the last token's are no longer read
-    if (POST_PER_TOKEN) mhc::load_gates<N, THREADS, false, true>(H_post + size_t(t) * N, post, params, tid);
-    if (RES_PER_TOKEN) mhc::load_mix<N, THREADS, false>(H_res + size_t(t) * (N * N), mix, tid);
+    if (POST_PER_TOKEN) mhc::load_gates<N, THREADS, false, true>(H_post + size_t(t) * N, post, params, uint(lane_tid));
+    if (RES_PER_TOKEN) mhc::load_mix<N, THREADS, false>(H_res + size_t(t) * (N * N), mix, uint(lane_tid));
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 
@@ -80,13 +83,13 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     float dots[2] = {};
 #pragma unroll CACHED_PASSES
     for (int k = 0; k < PASSES; ++k) {
-      const int c = (k * THREADS + int(tid)) * VEC, at = CACHED ? k : 0;
+      const int c = mhc::each_turn((k * THREADS + lane_tid) * VEC, (t + uint(k)) >> 31), at = CACHED ? k : 0;
       if (c < C) {
         float u[VEC] = {}, d[VEC] = {}, w[CHANNEL_STEP];
         mhc::load_streams<N>(xv + at * N, row, C, c, aligned);
         mhc::load_streams<OUT_STREAMS>(dv + at * OUT_STREAMS, dout_row, C, c, aligned);
         UNROLL_FOR (int e = 0; e < VEC; ++e) {
-          if (e % CHANNEL_STEP == 0) mhc::load_floats<CHANNEL_STEP>(w, weight + c + e, weight_aligned);
+          if (e % CHANNEL_STEP == 0) mhc::load_floats<CHANNEL_STEP>(w, mhc::at(weight, c + e), weight_aligned);
           UNROLL_FOR (int j = 0; j < N; ++j) u[e] += pre[j] * mhc::float_of(xv[at * N + j], e);
           UNROLL_FOR (int i = 0; i < OUT_STREAMS; ++i)
             d[e] += (MIX ? post[i] : 1.0f) * mhc::float_of(dv[at * OUT_STREAMS + i], e);
@@ -103,10 +106,10 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
 
 #pragma unroll CACHED_PASSES
   for (int k = 0; k < PASSES; ++k) {
-    const int c = (k * THREADS + int(tid)) * VEC, at = CACHED ? k : 0;
+    const int c = mhc::each_turn((k * THREADS + lane_tid) * VEC, (t + uint(k)) >> 31), at = CACHED ? k : 0;
     if (c < C) {
       mhc::Pack<T, VEC> yv;  // it holds y, then dy
-      if (!NORM) yv = mhc::load<T, VEC>(y + size_t(t) * size_t(C) + c, y_aligned);
+      if (!NORM) yv = mhc::load<T, VEC>(mhc::at(y + size_t(t) * size_t(C), c), y_aligned);
       if (!NORM || !CACHED) {
         mhc::load_streams<N>(xv + at * N, row, C, c, aligned);
         mhc::load_streams<OUT_STREAMS>(dv + at * OUT_STREAMS, dout_row, C, c, aligned);
@@ -114,15 +117,15 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
       UNROLL_FOR (int e = 0; e < VEC; e += CHANNEL_STEP) {
         if (NORM) {
           UNROLL_FOR (int j = 0; j < N; ++j) {
-            STAY_PACKED(xv[at * N + j]);
+            mhc::stay_packed(xv[at * N + j], e, zero);
           }
           UNROLL_FOR (int i = 0; i < OUT_STREAMS; ++i) {
-            STAY_PACKED(dv[at * OUT_STREAMS + i]);
+            mhc::stay_packed(dv[at * OUT_STREAMS + i], e, zero);
           }
         }
         float ds[OUT_STREAMS * CHANNEL_STEP], u[CHANNEL_STEP] = {}, d[CHANNEL_STEP] = {}, du[CHANNEL_STEP] = {},
                                               out[CHANNEL_STEP], w[CHANNEL_STEP];
-        if (NORM) mhc::load_floats<CHANNEL_STEP>(w, weight + c + e, weight_aligned);
+        if (NORM) mhc::load_floats<CHANNEL_STEP>(w, mhc::at(weight, c + e), weight_aligned);
         UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q) {
           UNROLL_FOR (int i = 0; i < OUT_STREAMS; ++i) {
             ds[i * CHANNEL_STEP + q] = mhc::float_of(dv[at * OUT_STREAMS + i], e + q);
@@ -132,9 +135,12 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
             UNROLL_FOR (int j = 0; j < N; ++j) u[q] += pre[j] * mhc::float_of(xv[at * N + j], e + q);
             out[q] = u[q] * r;
             const int column = WEIGHT_AT + c + e + q;  // without CACHED this column of partial is the running sum
-            if (DWEIGHT_IN_THREADGROUP) dweight_sums[(at * VEC + e + q) * THREADS + int(tid)] += d[q] * out[q];
+            if (DWEIGHT_IN_THREADGROUP) dweight_sums[(at * VEC + e + q) * THREADS + lane_tid] += d[q] * out[q];
             else if (CACHED) g_weight[DWEIGHT_IN_THREADGROUP ? 0 : at * VEC + e + q] += d[q] * out[q];
-            else group_partial[column] = (t < threadgroups_per_grid.x ? 0.0f : group_partial[column]) + d[q] * out[q];
+            else {
+              const auto sum = mhc::at(group_partial, column);
+              *sum = (t < threadgroups_per_grid.x ? 0.0f : *sum) + d[q] * out[q];
+            }
             du[q] = r * (d[q] * w[q] - u[q] * slope);
             out[q] *= w[q];
           } else {
@@ -166,16 +172,16 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
           UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q) mhc::set_element(xv[at * N + j], e + q, static_cast<T>(a[q]));
         }
       }
-      UNROLL_FOR (int j = 0; j < N; ++j) mhc::store(dx + size_t(t) * size_t(N * C) + j * C + c, xv[at * N + j]);
-      if (!NORM) mhc::store((device T*)dy + size_t(t) * size_t(C) + c, yv);  // an absent dy is one of floats
+      UNROLL_FOR (int j = 0; j < N; ++j) mhc::store(mhc::at(dx_row, j * C + c), xv[at * N + j]);
+      if (!NORM) mhc::store(mhc::at((device T*)dy + size_t(t) * size_t(C), c), yv);  // an absent dy is one of floats
     }
   }
   if (POST_PER_TOKEN) {
-    mhc::group_sum<N, THREADS>(g_post, scratch, dh_post + size_t(t) * N, tid);
+    mhc::group_sum<N, THREADS>(g_post, scratch, dh_post + size_t(t) * N, uint(lane_tid));
     UNROLL_FOR (int i = 0; i < N; ++i) g_post[i] = 0.0f;
   }
   if (RES_PER_TOKEN) {
-    mhc::group_sum<N * N, THREADS>(g_res, scratch, dh_res + size_t(t) * (N * N), tid);
+    mhc::group_sum<N * N, THREADS>(g_res, scratch, dh_res + size_t(t) * (N * N), uint(lane_tid));
     UNROLL_FOR (int i = 0; i < N * N; ++i) g_res[i] = 0.0f;
   }
 }

@@ -2,10 +2,6 @@
 // Functions say METAL_FUNC, Metal's word for what is always inlined: arrays that a call takes would lie in memory.
 #include "BACKEND/packs.h"
 
-#ifndef STAY_PACKED  // Metal
-#define STAY_PACKED(value)
-#endif
-
 namespace mhc {
 
 // The slots of the array params, which all bodies read by these names: the gates' three numbers, the projection's eps,
@@ -94,7 +90,7 @@ METAL_FUNC void load_run(thread Run<T, COUNT>& r, P from, int remaining) {
 // to[i] = channels c.. of stream i, for COUNT streams of C channels.
 template <int COUNT, int VEC, typename T, typename P>
 METAL_FUNC void load_streams(thread Pack<T, VEC>* to, P row, int C, int c, bool aligned) {
-  UNROLL_FOR (int i = 0; i < COUNT; ++i) to[i] = load<T, VEC>(row + i * C + c, aligned);
+  UNROLL_FOR (int i = 0; i < COUNT; ++i) to[i] = load<T, VEC>(at(row, i * C + c), aligned);
 }
 
 METAL_FUNC float sigmoid(float v) { return 1.0f / (1.0f + metal::precise::exp(-v)); }
@@ -114,7 +110,7 @@ template <typename Q> METAL_FUNC float gate(float z, int part, Q params) {
 template <int N, int THREADS, bool GATES, bool POST, typename P, typename S, typename Q>
 METAL_FUNC void load_gates(P H, S h, Q params, uint tid) {
   for (uint i = tid; i < uint(N); i += THREADS) {
-    const float z = static_cast<float>(H[i]);
+    const float z = static_cast<float>(*at(H, int(i)));
     h[i] = GATES ? gate(z, POST ? 1 : 0, params) : z;
   }
 }
@@ -122,7 +118,7 @@ METAL_FUNC void load_gates(P H, S h, Q params, uint tid) {
 // mix = H, with TRANSPOSED its transpose.
 template <int N, int THREADS, bool TRANSPOSED, typename P, typename S> METAL_FUNC void load_mix(P H, S mix, uint tid) {
   for (uint k = tid; k < uint(N * N); k += THREADS)
-    mix[TRANSPOSED ? (k % N) * N + k / N : k] = static_cast<float>(H[k]);
+    mix[TRANSPOSED ? (k % N) * N + k / N : k] = static_cast<float>(*at(H, int(k)));
 }
 
 // v[a] = the sum over the threadgroup of v[a], in every thread. scratch holds 2 * SIMDS * COUNT floats. If parity goes
@@ -153,7 +149,7 @@ METAL_FUNC void group_sum(thread float (&v)[COUNT], S scratch, O out, uint tid) 
   for (uint a = tid; a < COUNT; a += THREADS) {
     float s = 0.0f;
     for (int g = 0; g < THREADS / 32; ++g) s += scratch[g * COUNT + a];
-    out[a] = s;
+    *at(out, int(a)) = s;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }

@@ -16,7 +16,7 @@ METAL_FUNC void read_streams(thread float (&o)[PACKS_AT_ONCE][VEC], X x, S pre, 
     Pack<T, VEC> v[PACKS_AT_ONCE][STREAMS_AT_ONCE];
     UNROLL_FOR (int k = 0; k < PACKS_AT_ONCE; ++k) {
       UNROLL_FOR (int j = 0; j < STREAMS_AT_ONCE; ++j) {
-        const auto from = x + ((j0 + j) * C + k * 32 * VEC);
+        const auto from = at(x, (j0 + j) * C + k * 32 * VEC);
         if constexpr (LAST) v[k][j] = load_last<VEC>(from);
         else v[k][j] = load_aligned<VEC>(from);
       }

@@ -15,13 +15,13 @@ METAL_FUNC void seam_pack(thread float (&u)[VEC], X x, Y y, O out, uint t, int c
   if constexpr (WRITE_BACK) {
     constexpr int STREAM_UNROLL = N <= 8 ? N : 4;  // streams that are loaded before the first is used
     float acc[N * VEC];
-    const Pack<T, VEC> yv = load<T, VEC>(y + size_t(t) * size_t(C) + c, y_aligned);
+    const Pack<T, VEC> yv = load<T, VEC>(at(y + size_t(t) * size_t(C), c), y_aligned);
     UNROLL_FOR (int i = 0; i < N; ++i) {
       UNROLL_FOR (int e = 0; e < VEC; ++e) acc[i * VEC + e] = post[i] * float_of(yv, e);
     }
 #pragma unroll STREAM_UNROLL
     for (int j = 0; j < N; ++j) {
-      const Pack<T, VEC> v = load<T, VEC>(x + base + j * C + c, x_aligned);
+      const Pack<T, VEC> v = load<T, VEC>(at(x + base, j * C + c), x_aligned);
       UNROLL_FOR (int i = 0; i < N; ++i) {
         const float m = mix[j * N + i];
         UNROLL_FOR (int e = 0; e < VEC; ++e) acc[i * VEC + e] = metal::fma(m, float_of(v, e), acc[i * VEC + e]);
@@ -34,7 +34,7 @@ METAL_FUNC void seam_pack(thread float (&u)[VEC], X x, Y y, O out, uint t, int c
         set_element(o, e, static_cast<T>(acc[i * VEC + e]));
         u[e] = metal::fma(pre[i], float_of(o, e), u[e]);
       }
-      if (WRITE_OUT) store(out + base + i * C + c, o);
+      if (WRITE_OUT) store(at(out + base, i * C + c), o);
     }
   } else {
     read_pack<N, T>(u, x + base + c, pre, C, x_aligned);

@@ -96,10 +96,10 @@ METAL_FUNC LaneDots sum_norm_dots(const thread NormDots<N>& dots, S scratch, int
 template <typename D, typename T, int VEC, int N>
 METAL_FUNC void norm_gradient(thread Pack<D, VEC>& dread, thread float (&dweight)[VEC], thread const Pack<T, VEC>& du,
                               thread const float (&pre)[N], thread Pack<T, VEC> (&x)[N],
-                              thread const float (&weight)[VEC], float r, float slope) {
+                              thread const float (&weight)[VEC], float r, float slope, uint zero) {
   float u[VEC] = {};
   UNROLL_FOR (int j = 0; j < N; ++j) {
-    STAY_PACKED(x[j]);
+    stay_packed(x[j], zero);
     UNROLL_FOR (int e = 0; e < VEC; ++e) u[e] += pre[j] * float_of(x[j], e);
   }
   UNROLL_FOR (int e = 0; e < VEC; ++e) {

@@ -34,7 +34,7 @@ def token_tiling(
         ``device.uncached_backward_threads`` where the token is not cached.
     cached: Where ``copies`` of a token fit in registers; n > 8 would unroll n * n loops.
     """
-    vec = math.gcd(C, 16 // size)
+    vec = math.gcd(C, 16 // size if copies == 1 else min(16 // size, device.backward_vec))
     while n * vec > 64:
         vec //= 2
     one = copies == 1

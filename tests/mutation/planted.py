@@ -328,6 +328,29 @@ TABLE = {
         (STAGES, "a tile too late", UNWRITTEN, "copies<SLOTS - 1>", "copies<SLOTS>"),
     ],
 }
+# What LLVM cannot keep in registers, or splits, while every value stays right.
+WIDE = Case("mhc_static", (2,), 4, 4096, "bfloat16")
+PRE_HALF = Case("mhc_pre", (19,), 4, 64, "bfloat16", PAPER)
+ADD_HALF = replace(ADD, dtype="bfloat16")
+OPTIMISER = {
+    "mhc_pre phi_product.h": [
+        (PRE_HALF, "a helper that may not be inlined", "optimiser: not inlined",
+         "METAL_FUNC void multiply_run", "inline void multiply_run"),
+    ],
+    "sinkhorn_knopp_backward sinkhorn.h": [
+        (SINKHORN, "a place chosen at run time", "optimiser: arrays lie in memory",
+         "value = high ? second : first", "value = v[high ? j + O : j]"),
+    ],
+    "stream_mix_add metal/packs.h": [
+        (ADD_HALF, "packs in loads of an element", "optimiser: load x 2",
+         "else load_words(pack.w, (const device uint*)p);",
+         "else UNROLL_FOR (int e = 0; e < VEC; ++e) set_element(pack, e, p[e]);"),
+        (ADD, "loads that LLVM takes apart where they may not be aligned", "optimiser: packs of 0",
+         "const vec<ulong, 2> v = *(const device vec<ulong, 2>*)(p + i);",
+         "UNROLL_FOR (int k = 0; k < 4; ++k) w[i + k] = (*(const device vec<uint, 4>*)(p + i))[k]; "
+         "continue; const ulong v[2] = {};"),
+    ],
+}
 # fmt: on
 
 
@@ -338,4 +361,9 @@ def mistake(place: str, case: Case, what: str, caught: str, *edit) -> Mistake:
     return Mistake(what, body, file, case, rungs, *edit)
 
 
-PLANTED = [mistake(place, *row) for place, rows in TABLE.items() for row in rows]
+PLANTED = [
+    mistake(place, *row)
+    for table in (TABLE, OPTIMISER)
+    for place, rows in table.items()
+    for row in rows
+]

@@ -3,11 +3,25 @@
 
 namespace mhc {
 
+template <typename P> inline P at(P p, int i) { return p + i; }
+
 // A Pack is VEC neighbours, which move in one load or store.
 template <typename T, int VEC> struct alignas(sizeof(T) * VEC) Pack { T v[VEC]; };
 
 template <typename T, int VEC> inline T element(const Pack<T, VEC>& pack, int e) { return pack.v[e]; }
 template <typename T, int VEC> inline void set_element(Pack<T, VEC>& pack, int e, T v) { pack.v[e] = v; }
+
+// Keeps a pack packed: without it NVRTC converts it once and holds the wider floats across a barrier. Metal's form needs
+// an element and a zero.
+template <typename T, int VEC> inline void stay_packed(Pack<T, VEC>& pack, uint) { STAY_PACKED(pack); }
+template <typename T, int VEC> inline void stay_packed(Pack<T, VEC>& pack, int, uint) { STAY_PACKED(pack); }
+
+// Return v. NVRTC computes in a loop what it needs there, but not what it needs after one.
+inline int each_turn(int v, uint) { return v; }
+inline uint after_loop(uint v) {
+  STAY_PACKED(v);
+  return v;
+}
 
 // Returns the pack at p, which is aligned.
 template <int VEC, typename T> inline Pack<T, VEC> load_aligned(const T* p) { return *(const Pack<T, VEC>*)p; }

@@ -8,6 +8,18 @@
 
 namespace mhc {
 
+// Returns p + i, i >= 0: an address that is the same in all threads and an offset of 32 bits, which take a register
+// where an address of its own takes two.
+template <typename T> METAL_FUNC const device T* at(const device T* p, int i) {
+  return (const device T*)((const device char*)p + uint(i) * uint(sizeof(T)));
+}
+template <typename T> METAL_FUNC device T* at(device T* p, int i) {
+  return (device T*)((device char*)p + uint(i) * uint(sizeof(T)));
+}
+#ifndef ONE_ADDRESS_SPACE
+template <typename T> METAL_FUNC const constant T* at(const constant T* p, int i) { return p + i; }
+#endif
+
 // A Pack is VEC neighbours, which move in one load or store. An element of 16 bits is half a word, the low half first.
 template <typename T, int VEC> struct Pack { uint w[(VEC * int(sizeof(T)) + 3) / 4]; };
 
@@ -19,6 +31,20 @@ template <typename T, int VEC> METAL_FUNC void set_element(thread Pack<T, VEC>& 
   if constexpr (sizeof(T) == 4) pack.w[e] = as_type<uint>(v);
   else pack.w[e / 2] = (pack.w[e / 2] & (0xffff0000u >> (e % 2 * 16))) | (uint(as_type<ushort>(v)) << (e % 2 * 16));
 }
+
+// Adds zero, of which the compiler does not know that it is 0, to the word of element e, or to all words: so a compiler
+// cannot hold the floats that it has made of them before.
+template <typename T, int VEC> METAL_FUNC void stay_packed(thread Pack<T, VEC>& pack, int e, uint zero) {
+  if constexpr (sizeof(T) == 2) pack.w[e / 2] += zero;
+}
+template <typename T, int VEC> METAL_FUNC void stay_packed(thread Pack<T, VEC>& pack, uint zero) {
+  UNROLL_FOR (int e = 0; e < VEC; e += 2) stay_packed(pack, e, zero);
+}
+
+// Returns v. zero is as above, and changes from turn to turn of a loop for all that the compiler knows: so what is
+// computed of v is computed in each turn, where it would otherwise occupy registers all the time.
+METAL_FUNC int each_turn(int v, uint zero) { return v + int(zero); }
+METAL_FUNC uint after_loop(uint v) { return v; }
 
 // w = the words at p, by pairs: a compiler may take a load of four words apart into loads of one.
 template <int WORDS> METAL_FUNC void load_words(thread uint (&w)[WORDS], const device uint* p) {

@@ -19,13 +19,14 @@ from proof.optimiser.measure import (
     REGISTERS,
     Figures,
     Variant,
+    aligned_instructions,
     all_figures,
     figures,
     variant,
 )
 
 __all__ = ["EXCEPTIONS", "Exempt", "Fault", "Figures", "Variant", "all_figures", "available"]
-__all__ += ["faults", "figures", "variant"]
+__all__ += ["aligned_instructions", "faults", "figures", "unused", "variant"]
 
 
 class Fault(NamedTuple):
@@ -57,6 +58,18 @@ def each(words: Iterable[str]) -> str:
 
 def faults(variant: Variant, figures: Figures) -> list[Fault]:
     """Return what is wrong, exceptions left out."""
+    found = all_faults(variant, figures)
+    return [f for f in found if not any(e.covers(variant, f) for e in EXCEPTIONS)]
+
+
+def unused(figures: dict[Variant, Figures]) -> list[Exempt]:
+    """Return the exceptions that cover nothing."""
+    found = [(v, fault) for v, f in figures.items() for fault in all_faults(v, f)]
+    return [e for e in EXCEPTIONS if not any(e.covers(*one) for one in found)]
+
+
+def all_faults(variant: Variant, figures: Figures) -> list[Fault]:
+    """Return what is wrong, exceptions or not."""
     found = []
     if figures.arrays or figures.array_bytes:
         words = f"{len(figures.arrays)} private arrays lie in memory: {each(figures.arrays)}"
@@ -71,4 +84,4 @@ def faults(variant: Variant, figures: Figures) -> list[Fault]:
         found.append(Fault("narrow", words))
     if figures.split:
         found.append(Fault("split", "; ".join(figures.split)))
-    return [f for f in found if not any(e.covers(variant, f) for e in EXCEPTIONS)]
+    return found

@@ -51,8 +51,12 @@ def main() -> None:
         parser.error("clang-19 is not installed: apt-get install clang-19")
     mx.set_default_device(mx.cpu)
     each = variants.variants(*(variants.all_cases() if args.all else variants.sample()))
-    found = dict.fromkeys(v for launched in each.values() for v in launched)
-    chosen = [v for v in found if all(n in f"{v}, {v.template}" for n in args.names)]
+    chosen = dict.fromkeys(
+        v
+        for case, launched in each.items()
+        for v in launched
+        if all(name in f"{v.body}, {case}, {v.template}" for name in args.names)
+    )
     figures, faulty = optimiser.all_figures(chosen, args.workers), 0
     print(" ".join(f"{c:>9}" for c in COLUMNS))
     for v, f in figures.items():
@@ -62,6 +66,10 @@ def main() -> None:
         for fault in wrong:
             print(f"    {fault.kind}: {fault.words}")
     print(f"{len(figures)} variants, {faulty} with faults")
+    if args.all and not args.names:
+        for unused in optimiser.unused(figures):
+            print(f"EXCEPTIONS: nothing needs {unused}")
+            faulty += 1
     if args.json:
         rows = [
             {"body": v.body, "origin": v.origin, "template": v.template, "threads": v.threads}

@@ -59,7 +59,7 @@ class Figures:
 
     @property
     def alu(self) -> int:
-        """Vector instructions but moves; one of Apple's each, or about so."""
+        """Instructions that compute, but products of matrices and what is transcendental."""
         return sum(self.instructions.get(kind, 0) for kind in ("fma", "other_alu"))
 
 
@@ -74,8 +74,18 @@ def variant(launch: Launch, origin: str = "", main: bool = False) -> Variant:
     return Variant(launch.name, words, source, launch.threads, pack, origin, main)
 
 
+made: dict[Variant, Figures] = {}  # of this process
+
+
 def figures(variant: Variant) -> Figures:
     """Compile a variant; equal texts are compiled once on this machine."""
+    if variant not in made:
+        made[variant] = kept_figures(variant)
+    return made[variant]
+
+
+def kept_figures(variant: Variant) -> Figures:
+    """Figures from the cache, or made and kept there."""
     simulator.check_private(CACHE)
     key = [variant.source, str(variant.threads), str(variant.pack_bytes), tool()]
     kept = CACHE / f"{hashlib.sha256(''.join(key).encode()).hexdigest()[:24]}.json"
@@ -125,6 +135,15 @@ def compile_variant(variant: Variant) -> Figures:
         by_depth=tuple(map(dict, depths)),
         code_bytes=free["code_bytes"],
     )
+
+
+def aligned_instructions(variant: Variant) -> list[Counter[str]]:
+    """Return instructions by kind and depth of loops where all is aligned: what models run.
+
+    `Figures` counts those for unaligned arrays too.
+    """
+    program = opencl.program(variant.source, variant.threads, aligned=True)
+    return llvm.instructions(llvm.compiled(program, llvm.AMDGCN))
 
 
 def of_streams(accesses: Iterable[llvm.Access], buffers: Iterable[str]) -> list[llvm.Access]:
