@@ -35,6 +35,7 @@ class Device:
     forward_register_bytes: int = 256
     backward_register_bytes: int = 512
     backward_vec: int = 8  # most neighbours of a stream that a thread of a layer's gradient takes
+    seam_backward_bytes: int = 16  # of a load of `mhc_seam_backward`
     # Most threads of `mhc_seam`: up to 320 take 85 us instead of 99 us with 256 at (2048, 4, 5120),
     # and 114 us instead of 122 us at C = 7168.
     seam_threads: int = 320
@@ -120,6 +121,7 @@ APPLE = Device(
     backward_register_bytes=256,
     # model: with 8 neighbours a body needs more than 128 registers, and spills.
     backward_vec=4,
+    seam_backward_bytes=8,
     seam_threads=256,
     coefficient_gradient_threads=256,
     # model: so a threadgroup of 256 keeps x up to C = 4096 at n = 4: 6 rows instead of 15.

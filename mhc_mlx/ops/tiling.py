@@ -80,7 +80,7 @@ def seam_backward_tiling(
 ) -> TokenTiling:
     """How a threadgroup takes a token in `mhc_seam_backward`, whose n (n + 2) sums leave registers
     for few channels at once: for 128 in all, what a GPU wants, where n <= 4."""
-    vec = math.gcd(C, 16 // size)
+    vec = math.gcd(C, device.seam_backward_bytes // size)
     while n * vec > 16:
         vec //= 2
     packs = C // vec

@@ -395,6 +395,7 @@ def test_numbers_of_devices():
     pairs = {  # an H100's, and an Apple GPU's, whose threads have 128 registers
         "backward_register_bytes": (512, 256),
         "backward_vec": (8, 4),
+        "seam_backward_bytes": (16, 8),
         "seam_threads": (320, 256),
         "uncached_backward_threads": (256, 128),
         "coefficient_gradient_threads": (512, 256),
