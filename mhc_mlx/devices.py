@@ -132,9 +132,6 @@ APPLE = Device(
     # model: 8 threads a column start 12,000 to 21,000 threadgroups for 4 to 13 rows of dphi, which
     # take 60 to 150 us; with one thread they are an eighth, and 20 to 40 us.
     one_thread_rows=16,
-    # model: 512 fill a Max, whose cores hold 12 each. An H100's 2112 make 13 chunks of tokens at
-    # C = 5120, of which the rows of dphi are 25.6 MB to write and to read; these make 3.
-    projection_gradient_simdgroups=512,
     # model: they take more than 104 registers, so a core of M1 or M2 holds 384 of their threads, in
     # one threadgroup of 256 or three of 128.
     uncached_backward_threads=128,
