@@ -122,9 +122,6 @@ PROJECTIONS = {
     # many tokens: two tiles for each simdgroup, a slice each; 24 outputs are three blocks
     (4, 1024, BF16, 24, 1025, None, H100): (8, 256, 8, 2, 3, 1),
     (4, 1024, BF16, 24, 1024, None, H100): (8, 256, 8, 1, 3, 1),
-    # on a Mac they are many from 385 on
-    (4, 1024, BF16, 24, 385, None, APPLE): (8, 256, 8, 2, 3, 1),
-    (4, 1024, BF16, 24, 384, None, APPLE): (8, 256, 8, 1, 3, 1),
     # long rows: 16 slices of 512 threads, if a ring for two tiles fits
     (4, 4096, BF16, 24, 2048, None, H100): (8, 512, 16, 2, 3, 1),
     (4, 4096, BF16, 24, 2048, None, A100): (8, 512, 16, 2, 3, 1),
@@ -374,6 +371,7 @@ def test_numbers_of_devices():
         "forward_groups": 4096,
         "many_groups": 65536,
         "one_launch_tokens": 1024,
+        "few_tokens": 1024,
         "few_backward_tokens": 1024,
         "long_row": 16384,
         "forward_register_bytes": 256,
@@ -386,7 +384,6 @@ def test_numbers_of_devices():
         "uncached_backward_threads": (256, 128),
         "coefficient_gradient_threads": (512, 256),
         "stored_half_steps": (40, 20),
-        "few_tokens": (1024, 384),
         "one_thread_rows": (0, 16),
         "partial_logits_tokens": (16, 64),
         "u_floats_per_lane": (64, 32),
