@@ -124,27 +124,22 @@ APPLE = Device(
     seam_backward_bytes=8,
     seam_threads=256,
     coefficient_gradient_threads=256,
-    # model: so a threadgroup of 256 keeps x up to C = 4096 at n = 4: 6 rows instead of 15.
+    # model: latency binds. With half as many threads a token a core works on two at once, and
+    # 256 threads keep x up to C = 4096 at n = 4.
     coefficient_gradient_x_bytes=128,
     # model: the rest is computed again. 20 take 10 KiB of a threadgroup of 128, of which the memory
     # of a core holds five, more than its registers.
     stored_half_steps=20,
     u_floats_per_lane=32,
     float_products=True,
-    # model: phi from L2 binds `mhc_pre`. Of a tile of 8 tokens a core wants 65 bytes a clock, and
-    # gets 32; of 16 it wants half. From 385 tokens on most cores of a Max have a second tile of 8.
-    few_tokens=384,
-    # model: up to 8 tiles of 8 tokens leave most cores idle in `mhc_pre`, 40 to 100 us; runs of a
-    # phi product occupy them all. A site of 17 to 64 tokens takes 25 to 50 % less.
+    # model: in `mhc_pre` up to 8 tiles of 8 tokens leave most cores idle; runs of a phi product do
+    # not. They gain up to 64 tokens on a Max, up to 128 on an Ultra.
     partial_logits_tokens=64,
-    # model: 8 threads a column start 12,000 to 21,000 threadgroups for 4 to 13 rows of dphi, which
-    # take 60 to 150 us; with one thread they are an eighth, and 20 to 40 us.
+    # model: with 8 threads a column, 13 rows of dphi at C = 5120 take 15,360 threadgroups and
+    # latency binds; with one they take an eighth, and DRAM binds.
     one_thread_rows=16,
-    # model: 512 fill a Max, whose cores hold 12 each. An H100's 2112 make 13 chunks of tokens at
-    # C = 5120, of which the rows of dphi are 25.6 MB to write and to read; these make 3.
-    projection_gradient_simdgroups=512,
-    # model: they take more than 104 registers, so a core of M1 or M2 holds 384 of their threads, in
-    # one threadgroup of 256 or three of 128.
+    # model: latency binds `mhc_seam_backward`. At more than 104 registers a core of M1 or M2 has
+    # 384 threads: one threadgroup of 256, or three of 128.
     uncached_backward_threads=128,
 )
 # GPU cores with which a chip is sold, and nominal GB/s of each: Apple's technical specifications.
