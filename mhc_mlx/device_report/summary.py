@@ -87,9 +87,9 @@ def summary(report: dict[str, Any]) -> list[str]:
         f"{about['device']}, {about['memory_gib']} GiB, {about['system']}, {about['processor']}",
         f"{versions}, kernels: {about['backend']}, {report['date']}",
     ]
-    for when, state in power.items():
-        text = ", ".join(f"{k} {v}" for k, v in state.items())
-        lines.append(f"power {when}: {text or 'the system does not say'}")
+    states = {when: ", ".join(f"{k} {v}" for k, v in power[when].items()) for when in power}
+    told = [f"{when} {state}" for when, state in states.items() if state]
+    lines.append(f"power: {'; '.join(told) or 'the system does not say'}")
     reasons = [row["why"] for part in LINES for row in report.get(part, []) if "why" in row]
     lines += [f"not run: {why}" for why in dict.fromkeys(reasons)][:FIRST]
     if not report["finished"]:

@@ -320,6 +320,21 @@ def test_variants_are_those_of_inference_too():
     assert len(variants.record(case, "metal")) == 2
 
 
+def test_main_shapes():
+    """Every op is compiled, and compared in both directions, in each dtype and number of streams;
+    what is timed is compiled before."""
+    compiled, compared = set(shapes.variant_cases(True)), set(shapes.parity_cases(True))
+    for op in suite.OPS:
+        for name in suite.DTYPES:
+            assert shapes.case(op, "forward+backward", (2048, 4, 4096), name) in compared
+        for n in (2, 4, 8, 16):
+            assert shapes.case(op, "forward+backward", (2048, n, 4096), "bfloat16") in compared
+    assert compared < compiled
+    assert set(shapes.timed_cases(True)) < compiled
+    chains = {(op, "inference", *rest) for op, _, *rest in shapes.decode_cases(True)}
+    assert chains < compiled and all(shape[0] == 1 for _, _, shape, _ in chains)
+
+
 def test_power_of_a_mac():
     battery = """Now drawing from 'Battery Power'
  -InternalBattery-0 (id=21561443)\t85%; discharging; 5:12 remaining present: true"""
