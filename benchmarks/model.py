@@ -379,9 +379,12 @@ def recording(backend: str) -> Iterator[list[Launch]]:
         launch.run, launch.backend = usual, usual_backend
 
 
-def launches_of(op: str, direction: str, shape, dtype: str, backend: str) -> list[Launch]:
+def launches_of(
+    op: str, direction: str, shape, dtype: str, backend: str, threads: int | None = None
+) -> list[Launch]:
     """What an op launches on that backend; a forward alone as in inference."""
-    options = {"differentiable": False} if direction == "forward" else {}
+    options: dict = {"differentiable": False} if direction == "forward" else {}
+    options |= {"threads_per_group": threads} if threads else {}
     arrays = add_cotangents(op, direction, make_inputs(op, shape, DTYPES[dtype]))
     number = count_inputs(op, shape, DTYPES[dtype])
     with recording(backend) as launches:

@@ -7,8 +7,8 @@
 The second writes the tables of docs/model.md between their marks, and needs no compiler.
 """
 
-import argparse
 import datetime
+import itertools
 import json
 import re
 import statistics
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks import model, published
 from benchmarks.rates import DEVICES, H100, H200, MACS, SOURCES, Rates
-from mhc_mlx.commands import Output, check_strings, make_parser, read, text
+from mhc_mlx.commands import Output, check_strings, make_parser, read
 
 COMMAND = "python -m benchmarks.predictions"
 RESULTS = Path(__file__).parent / "results"
@@ -39,11 +39,38 @@ def row_of(found: model.Prediction) -> dict:
     return numbers | {"terms": {k: round(v, 3) for k, v in found.terms.items()}}
 
 
-def of_case(op: str, direction: str, shape, dtype: str, rates: Rates) -> Iterator[dict]:
+def of_case(
+    op: str, direction: str, shape, dtype: str, rates: Rates, threads: int | None = None
+) -> Iterator[dict]:
     """Predict each launch of an op on a device."""
     about = {"op": op, "direction": direction, "shape": list(shape), "dtype": dtype}
-    for call in model.launches_of(op, direction, shape, dtype, rates.backend):
+    for call in model.launches_of(op, direction, shape, dtype, rates.backend, threads):
         yield about | row_of(model.predict(call, rates))
+
+
+def said(devices, ops, shapes, directions, dtypes, threads: int | None) -> str:
+    """The table of --model: of the usual cases, or of all combinations of what is named.
+
+    The devices' launches can differ, so devices of one backend share a table.
+    """
+    cases = CASES
+    if ops or shapes or directions or dtypes:
+        sizes = [tuple(map(int, shape.split(","))) for shape in shapes or []]
+        cases = list(
+            itertools.product(
+                ops or ["single_pass"],
+                directions or ["forward"],
+                sizes or [(1, 4, 5120), (2048, 4, 5120)],
+                dtypes or ["bfloat16"],
+            )
+        )
+    chips = [DEVICES[name] for name in devices or [rates.name for rates in MACS]]
+    tables = []
+    for backend in dict.fromkeys(rates.backend for rates in chips):
+        of = [rates for rates in chips if rates.backend == backend]
+        rows = [row for case in cases for rates in of for row in of_case(*case, rates, threads)]
+        tables.append(macs(rows))
+    return "A model: no time here was measured.\n\n" + "\n\n".join(tables)
 
 
 def kept_rows(file: Path) -> Iterator[dict]:
@@ -277,7 +304,11 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if report is None:
-        report = {"mlx": version("mlx"), "date": datetime.date.today().isoformat()}
+        report = {
+            "device": "none: a model",
+            "mlx": version("mlx"),
+            "date": datetime.date.today().isoformat(),
+        }
         report |= {"command": COMMAND}
         collect(output, report, list(MACS), True)
         if reason := output.finish(report):
