@@ -9,7 +9,8 @@ its forward; nor an op whose forward saves for them), forward+backward output an
 
 Other modes, alone or after the table with --all: --sizes, forward from 1 token to 65536 (for
 --plot); --decode, a sublayer in a compiled stack at 1 to 16 tokens; --overhead, what MLX and Python
-add to a layer's kernels. With --from FILE nothing runs: --compare, --plot and --predict read FILE.
+add to a layer's kernels. With --from FILE nothing runs: --compare and --plot read FILE. --model
+says how long each kernel should take on a GPU that need not be here (docs/model.md).
 """
 
 import argparse
@@ -21,9 +22,9 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
-from benchmarks import cases, options
+from benchmarks import cases, options, predictions
 from benchmarks.processes import repeat
-from benchmarks.report import compare, plot, predict, show
+from benchmarks.report import compare, plot, show
 from benchmarks.sweep import launch_twice, sweep
 from mhc_mlx import launch
 from mhc_mlx.device_report.layers import decode, overhead
@@ -46,8 +47,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     try:
         options.check_values(args)
         options.check_combination(args)
-        reads = args.source is not None or args.predict
-        args.chosen = {} if reads else cases.choose(args)
+        args.chosen = {} if args.source is not None or args.model else cases.choose(args)
         options.check_files(args)
     except ValueError as error:
         parser.error(str(error))
@@ -141,10 +141,14 @@ def run(args: argparse.Namespace, argv: list[str]) -> tuple[dict, list[str]]:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
-    reads = args.source is not None or args.predict
-    result, wrong = (args.result or {}, []) if reads else run(args, argv)
-    if args.predict:
-        print(predict(result))
+    if args.model:
+        print(
+            predictions.said(
+                args.device, args.op, args.shape, args.direction, args.dtype, args.threads
+            )
+        )
+        return
+    result, wrong = (args.result, []) if args.source is not None else run(args, argv)
     if args.before:
         print(*compare(args.before, result), sep="\n")
     if args.plot and options.plotted(result):

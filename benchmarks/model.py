@@ -123,8 +123,8 @@ def costs(rates: Rates):
 def tokens_of(call: Launch) -> int:
     """Tokens (or rows) of a launch: the first axis of the array that its body takes them from."""
     for name in ("x", "partial", "logits"):
-        if call.inputs.get(name):
-            return call.inputs[name][0][0]
+        if spec := call.inputs.get(name):
+            return spec[0][0]
     raise ValueError(f"[model] {call.name} has no tokens")
 
 
@@ -215,25 +215,7 @@ def counts(call: Launch, rates: Rates, listing: listings.Listing | None = None) 
     """Count what a threadgroup of a launch does. A threadgroup that takes too many turns is run on
     two smaller numbers of tokens, and what it does grows along a line."""
     listing = listing or listings.of_launch(call, rates.backend)
-    tokens, cut = tokens_of(call), 1
-    while True:
-        try:
-            some = math.ceil(tokens / cut)
-            work = run_group(with_tokens(call, some), listing, rates, STEPS)
-            break
-        except ptx.Stopped:
-            cut *= 2
-            if cut > tokens:
-                raise
-    found = _numbers(work)
-    if cut > 1:
-        fewer = math.ceil(tokens / cut / 2)
-        below = _numbers(run_group(with_tokens(call, fewer), listing, rates, STEPS))
-        scale = (tokens - some) / (some - fewer)
-        keys = found.keys() | below.keys()
-        found = Counter(
-            {k: found[k] + scale * max(0.0, found[k] - below.get(k, 0.0)) for k in keys}
-        )
+    found = _whole(call, listing, rates, STEPS)
 
     def of(part: str) -> dict[str, float]:
         return {k[1]: v for k, v in found.items() if k[0] == part}
@@ -256,9 +238,36 @@ def counts(call: Launch, rates: Rates, listing: listings.Listing | None = None) 
     )
 
 
+def _whole(call: Launch, listing: listings.Listing, rates: Rates, steps: int) -> Counter:
+    """Numbers of a threadgroup, scaled from fewer tokens where it takes more steps than allowed.
+
+    Half of those tokens must make a good part of the work less: otherwise a threadgroup has no
+    whole turns of them, so that more steps are allowed.
+    """
+    tokens, cut = tokens_of(call), 1
+    while True:
+        some = math.ceil(tokens / cut)
+        try:
+            found = _numbers(run_group(with_tokens(call, some), listing, rates, steps))
+            break
+        except ptx.Stopped:
+            cut *= 2
+            if cut > tokens:
+                return _whole(call, listing, rates, 2 * steps)
+    if cut == 1:
+        return found
+    fewer = math.ceil(some / 2)
+    below = _numbers(run_group(with_tokens(call, fewer), listing, rates, steps))
+    if below["steps",] > 0.65 * found["steps",]:
+        return _whole(call, listing, rates, 2 * steps)
+    scale = (tokens - some) / (some - fewer)
+    keys = found.keys() | below.keys()
+    return Counter({k: found[k] + scale * max(0.0, found[k] - below[k]) for k in keys})
+
+
 def _numbers(work: ptx.Work) -> Counter:
     """All numbers of what a threadgroup does, by name, so that they can be scaled."""
-    found: Counter = Counter({("chain",): work.chain})
+    found: Counter = Counter({("chain",): work.chain, ("steps",): work.steps})
     for part in ("instructions", "clocks"):
         found.update({(part, k): v for k, v in getattr(work, part).items()})
     for part in ("loads", "stores", "touched"):
@@ -379,9 +388,12 @@ def recording(backend: str) -> Iterator[list[Launch]]:
         launch.run, launch.backend = usual, usual_backend
 
 
-def launches_of(op: str, direction: str, shape, dtype: str, backend: str) -> list[Launch]:
+def launches_of(
+    op: str, direction: str, shape, dtype: str, backend: str, threads: int | None = None
+) -> list[Launch]:
     """What an op launches on that backend; a forward alone as in inference."""
-    options = {"differentiable": False} if direction == "forward" else {}
+    options: dict = {"differentiable": False} if direction == "forward" else {}
+    options |= {"threads_per_group": threads} if threads else {}
     arrays = add_cotangents(op, direction, make_inputs(op, shape, DTYPES[dtype]))
     number = count_inputs(op, shape, DTYPES[dtype])
     with recording(backend) as launches:

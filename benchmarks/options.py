@@ -7,6 +7,8 @@ import os
 import re
 from collections.abc import Callable
 
+from benchmarks import listings
+from benchmarks.rates import DEVICES
 from benchmarks.report import check_figures, check_result
 from mhc_mlx import launch
 from mhc_mlx.commands import Output, make_parser, read
@@ -24,8 +26,8 @@ COMMANDS = {
         *("op", "shape", "dtype", "preset", "quick", "json", "processes"),
         *("compare", "plot", "peak_gbps"),
     },
-    "source": {"compare", "plot", "predict"},
-    "predict": {"source", "compare", "plot"},
+    "source": {"compare", "plot"},
+    "model": {"device", "op", "shape", "dtype", "direction", "threads"},
 }
 # Only these sections take these options.
 SECTIONS_OF = {
@@ -71,7 +73,8 @@ def parser(description: str, presets) -> argparse.ArgumentParser:
     add("--json", metavar="FILE", help="written after each figure: new, or an earlier result")
     add("--plot", metavar="FILE", help="a .png, .pdf or .svg; needs matplotlib")
     add("--compare", metavar="FILE", help="the change against an earlier --json")
-    add("--predict", action="store_true", help="expected times on Apple GPUs, in Markdown")
+    add("--model", action="store_true", help="what a model expects of each kernel, in Markdown")
+    add("--device", action="append", choices=list(DEVICES), help="of --model; repeatable")
     add("--from", dest="source", metavar="FILE", help="run nothing, read this --json")
     add("--peak-gbps", type=float, help="adds percent of this peak")
     return parser
@@ -83,7 +86,7 @@ def sections(args: argparse.Namespace) -> list[str]:
 
 
 def check_values(args: argparse.Namespace) -> None:
-    for name in ("op", "shape", "dtype", "direction"):
+    for name in ("op", "shape", "dtype", "direction", "device"):
         values = getattr(args, name) or []
         for value in values:
             if values.count(value) > 1:
@@ -120,15 +123,19 @@ def check_combination(args: argparse.Namespace) -> None:
             if mode in named:
                 raise ValueError(f"--{mode} does nothing with --all, which has it")
     reads = args.source is not None
-    if reads and args.compare is None and args.plot is None and not args.predict:
-        raise ValueError("--from must come with --compare, --plot or --predict")
-    if args.predict and not reads and (args.compare is not None or args.plot is not None):
-        raise ValueError("--predict must come with --from where --compare or --plot do")
+    if reads and args.compare is None and args.plot is None:
+        raise ValueError("--from must come with --compare or --plot")
+    if args.device and not args.model:
+        raise ValueError("--device must come with --model")
+    if args.model:
+        for backend in {DEVICES[name].backend for name in args.device or []} or {"metal"}:
+            if reason := listings.missing(backend):
+                raise ValueError(f"--model needs a compiler, but {reason}")
     if args.sweep and not args.op:
         raise ValueError("--sweep must come with --op: it tries many variants of each")
     if args.preset and args.shape:
         raise ValueError("--preset does nothing with --shape")
-    if reads or args.predict:
+    if reads or args.model:
         return
     chosen = sections(args)
     for name, takers in SECTIONS_OF.items():
@@ -172,8 +179,6 @@ def check_files(args: argparse.Namespace) -> None:
             setattr(args, field, result)
     if args.result and args.plot is not None and not plotted(args.result):
         raise ValueError(f"--from must have rows or sizes for --plot but is {args.source}")
-    if args.result and args.predict and not args.result["rows"]:
-        raise ValueError(f"--from must have rows for --predict but is {args.source}")
     if args.plot is not None:
         files = [args.source, args.compare, args.json]
         check_plot(args.plot, [file for file in files if file])

@@ -8,6 +8,7 @@ The second writes the tables of docs/model.md between their marks, and needs no 
 """
 
 import datetime
+import itertools
 import json
 import re
 import statistics
@@ -38,11 +39,38 @@ def row_of(found: model.Prediction) -> dict:
     return numbers | {"terms": {k: round(v, 3) for k, v in found.terms.items()}}
 
 
-def of_case(op: str, direction: str, shape, dtype: str, rates: Rates) -> Iterator[dict]:
+def of_case(
+    op: str, direction: str, shape, dtype: str, rates: Rates, threads: int | None = None
+) -> Iterator[dict]:
     """Predict each launch of an op on a device."""
     about = {"op": op, "direction": direction, "shape": list(shape), "dtype": dtype}
-    for call in model.launches_of(op, direction, shape, dtype, rates.backend):
+    for call in model.launches_of(op, direction, shape, dtype, rates.backend, threads):
         yield about | row_of(model.predict(call, rates))
+
+
+def said(devices, ops, shapes, directions, dtypes, threads: int | None) -> str:
+    """The table of --model: of the usual cases, or of all combinations of what is named.
+
+    The devices' launches can differ, so devices of one backend share a table.
+    """
+    cases = CASES
+    if ops or shapes or directions or dtypes:
+        sizes = [tuple(map(int, shape.split(","))) for shape in shapes or []]
+        cases = list(
+            itertools.product(
+                ops or ["single_pass"],
+                directions or ["forward"],
+                sizes or [(1, 4, 5120), (2048, 4, 5120)],
+                dtypes or ["bfloat16"],
+            )
+        )
+    chips = [DEVICES[name] for name in devices or [rates.name for rates in MACS]]
+    tables = []
+    for backend in dict.fromkeys(rates.backend for rates in chips):
+        of = [rates for rates in chips if rates.backend == backend]
+        rows = [row for case in cases for rates in of for row in of_case(*case, rates, threads)]
+        tables.append(macs(rows))
+    return "A model: no time here was measured.\n\n" + "\n\n".join(tables)
 
 
 def kept_rows(file: Path) -> Iterator[dict]:
@@ -94,23 +122,29 @@ def published_rows() -> Iterator[dict]:
         }
 
 
-def collect(output: Output, report: dict, chips: list[Rates], checks: bool) -> None:
-    """Fill the report, which is written after each row."""
-    parts: dict[str, Iterator[dict]] = {}
-    if checks:
-        parts["h100"] = kept_rows(RESULTS / "h100/rows.json")
-        if (RESULTS / "h200/kernel_times.json").exists():
-            parts["h200"] = profiled_rows(RESULTS / "h200/kernel_times.json")
-        parts["published"] = published_rows()
-    for name, rows in parts.items():
-        report[name] = []
-        for row in rows:
-            report[name].append(row)
-            output.update(report)
-    report["predictions"] = []
-    for rates in chips:
-        for case in CASES:
-            report["predictions"] += list(of_case(*case, rates))
+PARTS = ("h100", "h200", "published", "predictions")
+
+
+def rows_of(part: str) -> Iterator[dict]:
+    """The rows of a part of the report."""
+    if part == "h100":
+        yield from kept_rows(RESULTS / "h100/rows.json")
+    elif part == "h200":
+        yield from profiled_rows(RESULTS / "h200/kernel_times.json")
+    elif part == "published":
+        yield from published_rows()
+    else:
+        for rates in MACS:
+            for case in CASES:
+                yield from of_case(*case, rates)
+
+
+def collect(output: Output, report: dict, parts: list[str]) -> None:
+    """Fill parts of the report, which is written after each row."""
+    for part in parts:
+        report[part] = []
+        for row in rows_of(part):
+            report[part].append(row)
             output.update(report)
 
 
@@ -265,20 +299,28 @@ def write(page: str, report: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(COMMAND, __doc__)
     parser.add_argument("--json", metavar="FILE", help="new, or an earlier result")
+    parser.add_argument("--part", action="append", choices=PARTS, help="of an earlier --json")
     parser.add_argument("--from", dest="source", metavar="FILE", help="predict nothing, read this")
     parser.add_argument("--markdown", metavar="FILE", help="the page whose tables are written")
     args = parser.parse_args(argv)
     try:
         output = Output("--json", args.json, f"a result of {COMMAND}", check)
         earlier = f"a result of {COMMAND}"
+        if args.part and not args.json:
+            raise ValueError("--part must come with --json")
+        before = read("--json", args.json, earlier, check) if args.part else {}
         report = read("--from", args.source, earlier, check) if args.source else None
         page = Path(args.markdown).read_text() if args.markdown else None
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if report is None:
-        report = {"mlx": version("mlx"), "date": datetime.date.today().isoformat()}
-        report |= {"command": COMMAND}
-        collect(output, report, list(MACS), True)
+        report = {
+            "device": "none: a model",
+            "mlx": version("mlx"),
+            "date": datetime.date.today().isoformat(),
+        }
+        report |= {"command": COMMAND} | {part: before.get(part, []) for part in PARTS}
+        collect(output, report, args.part or list(PARTS))
         if reason := output.finish(report):
             sys.exit(reason)
     if page is None:

@@ -37,7 +37,7 @@ class Cost(NamedTuple):
 
     kind: str
     pipe: str
-    count: float
+    number: float
     clocks: float
     latency: float
 
@@ -428,8 +428,8 @@ class Threadgroup:
         warps = self.warps if active is None else int(active.sum())
         work = self.work
         work.operations[at.op] += warps
-        if cost.count:
-            work.instructions[cost.kind] += warps * cost.count
+        if cost.number:
+            work.instructions[cost.kind] += warps * cost.number
         if cost.clocks:
             work.clocks[cost.kind] += warps * cost.clocks
         busy = self.issued
@@ -451,7 +451,7 @@ class Threadgroup:
                 else np.where(active, np.maximum(self.fence, issue), self.fence)
             )
         done = issue + cost.latency + (0 if extra is None else extra)
-        count, held = cost.count * self.issue, cost.clocks * self.issue
+        count, held = cost.number * self.issue, cost.clocks * self.issue
         if used is None:
             used = np.zeros(self.warps)
         if active is None:
@@ -660,7 +660,7 @@ class Threadgroup:
                     return np.sqrt(v[0])
                 case "rsqrt":
                     return 1 / np.sqrt(v[0])
-            raise NotImplementedError(word)
+        raise NotImplementedError(word)
 
     def integers(self, parts: list[str], word: str, dtype: np.dtype, s: list[str]) -> np.ndarray:
         take = self.value

@@ -2,10 +2,8 @@
 
 import statistics
 
-import mlx.core as mx
-
 from mhc_mlx.commands import check_strings
-from mhc_mlx.device_report.suite import DIRECTIONS, DTYPES, LARGE, TARGETS, mandatory_bytes
+from mhc_mlx.device_report.suite import DIRECTIONS, DTYPES
 
 SECTIONS = ("rows", "sizes", "decode", "overhead", "reference")  # the last is of CPUs
 
@@ -141,47 +139,6 @@ def compare(before: dict, after: dict) -> list[str]:
     ]
     lines += [f"{key:66} not there before" for key in new if key not in old]
     return lines + [f"{key:66} only before" for key in old if key not in new]
-
-
-APPLE = {"M2 Max": 400, "M3 Ultra": 819, "M4 Max": 546, "M5 Max": 614}  # nominal GB/s
-COPY_SHARE = 0.8  # a copy gets this share of it: published figures are 70 to 85 %
-ASSUMED_SHARE = 0.75  # an op that was not measured gets this share
-
-
-def predicted_us(size: int, gbps: float, percent_of_copy: float | None) -> float:
-    """``bytes / (bandwidth * share)``, share = COPY_SHARE * the fraction of copy measured
-    elsewhere, or ASSUMED_SHARE without a measurement."""
-    measured = percent_of_copy is not None
-    share = COPY_SHARE * percent_of_copy / 100 if measured else ASSUMED_SHARE
-    return size / (gbps * 1e9 * share) * 1e6
-
-
-def predict(result: dict) -> str:
-    """Return a Markdown table of predictions for bfloat16."""
-    measured = {label("rows", r): r for r in result.get("rows", [])}
-    lines = [
-        "Predictions: no Apple GPU has run this. us = mandatory bytes / (nominal bandwidth x "
-        f"share); share = {COPY_SHARE:.0%} (what a copy gets) x the measured fraction of copy, or "
-        f"{ASSUMED_SHARE:.0%} where there is none.",
-        "",
-    ]
-    columns = ["op", "(tokens, n, C)", "direction"]
-    columns += [f"{result['device']}, measured us", "% of copy"] if measured else []
-    columns += [f"{chip} ({gbps} GB/s)" for chip, gbps in APPLE.items()]
-    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for op in TARGETS:
-        for shape in LARGE:
-            for direction in ("forward", "forward+backward"):
-                wanted = {"op": op, "direction": direction, "dtype": "bfloat16"}
-                row = measured.get(label("rows", wanted | {"shape": list(shape)}), {})
-                percent = row.get("percent_of_copy")
-                size = mandatory_bytes(op, direction, shape, mx.bfloat16)
-                cells = [f"`{op}`", str(shape), direction]
-                if measured:
-                    cells += [f"{row['us']:.0f}", f"{percent:.0f}"] if row else ["", ""]
-                cells += [f"{predicted_us(size, g, percent):.0f}" for g in APPLE.values()]
-                lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def plot(result: dict, file: str) -> None:

@@ -78,7 +78,6 @@ def test_malformed_results(tmp_path, capsys, gpu):
             ["--quick", "--compare", str(file)],
             ["--from", str(file), "--compare", str(good)],
             ["--from", str(good), "--compare", str(file)],
-            ["--from", str(file), "--predict"],
             ["--from", str(file), "--plot", str(tmp_path / "a.png")],
         ]
         if (
@@ -130,15 +129,15 @@ REFUSED = {
     "--shape 9999999,64,64": "--shape must have fewer than 2**31 elements",
     "--shape 1,65,8": "--shape must have n at most 64",
     "--op mhc_pre --shape 60000,4,4096": "GiB for mhc_pre in bfloat16, and this device has 4.0 GiB",
-    "--from a.json": "--from must come with --compare, --plot or --predict",
-    "--predict --compare a.json": "--predict must come with --from",
-    "--predict --plot a.png": "--predict must come with --from",
+    "--from a.json": "--from must come with --compare or --plot",
+    "--device H100": "invalid choice: 'H100'",
+    "--device M2": "invalid choice: 'M2'",
     "--compare nowhere.json": "--compare must be a file but is nowhere.json",
-    "--from nowhere.json --predict": "--from must be a file but is nowhere.json",
+    "--from nowhere.json --compare nowhere.json": "--from must be a file but is nowhere.json",
     "--json nowhere/a.json": "--json must be in a folder that exists but is nowhere/a.json",
     "--json=": "--json must be a file but is empty",
     "--compare=": "--compare must be a file but is empty",
-    "--from= --predict": "--from must be a file but is empty",
+    "--from= --plot a.png": "--from must be a file but is empty",
     "--plot=": "--plot must be a .png, .pdf or .svg but is empty",
     "--plot a.xyz": "--plot must be a .png, .pdf or .svg but is a.xyz",
     "--plot nowhere/a.png": "--plot must be in a folder that exists but is nowhere/a.png",
@@ -162,14 +161,14 @@ REFUSED = {
             "verify": "--quick --processes=2 --plot=a.png --compare=a --baseline --peak-gbps=3",
             "sweep --op mhc_pre": "--direction=forward --threads=64 --baseline --all --decode",
             "from a.json": "--op=mhc_pre --quick --all --json=a --threads=64 --direction=forward",
-            "predict": "--op=mhc_pre --quick --all --json=a --processes=1 --dtype=float32",
+            "model": "--quick --all --json=a --processes=1 --compare=a --plot=a.png",
         }.items()
         for b in others.split()
     },
     "--verify --once": "--once does nothing with --verify",
     "--verify --sweep --op mhc_pre": "--sweep does nothing with --verify",
     "--once --sweep --op mhc_pre": "--sweep does nothing with --once",
-    "--from a.json --verify --predict": "does nothing with",
+    "--from a.json --verify --model": "does nothing with",
 }
 
 
@@ -187,19 +186,23 @@ def test_options_that_go_together(gpu, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cases, "memory", lambda: 1 << 36)
     monkeypatch.setattr(cases, "array_limit", lambda: 16 << 30)
+    monkeypatch.setattr(benchmark_options.listings, "missing", lambda backend: None)
     for command in (
         *("", "--all --processes 3 --json a.json", "--quick --no-baseline", "--verify --decode"),
         *("--preset seeds --op mhc_dynamic --quick --no-baseline --direction forward",),
         *("--decode --quick", "--sizes --quick --op mhc_pre --plot a.png", "--overhead --quick"),
         *("--once --op mhc_pre --shape 16384,4,4096", "--sweep --op mhc_static --json a.json"),
         *("--all --no-baseline --plot a.svg", "--threads 64 --verify", "--verify --json a.json"),
-        *("--op sinkhorn_knopp --shape 5,4,4", "--shape 5,4,8 --direction backward", "--predict"),
+        *("--op sinkhorn_knopp --shape 5,4,4", "--shape 5,4,8 --direction backward", "--model"),
     ):
         args = benchmark.parse(command.split())
         assert all(args.chosen.values()), command
     monkeypatch.setattr(cases, "memory", lambda: 80 << 30)
     sizes = benchmark.parse(["--sizes"]).chosen["sizes"]
     assert ("sublayer", (65536, 4, 7168), "bfloat16") in sizes
+    monkeypatch.setattr(benchmark_options.listings, "missing", lambda backend: f"no {backend}")
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--model", "--device", "NVIDIA H200"])
     assert not list(tmp_path.iterdir())
 
 
@@ -243,8 +246,6 @@ def test_plots_replace_pictures_only(tmp_path, capsys, gpu, monkeypatch):
     (tmp_path / "decode.json").write_text(json.dumps(RESULT | {"decode": [ROW]}))
     argv = ["--from", str(tmp_path / "decode.json"), "--plot", str(tmp_path / "a.png")]
     assert "--from must have rows or sizes for --plot" in refused(benchmark.main, argv, capsys)
-    argv = ["--from", str(tmp_path / "decode.json"), "--predict"]
-    assert "--from must have rows for --predict" in refused(benchmark.main, argv, capsys)
     same = str(tmp_path / "same.png")
     argv = ["--quick", "--json", same, "--plot", same]
     assert "--plot must be a file of its own" in refused(benchmark.main, argv, capsys)

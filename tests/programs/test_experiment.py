@@ -193,8 +193,8 @@ def test_defaults_of_the_trainer_and_of_benchmarks():
     want |= dict.fromkeys(("recompute", "no_metal", "resume"), False)
     want |= dict.fromkeys(("data", "mlp", "validation_batch", "log", "plot", "checkpoint"))
     assert vars(experiment.options.trainer_parser().parse_args([])) == want
-    flags = ("sizes", "decode", "overhead", "all", "sweep", "verify", "once", "quick", "predict")
+    flags = ("sizes", "decode", "overhead", "all", "sweep", "verify", "once", "quick", "model")
     valued = ("op", "shape", "dtype", "direction", "preset", "threads", "baseline", "processes")
-    valued += ("json", "plot", "compare", "source", "peak_gbps")
+    valued += ("json", "plot", "compare", "source", "peak_gbps", "device")
     found = vars(options.parser("", cases.PRESETS).parse_args([]))
     assert found == dict.fromkeys(flags, False) | dict.fromkeys(valued)
