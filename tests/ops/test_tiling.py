@@ -46,9 +46,9 @@ TOKENS = {
     (16, 1024, 2, 1, None, APPLE): (4, 256, 1, False),
     (64, 64, 4, 1, None, APPLE): (1, 64, 1, False),
     # backward, x and dout: as floats; 256 bytes on Metal, 512 on CUDA
-    (4, 1024, 2, 2, None, APPLE): (8, 128, 1, True),
-    (4, 4096, 2, 2, None, APPLE): (8, 128, 4, False),  # on a Mac 128 threads if it is not kept
-    (4, 4096, 2, 2, 256, APPLE): (8, 256, 2, False),
+    (4, 1024, 2, 2, None, APPLE): (4, 256, 1, True),
+    (4, 4096, 2, 2, None, APPLE): (4, 128, 8, False),  # on a Mac 128 threads if it is not kept
+    (4, 4096, 2, 2, 256, APPLE): (4, 256, 4, False),
     (4, 4096, 2, 2, None, H100): (8, 256, 2, True),
     (4, 2048, 4, 2, None, APPLE): (4, 256, 2, True),
     # from 5 to 8 streams half as wide, where the token then fits or nothing does
