@@ -14,6 +14,8 @@ typedef __SIZE_TYPE__ size_t;
 typedef long int64_t;
 typedef uint uint3 __attribute__((ext_vector_type(3)));
 typedef float float2_ __attribute__((ext_vector_type(2)));
+template <typename T, int N> using vec = T __attribute__((ext_vector_type(N)));
+template <typename To, typename From> ALWAYS To as_type(From v) { return __builtin_bit_cast(To, v); }
 
 #ifdef __AMDGCN__
 #define POSITION __builtin_amdgcn_workitem_id_x()
