@@ -36,9 +36,7 @@ class Device:
     backward_register_bytes: int = 512
     backward_vec: int = 8  # most neighbours of a stream that a thread of a layer's gradient takes
     seam_backward_bytes: int = 16  # of a load of `mhc_seam_backward`
-    # Most threads of `mhc_seam`: up to 320 take 85 us instead of 99 us with 256 at (2048, 4, 5120),
-    # and 114 us instead of 122 us at C = 7168.
-    seam_threads: int = 320
+    forward_threads: int = 256  # most of a layer and of stream_mix_add
     # Most threads of `mhc_fused_backward` and `mhc_seam_backward` where they keep no token.
     uncached_backward_threads: int = 256
     # Most threads of `mhc_pre_backward_coefficients_norm`, and what each keeps of x: at
@@ -122,7 +120,9 @@ APPLE = Device(
     # model: with 8 neighbours a body needs more than 128 registers, and spills.
     backward_vec=4,
     seam_backward_bytes=8,
-    seam_threads=256,
+    # model: at C = 5120 three passes of 256 threads keep more than 128 registers hold; a core of M1
+    # or M2 has 384 threads at 128 registers.
+    forward_threads=320,
     coefficient_gradient_threads=256,
     # model: latency binds. With half as many threads a token a core works on two at once, and
     # 256 threads keep x up to C = 4096 at n = 4.

@@ -99,7 +99,7 @@ METAL_FUNC void norm_gradient(thread Pack<D, VEC>& dread, thread float (&dweight
                               thread const float (&weight)[VEC], float r, float slope, uint zero) {
   float u[VEC] = {};
   UNROLL_FOR (int j = 0; j < N; ++j) {
-    stay_packed(x[j], zero);
+    all_stay_packed(x[j], zero);
     UNROLL_FOR (int e = 0; e < VEC; ++e) u[e] += pre[j] * float_of(x[j], e);
   }
   UNROLL_FOR (int e = 0; e < VEC; ++e) {

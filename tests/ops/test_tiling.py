@@ -36,9 +36,9 @@ TOKENS = {
     (4, 129, 4, 1, None, APPLE): (1, 160, 1, True),
     (4, 130, 2, 1, None, APPLE): (2, 96, 1, True),
     # 256 bytes of registers: 4 streams of 16 bytes in 4 passes, not in 5; at least 4 bytes a load
-    (4, 10240, 2, 1, None, APPLE): (8, 256, 5, False),
-    (4, 4095, 2, 1, None, APPLE): (1, 256, 16, True),
-    (4, 4097, 2, 1, None, APPLE): (1, 256, 17, False),
+    (4, 10240, 2, 1, None, APPLE): (8, 320, 4, True),
+    (4, 4095, 2, 1, None, APPLE): (1, 320, 13, True),
+    (4, 4097, 2, 1, None, APPLE): (1, 320, 13, True),
     # the sums of n streams: n * vec up to 64; more than 8 streams are never kept
     (8, 1024, 2, 1, None, H100): (8, 128, 1, True),
     (8, 1024, 4, 1, None, H100): (4, 256, 1, True),
@@ -72,12 +72,12 @@ def test_a_token():
 
 
 def test_a_seam():
-    """Forward up to 320 threads on CUDA if none are asked for; backward 128 channels a thread in
+    """Forward up to 320 threads if none are asked for; backward 128 channels a thread in
     all streams, kept only in one pass."""
     for shape, want in {
         (4, 5120, 2, None, H100): (8, 320, 2, True),
         (4, 7168, 2, None, H100): (8, 320, 3, True),
-        (4, 5120, 2, None, APPLE): (8, 224, 3, True),
+        (4, 5120, 2, None, APPLE): (8, 320, 2, True),
         (4, 7168, 2, 64, H100): (8, 64, 14, False),
         (4, 1024, 2, None, H100): (8, 128, 1, True),
         (1, 2568, 2, None, H100): (8, 192, 2, True),  # 321 loads
@@ -235,9 +235,9 @@ def test_what_is_swept():
         # 7136 squares, and 32 of the one slice of a simdgroup: 28 KiB; then 32 squares more
         (4, 28544, F32, 28, 2, 32, APPLE): True,
         (4, 28548, F32, 28, 2, 32, APPLE): False,
-        # 27 squares of 256 threads, and 32 of each of eight slices
-        (2, 27648, F32, 28, 2, None, APPLE): True,
-        (2, 27648, F32, 29, 2, None, APPLE): False,
+        # 21 squares of 320 threads, and 56 of each of eight slices
+        (2, 26880, F32, 52, 2, None, APPLE): True,
+        (2, 26880, F32, 53, 2, None, APPLE): False,
     }.items():
         assert tiling.use_partial_logits(*shape) == want, shape
 
@@ -389,7 +389,7 @@ def test_numbers_of_devices():
         "backward_register_bytes": (512, 256),
         "backward_vec": (8, 4),
         "seam_backward_bytes": (16, 8),
-        "seam_threads": (320, 256),
+        "forward_threads": (256, 320),
         "uncached_backward_threads": (256, 128),
         "coefficient_gradient_threads": (512, 256),
         "stored_half_steps": (40, 20),
