@@ -34,6 +34,7 @@ constexpr bool DWEIGHT_IN_THREADGROUP = CACHED && N > 4 && PASSES * VEC * THREAD
 constexpr int POST_AT = NORM ? N : 0;
 constexpr int RES_AT = POST_AT + (POST_PER_TOKEN || !MIX ? 0 : N);
 constexpr int WEIGHT_AT = RES_AT + (RES_PER_TOKEN || !MIX ? 0 : N * N);
+constexpr bool DWEIGHT_ALIGNED = WEIGHT_AT % VEC == 0;  // whether packs of dweight's sums in partial are aligned
 threadgroup float pre[N];
 threadgroup float post[N];
 threadgroup float mix[N * N];  // mix[i * N + j] = h_res[i, j]
@@ -61,7 +62,8 @@ const bool aligned = mhc::is_aligned<VEC>(x) && mhc::is_aligned<VEC>(dout);
 const bool weight_aligned = NORM && mhc::is_aligned<CHANNEL_STEP>(weight);
 const bool y_aligned = !NORM && mhc::is_aligned<VEC>(y);
 const auto group_partial = partial + size_t(threadgroup_position_in_grid.x) * size_t(WEIGHT_AT + (NORM ? C : 0));
-float g_pre[N] = {}, g_post[N] = {}, g_res[N * N] = {}, g_weight[DWEIGHT_IN_THREADGROUP ? 1 : CACHED_PASSES * VEC] = {};
+const auto dweight = group_partial + WEIGHT_AT;
+float g_pre[N] = {}, g_post[N] = {}, g_res[N * N] = {}, g_weight[DWEIGHT_IN_THREADGROUP ? 1 : CACHED_PASSES][VEC] = {};
 for (int k = 0; k < PASSES * VEC && DWEIGHT_IN_THREADGROUP; ++k) dweight_sums[k * THREADS + int(tid)] = 0.0f;
 mhc::Pack<T, VEC> xv[CACHED_PASSES * N], dv[CACHED_PASSES * OUT_STREAMS];
 
@@ -114,6 +116,10 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         mhc::load_streams<N>(xv + at * N, row, C, c, aligned);
         mhc::load_streams<OUT_STREAMS>(dv + at * OUT_STREAMS, dout_row, C, c, aligned);
       }
+      if (NORM && !CACHED) {  // the columns of partial are the running sums
+        UNROLL_FOR (int e = 0; e < VEC; ++e) g_weight[0][e] = 0.0f;
+        if (t >= threadgroups_per_grid.x) mhc::load_floats<VEC>(g_weight[0], mhc::at(dweight, c), DWEIGHT_ALIGNED);
+      }
       UNROLL_FOR (int e = 0; e < VEC; e += CHANNEL_STEP) {
         if (NORM) {
           UNROLL_FOR (int j = 0; j < N; ++j) {
@@ -134,13 +140,8 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
           if (NORM) {
             UNROLL_FOR (int j = 0; j < N; ++j) u[q] += pre[j] * mhc::float_of(xv[at * N + j], e + q);
             out[q] = u[q] * r;
-            const int column = WEIGHT_AT + c + e + q;  // without CACHED this column of partial is the running sum
             if (DWEIGHT_IN_THREADGROUP) dweight_sums[(at * VEC + e + q) * THREADS + lane_tid] += d[q] * out[q];
-            else if (CACHED) g_weight[DWEIGHT_IN_THREADGROUP ? 0 : at * VEC + e + q] += d[q] * out[q];
-            else {
-              const auto sum = mhc::at(group_partial, column);
-              *sum = (t < threadgroups_per_grid.x ? 0.0f : *sum) + d[q] * out[q];
-            }
+            else g_weight[DWEIGHT_IN_THREADGROUP ? 0 : at][e + q] += d[q] * out[q];
             du[q] = r * (d[q] * w[q] - u[q] * slope);
             out[q] *= w[q];
           } else {
@@ -172,6 +173,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
           UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q) mhc::set_element(xv[at * N + j], e + q, static_cast<T>(a[q]));
         }
       }
+      if (NORM && !CACHED) mhc::store_floats<VEC>(mhc::at(dweight, c), g_weight[0], DWEIGHT_ALIGNED);
       UNROLL_FOR (int j = 0; j < N; ++j) mhc::store(mhc::at(dx_row, j * C + c), xv[at * N + j]);
       if (!NORM) mhc::store(mhc::at((device T*)dy + size_t(t) * size_t(C), c), yv);  // an absent dy is one of floats
     }
@@ -193,9 +195,11 @@ if (NORM && CACHED) {
   UNROLL_FOR (int k = 0; k < CACHED_PASSES; ++k) {
     const int c = (k * THREADS + int(tid)) * VEC;
     if (c < C) {
+      float sums_of_pack[VEC];
       UNROLL_FOR (int e = 0; e < VEC; ++e)
-        group_partial[WEIGHT_AT + c + e] = DWEIGHT_IN_THREADGROUP ? dweight_sums[(k * VEC + e) * THREADS + int(tid)]
-                                                                  : g_weight[DWEIGHT_IN_THREADGROUP ? 0 : k * VEC + e];
+        sums_of_pack[e] = DWEIGHT_IN_THREADGROUP ? dweight_sums[(k * VEC + e) * THREADS + int(tid)]
+                                                 : g_weight[DWEIGHT_IN_THREADGROUP ? 0 : k][e];
+      mhc::store_floats<VEC>(dweight + c, sums_of_pack, DWEIGHT_ALIGNED);
     }
   }
 }

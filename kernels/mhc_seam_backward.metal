@@ -30,7 +30,7 @@ const uint zero = tokens >> 31;  // the compiler does not know that it is 0
 const bool aligned =
     mhc::is_aligned<VEC>(x) && mhc::is_aligned<VEC>(y) && mhc::is_aligned<VEC>(dout) && mhc::is_aligned<VEC>(du);
 const auto group_partial = partial + size_t(threadgroup_position_in_grid.x) * size_t(C);
-float g_weight[CACHED_PASSES * VEC] = {};
+float g_weight[CACHED_PASSES][VEC] = {};
 mhc::Pack<T, VEC> xv[CACHED_PASSES * N], yv[CACHED_PASSES], dv[CACHED_PASSES];
 
 int parity = 0;
@@ -103,16 +103,21 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         if (NORM) {
           if (ROUND_U) u = static_cast<float>(static_cast<T>(u));
           const float normed = u * r, d = da * (ROUND_U ? static_cast<float>(static_cast<T>(normed)) : normed);
-          if (CACHED) g_weight[at * VEC + e] += d;  // without CACHED the column of partial is the running sum
-          else {
-            const auto column = mhc::at(group_partial, c + e);
-            *column = (t < threadgroups_per_grid.x ? 0.0f : *column) + d;
-          }
+          g_weight[at][e] += d;
           da = r * (da * static_cast<float>(*mhc::at(weight, c + e)) - u * slope);
         }
         const float dys = mhc::seam_channel_gradient(dxs, gradients, xs, ys, out, douts, da, pre, post, mix);
         mhc::set_element(yv[at], e, static_cast<T>(dys));
         UNROLL_FOR (int j = 0; j < N; ++j) mhc::set_element(xv[at * N + j], e, static_cast<T>(dxs[j]));
+      }
+      if (NORM && !CACHED) {  // the columns of partial are the running sums
+        float last[VEC] = {};
+        if (t >= threadgroups_per_grid.x) mhc::load_floats<VEC>(last, mhc::at(group_partial, c), true);
+        UNROLL_FOR (int e = 0; e < VEC; ++e) {
+          last[e] += g_weight[at][e];
+          g_weight[at][e] = 0.0f;
+        }
+        mhc::store_floats<VEC>(mhc::at(group_partial, c), last, true);
       }
       UNROLL_FOR (int j = 0; j < N; ++j) mhc::store(mhc::at(dx_row, j * C + c), xv[at * N + j]);
       mhc::store(mhc::at(dy_row, c), yv[at]);
@@ -127,8 +132,6 @@ if (NORM && CACHED) {
   const uint tid = thread_position_in_threadgroup.x;
   UNROLL_FOR (int k = 0; k < CACHED_PASSES; ++k) {
     const int c = (k * THREADS + int(tid)) * VEC;
-    if (c < C) {
-      UNROLL_FOR (int e = 0; e < VEC; ++e) group_partial[c + e] = g_weight[k * VEC + e];
-    }
+    if (c < C) mhc::store_floats<VEC>(group_partial + c, g_weight[k], true);
   }
 }
