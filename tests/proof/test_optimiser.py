@@ -5,6 +5,7 @@ import os
 import pytest
 from cases import Case
 
+from mhc_mlx import launch
 from proof import optimiser
 from proof.optimiser import llvm, measure, variants
 
@@ -26,6 +27,12 @@ def test_nothing_is_left_in_memory_or_narrow(case: Case, need, request):
     assert each[str(case)]
     wrong = {str(v): optimiser.faults(v, figures[v]) for v in each[str(case)]}
     assert not {k: found for k, found in wrong.items() if found}
+
+
+def test_every_body_is_sampled():
+    each = variants.variants(MAIN, OTHERS)
+    bodies = {f.stem for f in launch._FOLDERS[1].glob("*.metal")}
+    assert {v.body for launched in each.values() for v in launched} == bodies
 
 
 IR = """
