@@ -57,6 +57,8 @@ entry:
   %11 = addrspacecast ptr %array.i to ptr addrspace(4)
   %12 = load float, ptr addrspace(4) %11, align 4
   %13 = load float, ptr addrspace(2) @table, align 4
+  call void @llvm.memcpy.p0.p5.i64(ptr noundef nonnull align 16 dereferenceable(16) %array.i, \
+ptr addrspace(5) noundef align 2 dereferenceable(16) %0, i64 16, i1 false), !tbaa.struct !2
   ret void
 }
 define linkonce_odr spir_func void @_ZN3mhc12multiply_runILb1EE(ptr %p) {
@@ -72,6 +74,7 @@ def test_reads_ir():
         llvm.Access("load", ("h", "x"), 2),  # wide, but aligned to 2 bytes
         llvm.Access("store", ("9",), 2),  # nobody knows where
         llvm.Access("store", ("x",), 8),
+        llvm.Access("load", ("x",), 2),  # a copy
     ]
     assert llvm.arrays(IR) == ["[4 x float]", '%"Pack"']
     assert llvm.functions(IR) == ["multiply_run"]
