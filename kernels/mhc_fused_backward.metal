@@ -30,7 +30,7 @@ constexpr int OUT_STREAMS = MIX ? N : 1;
 constexpr int CACHED_PASSES = CACHED ? PASSES : 1;
 constexpr int CHANNEL_STEP =
     VEC == 1 || (N > 4 && NORM) ? 1 : 2;  // a thread takes so many channels at once, as registers allow
-constexpr bool DWEIGHT_IN_THREADGROUP = CACHED && N > 4 && PASSES * VEC * THREADS <= 4096;
+constexpr bool DWEIGHT_IN_THREADGROUP = CACHED && N > mhc::by_backend(3, 4) && PASSES * VEC * THREADS <= 4096;
 constexpr int POST_AT = NORM ? N : 0;
 constexpr int RES_AT = POST_AT + (POST_PER_TOKEN || !MIX ? 0 : N);
 constexpr int WEIGHT_AT = RES_AT + (RES_PER_TOKEN || !MIX ? 0 : N * N);
@@ -83,7 +83,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   float r = 0.0f, slope = 0.0f;
   if (NORM) {
     float dots[2] = {};
-#pragma unroll CACHED_PASSES
+#pragma unroll(CACHED_PASSES)
     for (int k = 0; k < PASSES; ++k) {
       const int c = mhc::each_turn((k * THREADS + lane_tid) * VEC, (t + uint(k)) >> 31), at = CACHED ? k : 0;
       if (c < C) {
@@ -106,7 +106,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     slope = r * r * (dots[1] / static_cast<float>(C));
   }
 
-#pragma unroll CACHED_PASSES
+#pragma unroll(CACHED_PASSES)
   for (int k = 0; k < PASSES; ++k) {
     const int c = mhc::each_turn((k * THREADS + lane_tid) * VEC, (t + uint(k)) >> 31), at = CACHED ? k : 0;
     if (c < C) {

@@ -56,14 +56,15 @@ mhc::Pack<T, VEC> xv[CACHED_PASSES][N];
 int parity = 0;
 
 for (uint first = group_begin; first < tokens; first += threadgroups_per_grid.x * (BATCH * SIMDS)) {
+  const int turn_lane = mhc::each_turn(lane, first >> 31), turn_tid = mhc::each_turn(tid, first >> 31);
   float g_res[N] = {};
   if constexpr (PROJECT) {
-    const uint lane_token = first + uint(simd * BATCH + lane / MATRIX_LANES);
-    const size_t t = lane_token < tokens && lane / MATRIX_LANES < BATCH ? lane_token : first;
+    const uint lane_token = first + uint(simd * BATCH + turn_lane / MATRIX_LANES);
+    const size_t t = lane_token < tokens && turn_lane / MATRIX_LANES < BATCH ? lane_token : first;
     const auto z = mhc::logits_of(l + (t * (NUM_LOGITS + 1) + 2 * N), bias + 2 * N, static_cast<float>(alpha[2]));
     mhc::walk_back_projection<N, START, COLUMNS, OUT_COLUMNS, ITERS, STORED_STEPS, THREADS>(
-        g_res, dh_res + t * (N * N), z, divisors + tid, static_cast<float>(params[mhc::param::PROJECTION_EPS]),
-        uint(lane % MATRIX_LANES), uint(lane), divisors);
+        g_res, dh_res + t * (N * N), z, divisors + turn_tid, static_cast<float>(params[mhc::param::PROJECTION_EPS]),
+        uint(turn_lane % MATRIX_LANES), uint(turn_lane), divisors);
   }
   for (int i = 0; i < BATCH * SIMDS && first + uint(i) < tokens; ++i) {
     const size_t t = first + uint(i);
@@ -74,9 +75,9 @@ for (uint first = group_begin; first < tokens; first += threadgroups_per_grid.x 
     UNROLL_FOR (int j = 0; j < N; ++j) pre[j] = simd_shuffle(token.h_pre, ushort(j));
 
     mhc::NormDots<N> dots = {};
-#pragma unroll CACHED_PASSES
+#pragma unroll(CACHED_PASSES)
     for (int k = 0; k < PASSES; ++k) {
-      const int c = (k * THREADS + tid) * VEC, at = CACHED ? k : 0;
+      const int c = mhc::each_turn((k * THREADS + turn_tid) * VEC, uint(t + size_t(k)) >> 31), at = CACHED ? k : 0;
       if (c < C) {
         float w[VEC];
         mhc::load_streams<N>(xv[at], row, C, c, aligned);
@@ -85,15 +86,15 @@ for (uint first = group_begin; first < tokens; first += threadgroups_per_grid.x 
         mhc::add_norm_dots(dots, pre, xv[at], d, w);
       }
     }
-    const mhc::LaneDots lane_dots = mhc::sum_norm_dots<SIMDS>(dots, token_sums, parity, simd, lane);
+    const mhc::LaneDots lane_dots = mhc::sum_norm_dots<SIMDS>(dots, token_sums, parity, simd, turn_lane);
     parity ^= 1;
     const float r =
         metal::precise::rsqrt(lane_dots.u_dot_u / static_cast<float>(C) + static_cast<float>(params[mhc::param::EPS]));
     const float slope = r * r * (lane_dots.du_dot_u / static_cast<float>(C));
 
-#pragma unroll CACHED_PASSES
+#pragma unroll(CACHED_PASSES)
     for (int k = 0; k < PASSES; ++k) {
-      const int c = (k * THREADS + tid) * VEC, at = CACHED ? k : 0;
+      const int c = mhc::each_turn((k * THREADS + turn_tid) * VEC, uint(t + size_t(k)) >> 31), at = CACHED ? k : 0;
       if (c < C) {
         float w[VEC];
         mhc::Pack<T, VEC> d = mhc::load<T, VEC>(mhc::at(du_row, c), aligned);
@@ -112,11 +113,11 @@ for (uint first = group_begin; first < tokens; first += threadgroups_per_grid.x 
     }
 
     if (i / BATCH == simd) {
-      const float dh = r * (lane_dots.du_dot_x - slope * lane_dots.u_dot_x);  // dh_pre of the lane's stream
+      const float dh = r * (lane_dots.du_dot_x - slope * lane_dots.u_dot_x);  // dh_pre of the turn_lane's stream
       const float cotangent = mhc::logit_cotangent<N, NUM_RES_LOGITS, false, PROJECT>(
           logit, dh, dh_post + t * N, dz_res + t * NUM_RES_LOGITS, g_res, i % BATCH * MATRIX_LANES, params);
       mhc::finish_token<N, NUM_LOGITS>(sums, logit, token, cotangent, K, dp + t * NUM_LOGITS,
-                                       token_factors + t * (N + 1), lane);
+                                       token_factors + t * (N + 1), turn_lane);
     }
   }
 }

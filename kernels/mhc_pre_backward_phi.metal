@@ -7,6 +7,7 @@
 // template  T, N, NUM_LOGITS, VEC, THREADS, LOGITS_PER_THREAD
 // grid  chunks * ceil(N C / (THREADS VEC)) * ceil(NUM_LOGITS / LOGITS_PER_THREAD) threadgroups
 #include "common.h"
+constexpr int TOKENS_AT_ONCE = mhc::by_backend(2, 8);  // as registers allow
 constexpr int STAGE = 64;  // tokens whose dp lies in threadgroup memory at once
 constexpr int LOGIT_BLOCKS = (NUM_LOGITS + LOGITS_PER_THREAD - 1) / LOGITS_PER_THREAD;
 constexpr int DP_PACKS = (LOGITS_PER_THREAD + 3) / 4;
@@ -37,7 +38,7 @@ for (uint t0 = begin; t0 < end; t0 += STAGE) {
   if (k < K) {
     const auto row = x + (size_t(t0) * size_t(K) + size_t(k));
     const int count = end - t0 < uint(STAGE) ? int(end - t0) : STAGE;
-#pragma unroll 8
+#pragma unroll(TOKENS_AT_ONCE)
     for (int i = 0; i < count; ++i) {
       float v[VEC];
       mhc::load_floats<VEC>(v, row + size_t(i) * size_t(K), x_aligned);

@@ -57,6 +57,7 @@ for (uint base = begin; base < end; base += STAGE) {
   for (int i = tid; i < STAGE * (N + 1); i += THREADS)
     factors[i] = base + uint(i / (N + 1)) < end ? token_factors[size_t(base) * (N + 1) + i] : 0.0f;
   threadgroup_barrier(mem_flags::mem_threadgroup);
+  const int turn_lane = mhc::each_turn(lane, base >> 31);
   const uint stop = base + STAGE < span_end ? base + STAGE : span_end;
   for (uint first = base; first < stop; first += mhc::TILE_TOKENS) {
     const int row = int(first - base);
@@ -64,36 +65,37 @@ for (uint base = begin; base < end; base += STAGE) {
     mhc::Run<T, RUN> ds[mhc::LANE_TOKENS] = {};
     if constexpr (RING_BYTES > 0) {
       mhc::wait_for_tile<SLOTS>();
-      mhc::read_tile(xs, slot * TileSlot::BYTES, lane);
+      mhc::read_tile(xs, slot * TileSlot::BYTES, turn_lane);
     } else {
-      mhc::load_tile(xs, from.x + lane_offset, from.K, first, stop, C - first_channel, aligned, lane);
-      mhc::prefetch_tile(from.x + lane_offset, from.K, first + mhc::TILE_TOKENS, tokens, C - first_channel, lane);
+      mhc::load_tile(xs, from.x + lane_offset, from.K, first, stop, C - first_channel, aligned, turn_lane);
+      mhc::prefetch_tile(from.x + lane_offset, from.K, first + mhc::TILE_TOKENS, tokens, C - first_channel, turn_lane);
       if (HAS_DU)
-        mhc::prefetch_tile(from.du + lane_offset, from.C, first + mhc::TILE_TOKENS, tokens, C - first_channel, lane);
+        mhc::prefetch_tile(from.du + lane_offset, from.C, first + mhc::TILE_TOKENS, tokens, C - first_channel,
+                           turn_lane);
       if (HAS_DX_OUT)
         mhc::prefetch_tile(from.dx_out + lane_offset, from.K, first + mhc::TILE_TOKENS, tokens, C - first_channel,
-                           lane);
+                           turn_lane);
     }
-    mhc::accumulate_dphi<STAGE>(sums, xs, staged, row, lane);
+    mhc::accumulate_dphi<STAGE>(sums, xs, staged, row, turn_lane);
     if constexpr (RING_BYTES > 0) {
-      if (HAS_DU) mhc::read_tile(ds, slot * TileSlot::BYTES + TileSlot::DU, lane);
-      if (HAS_DX_OUT) mhc::read_tile(passed, slot * TileSlot::BYTES + TileSlot::PASSED, lane);
+      if (HAS_DU) mhc::read_tile(ds, slot * TileSlot::BYTES + TileSlot::DU, turn_lane);
+      if (HAS_DX_OUT) mhc::read_tile(passed, slot * TileSlot::BYTES + TileSlot::PASSED, turn_lane);
       mhc::fetch_tile_async<TileSlot, HAS_DU, HAS_DX_OUT, T, RUN>(
-          from, slot * TileSlot::BYTES, first + uint(SLOTS * mhc::TILE_TOKENS), span_end, lane);
+          from, slot * TileSlot::BYTES, first + uint(SLOTS * mhc::TILE_TOKENS), span_end, turn_lane);
       slot = (slot + 1) % SLOTS == 0 ? slot + 1 - SLOTS : slot + 1;
     } else {
-      if (HAS_DU) mhc::load_tile(ds, from.du + lane_offset, from.C, first, stop, C - first_channel, aligned, lane);
+      if (HAS_DU) mhc::load_tile(ds, from.du + lane_offset, from.C, first, stop, C - first_channel, aligned, turn_lane);
       if (HAS_DX_OUT)
-        mhc::load_tile(passed, from.dx_out + lane_offset, from.K, first, stop, C - first_channel, aligned, lane);
+        mhc::load_tile(passed, from.dx_out + lane_offset, from.K, first, stop, C - first_channel, aligned, turn_lane);
     }
     float pre[mhc::LANE_TOKENS], pull[mhc::LANE_TOKENS];
     UNROLL_FOR (int r = 0; r < mhc::LANE_TOKENS; ++r) {
-      const int at = (row + mhc::token_of(lane, r)) * (N + 1);
+      const int at = (row + mhc::token_of(turn_lane, r)) * (N + 1);
       pre[r] = factors[at + j];
       pull[r] = factors[at + N];
     }
     mhc::DpRows<NUM_LOGITS> rows;
-    mhc::load_dp_rows<NUM_LOGITS, STAGE>(rows, staged, row, lane);
+    mhc::load_dp_rows<NUM_LOGITS, STAGE>(rows, staged, row, turn_lane);
     UNROLL_FOR (int p = 0; p < RUN / 2; ++p) {
       float v[mhc::LANE_TOKENS][2] = {}, w[2];
       UNROLL_FOR (int r = 0; r < mhc::LANE_TOKENS; ++r) {
@@ -107,7 +109,7 @@ for (uint base = begin; base < end; base += STAGE) {
       UNROLL_FOR (int r = 0; r < mhc::LANE_TOKENS; ++r) mhc::set_pair(xs[r], p, v[r]);
     }
     UNROLL_FOR (int r = 0; r < mhc::LANE_TOKENS; ++r) {
-      const uint t = first + uint(mhc::token_of(lane, r));
+      const uint t = first + uint(mhc::token_of(turn_lane, r));
       if (t < stop)
         mhc::store_run(dx + (size_t(t) * size_t(K) + size_t(j * C + first_channel)), xs[r], C - first_channel, aligned);
     }

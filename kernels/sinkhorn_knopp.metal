@@ -29,6 +29,6 @@ for (size_t first = threadgroup_position_in_grid.x * (THREADS / MATRIX_LANES); f
   mhc::sinkhorn<N, START, COLUMNS, ITERS>(p, logits + base, static_cast<float>(params[mhc::param::PROJECTION_EPS]),
                                           lane, thread_index_in_simdgroup, scratch + slot * (N > 32 ? 128 : 0));
   if (m < count && lane < N) {
-    UNROLL_FOR (int j = 0; j < N; ++j) h_res[base + (OUT_COLUMNS ? j * N + lane : lane * N + j)] = p[j];
+    UNROLL_16_FOR (int j = 0; j < N; ++j) h_res[base + (OUT_COLUMNS ? j * N + lane : lane * N + j)] = p[j];
   }
 }

@@ -36,7 +36,7 @@ for (size_t first = threadgroup_position_in_grid.x * (THREADS / MATRIX_LANES); f
       g, dh_res + base, logits + base, divisors + tid, static_cast<float>(params[mhc::param::PROJECTION_EPS]), lane,
       thread_index_in_simdgroup, scratch + scratch_at);
   if (m < count && lane < N) {
-    UNROLL_FOR (int j = 0; j < N; ++j)
+    UNROLL_16_FOR (int j = 0; j < N; ++j)
       dlogits[base + (COLUMNS ? j * N + lane : lane * N + j)] = static_cast<DLOGITS_T>(g[j]);
   }
 }

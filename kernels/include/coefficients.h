@@ -12,7 +12,7 @@ METAL_FUNC float finish_logit(int o, float product, float x_dot_x, int K, A alph
   const float scale =
       metal::precise::rsqrt(x_dot_x / static_cast<float>(K) + static_cast<float>(params[param::NORM_EPS]));
   const float value = scale * product;
-  const float z = static_cast<float>(alpha[part]) * value + static_cast<float>(bias[o]);
+  const float z = metal::fma(static_cast<float>(alpha[part]), value, static_cast<float>(bias[o]));
   if (SAVE_LOGITS) l[o] = value;
   if (SAVE_LOGITS && o == 0) l[NUM_LOGITS] = scale;
   return part == 0 ? gate(z, 0, params) : part == 1 ? gate(z, 1, params) : z;

@@ -10,11 +10,6 @@ namespace param {
 enum { PRE_EPS, POST_SCALE, POST_EPS, PROJECTION_EPS, NORM_EPS, EPS, COUNT };
 }
 
-template <typename T> METAL_FUNC size_t address(const device T* p) { return reinterpret_cast<size_t>(p); }
-#ifndef ONE_ADDRESS_SPACE  // on Metal, MLX puts inputs of fewer than 8 elements in the constant address space
-template <typename T> METAL_FUNC size_t address(const constant T* p) { return reinterpret_cast<size_t>(p); }
-#endif
-
 // A contiguous slice keeps its byte offset, so an input need not be aligned to a pack; outputs are.
 template <int VEC, typename P> METAL_FUNC bool is_aligned(P p) {
   return VEC == 1 || address(p) % (sizeof(p[0]) * VEC) == 0;
@@ -102,7 +97,7 @@ template <int N> METAL_FUNC int part_of(int o) {
 // h_pre = sigmoid(z) + pre_eps, and with part 1 h_post = post_scale * sigmoid(z) + post_eps.
 template <typename Q> METAL_FUNC float gate(float z, int part, Q params) {
   const float scale = part == 0 ? 1.0f : static_cast<float>(params[param::POST_SCALE]);
-  return scale * sigmoid(z) + static_cast<float>(params[part == 0 ? param::PRE_EPS : param::POST_EPS]);
+  return metal::fma(scale, sigmoid(z), static_cast<float>(params[part == 0 ? param::PRE_EPS : param::POST_EPS]));
 }
 
 // h = gate(H), without GATES h = H. POST: h_post, without POST h_pre.

@@ -23,7 +23,7 @@ METAL_FUNC void read_streams(thread float (&o)[PACKS_AT_ONCE][VEC], X x, S pre, 
     }
     UNROLL_FOR (int k = 0; k < PACKS_AT_ONCE; ++k) {
       UNROLL_FOR (int j = 0; j < STREAMS_AT_ONCE; ++j) {
-        UNROLL_FOR (int e = 0; e < VEC; ++e) o[k][e] += pre[j0 + j] * float_of(v[k][j], e);
+        UNROLL_FOR (int e = 0; e < VEC; ++e) o[k][e] = metal::fma(pre[j0 + j], float_of(v[k][j], e), o[k][e]);
       }
     }
   }
@@ -34,11 +34,11 @@ template <int N, typename T, int PACKS_AT_ONCE, int VEC, typename X, typename S>
 METAL_FUNC void read_ragged(thread float (&o)[PACKS_AT_ONCE][VEC], X x, S pre, int C, int remaining, bool aligned) {
   constexpr int STREAMS_AT_ONCE = N <= 8 ? N : 1;
   UNROLL_FOR (int k = 0; k < PACKS_AT_ONCE; ++k) {
-#pragma unroll STREAMS_AT_ONCE
+#pragma unroll(STREAMS_AT_ONCE)
     for (int j = 0; j < N && k * 32 * VEC < remaining; ++j) {
       float v[VEC];
       load_floats<VEC>(v, x + (j * C + k * 32 * VEC), aligned);
-      UNROLL_FOR (int e = 0; e < VEC; ++e) o[k][e] += pre[j] * v[e];
+      UNROLL_FOR (int e = 0; e < VEC; ++e) o[k][e] = metal::fma(pre[j], v[e], o[k][e]);
     }
   }
 }

@@ -17,7 +17,7 @@ METAL_FUNC float clamp_to_float32(float a) { return a < lowest() ? lowest() : a;
 template <int O, bool MAX, int W> METAL_FUNC void scatter_reduce(thread float (&v)[W], uint lane) {
   if constexpr (O > 0) {
     const bool high = (lane & uint(O)) != 0;
-    UNROLL_FOR (int j = 0; j < O; ++j) {
+    UNROLL_16_FOR (int j = 0; j < O; ++j) {
       const float first = v[j], second = v[j + O];  // a choice between places would leave v in memory
       const float other = simd_shuffle_xor(high ? first : second, static_cast<ushort>(O));
       const float value = high ? second : first;
@@ -34,13 +34,13 @@ METAL_FUNC float column_reduce(thread const float (&p)[N], uint lane, S scratch)
   constexpr int W = matrix_lanes(N) < 32 ? matrix_lanes(N) : 32;
   const float none = MAX ? lowest() : 0.0f;
   float v[W];
-  UNROLL_FOR (int j = 0; j < W; ++j) v[j] = j < N ? p[j < N ? j : 0] : none;
+  UNROLL_16_FOR (int j = 0; j < W; ++j) v[j] = j < N ? p[j < N ? j : 0] : none;
   scatter_reduce<W / 2, MAX>(v, lane);
   const float low = v[0];
   if constexpr (N <= 32) {
     return low;
   } else {
-    UNROLL_FOR (int j = 0; j < W; ++j) v[j] = j + 32 < N ? p[j + 32 < N ? j + 32 : 0] : none;
+    UNROLL_16_FOR (int j = 0; j < W; ++j) v[j] = j + 32 < N ? p[j + 32 < N ? j + 32 : 0] : none;
     scatter_reduce<W / 2, MAX>(v, lane);
     const float high = v[0];
     const uint c = lane % 32, half_of = (lane / 32) * 64;
@@ -58,11 +58,11 @@ template <int N, typename S>
 METAL_FUNC void broadcast_columns(thread float (&all)[N], float value, uint lane, uint simd_lane, S scratch) {
   if constexpr (N <= 32) {
     const uint first = simd_lane & ~uint(matrix_lanes(N) - 1);
-    UNROLL_FOR (int j = 0; j < N; ++j) all[j] = simd_shuffle(value, static_cast<ushort>(first + uint(j)));
+    UNROLL_16_FOR (int j = 0; j < N; ++j) all[j] = simd_shuffle(value, static_cast<ushort>(first + uint(j)));
   } else {
     scratch[lane] = value;
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    UNROLL_FOR (int j = 0; j < N; ++j) all[j] = scratch[j];
+    UNROLL_16_FOR (int j = 0; j < N; ++j) all[j] = scratch[j];
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 }
@@ -113,16 +113,16 @@ METAL_FUNC void record_divisor(thread LogDivisors& log_divisors, int k, float d)
 // them.
 template <int N> METAL_FUNC float line_sum(thread const float (&p)[N]) {
   float sum = 0.0f;
-  UNROLL_FOR (int j = 0; j < N; j += 8) {
+  UNROLL_16_FOR (int j = 0; j < N; j += 8) {
     float part = p[j];
-    UNROLL_FOR (int e = 1; e < 8; ++e) part += j + e < N ? p[j + e < N ? j + e : 0] : 0.0f;
+    UNROLL_16_FOR (int e = 1; e < 8; ++e) part += j + e < N ? p[j + e < N ? j + e : 0] : 0.0f;
     sum = j == 0 ? part : sum + part;
   }
   return sum;
 }
 
 template <int N, bool COLUMNS, typename P> METAL_FUNC void load_line(thread float (&p)[N], P logits, uint lane) {
-  UNROLL_FOR (int j = 0; j < N; ++j) {
+  UNROLL_16_FOR (int j = 0; j < N; ++j) {
     const uint i = lane < uint(N) ? lane : 0u;
     p[j] = static_cast<float>(logits[COLUMNS ? uint(j * N) + i : i * uint(N) + uint(j)]);
   }
@@ -131,10 +131,10 @@ template <int N, bool COLUMNS, typename P> METAL_FUNC void load_line(thread floa
 // p = softmax(p) along the line.
 template <int N> METAL_FUNC void softmax_line(thread float (&p)[N], thread float& top, thread float& sum) {
   top = p[0];
-  UNROLL_FOR (int j = 1; j < N; ++j) top = metal::max(top, p[j]);
-  UNROLL_FOR (int j = 0; j < N; ++j) p[j] = metal::precise::exp(p[j] - top);
+  UNROLL_16_FOR (int j = 1; j < N; ++j) top = metal::max(top, p[j]);
+  UNROLL_16_FOR (int j = 0; j < N; ++j) p[j] = metal::precise::exp(p[j] - top);
   sum = line_sum(p);
-  UNROLL_FOR (int j = 0; j < N; ++j) p[j] /= sum;
+  UNROLL_16_FOR (int j = 0; j < N; ++j) p[j] /= sum;
 }
 
 template <int N, int START, typename S>
@@ -144,24 +144,25 @@ METAL_FUNC void sinkhorn_start(thread float (&p)[N], thread LogDivisors& log_div
   log_divisors = {0.0f, 0.0f, 1.0f, 1.0f, 0.0f, 1.0f};
   if constexpr (START == START_EXP) {
     float m = p[0], s = 0.0f, all[N];
-    UNROLL_FOR (int j = 1; j < N; ++j) m = metal::max(m, p[j]);
-    UNROLL_FOR (int j = 0; j < N; j += 8) {  // this is line_sum, whose array would take registers
+    UNROLL_16_FOR (int j = 1; j < N; ++j) m = metal::max(m, p[j]);
+    UNROLL_16_FOR (int j = 0; j < N; j += 8) {  // this is line_sum, whose array would take registers
       float part = metal::precise::exp(p[j] - m);
-      UNROLL_FOR (int e = 1; e < 8; ++e) part += j + e < N ? metal::precise::exp(p[j + e < N ? j + e : 0] - m) : 0.0f;
+      UNROLL_16_FOR (int e = 1; e < 8; ++e)
+        part += j + e < N ? metal::precise::exp(p[j + e < N ? j + e : 0] - m) : 0.0f;
       s = j == 0 ? part : s + part;
     }
     s = metal::precise::log(s);
-    UNROLL_FOR (int j = 0; j < N; ++j) p[j] = in_range ? clamp_to_float32((p[j] - m) - s) : lowest();
+    UNROLL_16_FOR (int j = 0; j < N; ++j) p[j] = in_range ? clamp_to_float32((p[j] - m) - s) : lowest();
     const float top = column_reduce<N, true>(p, lane, scratch);
     broadcast_columns<N>(all, top, lane, simd_lane, scratch);
-    UNROLL_FOR (int j = 0; j < N; ++j) p[j] = in_range ? metal::precise::exp(p[j] - all[j]) : 0.0f;
+    UNROLL_16_FOR (int j = 0; j < N; ++j) p[j] = in_range ? metal::precise::exp(p[j] - all[j]) : 0.0f;
     const float sum = column_reduce<N, false>(p, lane, scratch);
     broadcast_columns<N>(all, RECIPROCAL(sum), lane, simd_lane, scratch);
-    UNROLL_FOR (int j = 0; j < N; ++j) p[j] *= all[j];
+    UNROLL_16_FOR (int j = 0; j < N; ++j) p[j] *= all[j];
     log_divisors = {m + s, top, 1.0f, sum, 0.0f, 1.0f};
   } else {
     if (START == START_SOFTMAX) softmax_line(p, log_divisors.top, log_divisors.sum);
-    UNROLL_FOR (int j = 0; j < N; ++j)
+    UNROLL_16_FOR (int j = 0; j < N; ++j)
       p[j] = !in_range ? 0.0f : p[j] + (START == START_SOFTMAX ? eps : uint(j) == lane ? 1.0f : 0.0f);
   }
 }
@@ -173,12 +174,12 @@ METAL_FUNC float half_step(thread float (&p)[N], int k, float eps, uint lane, ui
   if (k % 2 == 0) {
     d = lane < uint(N) ? line_sum(p) + eps : 1.0f;
     const float r = RECIPROCAL(d);
-    UNROLL_FOR (int j = 0; j < N; ++j) p[j] *= r;
+    UNROLL_16_FOR (int j = 0; j < N; ++j) p[j] *= r;
   } else {
     float r[N];
     d = column_reduce<N, false>(p, lane, scratch) + eps;
     broadcast_columns<N>(r, RECIPROCAL(d), lane, simd_lane, scratch);
-    UNROLL_FOR (int j = 0; j < N; ++j) p[j] *= r[j];
+    UNROLL_16_FOR (int j = 0; j < N; ++j) p[j] *= r[j];
   }
   return d;
 }
@@ -194,7 +195,7 @@ METAL_FUNC void return_small(thread float (&p)[N], P logits, thread LogDivisors&
   log_divisors.along_since = log_divisors.across_since = 1.0f;
   publish<N>(log_divisors.across, lane, scratch);
   publish_barrier<N>();
-  UNROLL_FOR (int j = 0; j < N; ++j) {
+  UNROLL_16_FOR (int j = 0; j < N; ++j) {
     const float other = published<N>(log_divisors.across, j, simd_lane, scratch);
     if (lane < uint(N) && p[j] < SMALL) {
       float a = static_cast<float>(logits[COLUMNS ? uint(j * N) + lane : lane * uint(N) + uint(j)]);
@@ -225,11 +226,11 @@ METAL_FUNC void sinkhorn(thread float (&p)[N], P logits, float eps, uint lane, u
 
 // p = p / (p.sum() + eps), along the lines, with ACROSS across them.
 template <bool ACROSS, int N> METAL_FUNC void half_step_one_lane(thread float (&p)[N][N], float eps) {
-  UNROLL_FOR (int a = 0; a < N; ++a) {
+  UNROLL_16_FOR (int a = 0; a < N; ++a) {
     float d = eps;
-    UNROLL_FOR (int b = 0; b < N; ++b) d += ACROSS ? p[b][a] : p[a][b];
+    UNROLL_16_FOR (int b = 0; b < N; ++b) d += ACROSS ? p[b][a] : p[a][b];
     d = RECIPROCAL(d);
-    UNROLL_FOR (int b = 0; b < N; ++b) {
+    UNROLL_16_FOR (int b = 0; b < N; ++b) {
       if (ACROSS) p[b][a] *= d;
       else p[a][b] *= d;
     }
@@ -239,24 +240,24 @@ template <bool ACROSS, int N> METAL_FUNC void half_step_one_lane(thread float (&
 // p = the projection of the logits p, N * N of them in one lane; p[i] is line i.
 template <int N, int START> METAL_FUNC void sinkhorn_one_lane(thread float (&p)[N][N], int iters, float eps) {
   if (START == START_EXP) {
-    UNROLL_FOR (int i = 0; i < N; ++i) {
+    UNROLL_16_FOR (int i = 0; i < N; ++i) {
       float m = p[i][0], s = 0.0f;
-      UNROLL_FOR (int j = 1; j < N; ++j) m = metal::max(m, p[i][j]);
-      UNROLL_FOR (int j = 0; j < N; ++j) s += metal::precise::exp(p[i][j] - m);
+      UNROLL_16_FOR (int j = 1; j < N; ++j) m = metal::max(m, p[i][j]);
+      UNROLL_16_FOR (int j = 0; j < N; ++j) s += metal::precise::exp(p[i][j] - m);
       s = metal::precise::log(s);
-      UNROLL_FOR (int j = 0; j < N; ++j) p[i][j] = clamp_to_float32((p[i][j] - m) - s);
+      UNROLL_16_FOR (int j = 0; j < N; ++j) p[i][j] = clamp_to_float32((p[i][j] - m) - s);
     }
-    UNROLL_FOR (int j = 0; j < N; ++j) {
+    UNROLL_16_FOR (int j = 0; j < N; ++j) {
       float m = p[0][j], s = 0.0f;
-      UNROLL_FOR (int i = 1; i < N; ++i) m = metal::max(m, p[i][j]);
-      UNROLL_FOR (int i = 0; i < N; ++i) s += (p[i][j] = metal::precise::exp(p[i][j] - m));
-      UNROLL_FOR (int i = 0; i < N; ++i) p[i][j] *= RECIPROCAL(s);
+      UNROLL_16_FOR (int i = 1; i < N; ++i) m = metal::max(m, p[i][j]);
+      UNROLL_16_FOR (int i = 0; i < N; ++i) s += (p[i][j] = metal::precise::exp(p[i][j] - m));
+      UNROLL_16_FOR (int i = 0; i < N; ++i) p[i][j] *= RECIPROCAL(s);
     }
   } else {
-    UNROLL_FOR (int i = 0; i < N; ++i) {
+    UNROLL_16_FOR (int i = 0; i < N; ++i) {
       float top, sum;
       if (START == START_SOFTMAX) softmax_line(p[i], top, sum);
-      UNROLL_FOR (int j = 0; j < N; ++j) p[i][j] += START == START_SOFTMAX ? eps : i == j ? 1.0f : 0.0f;
+      UNROLL_16_FOR (int j = 0; j < N; ++j) p[i][j] += START == START_SOFTMAX ? eps : i == j ? 1.0f : 0.0f;
     }
   }
   for (int k = start_half_steps(START); k < 2 * iters; ++k) {
@@ -272,7 +273,7 @@ METAL_FUNC void project_lanes(P logits, O h_res, bool in_range, float eps, uint 
   const uint lane = simd_lane % matrix_lanes(N);
   float p[N];
   sinkhorn<N, START, COLUMNS, ITERS>(p, logits, eps, lane, simd_lane, h_res);
-  UNROLL_FOR (int j = 0; j < N; ++j) {
+  UNROLL_16_FOR (int j = 0; j < N; ++j) {
     if (in_range && lane < uint(N)) h_res[OUT_COLUMNS ? uint(j * N) + lane : lane * uint(N) + uint(j)] = p[j];
   }
 }

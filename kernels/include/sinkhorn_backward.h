@@ -10,11 +10,11 @@ template <int N, typename S>
 METAL_FUNC void shift_columns(thread float (&g)[N], thread const float (&p)[N], uint lane, uint simd_lane, S scratch,
                               thread float& shift) {
   float all[N];
-  UNROLL_FOR (int j = 0; j < N; ++j) all[j] = p[j] > 0.5f ? g[j] : 0.0f;
+  UNROLL_16_FOR (int j = 0; j < N; ++j) all[j] = p[j] > 0.5f ? g[j] : 0.0f;
   shift = column_reduce<N, false>(all, lane, scratch);
   publish<N>(shift, lane, scratch);
   publish_barrier<N>();
-  UNROLL_FOR (int j = 0; j < N; ++j) g[j] = p[j] * (g[j] - published<N>(shift, j, simd_lane, scratch));
+  UNROLL_16_FOR (int j = 0; j < N; ++j) g[j] = p[j] * (g[j] - published<N>(shift, j, simd_lane, scratch));
   publish_barrier<N>();
 }
 
@@ -25,7 +25,7 @@ METAL_FUNC void step_back_across(thread float (&q)[N], thread float (&p)[N], flo
   publish<N>(dot, lane, scratch);
   publish<N>(d, lane, scratch, 64);
   publish_barrier<N>();
-  UNROLL_FOR (int j = 0; j < N; ++j) {
+  UNROLL_16_FOR (int j = 0; j < N; ++j) {
     q[j] -= p[j] * published<N>(dot, j, simd_lane, scratch);
     p[j] *= published<N>(d, j, simd_lane, scratch, 64);
   }
@@ -72,11 +72,11 @@ METAL_FUNC void sinkhorn_gradient(thread float (&g)[N], P logits, D divisors, fl
         shift_eps = 0.0f;
       } else {
         float all[N], dots[N];
-        UNROLL_FOR (int j = 0; j < N; ++j) all[j] = g[j] * p[j];
+        UNROLL_16_FOR (int j = 0; j < N; ++j) all[j] = g[j] * p[j];
         const float dot = column_reduce<N, false>(all, lane, scratch);
         broadcast_columns<N>(dots, dot, lane, simd_lane, scratch);
         broadcast_columns<N>(all, d, lane, simd_lane, scratch);
-        UNROLL_FOR (int j = 0; j < N; ++j) {
+        UNROLL_16_FOR (int j = 0; j < N; ++j) {
           g[j] = in_range ? (g[j] - dots[j]) * RECIPROCAL(all[j]) : 0.0f;
           p[j] *= all[j];
         }
@@ -87,15 +87,15 @@ METAL_FUNC void sinkhorn_gradient(thread float (&g)[N], P logits, D divisors, fl
       d = divisors[(k - 1 - begin) * STRIDE];
       if constexpr (LOGS) {
         const float dot = line_sum(g);
-        UNROLL_FOR (int j = 0; j < N; ++j) {
+        UNROLL_16_FOR (int j = 0; j < N; ++j) {
           g[j] -= p[j] * dot;
           p[j] *= d;
         }
       } else {
         const float r = RECIPROCAL(d);
         float dot = 0.0f;
-        UNROLL_FOR (int j = 0; j < N; ++j) dot += g[j] * p[j];
-        UNROLL_FOR (int j = 0; j < N; ++j) {
+        UNROLL_16_FOR (int j = 0; j < N; ++j) dot += g[j] * p[j];
+        UNROLL_16_FOR (int j = 0; j < N; ++j) {
           g[j] = in_range ? (g[j] - dot) * r : 0.0f;
           p[j] *= d;
         }
@@ -122,14 +122,14 @@ METAL_FUNC void sinkhorn_gradient(thread float (&g)[N], P logits, D divisors, fl
     load_line<N, COLUMNS>(p, logits, lane);
     softmax_line(p, log_divisors.top, log_divisors.sum);
     float small_p = 0.0f, small_g = 0.0f, large_g = 0.0f;
-    UNROLL_FOR (int j = 0; j < N; ++j) {
+    UNROLL_16_FOR (int j = 0; j < N; ++j) {
       if (START == START_SOFTMAX) g[j] *= p[j] / (p[j] + eps);
       const bool large = p[j] > 0.5f;
       small_p += large ? 0.0f : p[j];
       small_g += large ? 0.0f : g[j];
       large_g += large ? g[j] : 0.0f;
     }
-    UNROLL_FOR (int j = 0; j < N; ++j)
+    UNROLL_16_FOR (int j = 0; j < N; ++j)
       g[j] = p[j] > 0.5f ? g[j] * small_p - p[j] * small_g : g[j] - p[j] * (small_g + large_g);
   }
 }
@@ -140,7 +140,7 @@ template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, int STORE
 METAL_FUNC void walk_back_projection(thread float (&g)[N], H dh_res, P logits, D divisors, float eps, uint lane,
                                      uint simd_lane, S scratch) {
   load_line<N, OUT_COLUMNS>(g, dh_res, lane);
-  UNROLL_FOR (int j = 0; j < N; ++j) g[j] = lane < uint(N) ? g[j] : 0.0f;
+  UNROLL_16_FOR (int j = 0; j < N; ++j) g[j] = lane < uint(N) ? g[j] : 0.0f;
   sinkhorn_gradient<N, START, COLUMNS, ITERS, STORED_STEPS, STRIDE>(g, logits, divisors, eps, lane, simd_lane, scratch);
 }
 

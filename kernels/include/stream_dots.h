@@ -99,7 +99,7 @@ METAL_FUNC void norm_gradient(thread Pack<T, VEC>& du, thread float (&dweight)[V
                               uint zero) {
   float u[VEC] = {};
   UNROLL_FOR (int j = 0; j < N; ++j) {
-    stay_packed(x[j], zero);
+    all_stay_packed(x[j], zero);
     UNROLL_FOR (int e = 0; e < VEC; ++e) u[e] += pre[j] * float_of(x[j], e);
   }
   UNROLL_FOR (int e = 0; e < VEC; ++e) {

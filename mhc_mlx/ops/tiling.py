@@ -51,6 +51,8 @@ def token_tiling(
         vec //= 2
     crowded = copies == 2 and 4 < n <= 8
     widths, most = (vec, min(vec, 4)) if crowded else (vec,), 128 if crowded and size == 4 else 256
+    if backend == "metal" and copies == 1:
+        most = 320
 
     def of_width(vec: int) -> TokenTiling:
         threads = threads_per_group or even_threads(C // vec, most)
@@ -75,7 +77,7 @@ def seam_tiling(
     """How a threadgroup takes a token in `mhc_seam`: on CUDA by up to 320 threads, which take 85 us
     instead of 99 us at (2048, 4, 5120), and 114 us instead of 122 us at C = 7168."""
     tiling = token_tiling(n, C, size, 1, threads_per_group, backend)
-    if threads_per_group or backend != "cuda":
+    if threads_per_group:
         return tiling
     packs = C // tiling.vec
     threads = even_threads(packs, 320)

@@ -276,7 +276,7 @@ def less_precise(code):
 
 
 def loop_headers(code) -> Iterator[tuple[int, int]]:
-    for found in re.finditer(r"\b(?:UNROLL_FOR|for) (\()", code):
+    for found in re.finditer(r"\b(?:UNROLL_FOR|UNROLL_16_FOR|for) (\()", code):
         yield found.start(1), closing(code, found.start(1))
 
 

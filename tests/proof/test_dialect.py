@@ -30,7 +30,7 @@ def source(dtype: mx.Dtype) -> str:
 BODY = "const uint tid = thread_position_in_threadgroup.x;"  # its first statement
 # The first function of include/common.h that is no template.
 HEADER = "METAL_FUNC float sigmoid(float v) {"
-LOAD = "mhc::load_floats<VEC>(w, weight + c, weight_aligned);"
+LOAD = "mhc::load_floats<VEC>(w, mhc::at(weight, c), weight_aligned);"
 STORE = "static_cast<T>(MIX ?"
 SPACE = "needs an address space"
 MATRIX = BODY + " simdgroup_float8x8 m(0.0f); const simdgroup_float8x8 k = m; "
@@ -70,9 +70,9 @@ MISTAKES = {
         "double precision constant",
     ),
     "double": (BODY, BODY + " double d = 1.0f;", "use of type 'double'"),
-    "in what a ternary chose": (
-        "const float f = static_cast<float>(v.v[e + q]);",
-        "const T f = static_cast<float>(v.v[e + q]);",
+    "float of a helper to bfloat": (
+        "const float f = mhc::float_of(v, e + q);",
+        "const T f = mhc::float_of(v, e + q);",
         "no viable conversion",
     ),
     "invented name": (BODY, BODY + " metal::exact::exp(1.0f);", "no member named 'exact' in"),

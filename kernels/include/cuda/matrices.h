@@ -43,7 +43,7 @@ template <typename PHI_T> inline void to_tile(PhiTile<PHI_T>& t, const Run<PHI_T
 // shares, in all lanes of a token.
 template <typename T> inline void add_squares(float& s, const XTile<T>& x, const Run<T, 8>&) {
   float run = 0.0f;
-  UNROLL_FOR (int e = 0; e < 8; ++e) run += __uint_as_float(x.w[0][e]) * __uint_as_float(x.w[0][e]);
+  UNROLL_FOR (int e = 0; e < 8; ++e) run = metal::fma(__uint_as_float(x.w[0][e]), __uint_as_float(x.w[0][e]), run);
   s += run;
 }
 inline float sum_squares(float s) {

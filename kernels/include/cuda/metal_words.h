@@ -40,6 +40,7 @@ __forceinline__ float rsqrt(float v) { return 1.0f / ::sqrtf(v); }
   const uint thread_index_in_simdgroup = threadIdx.x % 32, simdgroup_index_in_threadgroup = threadIdx.x / 32;
 
 #define UNROLL_FOR _Pragma("unroll") for
+#define UNROLL_16_FOR UNROLL_FOR
 #define RECIPROCAL(v) __fdividef(1.0f, v)  // this is one instruction instead of eight, within 1 ulp
 
 // The compiler does not know the value after this.

@@ -3,7 +3,10 @@
 
 namespace mhc {
 
+template <typename T> inline size_t address(const T* p) { return reinterpret_cast<size_t>(p); }
 template <typename P> inline P at(P p, int i) { return p + i; }
+
+constexpr int by_backend(int, int cuda) { return cuda; }
 
 // A Pack is VEC neighbours, which move in one load or store.
 template <typename T, int VEC> struct alignas(sizeof(T) * VEC) Pack { T v[VEC]; };
@@ -13,7 +16,7 @@ template <typename T, int VEC> inline void set_element(Pack<T, VEC>& pack, int e
 
 // Keeps a pack packed: without it NVRTC converts it once and holds the wider floats across a barrier. Metal's form needs
 // an element and a zero.
-template <typename T, int VEC> inline void stay_packed(Pack<T, VEC>& pack, uint) { STAY_PACKED(pack); }
+template <typename T, int VEC> inline void all_stay_packed(Pack<T, VEC>& pack, uint) { STAY_PACKED(pack); }
 template <typename T, int VEC> inline void stay_packed(Pack<T, VEC>& pack, int, uint) { STAY_PACKED(pack); }
 
 // Return v. NVRTC computes in a loop what it needs there, but not what it needs after one.

@@ -37,7 +37,7 @@ template <typename PHI_T> METAL_FUNC void to_tile(thread PhiTile<PHI_T>& t, cons
 // shares, in all lanes of a token.
 template <typename T> METAL_FUNC void add_squares(thread float& s, const thread XTile<T>&, const thread Run<T, 8>& r) {
   float run = 0.0f;
-  UNROLL_FOR (int e = 0; e < 8; ++e) run += run_float(r, e) * run_float(r, e);
+  UNROLL_FOR (int e = 0; e < 8; ++e) run = metal::fma(run_float(r, e), run_float(r, e), run);
   s += run;
 }
 METAL_FUNC float sum_squares(float s) {

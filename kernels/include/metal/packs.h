@@ -3,10 +3,16 @@
 
 #ifndef UNROLL_FOR  // the simulator has its own
 #define UNROLL_FOR _Pragma("clang loop unroll(full)") for
+#define UNROLL_16_FOR _Pragma("clang loop unroll_count(16)") for  // a longer loop could be too much for a compiler
 #define RECIPROCAL(v) (1.0f / (v))
 #endif
 
 namespace mhc {
+
+template <typename T> METAL_FUNC ulong address(const device T* p) { return (ulong)p; }
+#ifndef ONE_ADDRESS_SPACE  // on Metal, MLX puts inputs of fewer than 8 elements in the constant address space
+template <typename T> METAL_FUNC ulong address(const constant T* p) { return (ulong)p; }
+#endif
 
 // Returns p + i, i >= 0: an address that is the same in all threads and an offset of 32 bits, which take a register
 // where an address of its own takes two.
@@ -19,6 +25,8 @@ template <typename T> METAL_FUNC device T* at(device T* p, int i) {
 #ifndef ONE_ADDRESS_SPACE
 template <typename T> METAL_FUNC const constant T* at(const constant T* p, int i) { return p + i; }
 #endif
+
+constexpr int by_backend(int metal, int) { return metal; }
 
 // A Pack is VEC neighbours, which move in one load or store. An element of 16 bits is half a word, the low half first.
 template <typename T, int VEC> struct Pack { uint w[(VEC * int(sizeof(T)) + 3) / 4]; };
@@ -37,7 +45,7 @@ template <typename T, int VEC> METAL_FUNC void set_element(thread Pack<T, VEC>& 
 template <typename T, int VEC> METAL_FUNC void stay_packed(thread Pack<T, VEC>& pack, int e, uint zero) {
   if constexpr (sizeof(T) == 2) pack.w[e / 2] += zero;
 }
-template <typename T, int VEC> METAL_FUNC void stay_packed(thread Pack<T, VEC>& pack, uint zero) {
+template <typename T, int VEC> METAL_FUNC void all_stay_packed(thread Pack<T, VEC>& pack, uint zero) {
   UNROLL_FOR (int e = 0; e < VEC; e += 2) stay_packed(pack, e, zero);
 }
 

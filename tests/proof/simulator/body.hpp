@@ -3,6 +3,7 @@
 #define ONE_ADDRESS_SPACE
 #define METAL_FUNC inline
 #define UNROLL_FOR for
+#define UNROLL_16_FOR for
 #define STAY_PACKED(value)
 #define RECIPROCAL(v) (1.0f / (v))
 #define LOAD_STREAMING(p) (*(p))
