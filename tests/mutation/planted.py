@@ -341,6 +341,10 @@ OPTIMISER = {
         (SINKHORN, "a place chosen at run time", "optimiser: arrays lie in memory",
          "value = high ? second : first", "value = v[high ? j + O : j]"),
     ],
+    "mhc_pre metal/packs.h": [
+        (PRE, "addresses of a lane in registers all the time", "optimiser: registers spilled",
+         "return v + int(zero);", "return v;"),
+    ],
     "stream_mix_add metal/packs.h": [
         (ADD_HALF, "packs in loads of an element", "optimiser: load x 2",
          "else load_words(pack.w, (const device uint*)p);",

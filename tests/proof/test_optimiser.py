@@ -5,6 +5,7 @@ import os
 import pytest
 from cases import Case
 
+from mhc_mlx import launch
 from proof import optimiser
 from proof.optimiser import llvm, measure, variants
 
@@ -26,6 +27,12 @@ def test_nothing_is_left_in_memory_or_narrow(case: Case, need, request):
     assert each[str(case)]
     wrong = {str(v): optimiser.faults(v, figures[v]) for v in each[str(case)]}
     assert not {k: found for k, found in wrong.items() if found}
+
+
+def test_every_body_is_sampled():
+    each = variants.variants(MAIN, OTHERS)
+    bodies = {f.stem for f in launch._FOLDERS[1].glob("*.metal")}
+    assert {v.body for launched in each.values() for v in launched} == bodies
 
 
 IR = """
@@ -50,6 +57,8 @@ entry:
   %11 = addrspacecast ptr %array.i to ptr addrspace(4)
   %12 = load float, ptr addrspace(4) %11, align 4
   %13 = load float, ptr addrspace(2) @table, align 4
+  call void @llvm.memcpy.p0.p5.i64(ptr noundef nonnull align 16 dereferenceable(16) %array.i, \
+ptr addrspace(5) noundef align 2 dereferenceable(16) %0, i64 16, i1 false), !tbaa.struct !2
   ret void
 }
 define linkonce_odr spir_func void @_ZN3mhc12multiply_runILb1EE(ptr %p) {
@@ -65,6 +74,7 @@ def test_reads_ir():
         llvm.Access("load", ("h", "x"), 2),  # wide, but aligned to 2 bytes
         llvm.Access("store", ("9",), 2),  # nobody knows where
         llvm.Access("store", ("x",), 8),
+        llvm.Access("load", ("x",), 2),  # a copy
     ]
     assert llvm.arrays(IR) == ["[4 x float]", '%"Pack"']
     assert llvm.functions(IR) == ["multiply_run"]

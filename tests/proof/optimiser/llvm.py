@@ -161,6 +161,8 @@ def accesses(ir: str) -> list[Access]:
         r"\s(?:(load) (?:volatile )?(.*?), |(store) (?:volatile )?(.*) [^ ]+, )"
         r"ptr addrspace\(\d+\) ([%@][-\w.$]+).*?, align (\d+)"
     )
+    to = r"ptr(?: addrspace\(\d+\))? [^%@]*align (\d+)[^%@]* ([%@][-\w.$]+)"
+    copy = re.compile(rf"@llvm\.mem(?:cpy|move)\S*\({to}, {to},")
     for line in lines:
         if made := access.search(line):
             load, loaded, _, stored, pointer, align = made.groups()
@@ -168,6 +170,13 @@ def accesses(ir: str) -> list[Access]:
             moved = min(size_of(kind), int(align))
             if buffers := behind(pointer):
                 found.append(Access(load or "store", buffers, moved))
+        elif made := copy.search(line):
+            for kind, align, pointer in (
+                ("store", *made.groups()[:2]),
+                ("load", *made.groups()[2:]),
+            ):
+                if buffers := behind(pointer):
+                    found.append(Access(kind, buffers, int(align)))
     return found
 
 

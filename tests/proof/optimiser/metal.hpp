@@ -58,7 +58,6 @@ float shuffle(float, uint) __attribute__((convergent));
 float shuffle_xor(float, uint) __attribute__((convergent));
 float2 multiply(float2, float2, float2) __attribute__((convergent, const));
 #endif
-template <typename T> METAL_FUNC T value(T v) { return v; }  // see opencl.py
 }  // namespace of_optimiser
 
 struct bfloat {

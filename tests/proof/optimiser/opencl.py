@@ -22,8 +22,6 @@ __attribute__((amdgpu_num_vgpr(REGISTERS)))
 # Whole packs of every array lie at multiples of their size, and rows hold whole runs of 32.
 IS_ALIGNED = re.compile(r"(\bbool is_aligned\(P p\) \{)")
 ROW = "__builtin_assume(x_shape[2] % 32 == 0);\n"
-# In OpenCL the type of an object has an address space, so `a ? object : value` has two types.
-OBJECT_OR_VALUE = re.compile(r"(\w+ \? )(\w+\[[^\]]*\])( : mhc::load<)")
 
 
 def program(source: str, threads: int, aligned: bool = False) -> str:
@@ -37,7 +35,6 @@ def program(source: str, threads: int, aligned: bool = False) -> str:
     signature = re.search(rf"\[\[kernel\]\] void {re.escape(name)}\(\n(.*?)\) \{{\n", source, re.S)
     parameters = [re.sub(r" ?\[\[[^\]]*\]\]", "", p.strip()) for p in signature[1].split(",\n")]
     head, body = source[: signature.start()], source[signature.end() :]
-    body = OBJECT_OR_VALUE.sub(r"\1of_optimiser::value(\2)\3", body)
     if aligned:
         head, found = IS_ALIGNED.subn(r"\1 if (true) return true;", head)
         if not found:

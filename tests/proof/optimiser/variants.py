@@ -17,7 +17,7 @@ CHANNELS = (2048, 4096, 5120, 7168)
 TOKENS = (1, 8, 512, 2048)
 # What CI judges: of shapes those that models run most, of cases every so many.
 SAMPLE = [(4, 4096, T, "bfloat16") for T in (1, 2048)] + [(4, 7168, 512, "bfloat16")]
-SAMPLE += [(4, 5120, 2048, "float32")]
+SAMPLE += [(4, 5120, 2048, "float32"), (4, 2048, 2048, "float16")]
 STRIDE = 16
 
 
