@@ -58,9 +58,9 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
       float u[VEC] = {};
 #pragma unroll STREAM_UNROLL
       for (int j = 0; j < N; ++j) {
-        const mhc::Pack<T, VEC> v = mhc::load<T, VEC>(row + j * C + c, x_aligned);
+        const mhc::Pack<T, VEC> v = mhc::load<T, VEC>(mhc::at(row, j * C + c), x_aligned);
         if (CACHED) xv[k * N + j] = v;
-        UNROLL_FOR (int e = 0; e < VEC; ++e) u[e] += pre[j] * static_cast<float>(v.v[e]);
+        UNROLL_FOR (int e = 0; e < VEC; ++e) u[e] += pre[j] * mhc::float_of(v, e);
       }
       UNROLL_FOR (int e = 0; e < VEC; ++e) squares[0] += u[e] * u[e];
     }
@@ -75,15 +75,15 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     const int c = (k * THREADS + int(tid)) * VEC;
     if (c < C) {
       float w[VEC];
-      mhc::Pack<T, VEC> o[CACHED ? OUT_STREAMS : 1];
-      mhc::load_floats<VEC>(w, weight + c, weight_aligned);
+      mhc::Pack<T, VEC> o[CACHED ? OUT_STREAMS : 1] = {};
+      mhc::load_floats<VEC>(w, mhc::at(weight, c), weight_aligned);
       UNROLL_FOR (int e = 0; e < VEC; e += CHANNEL_STEP) {
         float acc[OUT_STREAMS * CHANNEL_STEP] = {}, u[CHANNEL_STEP] = {};
 #pragma unroll STREAM_UNROLL
         for (int j = 0; j < N; ++j) {
-          const mhc::Pack<T, VEC> v = CACHED ? xv[k * N + j] : mhc::load<T, VEC>(row + j * C + c, x_aligned);
+          const mhc::Pack<T, VEC> v = CACHED ? xv[k * N + j] : mhc::load<T, VEC>(mhc::at(row, j * C + c), x_aligned);
           UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q) {
-            const float f = static_cast<float>(v.v[e + q]);
+            const float f = mhc::float_of(v, e + q);
             u[q] += pre[j] * f;
             if (MIX)
               UNROLL_FOR (int i = 0; i < N; ++i) acc[i * CHANNEL_STEP + q] += mix[j * N + i] * f;
@@ -92,12 +92,13 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q) u[q] *= r * w[e + q];
         UNROLL_FOR (int i = 0; i < OUT_STREAMS; ++i) {
           UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q)
-            o[CACHED ? i : 0].v[e + q] = static_cast<T>(MIX ? acc[i * CHANNEL_STEP + q] + post[i] * u[q] : u[q]);
-          if (!CACHED) *(device mhc::Pack<T, VEC>*)(out_row + i * C + c) = o[0];
+            mhc::set_element(o[CACHED ? i : 0], e + q,
+                             static_cast<T>(MIX ? acc[i * CHANNEL_STEP + q] + post[i] * u[q] : u[q]));
+          if (!CACHED) mhc::store(mhc::at(out_row, i * C + c), o[0]);
         }
       }
       UNROLL_FOR (int i = 0; i < OUT_STREAMS; ++i)
-        if (CACHED) *(device mhc::Pack<T, VEC>*)(out_row + i * C + c) = o[i];
+        if (CACHED) mhc::store(mhc::at(out_row, i * C + c), o[i]);
     }
   }
 }

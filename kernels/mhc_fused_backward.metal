@@ -34,6 +34,7 @@ constexpr bool DWEIGHT_IN_THREADGROUP = CACHED && N > 4 && PASSES * VEC * THREAD
 constexpr int POST_AT = NORM ? N : 0;
 constexpr int RES_AT = POST_AT + (POST_PER_TOKEN || !MIX ? 0 : N);
 constexpr int WEIGHT_AT = RES_AT + (RES_PER_TOKEN || !MIX ? 0 : N * N);
+constexpr bool DWEIGHT_ALIGNED = WEIGHT_AT % VEC == 0;  // whether packs of dweight's sums in partial are aligned
 threadgroup float pre[N];
 threadgroup float post[N];
 threadgroup float mix[N * N];  // mix[i * N + j] = h_res[i, j]
@@ -43,6 +44,7 @@ threadgroup float dweight_sums[DWEIGHT_IN_THREADGROUP ? PASSES * VEC * THREADS :
 const uint tid = thread_position_in_threadgroup.x;
 const int C = x_shape[2];
 const uint tokens = x_shape[0];
+const uint zero = tokens >> 31;  // the compiler does not know that it is 0
 
 if constexpr (NORM) mhc::load_gates<N, THREADS, GATES, false>(H_pre, pre, params, tid);
 if constexpr (MIX && !POST_PER_TOKEN) mhc::load_gates<N, THREADS, GATES, true>(H_post, post, params, tid);
@@ -60,17 +62,20 @@ const bool aligned = mhc::is_aligned<VEC>(x) && mhc::is_aligned<VEC>(dout);
 const bool weight_aligned = NORM && mhc::is_aligned<CHANNEL_STEP>(weight);
 const bool y_aligned = !NORM && mhc::is_aligned<VEC>(y);
 const auto group_partial = partial + size_t(threadgroup_position_in_grid.x) * size_t(WEIGHT_AT + (NORM ? C : 0));
-float g_pre[N] = {}, g_post[N] = {}, g_res[N * N] = {}, g_weight[DWEIGHT_IN_THREADGROUP ? 1 : CACHED_PASSES * VEC] = {};
+const auto dweight = group_partial + WEIGHT_AT;
+float g_pre[N] = {}, g_post[N] = {}, g_res[N * N] = {}, g_weight[DWEIGHT_IN_THREADGROUP ? 1 : CACHED_PASSES][VEC] = {};
 for (int k = 0; k < PASSES * VEC && DWEIGHT_IN_THREADGROUP; ++k) dweight_sums[k * THREADS + int(tid)] = 0.0f;
 mhc::Pack<T, VEC> xv[CACHED_PASSES * N], dv[CACHED_PASSES * OUT_STREAMS];
 
 int parity = 0;
 for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_grid.x) {
+  const int lane_tid = mhc::each_turn(int(tid), t >> 31);
   const auto row = x + size_t(t) * size_t(N * C);
   const auto dout_row = dout + size_t(t) * size_t(OUT_STREAMS * C);
+  const auto dx_row = dx + size_t(t) * size_t(N * C);
   if (POST_PER_TOKEN || RES_PER_TOKEN) {  // group_sum ended with a barrier: the last token's are no longer read
-    if (POST_PER_TOKEN) mhc::load_gates<N, THREADS, false, true>(H_post + size_t(t) * N, post, params, tid);
-    if (RES_PER_TOKEN) mhc::load_mix<N, THREADS, false>(H_res + size_t(t) * (N * N), mix, tid);
+    if (POST_PER_TOKEN) mhc::load_gates<N, THREADS, false, true>(H_post + size_t(t) * N, post, params, uint(lane_tid));
+    if (RES_PER_TOKEN) mhc::load_mix<N, THREADS, false>(H_res + size_t(t) * (N * N), mix, uint(lane_tid));
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 
@@ -80,16 +85,16 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     float dots[2] = {};
 #pragma unroll CACHED_PASSES
     for (int k = 0; k < PASSES; ++k) {
-      const int c = (k * THREADS + int(tid)) * VEC, at = CACHED ? k : 0;
+      const int c = mhc::each_turn((k * THREADS + lane_tid) * VEC, (t + uint(k)) >> 31), at = CACHED ? k : 0;
       if (c < C) {
         float u[VEC] = {}, d[VEC] = {}, w[CHANNEL_STEP];
         mhc::load_streams<N>(xv + at * N, row, C, c, aligned);
         mhc::load_streams<OUT_STREAMS>(dv + at * OUT_STREAMS, dout_row, C, c, aligned);
         UNROLL_FOR (int e = 0; e < VEC; ++e) {
-          if (e % CHANNEL_STEP == 0) mhc::load_floats<CHANNEL_STEP>(w, weight + c + e, weight_aligned);
-          UNROLL_FOR (int j = 0; j < N; ++j) u[e] += pre[j] * static_cast<float>(xv[at * N + j].v[e]);
+          if (e % CHANNEL_STEP == 0) mhc::load_floats<CHANNEL_STEP>(w, mhc::at(weight, c + e), weight_aligned);
+          UNROLL_FOR (int j = 0; j < N; ++j) u[e] += pre[j] * mhc::float_of(xv[at * N + j], e);
           UNROLL_FOR (int i = 0; i < OUT_STREAMS; ++i)
-            d[e] += (MIX ? post[i] : 1.0f) * static_cast<float>(dv[at * OUT_STREAMS + i].v[e]);
+            d[e] += (MIX ? post[i] : 1.0f) * mhc::float_of(dv[at * OUT_STREAMS + i], e);
           dots[0] += u[e] * u[e];
           dots[1] += d[e] * u[e] * w[e % CHANNEL_STEP];
         }
@@ -103,43 +108,45 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
 
 #pragma unroll CACHED_PASSES
   for (int k = 0; k < PASSES; ++k) {
-    const int c = (k * THREADS + int(tid)) * VEC, at = CACHED ? k : 0;
+    const int c = mhc::each_turn((k * THREADS + lane_tid) * VEC, (t + uint(k)) >> 31), at = CACHED ? k : 0;
     if (c < C) {
       mhc::Pack<T, VEC> yv;  // it holds y, then dy
-      if (!NORM) yv = mhc::load<T, VEC>(y + size_t(t) * size_t(C) + c, y_aligned);
+      if (!NORM) yv = mhc::load<T, VEC>(mhc::at(y + size_t(t) * size_t(C), c), y_aligned);
       if (!NORM || !CACHED) {
         mhc::load_streams<N>(xv + at * N, row, C, c, aligned);
         mhc::load_streams<OUT_STREAMS>(dv + at * OUT_STREAMS, dout_row, C, c, aligned);
       }
+      if (NORM && !CACHED) {  // the columns of partial are the running sums
+        UNROLL_FOR (int e = 0; e < VEC; ++e) g_weight[0][e] = 0.0f;
+        if (t >= threadgroups_per_grid.x) mhc::load_floats<VEC>(g_weight[0], mhc::at(dweight, c), DWEIGHT_ALIGNED);
+      }
       UNROLL_FOR (int e = 0; e < VEC; e += CHANNEL_STEP) {
         if (NORM) {
           UNROLL_FOR (int j = 0; j < N; ++j) {
-            STAY_PACKED(xv[at * N + j]);
+            mhc::stay_packed(xv[at * N + j], e, zero);
           }
           UNROLL_FOR (int i = 0; i < OUT_STREAMS; ++i) {
-            STAY_PACKED(dv[at * OUT_STREAMS + i]);
+            mhc::stay_packed(dv[at * OUT_STREAMS + i], e, zero);
           }
         }
         float ds[OUT_STREAMS * CHANNEL_STEP], u[CHANNEL_STEP] = {}, d[CHANNEL_STEP] = {}, du[CHANNEL_STEP] = {},
                                               out[CHANNEL_STEP], w[CHANNEL_STEP];
-        if (NORM) mhc::load_floats<CHANNEL_STEP>(w, weight + c + e, weight_aligned);
+        if (NORM) mhc::load_floats<CHANNEL_STEP>(w, mhc::at(weight, c + e), weight_aligned);
         UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q) {
           UNROLL_FOR (int i = 0; i < OUT_STREAMS; ++i) {
-            ds[i * CHANNEL_STEP + q] = static_cast<float>(dv[at * OUT_STREAMS + i].v[e + q]);
+            ds[i * CHANNEL_STEP + q] = mhc::float_of(dv[at * OUT_STREAMS + i], e + q);
             d[q] += (MIX ? post[i] : 1.0f) * ds[i * CHANNEL_STEP + q];
           }
           if (NORM) {
-            UNROLL_FOR (int j = 0; j < N; ++j) u[q] += pre[j] * static_cast<float>(xv[at * N + j].v[e + q]);
+            UNROLL_FOR (int j = 0; j < N; ++j) u[q] += pre[j] * mhc::float_of(xv[at * N + j], e + q);
             out[q] = u[q] * r;
-            const int column = WEIGHT_AT + c + e + q;  // without CACHED this column of partial is the running sum
-            if (DWEIGHT_IN_THREADGROUP) dweight_sums[(at * VEC + e + q) * THREADS + int(tid)] += d[q] * out[q];
-            else if (CACHED) g_weight[DWEIGHT_IN_THREADGROUP ? 0 : at * VEC + e + q] += d[q] * out[q];
-            else group_partial[column] = (t < threadgroups_per_grid.x ? 0.0f : group_partial[column]) + d[q] * out[q];
+            if (DWEIGHT_IN_THREADGROUP) dweight_sums[(at * VEC + e + q) * THREADS + lane_tid] += d[q] * out[q];
+            else g_weight[DWEIGHT_IN_THREADGROUP ? 0 : at][e + q] += d[q] * out[q];
             du[q] = r * (d[q] * w[q] - u[q] * slope);
             out[q] *= w[q];
           } else {
-            out[q] = static_cast<float>(yv.v[e + q]);
-            yv.v[e + q] = static_cast<T>(d[q]);
+            out[q] = mhc::float_of(yv, e + q);
+            mhc::set_element(yv, e + q, static_cast<T>(d[q]));
           }
         }
         if (MIX) {
@@ -150,7 +157,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         UNROLL_FOR (int j = 0; j < N; ++j) {
           float xs[CHANNEL_STEP], a[CHANNEL_STEP];
           UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q) {
-            xs[q] = static_cast<float>(xv[at * N + j].v[e + q]);
+            xs[q] = mhc::float_of(xv[at * N + j], e + q);
             a[q] = NORM ? pre[j] * du[q] : 0.0f;
             if (NORM) g_pre[j] += du[q] * xs[q];
           }
@@ -163,20 +170,20 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
               }
             }
           }
-          UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q) xv[at * N + j].v[e + q] = static_cast<T>(a[q]);
+          UNROLL_FOR (int q = 0; q < CHANNEL_STEP; ++q) mhc::set_element(xv[at * N + j], e + q, static_cast<T>(a[q]));
         }
       }
-      UNROLL_FOR (int j = 0; j < N; ++j)
-        *(device mhc::Pack<T, VEC>*)(dx + size_t(t) * size_t(N * C) + j * C + c) = xv[at * N + j];
-      if (!NORM) *(device mhc::Pack<T, VEC>*)(dy + size_t(t) * size_t(C) + c) = yv;
+      if (NORM && !CACHED) mhc::store_floats<VEC>(mhc::at(dweight, c), g_weight[0], DWEIGHT_ALIGNED);
+      UNROLL_FOR (int j = 0; j < N; ++j) mhc::store(mhc::at(dx_row, j * C + c), xv[at * N + j]);
+      if (!NORM) mhc::store(mhc::at((device T*)dy + size_t(t) * size_t(C), c), yv);  // an absent dy is one of floats
     }
   }
   if (POST_PER_TOKEN) {
-    mhc::group_sum<N, THREADS>(g_post, scratch, dh_post + size_t(t) * N, tid);
+    mhc::group_sum<N, THREADS>(g_post, scratch, dh_post + size_t(t) * N, uint(lane_tid));
     UNROLL_FOR (int i = 0; i < N; ++i) g_post[i] = 0.0f;
   }
   if (RES_PER_TOKEN) {
-    mhc::group_sum<N * N, THREADS>(g_res, scratch, dh_res + size_t(t) * (N * N), tid);
+    mhc::group_sum<N * N, THREADS>(g_res, scratch, dh_res + size_t(t) * (N * N), uint(lane_tid));
     UNROLL_FOR (int i = 0; i < N * N; ++i) g_res[i] = 0.0f;
   }
 }
@@ -188,9 +195,11 @@ if (NORM && CACHED) {
   UNROLL_FOR (int k = 0; k < CACHED_PASSES; ++k) {
     const int c = (k * THREADS + int(tid)) * VEC;
     if (c < C) {
+      float sums_of_pack[VEC];
       UNROLL_FOR (int e = 0; e < VEC; ++e)
-        group_partial[WEIGHT_AT + c + e] = DWEIGHT_IN_THREADGROUP ? dweight_sums[(k * VEC + e) * THREADS + int(tid)]
-                                                                  : g_weight[DWEIGHT_IN_THREADGROUP ? 0 : k * VEC + e];
+        sums_of_pack[e] = DWEIGHT_IN_THREADGROUP ? dweight_sums[(k * VEC + e) * THREADS + int(tid)]
+                                                 : g_weight[DWEIGHT_IN_THREADGROUP ? 0 : k][e];
+      mhc::store_floats<VEC>(dweight + c, sums_of_pack, DWEIGHT_ALIGNED);
     }
   }
 }

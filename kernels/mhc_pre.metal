@@ -43,7 +43,6 @@ static_assert(U_SIMDGROUPS == 1 || SIMDS * U_PACKS * 32 <= SLICES * TILE_TOKENS 
 threadgroup float sums[SLICES * TILE_TOKENS * PITCH];
 threadgroup float pre[TILE_TOKENS * N];
 threadgroup float mix[PROJECT ? TILE_TOKENS * N * N : 1];
-const int lane = int(thread_index_in_simdgroup);
 const int simd = int(simdgroup_index_in_threadgroup);
 const int slice = simd % SLICES,
           first_row = simd / SLICES * TILES * 8;  // the simdgroup's tokens begin at first_row of the tile
@@ -54,9 +53,10 @@ const bool x_and_phi_aligned = mhc::runs_aligned<T, PHI_T>(x, phi, K);
 const int logit_begin = int(threadgroup_position_in_grid.x % SPLITS) * LOGITS_PER_GROUP;
 const int logit_end = logit_begin + LOGITS_PER_GROUP < NUM_LOGITS ? logit_begin + LOGITS_PER_GROUP : NUM_LOGITS;
 
-const mhc::Runs runs = {tokens, K, 32 * slice, 32 * SLICES, lane, simd};
 const uint token_stride = threadgroups_per_grid.x / SPLITS * TILE_TOKENS;
 for (uint first = threadgroup_position_in_grid.x / SPLITS * TILE_TOKENS; first < tokens; first += token_stride) {
+  const int lane = mhc::each_turn(int(thread_index_in_simdgroup), first >> 31);
+  const mhc::Runs runs = {tokens, K, 32 * slice, 32 * SLICES, lane, simd};
   const int count = tokens - first < uint(TILE_TOKENS) ? int(tokens - first) : TILE_TOKENS;
   for (int o0 = logit_begin; o0 < logit_end; o0 += LOGITS_AT_ONCE) {
     // sum = phi @ vec(x), squares = sum(x ** 2), over the runs of a slice

@@ -44,6 +44,7 @@ const int simd = int(simdgroup_index_in_threadgroup);
 const uint group_begin = threadgroup_position_in_grid.x * (BATCH * SIMDS);
 const int C = x_shape[2], K = N * C;
 const uint tokens = x_shape[0];
+const uint zero = tokens >> 31;  // the compiler does not know that it is 0
 const bool aligned = mhc::is_aligned<VEC>(x) && mhc::is_aligned<VEC>(du);
 const bool weight_aligned = mhc::is_aligned<VEC>(weight);
 const mhc::LaneLogit logit = mhc::lane_logit<N, NUM_LOGITS, 2 * N, COLUMNS>(alpha, bias, lane);
@@ -79,8 +80,8 @@ for (uint first = group_begin; first < tokens; first += threadgroups_per_grid.x 
       if (c < C) {
         float w[VEC];
         mhc::load_streams<N>(xv[at], row, C, c, aligned);
-        const mhc::Pack<T, VEC> d = mhc::load<T, VEC>(du_row + c, aligned);
-        mhc::load_floats<VEC>(w, weight + c, weight_aligned);
+        const mhc::Pack<T, VEC> d = mhc::load<T, VEC>(mhc::at(du_row, c), aligned);
+        mhc::load_floats<VEC>(w, mhc::at(weight, c), weight_aligned);
         mhc::add_norm_dots(dots, pre, xv[at], d, w);
       }
     }
@@ -95,17 +96,18 @@ for (uint first = group_begin; first < tokens; first += threadgroups_per_grid.x 
       const int c = (k * THREADS + tid) * VEC, at = CACHED ? k : 0;
       if (c < C) {
         float w[VEC];
-        mhc::Pack<T, VEC> d = mhc::load<T, VEC>(du_row + c, aligned);
+        mhc::Pack<T, VEC> d = mhc::load<T, VEC>(mhc::at(du_row, c), aligned);
         if (!CACHED) {
           mhc::load_streams<N>(xv[at], row, C, c, aligned);
-          if (i > 0 || first != group_begin) mhc::load_floats<VEC>(dweight[at], dweight_sums + c, PARTIAL_ALIGNED);
+          if (i > 0 || first != group_begin)
+            mhc::load_floats<VEC>(dweight[at], mhc::at(dweight_sums, c), PARTIAL_ALIGNED);
           else
             UNROLL_FOR (int e = 0; e < VEC; ++e) dweight[at][e] = 0.0f;
         }
-        mhc::load_floats<VEC>(w, weight + c, weight_aligned);
-        mhc::norm_gradient(d, dweight[at], pre, xv[at], w, r, slope);
-        *(device mhc::Pack<T, VEC>*)(dread + t * size_t(C) + c) = d;
-        if (!CACHED) mhc::store_floats<VEC>(dweight_sums + c, dweight[at], PARTIAL_ALIGNED);
+        mhc::load_floats<VEC>(w, mhc::at(weight, c), weight_aligned);
+        mhc::norm_gradient(d, dweight[at], pre, xv[at], w, r, slope, zero);
+        mhc::store(mhc::at(dread + t * size_t(C), c), d);
+        if (!CACHED) mhc::store_floats<VEC>(mhc::at(dweight_sums, c), dweight[at], PARTIAL_ALIGNED);
       }
     }
 
@@ -131,5 +133,5 @@ if constexpr (SIMDS > 1) {
 if (simd == 0) mhc::store_logit_sums<NUM_LOGITS>(sums, group_partial, lane);
 UNROLL_FOR (int k = 0; k < CACHED_PASSES && CACHED; ++k) {
   const int c = (k * THREADS + tid) * VEC;
-  if (c < C) mhc::store_floats<VEC>(dweight_sums + c, dweight[k], PARTIAL_ALIGNED);
+  if (c < C) mhc::store_floats<VEC>(mhc::at(dweight_sums, c), dweight[k], PARTIAL_ALIGNED);
 }

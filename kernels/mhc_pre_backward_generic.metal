@@ -31,7 +31,7 @@ constexpr bool HEAD = NUM_LOGITS == N;
 constexpr int NUM_GATE_LOGITS = HEAD ? N : 2 * N;
 constexpr int NUM_RES_LOGITS = NUM_LOGITS - NUM_GATE_LOGITS;
 constexpr int STREAM_UNROLL = N <= 8 ? N : 1;
-threadgroup mhc::Pack<float, TILE> dps[NUM_LOGITS];  // dps[o].v[i] = dz, then dp, of logit o and token i
+threadgroup mhc::Floats<TILE> dps[NUM_LOGITS];  // dps[o].v[i] = dz, then dp, of logit o and token i
 threadgroup float pre[TILE * N];
 threadgroup float inverse_rms[TILE];  // inverse_rms[i] = r of token i
 threadgroup float slopes[TILE];
@@ -189,7 +189,7 @@ for (uint tile = tile_group; tile < tiles; tile += threadgroups_per_grid.x / SPL
 #pragma unroll 2
       for (int o = 0; o < NUM_LOGITS; ++o, column += K) {
         mhc::load_floats<VEC>(p, column, phi_aligned);
-        const mhc::Pack<float, TILE> g = dps[o];
+        const mhc::Floats<TILE> g = dps[o];
         UNROLL_FOR (int i = 0; i < TILE; ++i) {
           UNROLL_FOR (int e = 0; e < VEC; ++e) acc[i * VEC + e] += g.v[i] * p[e];
         }
@@ -201,12 +201,12 @@ for (uint tile = tile_group; tile < tiles; tile += threadgroups_per_grid.x / SPL
           mhc::load_floats<VEC>(v, x + at, x_aligned);
           float passed[VEC] = {};
           if (HAS_DX_OUT) mhc::load_floats<VEC>(passed, dx_out + at, mhc::is_aligned<VEC>(dx_out));
-          mhc::Pack<T, VEC> packed;
+          mhc::Pack<T, VEC> packed = {};
           UNROLL_FOR (int e = 0; e < VEC; ++e) {
             const float from_u = HAS_DU ? pre[i * N + j] * d[i * VEC + e] : 0.0f;
-            packed.v[e] = static_cast<T>(acc[i * VEC + e] + pull[i] * v[e] + from_u + passed[e]);
+            mhc::set_element(packed, e, static_cast<T>(acc[i * VEC + e] + pull[i] * v[e] + from_u + passed[e]));
           }
-          *(device mhc::Pack<T, VEC>*)(dx + at) = packed;
+          mhc::store(dx + at, packed);
         }
       }
     }

@@ -10,7 +10,7 @@
 constexpr int STAGE = 64;  // tokens whose dp lies in threadgroup memory at once
 constexpr int LOGIT_BLOCKS = (NUM_LOGITS + LOGITS_PER_THREAD - 1) / LOGITS_PER_THREAD;
 constexpr int DP_PACKS = (LOGITS_PER_THREAD + 3) / 4;
-threadgroup mhc::Pack<float, 4> dps[STAGE * DP_PACKS];
+threadgroup mhc::Floats<4> dps[STAGE * DP_PACKS];
 const int tid = int(thread_position_in_threadgroup.x);
 const int K = N * x_shape[2];
 const uint tokens = x_shape[0];
@@ -42,7 +42,7 @@ for (uint t0 = begin; t0 < end; t0 += STAGE) {
       float v[VEC];
       mhc::load_floats<VEC>(v, row + size_t(i) * size_t(K), x_aligned);
       UNROLL_FOR (int q = 0; q < DP_PACKS; ++q) {
-        const mhc::Pack<float, 4> g = dps[i * DP_PACKS + q];
+        const mhc::Floats<4> g = dps[i * DP_PACKS + q];
         UNROLL_FOR (int o = 4 * q; o < 4 * q + 4 && o < LOGITS_PER_THREAD; ++o) {
           UNROLL_FOR (int e = 0; e < VEC; ++e) acc[o * VEC + e] += g.v[o - 4 * q] * v[e];
         }

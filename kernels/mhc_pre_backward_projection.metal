@@ -114,9 +114,8 @@ for (uint base = begin; base < end; base += STAGE) {
   }
 }
 
-uint id =
-    threadgroup_position_in_grid.x;  // computed once more: what follows would otherwise occupy registers in the loop
-STAY_PACKED(id);
+// what follows would otherwise occupy registers in the loop
+const uint id = mhc::after_loop(threadgroup_position_in_grid.x);
 const int u = int(id % groups_per_chunk) * SIMDS + int(simdgroup_index_in_threadgroup), c = u % spans_per_stream * SPAN;
 mhc::store_dphi(sums,
                 partial +

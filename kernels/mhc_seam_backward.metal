@@ -24,20 +24,24 @@ threadgroup float post[N];
 threadgroup float mix[N * N];  // mix[j * N + i] = h_res[i, j]
 threadgroup float sums[4 * SIMDS];
 threadgroup float scratch[N * N * SIMDS];
-const uint tid = thread_position_in_threadgroup.x;
 const int C = x_shape[2];
 const uint tokens = x_shape[0];
+const uint zero = tokens >> 31;  // the compiler does not know that it is 0
 const bool aligned =
     mhc::is_aligned<VEC>(x) && mhc::is_aligned<VEC>(y) && mhc::is_aligned<VEC>(dout) && mhc::is_aligned<VEC>(du);
 const auto group_partial = partial + size_t(threadgroup_position_in_grid.x) * size_t(C);
-float g_weight[CACHED_PASSES * VEC] = {};
+float g_weight[CACHED_PASSES][VEC] = {};
 mhc::Pack<T, VEC> xv[CACHED_PASSES * N], yv[CACHED_PASSES], dv[CACHED_PASSES];
 
 int parity = 0;
 for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_grid.x) {
+  const uint tid = uint(mhc::each_turn(int(thread_position_in_threadgroup.x), t >> 31));
   const auto row = x + size_t(t) * size_t(N * C);
   const auto dout_row = dout + size_t(t) * size_t(N * C);
-  const size_t base = size_t(t) * size_t(C);
+  const auto y_row = y + size_t(t) * size_t(C);
+  const auto du_row = du + size_t(t) * size_t(C);
+  const auto dx_row = dx + size_t(t) * size_t(N * C);
+  const auto dy_row = dy + size_t(t) * size_t(C);
   // group_sum ended with a barrier: the last token's coefficients are no longer read
   mhc::load_gates<N, THREADS, false, false>(h_pre + size_t(t) * N, pre, params, tid);
   mhc::load_gates<N, THREADS, false, true>(h_post + size_t(t) * N, post, params, tid);
@@ -51,18 +55,18 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     float dots[2] = {};
 #pragma unroll CACHED_PASSES
     for (int k = 0; k < PASSES; ++k) {
-      const int c = (k * THREADS + int(tid)) * VEC, at = CACHED ? k : 0;
+      const int c = mhc::each_turn((k * THREADS + int(tid)) * VEC, (t + uint(k)) >> 31), at = CACHED ? k : 0;
       if (c < C) {
         mhc::load_streams<N>(xv + at * N, row, C, c, aligned);
-        yv[at] = mhc::load<T, VEC>(y + base + c, aligned);
-        dv[at] = mhc::load<T, VEC>(du + base + c, aligned);
+        yv[at] = mhc::load<T, VEC>(mhc::at(y_row, c), aligned);
+        dv[at] = mhc::load<T, VEC>(mhc::at(du_row, c), aligned);
         UNROLL_FOR (int e = 0; e < VEC; ++e) {
           float xs[N], out[N];
-          UNROLL_FOR (int j = 0; j < N; ++j) xs[j] = static_cast<float>(xv[at * N + j].v[e]);
-          float u = mhc::seam_channel<N, T>(out, xs, static_cast<float>(yv[at].v[e]), pre, post, mix);
+          UNROLL_FOR (int j = 0; j < N; ++j) xs[j] = mhc::float_of(xv[at * N + j], e);
+          float u = mhc::seam_channel<N, T>(out, xs, mhc::float_of(yv[at], e), pre, post, mix);
           if (ROUND_U) u = static_cast<float>(static_cast<T>(u));
           dots[0] += u * u;
-          dots[1] += static_cast<float>(dv[at].v[e]) * u * static_cast<float>(weight[c + e]);
+          dots[1] += mhc::float_of(dv[at], e) * u * static_cast<float>(*mhc::at(weight, c + e));
         }
       }
     }
@@ -74,42 +78,49 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
 
 #pragma unroll CACHED_PASSES
   for (int k = 0; k < PASSES; ++k) {
-    const int c = (k * THREADS + int(tid)) * VEC, at = CACHED ? k : 0;
+    const int c = mhc::each_turn((k * THREADS + int(tid)) * VEC, (t + uint(k)) >> 31), at = CACHED ? k : 0;
     if (c < C) {
       mhc::Pack<T, VEC> ov[N];
       mhc::load_streams<N>(ov, dout_row, C, c, aligned);
       if (!NORM || !CACHED) {
         mhc::load_streams<N>(xv + at * N, row, C, c, aligned);
-        yv[at] = mhc::load<T, VEC>(y + base + c, aligned);
-        dv[at] = mhc::load<T, VEC>(du + base + c, aligned);
+        yv[at] = mhc::load<T, VEC>(mhc::at(y_row, c), aligned);
+        dv[at] = mhc::load<T, VEC>(mhc::at(du_row, c), aligned);
       }
       UNROLL_FOR (int e = 0; e < VEC; ++e) {
         if (NORM) {
           UNROLL_FOR (int j = 0; j < N; ++j) {
-            STAY_PACKED(xv[at * N + j]);
+            mhc::stay_packed(xv[at * N + j], e, zero);
           }
         }
         float xs[N], out[N], douts[N], dxs[N];
-        const float ys = static_cast<float>(yv[at].v[e]);
+        const float ys = mhc::float_of(yv[at], e);
         UNROLL_FOR (int j = 0; j < N; ++j) {
-          xs[j] = static_cast<float>(xv[at * N + j].v[e]);
-          douts[j] = static_cast<float>(ov[j].v[e]);
+          xs[j] = mhc::float_of(xv[at * N + j], e);
+          douts[j] = mhc::float_of(ov[j], e);
         }
-        float u = mhc::seam_channel<N, T>(out, xs, ys, pre, post, mix), da = static_cast<float>(dv[at].v[e]);
+        float u = mhc::seam_channel<N, T>(out, xs, ys, pre, post, mix), da = mhc::float_of(dv[at], e);
         if (NORM) {
           if (ROUND_U) u = static_cast<float>(static_cast<T>(u));
           const float normed = u * r, d = da * (ROUND_U ? static_cast<float>(static_cast<T>(normed)) : normed);
-          if (CACHED) g_weight[at * VEC + e] += d;  // without CACHED the column of partial is the running sum
-          else group_partial[c + e] = (t < threadgroups_per_grid.x ? 0.0f : group_partial[c + e]) + d;
-          da = r * (da * static_cast<float>(weight[c + e]) - u * slope);
+          g_weight[at][e] += d;
+          da = r * (da * static_cast<float>(*mhc::at(weight, c + e)) - u * slope);
         }
-        yv[at].v[e] =
-            static_cast<T>(mhc::seam_channel_gradient(dxs, gradients, xs, ys, out, douts, da, pre, post, mix));
-        UNROLL_FOR (int j = 0; j < N; ++j) xv[at * N + j].v[e] = static_cast<T>(dxs[j]);
+        const float dys = mhc::seam_channel_gradient(dxs, gradients, xs, ys, out, douts, da, pre, post, mix);
+        mhc::set_element(yv[at], e, static_cast<T>(dys));
+        UNROLL_FOR (int j = 0; j < N; ++j) mhc::set_element(xv[at * N + j], e, static_cast<T>(dxs[j]));
       }
-      UNROLL_FOR (int j = 0; j < N; ++j)
-        *(device mhc::Pack<T, VEC>*)(dx + size_t(t) * size_t(N * C) + j * C + c) = xv[at * N + j];
-      *(device mhc::Pack<T, VEC>*)(dy + base + c) = yv[at];
+      if (NORM && !CACHED) {  // the columns of partial are the running sums
+        float last[VEC] = {};
+        if (t >= threadgroups_per_grid.x) mhc::load_floats<VEC>(last, mhc::at(group_partial, c), true);
+        UNROLL_FOR (int e = 0; e < VEC; ++e) {
+          last[e] += g_weight[at][e];
+          g_weight[at][e] = 0.0f;
+        }
+        mhc::store_floats<VEC>(mhc::at(group_partial, c), last, true);
+      }
+      UNROLL_FOR (int j = 0; j < N; ++j) mhc::store(mhc::at(dx_row, j * C + c), xv[at * N + j]);
+      mhc::store(mhc::at(dy_row, c), yv[at]);
     }
   }
   mhc::group_sum<N, THREADS>(gradients.dh_pre, scratch, dh_pre + size_t(t) * N, tid);
@@ -118,10 +129,9 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
 }
 
 if (NORM && CACHED) {
+  const uint tid = thread_position_in_threadgroup.x;
   UNROLL_FOR (int k = 0; k < CACHED_PASSES; ++k) {
     const int c = (k * THREADS + int(tid)) * VEC;
-    if (c < C) {
-      UNROLL_FOR (int e = 0; e < VEC; ++e) group_partial[c + e] = g_weight[k * VEC + e];
-    }
+    if (c < C) mhc::store_floats<VEC>(group_partial + c, g_weight[k], true);
   }
 }

@@ -70,6 +70,11 @@ def pytest_terminal_summary(terminalreporter):
         line = f"nvrtc: slowest {slowest[0]} {figures[slowest]['seconds']:.1f} s, "
         line += f"most registers {most[0]} {figures[most]['registers']}"
         terminalreporter.write_line(line)
+    if "proof.optimiser.measure" in sys.modules and sys.modules["proof.optimiser.measure"].made:
+        made = sys.modules["proof.optimiser.measure"].made
+        most = max(made, key=lambda v: made[v].registers)
+        line = f"optimiser: {len(made)} variants, most registers {most.body} {made[most].registers}"
+        terminalreporter.write_line(f"{line}, {made[most].spills} spilled at 128")
     terminalreporter.write_line(
         f"kernels on this machine: {launch.backend() or 'none'}, MLX {mx.__version__}"
     )

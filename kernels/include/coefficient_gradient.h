@@ -12,7 +12,7 @@ struct LaneLogit {
   float alpha, bias;
 };
 template <int N, int NUM_LOGITS, int NUM_GATE_LOGITS, bool COLUMNS, typename A, typename B>
-inline LaneLogit lane_logit(A alpha, B bias, int lane) {
+METAL_FUNC LaneLogit lane_logit(A alpha, B bias, int lane) {
   const int o = lane < NUM_LOGITS ? lane : 0, part = part_of<N>(o), entry = part == 2 ? o - NUM_GATE_LOGITS : 0;
   return {o,
           part,
@@ -27,7 +27,7 @@ inline LaneLogit lane_logit(A alpha, B bias, int lane) {
 // z = alpha l + bias;   s = sigmoid(z);   h_pre = s + pre_eps
 struct TokenLogit { float l, scale, z, s, h_pre; };
 template <int NUM_LOGITS, typename L, typename Q>
-inline TokenLogit token_logit(const thread LaneLogit& logit, L l, Q params) {
+METAL_FUNC TokenLogit token_logit(const thread LaneLogit& logit, L l, Q params) {
   const float value = static_cast<float>(l[logit.o]), z = logit.alpha * value + logit.bias, s = sigmoid(z);
   return {value, static_cast<float>(l[NUM_LOGITS]), z, s, s + static_cast<float>(params[param::PRE_EPS])};
 }
@@ -35,8 +35,8 @@ inline TokenLogit token_logit(const thread LaneLogit& logit, L l, Q params) {
 // Returns the cotangent of s, dh_pre (the argument) or post_scale dh_post, or for a logit of h_res that of z, dz_res.
 // PROJECT: the lanes from first_lane on hold the lines of dz_res in g_res.
 template <int N, int NUM_RES_LOGITS, bool HEAD, bool PROJECT, typename H, typename Z, typename Q>
-inline float logit_cotangent(const thread LaneLogit& logit, float dh_pre, H dh_post, Z dz_res,
-                             thread const float (&g_res)[N], int first_lane, Q params) {
+METAL_FUNC float logit_cotangent(const thread LaneLogit& logit, float dh_pre, H dh_post, Z dz_res,
+                                 thread const float (&g_res)[N], int first_lane, Q params) {
   float cotangent = dh_pre;
   UNROLL_FOR (int j = 0; j < N && PROJECT; ++j) {
     const float v = simd_shuffle(g_res[j], ushort(first_lane + logit.line));
@@ -54,8 +54,8 @@ struct LogitSums { float dz, dz_l; };
 // dz = cotangent s sigmoid(-z), for a logit of h_res dz = cotangent;   dp = alpha scale dz;
 // pull = -scale sum(dp l) / K;   factors = h_pre, pull
 template <int N, int NUM_LOGITS, typename O, typename F>
-inline void finish_token(thread LogitSums& sums, const thread LaneLogit& logit, const thread TokenLogit& token,
-                         float cotangent, int K, O dp, F factors, int lane) {
+METAL_FUNC void finish_token(thread LogitSums& sums, const thread LaneLogit& logit, const thread TokenLogit& token,
+                             float cotangent, int K, O dp, F factors, int lane) {
   const float slope = logit.part == 2 ? 1.0f : token.s * sigmoid(-token.z);
   const float dz = lane < NUM_LOGITS ? slope * cotangent : 0.0f;
   sums.dz += dz;
@@ -67,7 +67,7 @@ inline void finish_token(thread LogitSums& sums, const thread LaneLogit& logit, 
   if (lane == 0) factors[N] = pull;
 }
 
-template <int NUM_LOGITS, typename O> inline void store_logit_sums(const thread LogitSums& sums, O to, int lane) {
+template <int NUM_LOGITS, typename O> METAL_FUNC void store_logit_sums(const thread LogitSums& sums, O to, int lane) {
   if (lane < NUM_LOGITS) {
     to[lane] = sums.dz;
     to[NUM_LOGITS + lane] = sums.dz_l;

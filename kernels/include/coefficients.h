@@ -7,7 +7,7 @@ namespace mhc {
 //   scale = rsqrt(x_dot_x / K + norm_eps);   l = scale * product;   z = alpha l + bias
 // SAVE_LOGITS: l[o] = l and l[NUM_LOGITS] = scale are saved.
 template <int N, int NUM_LOGITS, bool SAVE_LOGITS, typename A, typename B, typename Q, typename O>
-inline float finish_logit(int o, float product, float x_dot_x, int K, A alpha, B bias, Q params, O l) {
+METAL_FUNC float finish_logit(int o, float product, float x_dot_x, int K, A alpha, B bias, Q params, O l) {
   const int part = part_of<N>(o);
   const float scale =
       metal::precise::rsqrt(x_dot_x / static_cast<float>(K) + static_cast<float>(params[param::NORM_EPS]));
@@ -21,7 +21,7 @@ inline float finish_logit(int o, float product, float x_dot_x, int K, A alpha, B
 // Row w of sums, PITCH floats, = the sum of a token's runs w, w + SLICES, ...; these are the runs of slice w in
 // mhc_pre.
 template <int PITCH, int SLICES, int THREADS, typename S, typename P>
-inline void add_runs(S sums, P runs, int num_runs, int tid) {
+METAL_FUNC void add_runs(S sums, P runs, int num_runs, int tid) {
   for (int q = tid; q < SLICES * PITCH; q += THREADS) {
     float s = 0.0f;
 #pragma unroll 8
@@ -32,7 +32,7 @@ inline void add_runs(S sums, P runs, int num_runs, int tid) {
 
 // Adds column o over the slices, and sum(x ** 2), whose four shares follow the NUM_LOGITS columns.
 struct SliceSums { float product, x_dot_x; };
-template <int NUM_LOGITS, int SLICES, typename S> inline SliceSums add_slices(S sums, int o) {
+template <int NUM_LOGITS, int SLICES, typename S> METAL_FUNC SliceSums add_slices(S sums, int o) {
   SliceSums found = {0.0f, 0.0f};
   UNROLL_FOR (int w = 0; w < SLICES; ++w) {
     const int row = w * (NUM_LOGITS + 4), at = row + NUM_LOGITS;
@@ -47,11 +47,13 @@ template <typename L, typename B> struct Logits {
   L l;
   B bias;
   float alpha;
-  inline float operator[](uint i) const thread {
+  METAL_FUNC float operator[](uint i) const thread {
     return alpha * static_cast<float>(l[i]) + static_cast<float>(bias[i]);
   }
 };
-template <typename L, typename B> inline Logits<L, B> logits_of(L l, B bias, float alpha) { return {l, bias, alpha}; }
+template <typename L, typename B> METAL_FUNC Logits<L, B> logits_of(L l, B bias, float alpha) {
+  return {l, bias, alpha};
+}
 
 // So many lanes project a token's N x N logits, N <= 8: one lane holds four lines if it need not return to the logits.
 constexpr int projection_lanes(int n, int start, int iters) {
@@ -61,7 +63,7 @@ constexpr int projection_lanes(int n, int start, int iters) {
 // h_res = sinkhorn_knopp of the logits at z, written by lanes in_range. COLUMNS: lines are columns of the logits, and
 // OUT_COLUMNS: line i becomes column i of h_res.
 template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, typename S, typename O>
-inline void project_token(S z, O h_res, bool in_range, float eps, int simd_lane) {
+METAL_FUNC void project_token(S z, O h_res, bool in_range, float eps, int simd_lane) {
   if constexpr (N == 1 || projection_lanes(N, START, ITERS) == 1) {
     float p[N][N];
     UNROLL_FOR (int q = 0; q < N * N; ++q) p[q / N][q % N] = z[COLUMNS ? q % N * N + q / N : q];
@@ -78,7 +80,7 @@ inline void project_token(S z, O h_res, bool in_range, float eps, int simd_lane)
 // one behind the other. The last simdgroups project, and the others may go on.
 template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, int SIMDS, int TILE_TOKENS, typename S,
           typename O>
-inline void project_tile(S z, O h_res, uint first, uint tokens, float eps, int simd, int lane) {
+METAL_FUNC void project_tile(S z, O h_res, uint first, uint tokens, float eps, int simd, int lane) {
   constexpr int LANES = projection_lanes(N, START, ITERS);
   for (int m0 = (SIMDS - 1 - simd) * (32 / LANES); m0 < TILE_TOKENS; m0 += SIMDS * (32 / LANES)) {
     const int m = m0 + lane / LANES;

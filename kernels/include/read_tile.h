@@ -9,20 +9,21 @@ constexpr int packs_at_once(int n) { return n <= 2 ? 4 : n <= 4 ? 2 : 1; }  // a
 // o[k] += sum_j pre[j] x[j], of a lane's VEC channels of PACKS_AT_ONCE packs that lie 32 * VEC channels apart. With N
 // <= 8 all streams are loaded before the first is used, otherwise one by one. LAST: x is not read again soon.
 template <bool LAST, int N, typename T, int PACKS_AT_ONCE, int VEC, typename X, typename S>
-inline void read_streams(thread float (&o)[PACKS_AT_ONCE][VEC], X x, S pre, int C) {
+METAL_FUNC void read_streams(thread float (&o)[PACKS_AT_ONCE][VEC], X x, S pre, int C) {
   constexpr int STREAMS_AT_ONCE = N <= 8 ? N : 1;
 #pragma unroll 1
   for (int j0 = 0; j0 < N; j0 += STREAMS_AT_ONCE) {
     Pack<T, VEC> v[PACKS_AT_ONCE][STREAMS_AT_ONCE];
     UNROLL_FOR (int k = 0; k < PACKS_AT_ONCE; ++k) {
       UNROLL_FOR (int j = 0; j < STREAMS_AT_ONCE; ++j) {
-        const auto from = packs<VEC>(x + ((j0 + j) * C + k * 32 * VEC));
-        v[k][j] = LAST ? LOAD_STREAMING(from) : *from;
+        const auto from = at(x, (j0 + j) * C + k * 32 * VEC);
+        if constexpr (LAST) v[k][j] = load_last<VEC>(from);
+        else v[k][j] = load_aligned<VEC>(from);
       }
     }
     UNROLL_FOR (int k = 0; k < PACKS_AT_ONCE; ++k) {
       UNROLL_FOR (int j = 0; j < STREAMS_AT_ONCE; ++j) {
-        UNROLL_FOR (int e = 0; e < VEC; ++e) o[k][e] += pre[j0 + j] * static_cast<float>(v[k][j].v[e]);
+        UNROLL_FOR (int e = 0; e < VEC; ++e) o[k][e] += pre[j0 + j] * float_of(v[k][j], e);
       }
     }
   }
@@ -30,7 +31,7 @@ inline void read_streams(thread float (&o)[PACKS_AT_ONCE][VEC], X x, S pre, int 
 
 // o[k] += sum_j pre[j] x[j] as read_streams computes it, for the first `remaining` channels, at any alignment.
 template <int N, typename T, int PACKS_AT_ONCE, int VEC, typename X, typename S>
-inline void read_ragged(thread float (&o)[PACKS_AT_ONCE][VEC], X x, S pre, int C, int remaining, bool aligned) {
+METAL_FUNC void read_ragged(thread float (&o)[PACKS_AT_ONCE][VEC], X x, S pre, int C, int remaining, bool aligned) {
   constexpr int STREAMS_AT_ONCE = N <= 8 ? N : 1;
   UNROLL_FOR (int k = 0; k < PACKS_AT_ONCE; ++k) {
 #pragma unroll STREAMS_AT_ONCE
@@ -44,7 +45,7 @@ inline void read_ragged(thread float (&o)[PACKS_AT_ONCE][VEC], X x, S pre, int C
 
 // o[k] += sum_j pre[j] x[j] for the first `remaining` channels.
 template <bool LAST, int N, typename T, int PACKS_AT_ONCE, int VEC, typename X, typename S>
-inline void read_packs(thread float (&o)[PACKS_AT_ONCE][VEC], X x, S pre, int C, int remaining, bool aligned) {
+METAL_FUNC void read_packs(thread float (&o)[PACKS_AT_ONCE][VEC], X x, S pre, int C, int remaining, bool aligned) {
   if (!aligned || (PACKS_AT_ONCE - 1) * 32 * VEC >= remaining) read_ragged<N, T>(o, x, pre, C, remaining, aligned);
   else read_streams<LAST, N, T>(o, x, pre, C);
 }
@@ -52,7 +53,7 @@ inline void read_packs(thread float (&o)[PACKS_AT_ONCE][VEC], X x, S pre, int C,
 // u without a norm of the tile's first `count` tokens. Each of READERS simdgroups takes half a token at a time: the
 // smaller a piece is, the shorter the others wait for the last.
 template <int N, int VEC, int READERS, typename T, typename U, typename X, typename S>
-inline void read_tile(U u, X x, S pre, int count, int C, bool aligned, int simd, int lane) {
+METAL_FUNC void read_tile(U u, X x, S pre, int count, int C, bool aligned, int simd, int lane) {
   constexpr int PACKS = packs_at_once(N), STEP = PACKS * 32 * VEC;
   for (int q = simd; q < 2 * count; q += READERS) {
     const int i = q / 2;
@@ -61,9 +62,7 @@ inline void read_tile(U u, X x, S pre, int count, int C, bool aligned, int simd,
       read_packs<true, N, T>(o, x + (size_t(i) * size_t(N * C) + c0), pre + i * N, C, C - c0, aligned);
       UNROLL_FOR (int k = 0; k < PACKS; ++k) {
         const int c = c0 + k * 32 * VEC;
-        if (c < C)
-          STORE_STREAMING((device Pack<T, VEC>*)(u + size_t(i) * size_t(C) + c),
-                          (finish_u<false, false, T>(o[k], 1.0f, u, false)));
+        if (c < C) store_last(u + (size_t(i) * size_t(C) + c), (finish_u<false, false, T>(o[k], 1.0f, u, false)));
       }
     }
   }
@@ -72,7 +71,8 @@ inline void read_tile(U u, X x, S pre, int count, int C, bool aligned, int simd,
 // u with a norm of these tokens. Each of READERS simdgroups takes a token at a time and makes u twice, first for its
 // squares.
 template <int N, int VEC, int READERS, typename T, typename U, typename X, typename S, typename W>
-inline void read_tile_twice(U u, X x, S pre, W weight, float eps, int count, int C, bool aligned, int simd, int lane) {
+METAL_FUNC void read_tile_twice(U u, X x, S pre, W weight, float eps, int count, int C, bool aligned, int simd,
+                                int lane) {
   constexpr int PACKS = packs_at_once(N), STEP = PACKS * 32 * VEC;
   const bool weight_aligned = is_aligned<VEC>(weight);
   for (int i = simd; i < count; i += READERS) {
@@ -90,8 +90,7 @@ inline void read_tile_twice(U u, X x, S pre, W weight, float eps, int count, int
       UNROLL_FOR (int k = 0; k < PACKS; ++k) {
         const int c = c0 + k * 32 * VEC;
         if (c < C)
-          STORE_STREAMING((device Pack<T, VEC>*)(u + size_t(i) * size_t(C) + c),
-                          (finish_u<true, false, T>(o[k], r, weight + c, weight_aligned)));
+          store_last(u + (size_t(i) * size_t(C) + c), (finish_u<true, false, T>(o[k], r, weight + c, weight_aligned)));
       }
     }
   }
@@ -102,8 +101,8 @@ inline void read_tile_twice(U u, X x, S pre, W weight, float eps, int count, int
 // the order in which one simdgroup adds them. The tile has TILE_TOKENS places, and scratch SIMDS * U_PACKS * 32 floats.
 template <int N, int VEC, int READERS, int SIMDS, int SHARERS, int U_PACKS, int TILE_TOKENS, typename T, typename U,
           typename X, typename S, typename W>
-inline void read_tile_cached(U u, X x, S pre, W weight, S scratch, float eps, int count, int C, bool aligned, int simd,
-                             int lane) {
+METAL_FUNC void read_tile_cached(U u, X x, S pre, W weight, S scratch, float eps, int count, int C, bool aligned,
+                                 int simd, int lane) {
   constexpr int PACKS = packs_at_once(N), TEAMS = SHARERS > 1 ? SIMDS / SHARERS : READERS;
   const int team = simd / SHARERS, c0 = (simd % SHARERS * U_PACKS * 32 + lane) * VEC;
   const bool weight_aligned = is_aligned<VEC>(weight);
@@ -130,8 +129,8 @@ inline void read_tile_cached(U u, X x, S pre, W weight, S scratch, float eps, in
     UNROLL_FOR (int k = 0; k < U_PACKS; ++k) {
       const int c = c0 + k * 32 * VEC;
       if (in_range && c < C)
-        STORE_STREAMING((device Pack<T, VEC>*)(u + size_t(i) * size_t(C) + c),
-                        (finish_u<true, false, T>(o[k / PACKS][k % PACKS], r, weight + c, weight_aligned)));
+        store_last(u + (size_t(i) * size_t(C) + c),
+                   (finish_u<true, false, T>(o[k / PACKS][k % PACKS], r, weight + c, weight_aligned)));
     }
   }
 }

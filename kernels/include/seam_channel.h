@@ -9,33 +9,32 @@ namespace mhc {
 // mix[j * N + i] = h_res[i, j].
 template <bool WRITE_BACK, bool WRITE_OUT, bool ROUND, int N, typename T, int VEC, typename X, typename Y, typename O,
           typename S>
-inline void seam_pack(thread float (&u)[VEC], X x, Y y, O out, uint t, int c, S pre, S post, S mix, int C,
-                      bool x_aligned, bool y_aligned) {
+METAL_FUNC void seam_pack(thread float (&u)[VEC], X x, Y y, O out, uint t, int c, S pre, S post, S mix, int C,
+                          bool x_aligned, bool y_aligned) {
   const size_t base = size_t(t) * size_t(N * C);
   if constexpr (WRITE_BACK) {
     constexpr int STREAM_UNROLL = N <= 8 ? N : 4;  // streams that are loaded before the first is used
     float acc[N * VEC];
-    const Pack<T, VEC> yv = load<T, VEC>(y + size_t(t) * size_t(C) + c, y_aligned);
+    const Pack<T, VEC> yv = load<T, VEC>(at(y + size_t(t) * size_t(C), c), y_aligned);
     UNROLL_FOR (int i = 0; i < N; ++i) {
-      UNROLL_FOR (int e = 0; e < VEC; ++e) acc[i * VEC + e] = post[i] * static_cast<float>(yv.v[e]);
+      UNROLL_FOR (int e = 0; e < VEC; ++e) acc[i * VEC + e] = post[i] * float_of(yv, e);
     }
 #pragma unroll STREAM_UNROLL
     for (int j = 0; j < N; ++j) {
-      const Pack<T, VEC> v = load<T, VEC>(x + base + j * C + c, x_aligned);
+      const Pack<T, VEC> v = load<T, VEC>(at(x + base, j * C + c), x_aligned);
       UNROLL_FOR (int i = 0; i < N; ++i) {
         const float m = mix[j * N + i];
-        UNROLL_FOR (int e = 0; e < VEC; ++e)
-          acc[i * VEC + e] = metal::fma(m, static_cast<float>(v.v[e]), acc[i * VEC + e]);
+        UNROLL_FOR (int e = 0; e < VEC; ++e) acc[i * VEC + e] = metal::fma(m, float_of(v, e), acc[i * VEC + e]);
       }
     }
     UNROLL_FOR (int e = 0; e < VEC; ++e) u[e] = 0.0f;
     UNROLL_FOR (int i = 0; i < N; ++i) {
-      Pack<T, VEC> o;
+      Pack<T, VEC> o = {};
       UNROLL_FOR (int e = 0; e < VEC; ++e) {
-        o.v[e] = static_cast<T>(acc[i * VEC + e]);
-        u[e] = metal::fma(pre[i], static_cast<float>(o.v[e]), u[e]);
+        set_element(o, e, static_cast<T>(acc[i * VEC + e]));
+        u[e] = metal::fma(pre[i], float_of(o, e), u[e]);
       }
-      if (WRITE_OUT) *(device Pack<T, VEC>*)(out + base + i * C + c) = o;
+      if (WRITE_OUT) store(at(out + base, i * C + c), o);
     }
   } else {
     read_pack<N, T>(u, x + base + c, pre, C, x_aligned);
@@ -47,7 +46,7 @@ inline void seam_pack(thread float (&u)[VEC], X x, Y y, O out, uint t, int c, S 
 // One channel of it in registers: out, and the u that is returned. The products are added in the steps and the order of
 // seam_pack, so that both round ties alike.
 template <int N, typename T, typename S>
-inline float seam_channel(thread float (&out)[N], thread const float (&x)[N], float y, S pre, S post, S mix) {
+METAL_FUNC float seam_channel(thread float (&out)[N], thread const float (&x)[N], float y, S pre, S post, S mix) {
   float u = 0.0f;
   UNROLL_FOR (int i = 0; i < N; ++i) {
     float o = post[i] * y;
@@ -65,9 +64,9 @@ template <int N> struct SeamSums { float dh_pre[N], dh_post[N], dh_res[N * N]; }
 // dx[j] = sum_i h_res[i, j] ds[i];   returns dy = sum_i h_post[i] ds[i];
 // dh_pre[i] += du out[i];   dh_post[i] += ds[i] y;   dh_res[i, j] += ds[i] x[j]
 template <int N, typename S>
-inline float seam_channel_gradient(thread float (&dx)[N], thread SeamSums<N>& sums, thread const float (&x)[N], float y,
-                                   thread const float (&out)[N], thread const float (&dout)[N], float du, S pre, S post,
-                                   S mix) {
+METAL_FUNC float seam_channel_gradient(thread float (&dx)[N], thread SeamSums<N>& sums, thread const float (&x)[N],
+                                       float y, thread const float (&out)[N], thread const float (&dout)[N], float du,
+                                       S pre, S post, S mix) {
   float ds[N], dy = 0.0f;
   UNROLL_FOR (int i = 0; i < N; ++i) {
     ds[i] = dout[i] + pre[i] * du;

@@ -11,15 +11,16 @@ constexpr int matrix_lanes(int n) {
 // A difference of logits beyond float32 becomes the least number that float32 holds, since the sum across may have no
 // other term. NaN stays.
 constexpr float lowest() { return -3.4e38f; }
-inline float clamp_to_float32(float a) { return a < lowest() ? lowest() : a; }
+METAL_FUNC float clamp_to_float32(float a) { return a < lowest() ? lowest() : a; }
 
 // The sum (with MAX the maximum) of v[c] over W <= 32 lanes, in lane c's v[0]: each exchange halves the columns.
-template <int O, bool MAX, int W> inline void scatter_reduce(thread float (&v)[W], uint lane) {
+template <int O, bool MAX, int W> METAL_FUNC void scatter_reduce(thread float (&v)[W], uint lane) {
   if constexpr (O > 0) {
     const bool high = (lane & uint(O)) != 0;
     UNROLL_FOR (int j = 0; j < O; ++j) {
-      const float other = simd_shuffle_xor(high ? v[j] : v[j + O], static_cast<ushort>(O));
-      const float value = high ? v[j + O] : v[j];
+      const float first = v[j], second = v[j + O];  // a choice between places would leave v in memory
+      const float other = simd_shuffle_xor(high ? first : second, static_cast<ushort>(O));
+      const float value = high ? second : first;
       v[j] = MAX ? metal::max(value, other) : value + other;
     }
     scatter_reduce<O / 2, MAX>(v, lane);
@@ -28,7 +29,8 @@ template <int O, bool MAX, int W> inline void scatter_reduce(thread float (&v)[W
 
 // The sum (with MAX the maximum) of column c over all lines of the matrix, in lane c. Above 32 lines scratch holds 128
 // floats.
-template <int N, bool MAX, typename S> inline float column_reduce(thread const float (&p)[N], uint lane, S scratch) {
+template <int N, bool MAX, typename S>
+METAL_FUNC float column_reduce(thread const float (&p)[N], uint lane, S scratch) {
   constexpr int W = matrix_lanes(N) < 32 ? matrix_lanes(N) : 32;
   const float none = MAX ? lowest() : 0.0f;
   float v[W];
@@ -53,7 +55,7 @@ template <int N, bool MAX, typename S> inline float column_reduce(thread const f
 
 // all[c] = lane c's value, in every lane of the matrix.
 template <int N, typename S>
-inline void broadcast_columns(thread float (&all)[N], float value, uint lane, uint simd_lane, S scratch) {
+METAL_FUNC void broadcast_columns(thread float (&all)[N], float value, uint lane, uint simd_lane, S scratch) {
   if constexpr (N <= 32) {
     const uint first = simd_lane & ~uint(matrix_lanes(N) - 1);
     UNROLL_FOR (int j = 0; j < N; ++j) all[j] = simd_shuffle(value, static_cast<ushort>(first + uint(j)));
@@ -67,13 +69,13 @@ inline void broadcast_columns(thread float (&all)[N], float value, uint lane, ui
 
 // To use each lane's value without an array as in broadcast_columns: publish, publish_barrier, then published<N>(value,
 // j, ...) is lane j's value, and publish_barrier again. offset is 0, or 64 for a second value. Above 32 lines scratch holds 128 floats.
-template <int N, typename S> inline void publish(float value, uint lane, S scratch, int offset = 0) {
+template <int N, typename S> METAL_FUNC void publish(float value, uint lane, S scratch, int offset = 0) {
   if (N > 32) scratch[uint(offset) + lane] = value;
 }
-template <int N> inline void publish_barrier() {
+template <int N> METAL_FUNC void publish_barrier() {
   if constexpr (N > 32) threadgroup_barrier(mem_flags::mem_threadgroup);
 }
-template <int N, typename S> inline float published(float value, int j, uint simd_lane, S scratch, int offset = 0) {
+template <int N, typename S> METAL_FUNC float published(float value, int j, uint simd_lane, S scratch, int offset = 0) {
   if constexpr (N > 32) return scratch[offset + j];
   else return simd_shuffle(value, static_cast<ushort>((simd_lane & ~uint(matrix_lanes(N) - 1)) + uint(j)));
 }
@@ -102,14 +104,14 @@ constexpr int return_period(int n, int start, int iters) {
 // log p = the start's logits - along - across, where lane i holds those of line i and column i. The divisors since the
 // last return are multiplied in along_since and across_since. A softmax along the line is exp(logit - top) / sum.
 struct LogDivisors { float along, across, along_since, across_since, top, sum; };
-inline void record_divisor(thread LogDivisors& log_divisors, int k, float d) {
+METAL_FUNC void record_divisor(thread LogDivisors& log_divisors, int k, float d) {
   if (k % 2 == 0) log_divisors.along_since *= d;
   else log_divisors.across_since *= d;
 }
 
 // A line's sum, eight by eight: so small elements are not rounded at each step to the last digit of a large one beside
 // them.
-template <int N> inline float line_sum(thread const float (&p)[N]) {
+template <int N> METAL_FUNC float line_sum(thread const float (&p)[N]) {
   float sum = 0.0f;
   UNROLL_FOR (int j = 0; j < N; j += 8) {
     float part = p[j];
@@ -119,7 +121,7 @@ template <int N> inline float line_sum(thread const float (&p)[N]) {
   return sum;
 }
 
-template <int N, bool COLUMNS, typename P> inline void load_line(thread float (&p)[N], P logits, uint lane) {
+template <int N, bool COLUMNS, typename P> METAL_FUNC void load_line(thread float (&p)[N], P logits, uint lane) {
   UNROLL_FOR (int j = 0; j < N; ++j) {
     const uint i = lane < uint(N) ? lane : 0u;
     p[j] = static_cast<float>(logits[COLUMNS ? uint(j * N) + i : i * uint(N) + uint(j)]);
@@ -127,7 +129,7 @@ template <int N, bool COLUMNS, typename P> inline void load_line(thread float (&
 }
 
 // p = softmax(p) along the line.
-template <int N> inline void softmax_line(thread float (&p)[N], thread float& top, thread float& sum) {
+template <int N> METAL_FUNC void softmax_line(thread float (&p)[N], thread float& top, thread float& sum) {
   top = p[0];
   UNROLL_FOR (int j = 1; j < N; ++j) top = metal::max(top, p[j]);
   UNROLL_FOR (int j = 0; j < N; ++j) p[j] = metal::precise::exp(p[j] - top);
@@ -136,8 +138,8 @@ template <int N> inline void softmax_line(thread float (&p)[N], thread float& to
 }
 
 template <int N, int START, typename S>
-inline void sinkhorn_start(thread float (&p)[N], thread LogDivisors& log_divisors, float eps, uint lane, uint simd_lane,
-                           S scratch) {
+METAL_FUNC void sinkhorn_start(thread float (&p)[N], thread LogDivisors& log_divisors, float eps, uint lane,
+                               uint simd_lane, S scratch) {
   const bool in_range = lane < uint(N);
   log_divisors = {0.0f, 0.0f, 1.0f, 1.0f, 0.0f, 1.0f};
   if constexpr (START == START_EXP) {
@@ -166,7 +168,7 @@ inline void sinkhorn_start(thread float (&p)[N], thread LogDivisors& log_divisor
 
 // p = p / (p.sum() + eps), along the lines for even k and across them for odd k; returns this lane's divisor.
 template <int N, typename S>
-inline float half_step(thread float (&p)[N], int k, float eps, uint lane, uint simd_lane, S scratch) {
+METAL_FUNC float half_step(thread float (&p)[N], int k, float eps, uint lane, uint simd_lane, S scratch) {
   float d = 0.0f;
   if (k % 2 == 0) {
     d = lane < uint(N) ? line_sum(p) + eps : 1.0f;
@@ -184,8 +186,8 @@ inline float half_step(thread float (&p)[N], int k, float eps, uint lane, uint s
 // Small elements of p become exp(the start's logits - along - across). A logit is loaded where it is needed, since
 // registers do not hold all of them.
 template <int N, int START, bool COLUMNS, typename P, typename S>
-inline void return_small(thread float (&p)[N], P logits, thread LogDivisors& log_divisors, float eps, uint lane,
-                         uint simd_lane, S scratch) {
+METAL_FUNC void return_small(thread float (&p)[N], P logits, thread LogDivisors& log_divisors, float eps, uint lane,
+                             uint simd_lane, S scratch) {
   constexpr float SMALL = 9.3132257e-10f;  // 2^-30
   log_divisors.along += metal::precise::log(log_divisors.along_since);
   log_divisors.across += metal::precise::log(log_divisors.across_since);
@@ -205,7 +207,7 @@ inline void return_small(thread float (&p)[N], P logits, thread LogDivisors& log
 }
 
 template <int N, int START, bool COLUMNS, int ITERS, typename P, typename S>
-inline void sinkhorn(thread float (&p)[N], P logits, float eps, uint lane, uint simd_lane, S scratch) {
+METAL_FUNC void sinkhorn(thread float (&p)[N], P logits, float eps, uint lane, uint simd_lane, S scratch) {
   constexpr int FIRST = start_half_steps(START), RETURN = return_period(N, START, ITERS);
   LogDivisors log_divisors;
   load_line<N, COLUMNS>(p, logits, lane);
@@ -221,8 +223,21 @@ inline void sinkhorn(thread float (&p)[N], P logits, float eps, uint lane, uint 
   }
 }
 
+// p = p / (p.sum() + eps), along the lines, with ACROSS across them.
+template <bool ACROSS, int N> METAL_FUNC void half_step_one_lane(thread float (&p)[N][N], float eps) {
+  UNROLL_FOR (int a = 0; a < N; ++a) {
+    float d = eps;
+    UNROLL_FOR (int b = 0; b < N; ++b) d += ACROSS ? p[b][a] : p[a][b];
+    d = RECIPROCAL(d);
+    UNROLL_FOR (int b = 0; b < N; ++b) {
+      if (ACROSS) p[b][a] *= d;
+      else p[a][b] *= d;
+    }
+  }
+}
+
 // p = the projection of the logits p, N * N of them in one lane; p[i] is line i.
-template <int N, int START> inline void sinkhorn_one_lane(thread float (&p)[N][N], int iters, float eps) {
+template <int N, int START> METAL_FUNC void sinkhorn_one_lane(thread float (&p)[N][N], int iters, float eps) {
   if (START == START_EXP) {
     UNROLL_FOR (int i = 0; i < N; ++i) {
       float m = p[i][0], s = 0.0f;
@@ -245,22 +260,15 @@ template <int N, int START> inline void sinkhorn_one_lane(thread float (&p)[N][N
     }
   }
   for (int k = start_half_steps(START); k < 2 * iters; ++k) {
-    UNROLL_FOR (int a = 0; a < N; ++a) {
-      float d = eps;
-      UNROLL_FOR (int b = 0; b < N; ++b) d += k % 2 == 0 ? p[a][b] : p[b][a];
-      d = RECIPROCAL(d);
-      UNROLL_FOR (int b = 0; b < N; ++b) {
-        if (k % 2 == 0) p[a][b] *= d;
-        else p[b][a] *= d;
-      }
-    }
+    if (k % 2 == 0) half_step_one_lane<false>(p, eps);
+    else half_step_one_lane<true>(p, eps);
   }
 }
 
 // h_res = the projection of N x N logits, N <= 8, by matrix_lanes(N) lanes, written by lanes in_range. COLUMNS: lines
 // are columns of the logits, and OUT_COLUMNS: line i becomes column i of h_res.
 template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, typename P, typename O>
-inline void project_lanes(P logits, O h_res, bool in_range, float eps, uint simd_lane) {
+METAL_FUNC void project_lanes(P logits, O h_res, bool in_range, float eps, uint simd_lane) {
   const uint lane = simd_lane % matrix_lanes(N);
   float p[N];
   sinkhorn<N, START, COLUMNS, ITERS>(p, logits, eps, lane, simd_lane, h_res);

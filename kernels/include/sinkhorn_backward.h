@@ -7,8 +7,8 @@ namespace mhc {
 // that step then subtracts shift eps / d from its sum of g. With the g of an element near 1 as its shift, no digits of
 // it cancel.
 template <int N, typename S>
-inline void shift_columns(thread float (&g)[N], thread const float (&p)[N], uint lane, uint simd_lane, S scratch,
-                          thread float& shift) {
+METAL_FUNC void shift_columns(thread float (&g)[N], thread const float (&p)[N], uint lane, uint simd_lane, S scratch,
+                              thread float& shift) {
   float all[N];
   UNROLL_FOR (int j = 0; j < N; ++j) all[j] = p[j] > 0.5f ? g[j] : 0.0f;
   shift = column_reduce<N, false>(all, lane, scratch);
@@ -20,8 +20,8 @@ inline void shift_columns(thread float (&g)[N], thread const float (&p)[N], uint
 
 // q = q - p dot;   p = p d, where lane c holds the dot and the divisor of column c.
 template <int N, typename S>
-inline void step_back_across(thread float (&q)[N], thread float (&p)[N], float dot, float d, uint lane, uint simd_lane,
-                             S scratch) {
+METAL_FUNC void step_back_across(thread float (&q)[N], thread float (&p)[N], float dot, float d, uint lane,
+                                 uint simd_lane, S scratch) {
   publish<N>(dot, lane, scratch);
   publish<N>(d, lane, scratch, 64);
   publish_barrier<N>();
@@ -40,8 +40,8 @@ inline void step_back_across(thread float (&q)[N], thread float (&p)[N], float d
 // the last first, and runs the iteration anew for each. A segment ends after a step across, so steps across and along
 // alternate. Lanes beyond the matrix have zeros in g.
 template <int N, int START, bool COLUMNS, int ITERS, int STORED_STEPS, int STRIDE, typename P, typename D, typename S>
-inline void sinkhorn_gradient(thread float (&g)[N], P logits, D divisors, float eps, uint lane, uint simd_lane,
-                              S scratch) {
+METAL_FUNC void sinkhorn_gradient(thread float (&g)[N], P logits, D divisors, float eps, uint lane, uint simd_lane,
+                                  S scratch) {
   constexpr int FIRST = start_half_steps(START), LAST = 2 * ITERS, RETURN = return_period(N, START, ITERS),
                 SEGMENT = STORED_STEPS / 2 * 2;
   constexpr bool LOGS = START != START_ADDITIVE;
@@ -137,8 +137,8 @@ inline void sinkhorn_gradient(thread float (&g)[N], P logits, D divisors, float 
 // g = a line of dlogits, the gradient of the projection of these logits for dh_res; zeros in lanes beyond the matrix.
 template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, int STORED_STEPS, int STRIDE, typename H,
           typename P, typename D, typename S>
-inline void walk_back_projection(thread float (&g)[N], H dh_res, P logits, D divisors, float eps, uint lane,
-                                 uint simd_lane, S scratch) {
+METAL_FUNC void walk_back_projection(thread float (&g)[N], H dh_res, P logits, D divisors, float eps, uint lane,
+                                     uint simd_lane, S scratch) {
   load_line<N, OUT_COLUMNS>(g, dh_res, lane);
   UNROLL_FOR (int j = 0; j < N; ++j) g[j] = lane < uint(N) ? g[j] : 0.0f;
   sinkhorn_gradient<N, START, COLUMNS, ITERS, STORED_STEPS, STRIDE>(g, logits, divisors, eps, lane, simd_lane, scratch);

@@ -79,7 +79,8 @@ class MhcSeam(FusedOp):
         flat_x, (dout, du) = flat(x, 3), cotangents
         tokens, n, C = flat_x.shape
         h_pre, h_post, h_res = per_token(tokens, *coefficients)
-        t = tiling.seam_backward_tiling(n, C, x.dtype.size, self.options.threads_per_group)
+        place, threads = launch.kernel_backend(), self.options.threads_per_group
+        t = tiling.seam_backward_tiling(n, C, x.dtype.size, threads, place)
         body = MhcSeamBackwardBody(
             **token_arguments(x.dtype, n, t),
             PASSES=t.passes,

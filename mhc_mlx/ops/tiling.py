@@ -46,7 +46,7 @@ def token_tiling(
     threads: One per vec, a multiple of 32, at most 256 (128 where sums fill the registers).
     cached: Where ``copies`` of a token fit in registers; n > 8 would unroll n * n loops.
     """
-    vec = math.gcd(C, 16 // size)
+    vec = math.gcd(C, 4 if backend == "metal" and copies == 2 else 16 // size)
     while n * vec > 64:
         vec //= 2
     crowded = copies == 2 and 4 < n <= 8
@@ -83,10 +83,12 @@ def seam_tiling(
 
 
 @functools.cache
-def seam_backward_tiling(n: int, C: int, size: int, threads_per_group: int | None) -> TokenTiling:
+def seam_backward_tiling(
+    n: int, C: int, size: int, threads_per_group: int | None, backend: str
+) -> TokenTiling:
     """How a threadgroup takes a token in `mhc_seam_backward`, whose n (n + 2) sums leave registers
     for few channels at once: for 128 in all, what a GPU wants, where n <= 4."""
-    vec = math.gcd(C, 16 // size)
+    vec = math.gcd(C, (8 if backend == "metal" else 16) // size)
     while n * vec > 16:
         vec //= 2
     packs = C // vec

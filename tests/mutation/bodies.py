@@ -172,6 +172,15 @@ def refused_by_nvrtc(call: tuple) -> str:
     return refused_source(call[0], nvrtc.cuda_source(*call[:3], *call[4:6]))
 
 
+def refused_by_optimiser(call: tuple) -> str:
+    """The faults of Metal's text of a launch, as if its shape were a main one."""
+    from proof import optimiser
+
+    variant = optimiser.variant(launch.Launch(*call), main=True)
+    found = optimiser.faults(variant, optimiser.figures(variant))
+    return "; ".join(f"{fault.kind}: {fault.words}" for fault in found)
+
+
 COMPILERS = {"metal": ("dialect", refused_by_dialect), "cuda": ("nvrtc", refused_by_nvrtc)}
 
 

@@ -23,8 +23,9 @@ def definitions(header: str) -> tuple[tuple[int, int, str, str], ...]:
     code = without_comments(launch._read(header))
     found = []
     for piece in re.finditer(
-        r"(?m)^(?:template|inline|constexpr|struct|enum|#define)\b.*?(?=^(?:template|inline|constexpr"
-        r"|struct|enum|#define|#endif|#if|#else|\}  |})|\Z)",
+        r"(?m)^(?:template|METAL_FUNC|inline|constexpr|struct|enum|#define)\b.*?"
+        r"(?=^(?:template|METAL_FUNC|inline|constexpr|struct|enum|#define|#endif|#if|#else|\}  |})"
+        r"|\Z)",
         code,
         re.S,
     ):

@@ -159,7 +159,7 @@ def of_kernel(source: str) -> Iterator[tuple]:
     code = without_comments(source)
     for pattern in (
         r"static_assert\([^;]*;",
-        r"\btemplate <[^\n]*?>(?= (?:inline|struct|constexpr))",
+        r"\btemplate <[^\n]*?>(?= (?:METAL_FUNC|inline|struct|constexpr))",
     ):
         code = re.sub(pattern, lambda found: re.sub(r"[^\n]", " ", found.group()), code)
     for make in KERNEL_OPERATORS:

@@ -160,17 +160,18 @@ TABLE = {
         (STATIC, "a reference in no address space", "dialect: address space",
          "load_floats(thread float", "load_floats(float"),
         (STATIC, "threadgroup memory for a device pointer", "dialect: device",
-         "typename P, typename S> inline void load_mix(P H, S mix",
-         "typename P> inline void load_mix(P H, device float* mix"),
+         "typename P, typename S> METAL_FUNC void load_mix(P H, S mix",
+         "typename P> METAL_FUNC void load_mix(P H, device float* mix"),
     ],
     "mhc_fused": [
         (HALF, "float assigned to bfloat", f"dialect: bfloat; {NO_COMPILE}",
          "static_cast<T>(MIX ?", "(MIX ?"),
-        (HALF, "a load without a cast", "nvrtc: operator", "static_cast<float>(v.v[e])", "v.v[e]"),
+        (HALF, "a load without a cast", "nvrtc: operator",
+         "mhc::float_of(v, e)", "mhc::element(v, e)"),
         (SMALL, "an early return", "rules: has returned; dialect: return",
          "x_shape[2];", "x_shape[2]; if (int(tid) * VEC >= C) return;"),
         (STATIC, "x read again", "traffic: x 3", "= CACHED ? xv", "= !CACHED ? xv"),
-        (STATIC, "two threads at one place", TWO, "i * C + c) = o[i]", "i * C + c / 8 * 8) = o[i]"),
+        (STATIC, "two threads at one place", TWO, "i * C + c, o[i]", "i * C + c / 8 * 8, o[i]"),
         (STATIC, "too much threadgroup memory", "rules: Metal has 32768; nvrtc: shared",
          "float pre[N]", "float pre[N + 8192]"),
     ],
@@ -192,7 +193,7 @@ TABLE = {
     "sinkhorn_knopp sinkhorn.h": [
         (SINKHORN_64, "the first half's sums alone", WRONG, "scratch[64 + lane]", "scratch[lane]"),
         (FAR, "small elements lost", f"{WRONG}; {MOVED}", "if (from > FIRST)", "if (false)"),
-        (SINKHORN, "halves exchanged", WRONG, "high ? v[j] : v[j + O]", "high ? v[j + O] : v[j]"),
+        (SINKHORN, "halves exchanged", WRONG, "high ? first : second", "high ? second : first"),
     ],
     "sinkhorn_knopp_backward": [
         (SINKHORN, "a divisor for all lanes", RACE, "divisors + tid", "divisors"),
@@ -327,6 +328,33 @@ TABLE = {
         (STAGES, "a tile too late", UNWRITTEN, "copies<SLOTS - 1>", "copies<SLOTS>"),
     ],
 }
+# What LLVM cannot keep in registers, or splits, while every value stays right.
+WIDE = Case("mhc_static", (2,), 4, 4096, "bfloat16")
+PRE_HALF = Case("mhc_pre", (19,), 4, 64, "bfloat16", PAPER)
+ADD_HALF = replace(ADD, dtype="bfloat16")
+OPTIMISER = {
+    "mhc_pre phi_product.h": [
+        (PRE_HALF, "a helper that may not be inlined", "optimiser: not inlined",
+         "METAL_FUNC void multiply_run", "inline void multiply_run"),
+    ],
+    "sinkhorn_knopp_backward sinkhorn.h": [
+        (SINKHORN, "a place chosen at run time", "optimiser: arrays lie in memory",
+         "value = high ? second : first", "value = v[high ? j + O : j]"),
+    ],
+    "mhc_pre metal/packs.h": [
+        (PRE, "addresses of a lane in registers all the time", "optimiser: registers spilled",
+         "return v + int(zero);", "return v;"),
+    ],
+    "stream_mix_add metal/packs.h": [
+        (ADD_HALF, "packs in loads of an element", "optimiser: load x 2",
+         "else load_words(pack.w, (const device uint*)p);",
+         "else UNROLL_FOR (int e = 0; e < VEC; ++e) set_element(pack, e, p[e]);"),
+        (ADD, "loads that LLVM takes apart where they may not be aligned", "optimiser: packs of 0",
+         "const vec<ulong, 2> v = *(const device vec<ulong, 2>*)(p + i);",
+         "UNROLL_FOR (int k = 0; k < 4; ++k) w[i + k] = (*(const device vec<uint, 4>*)(p + i))[k]; "
+         "continue; const ulong v[2] = {};"),
+    ],
+}
 # fmt: on
 
 
@@ -337,4 +365,9 @@ def mistake(place: str, case: Case, what: str, caught: str, *edit) -> Mistake:
     return Mistake(what, body, file, case, rungs, *edit)
 
 
-PLANTED = [mistake(place, *row) for place, rows in TABLE.items() for row in rows]
+PLANTED = [
+    mistake(place, *row)
+    for table in (TABLE, OPTIMISER)
+    for place, rows in table.items()
+    for row in rows
+]

@@ -3,6 +3,7 @@
 `python tests/mutation/run.py planted` prints the table: mistake, body, rungs that caught it.
 
 dialect: clang with Metal's address spaces, and the lint. nvrtc: NVIDIA's compiler.
+optimiser: LLVM's, for what lies in memory, spills or is narrow.
 rules: the simulator's (bounds, races, unwritten memory, divergence, limits).
 parity: results against the float64 oracle. traffic: loads and stores per buffer.
 """
@@ -13,17 +14,24 @@ import pytest
 from cases import Case
 
 from mhc_mlx import launch
-from mutation.bodies import executed, launches, refused_by_dialect, refused_by_nvrtc
+from mutation.bodies import (
+    executed,
+    launches,
+    refused_by_dialect,
+    refused_by_nvrtc,
+    refused_by_optimiser,
+)
 from mutation.choice import backends
 from mutation.planted import PLANTED, Mistake, planted
 
-RUNGS = ("dialect", "nvrtc", "rules", "parity", "traffic")
+RUNGS = ("dialect", "nvrtc", "optimiser", "rules", "parity", "traffic")
+SLOW = {"nvrtc", "optimiser"}  # asked only where they must object
 executed_as_it_is = functools.cache(executed)
 
 
 def objections(case: Case, body: str, mistake: Mistake | None = None, rungs=RUNGS) -> dict:
-    """What each rung says of the body, with the mistake or as it is; "" is dropped. NVRTC is slow:
-    without it in ``rungs`` nothing is compiled."""
+    """What each rung says of the body, with the mistake or as it is; "" is dropped. Those in SLOW
+    compile only what ``rungs`` names."""
     backend = backends(mistake.file)[0] if mistake else "metal"
     says, normal = executed_as_it_is(case, backend)
     calls = {str(c[5]): c for c in launches(case, backend) if c[0] == body}.values()
@@ -32,19 +40,20 @@ def objections(case: Case, body: str, mistake: Mistake | None = None, rungs=RUNG
             says, moved = executed(case, backend)
             says = says | {"traffic": "; ".join(set(moved) - set(normal))}
         says |= {"dialect": "; ".join(filter(None, map(refused_by_dialect, calls)))}
-        says |= {"nvrtc": "".join(map(refused_by_nvrtc, calls if "nvrtc" in rungs else []))}
+        for rung, refused in (("nvrtc", refused_by_nvrtc), ("optimiser", refused_by_optimiser)):
+            says |= {rung: "; ".join(filter(None, map(refused, calls if rung in rungs else [])))}
     return {rung: message for rung, message in says.items() if message}
 
 
 @pytest.fixture
 def need_all(need):
-    for rung in ("simulator", "dialect", "nvrtc"):
+    for rung in ("simulator", "dialect", "nvrtc", "optimiser"):
         need(rung)
 
 
 @pytest.mark.parametrize("mistake", PLANTED, ids=str)
 def test_caught(mistake, need_all):
-    rungs = tuple(r for r in RUNGS if r != "nvrtc" or r in mistake.caught)
+    rungs = tuple(r for r in RUNGS if r not in SLOW or r in mistake.caught)
     says = objections(mistake.case, mistake.body, mistake, rungs)
     assert set(says) == set(mistake.caught), says
     for rung, reason in mistake.caught.items():
@@ -57,7 +66,8 @@ CALLS = sorted({(m.case, m.body) for m in PLANTED}, key=str)
 @pytest.mark.parametrize("case, body", CALLS, ids=str)
 def test_nothing_to_catch(case, body, need_all):
     """The same rungs on the bodies as they are."""
-    assert objections(case, body) == {}
+    named = {r for m in PLANTED if (m.case, m.body) == (case, body) for r in m.caught}
+    assert objections(case, body, rungs=tuple({"nvrtc", *named})) == {}
 
 
 def test_enough():

@@ -59,8 +59,8 @@ def asked(body: str, backend: str) -> set[str]:
     text = launch.text(f"{body}.metal")
     found = re.findall(r"\bis_aligned<[^;]*?>\((\w+)\)", text)
     for header in included_files(f"{body}.metal", backend):
-        functions = re.split(r"\binline\b[^;{]*?(?=\b\w+\()", launch.text(header))[1:]
-        for function in functions:
+        functions = re.split(r"\b(?:METAL_FUNC|inline)\b[^;{]*?(?=\b\w+\()", launch.text(header))
+        for function in functions[1:]:
             name, rest = re.match(r"(\w+)(\(.*)", function, re.S).groups()
             names = [re.search(r"\w*$", a.strip()).group() for a in function_arguments(rest)]
             for parameter in re.findall(r"\bis_aligned<[^;]*?>\((\w+)\)", rest):

@@ -43,6 +43,10 @@ def missing(rung: str) -> str | None:
         from proof import dialect
 
         return None if dialect.available() else "libclang is not installed"
+    if rung == "optimiser":
+        from proof import optimiser
+
+        return None if optimiser.available() else "clang-19 is not installed"
     from proof import nvrtc
 
     return None if nvrtc.toolkit() else "nvidia-cuda-nvrtc is not installed"

@@ -29,7 +29,7 @@ def source(dtype: mx.Dtype) -> str:
 
 BODY = "const uint tid = thread_position_in_threadgroup.x;"  # its first statement
 # The first function of include/common.h that is no template.
-HEADER = "inline float sigmoid(float v) {"
+HEADER = "METAL_FUNC float sigmoid(float v) {"
 LOAD = "mhc::load_floats<VEC>(w, weight + c, weight_aligned);"
 STORE = "static_cast<T>(MIX ?"
 SPACE = "needs an address space"

@@ -27,8 +27,8 @@ for (uint t = threadgroup_position_in_grid.x; t < uint(x_shape[0]); t += threadg
       mhc::Pack<T, VEC> v = mhc::load<T, VEC>(x + at, x_aligned);
       const float scale = static_cast<float>(h[j]);
       UNROLL_FOR (int e = 0; e < VEC; ++e)
-        v.v[e] = static_cast<T>(scale * static_cast<float>(v.v[e]));
-      *(device mhc::Pack<T, VEC>*)(out + at) = v;
+        mhc::set_element(v, e, static_cast<T>(scale * mhc::float_of(v, e)));
+      mhc::store(out + at, v);
     }
   }
 }
@@ -54,10 +54,10 @@ for (uint t = threadgroup_position_in_grid.x; t < uint(x_shape[0]); t += threadg
       const mhc::Pack<T, VEC> v = mhc::load<T, VEC>(x + at, x_aligned);
       mhc::Pack<T, VEC> d = mhc::load<T, VEC>(dout + at, dout_aligned);
       UNROLL_FOR (int e = 0; e < VEC; ++e) {
-        dh[j] += static_cast<float>(d.v[e]) * static_cast<float>(v.v[e]);
-        d.v[e] = static_cast<T>(static_cast<float>(h[j]) * static_cast<float>(d.v[e]));
+        dh[j] += mhc::float_of(d, e) * mhc::float_of(v, e);
+        mhc::set_element(d, e, static_cast<T>(static_cast<float>(h[j]) * mhc::float_of(d, e)));
       }
-      *(device mhc::Pack<T, VEC>*)(dx + at) = d;
+      mhc::store(dx + at, d);
     }
   }
 }

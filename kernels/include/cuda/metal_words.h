@@ -7,6 +7,7 @@
 #define constant
 #define thread
 #define threadgroup __shared__
+#define METAL_FUNC inline  // NVRTC inlines all; on Metal this word says so
 typedef unsigned int uint;
 typedef unsigned short ushort;
 
@@ -41,7 +42,7 @@ __forceinline__ float rsqrt(float v) { return 1.0f / ::sqrtf(v); }
 #define UNROLL_FOR _Pragma("unroll") for
 #define RECIPROCAL(v) __fdividef(1.0f, v)  // this is one instruction instead of eight, within 1 ulp
 
-// Keeps a packed value packed: without it NVRTC converts it once and holds the wider floats across a barrier.
+// The compiler does not know the value after this.
 #define STAY_PACKED(value) \
   if (sizeof(value) >= 4) { \
     for (int word = 0; word < int(sizeof(value) / 4); ++word) \

@@ -8,11 +8,14 @@
 #define constant const __attribute__((opencl_global_host))
 #define threadgroup __local
 #define thread __private
+#define METAL_FUNC  // it is always inlined, which does not matter to a parser
 
 typedef unsigned int uint;                               // utils.h
 typedef unsigned short ushort;                           // bf16_math.h
+typedef unsigned long ulong;                             // steel/utils.h
 typedef __SIZE_TYPE__ size_t;                            // utils.h
 typedef uint uint3 __attribute__((ext_vector_type(3)));  // copy.h
+template <typename T, int N> using vec = T __attribute__((ext_vector_type(N)));  // fp_quantized.h
 
 struct bfloat {  // bf16.h
   bfloat() = default;
@@ -24,6 +27,8 @@ struct bfloat {  // bf16.h
 };
 typedef bfloat bfloat16_t;  // bf16.h
 typedef half float16_t;     // utils.h
+
+template <typename To, typename From> To as_type(From);  // utils.h
 
 enum class mem_flags { mem_threadgroup };    // sort.h
 void threadgroup_barrier(mem_flags);         // sort.h

@@ -1,6 +1,7 @@
 // Metal's words for a body compiled for the CPU. Every call that needs the other threads goes to runtime.cpp.
 #pragma once
 #define ONE_ADDRESS_SPACE
+#define METAL_FUNC inline
 #define UNROLL_FOR for
 #define STAY_PACKED(value)
 #define RECIPROCAL(v) (1.0f / (v))
@@ -9,6 +10,7 @@
 
 typedef unsigned int uint;
 typedef unsigned short ushort;
+typedef __UINT64_TYPE__ ulong;
 typedef signed char int8_t;
 typedef unsigned char uint8_t;
 typedef short int16_t;
@@ -21,6 +23,12 @@ typedef __SIZE_TYPE__ size_t;
 struct uint3 {
   uint x, y, z;
 };
+template <typename T, int N> struct alignas(sizeof(T) * N) vec {
+  T v[N];
+  T& operator[](int i) { return v[i]; }
+  T operator[](int i) const { return v[i]; }
+};
+template <typename To, typename From> inline To as_type(From v) { return __builtin_bit_cast(To, v); }
 
 struct bfloat {  // round to nearest even; conversions from float are explicit, as in Metal
   uint16_t bits;

@@ -1,0 +1,96 @@
+"""What an optimising LLVM makes of the Metal text that MLX generates, without a GPU.
+
+apt-get install clang-19
+
+Apple's compiler is a fork of LLVM, and only Macs have it. The exact text of a launch is compiled
+here by clang-19 at -O2 for two targets. spir64 keeps LLVM's IR, with the default inliner: what lies
+in memory there, or is narrow, was not mended by any pass. amdgcn (gfx1100, 32 lanes) allocates
+registers, of which Apple's GPUs have 128 a thread. `python tests/proof/optimiser --help` prints
+`Figures` of the variants that a name matches.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from proof.optimiser.llvm import available
+from proof.optimiser.measure import (
+    NARROWEST,
+    REGISTERS,
+    Figures,
+    Variant,
+    aligned_instructions,
+    all_figures,
+    figures,
+    variant,
+)
+
+__all__ = ["EXCEPTIONS", "Exempt", "Fault", "Figures", "Variant", "all_figures", "available"]
+__all__ += ["aligned_instructions", "faults", "figures", "unused", "variant"]
+
+
+class Fault(NamedTuple):
+    kind: str  # "array", "function", "spill", "narrow" or "split"
+    words: str
+    size: int  # how many arrays, functions, registers or buffers
+
+
+class Exempt(NamedTuple):
+    """A fault that stands, of the variants of a body whose template has these words."""
+
+    body: str
+    template: str  # words that the template has, as "N=16"; "" for all
+    kind: str
+    most: int  # of the size of a fault
+    reason: str  # and what it costs
+
+    def covers(self, variant: Variant, fault: Fault) -> bool:
+        alike = self.body == variant.body and self.kind == fault.kind
+        words = set(variant.template.split(", "))
+        return alike and set(self.template.split()) <= words and fault.size <= self.most
+
+
+EXCEPTIONS = (
+    Exempt(
+        *("mhc_fused_backward_wide", "", "narrow", 5),
+        "n > 8: a lane has one channel, so that a tile of all streams fits threadgroup memory. The "
+        "loads of a simdgroup are contiguous, but eight times as many as with packs.",
+    ),
+)
+
+
+def each(words: Iterable[str]) -> str:
+    return ", ".join(f"{count} {word}" for word, count in Counter(words).items())
+
+
+def faults(variant: Variant, figures: Figures) -> list[Fault]:
+    """Return what is wrong, exceptions left out."""
+    found = all_faults(variant, figures)
+    return [f for f in found if not any(e.covers(variant, f) for e in EXCEPTIONS)]
+
+
+def unused(figures: dict[Variant, Figures]) -> list[Exempt]:
+    """Return the exceptions that cover nothing."""
+    found = [(v, fault) for v, f in figures.items() for fault in all_faults(v, f)]
+    return [e for e in EXCEPTIONS if not any(e.covers(*one) for one in found)]
+
+
+def all_faults(variant: Variant, figures: Figures) -> list[Fault]:
+    """Return what is wrong, exceptions or not."""
+    found, f = [], figures
+    if f.arrays or f.array_bytes:
+        words = f"{len(f.arrays)} private arrays lie in memory: {each(f.arrays)}"
+        words = f"{words}; {f.array_bytes} bytes of scratch"
+        found.append(Fault("array", words, max(len(f.arrays), 1)))
+    if f.functions:
+        words = f"not inlined: {each(f.functions)}"
+        found.append(Fault("function", words, len(f.functions)))
+    if variant.main and (f.spills or f.scratch_bytes > f.array_bytes):
+        words = f"{f.spills} registers spilled and {f.scratch_bytes} bytes of scratch"
+        found.append(Fault("spill", f"{words} at {REGISTERS} registers", f.spills))
+    if f.narrow:
+        words = f"below {NARROWEST} bytes where all is aligned: {', '.join(f.narrow)}"
+        found.append(Fault("narrow", words, len(f.narrow)))
+    if f.split:
+        found.append(Fault("split", "; ".join(f.split), len(f.split)))
+    return found
