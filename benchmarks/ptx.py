@@ -10,7 +10,7 @@ instructions, not for others before it.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,7 +18,6 @@ import numpy as np
 
 WARP = 32
 SECTOR = 32  # bytes, in which caches fetch
-KINDS = ("alu", "multiply", "special", "shuffle", "shared", "global", "matrix", "barrier")
 INTEGERS = {
     f"{s}{b}": np.dtype(f"{'i' if s == 's' else 'u'}{b // 8}")
     for s in "sub"
@@ -157,7 +156,6 @@ class Work:
     stores: Counter = field(default_factory=Counter)
     touched: Counter = field(default_factory=Counter)  # sectors by buffer, each once
     again: Counter = field(default_factory=Counter)  # (buffer, log2 of the bytes since): sectors
-    in_flight: float = 0.0
     chain: float = 0.0  # clocks of a threadgroup that is alone
 
 
@@ -206,7 +204,10 @@ class Threadgroup:
         self.base, self.end, self.fence = zero.copy(), zero.copy(), zero.copy()
         self.issued = zero.copy()
         self.used: dict[str, np.ndarray] = {}  # clocks of each pipe in this block
-        self.last: dict[int, int] = {}
+        # Asynchronous copies: when all of the open group arrive, and of each closed group.
+        self.arriving: np.ndarray | None = None
+        self.arrivals: list[np.ndarray] = []
+        self.last: dict[int, int] = {}  # of each sector, the bytes touched when it last was
         self.clock_bytes = 0
 
     # ---- operands
@@ -497,7 +498,8 @@ class Threadgroup:
             waits = self.touch(self.addresses(at.sources[1]), size, mask, True)
             self.account(at, active, None)
             arrives = self.base + self.issued + waits
-            self.groups_open = np.maximum(getattr(self, "groups_open", arrives), arrives)
+            before = arrives if self.arriving is None else self.arriving
+            self.arriving = np.maximum(before, arrives)
             return
         if word == "cp":
             self.copies(at, parts)
@@ -511,9 +513,10 @@ class Threadgroup:
 
     def copies(self, at: Instruction, parts: list[str]) -> None:
         """Of asynchronous copies: close a group of them, or wait for all but the last few."""
-        closed = self.__dict__.setdefault("closed", [])
+        closed = self.arrivals
         if "commit_group" in parts:
-            closed.append(self.__dict__.pop("groups_open", self.base.copy()))
+            closed.append(self.base.copy() if self.arriving is None else self.arriving)
+            self.arriving = None
         elif "wait_group" in parts:
             left = int(at.sources[0])
             for arrives in closed[: max(0, len(closed) - left)]:
@@ -748,7 +751,5 @@ class Threadgroup:
 
 
 def buffer_of(name: str, index: int, bytes_: int, fill: int, data=None) -> Buffer:
+    """The buffer of that place among all: its address says which it is."""
     return Buffer(name, (index + 1) << 40, bytes_, fill, data)
-
-
-Arguments = Mapping[str, Buffer]

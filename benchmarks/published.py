@@ -7,7 +7,6 @@ threadgroup adds a row, or a slice of one long row, with four elements of a thre
 from typing import NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
 from benchmarks import listings, model, rates
 from mhc_mlx.launch import Launch
@@ -19,7 +18,7 @@ M4_PRO = rates.apple(
     273e9,
     1 << 20,
     24 << 20,
-    {"cores": "m4", "clock": "m4_clock"},
+    {"cores": "m4", "bandwidth": "m4", "clock": "m4_clock"},
     rates.OLDER,
 )
 DUCKDB = "https://github.com/singhpratech/duckdbgpumetaldbram/pull/2"
@@ -101,5 +100,4 @@ def predict(time: Published) -> model.Prediction:
 def bytes_alone(time: Published) -> float:
     """Microseconds that the bytes take at the nominal bandwidth."""
     size = {"int64": 8, "float32": 4, "bfloat16": 2}[time.dtype]
-    nominal = CHIPS[time.chip].read * 546 / 465
-    return float(np.prod((time.rows, time.elements))) * size / nominal * 1e6
+    return time.rows * time.elements * size / CHIPS[time.chip].bandwidth * 1e6

@@ -21,12 +21,14 @@ SOURCES = {
     "metal": "https://github.com/philipturner/metal-benchmarks",
     "g13": "https://github.com/ferasboulala/G13",
     "dispatch": "https://github.com/ml-explore/mlx/issues/4521",
-    "m2": "https://support.apple.com/en-us/111838",
-    "m3": "https://support.apple.com/en-us/122211",
-    "m4": "https://support.apple.com/en-us/121553",
-    "m5": "https://www.notebookcheck.net/Apple-M5-Max-40-Core-GPU-Benchmarks-and-Specs.1245824.0.html",
+    "m2": "https://www.imore.com/apple/apple-m2-pro-and-m2-max-chips-everything-you-need-to-know",
+    "m3": "https://techpowerup.com/news-tags/Mac%20Studio",
+    "m4": "https://gamebastion.com/n/apple-s-m4-max-is-the-first-non-ultra/474547",
+    "m5": "https://www.notebookcheck.net/"
+    "Apple-M5-Max-40-Core-GPU-Benchmarks-and-Specs.1245824.0.html",
     "m3_clock": "https://hmc-tech.com/gpu/apple-32-core-m4-max-vs-apple-40-core-m3-max",
-    "m4_clock": "https://eclecticlight.co/2025/01/22/",
+    "m4_clock": "https://eclecticlight.co/2025/01/22/"
+    "m4-pro-full-on-when-cpu-and-gpu-draw-over-50-w-and-how-low-power-mode-changes-that/",
     "mlx_copy": "https://github.com/ml-explore/mlx/pull/2151",
 }
 
@@ -51,6 +53,7 @@ class Rates:
     backend: str
     cores: int
     clock: float  # of a core, Hz
+    bandwidth: float  # of DRAM, nominal
     read: float  # from DRAM
     write: float  # to DRAM
     l2: float  # bytes a clock of a core
@@ -97,6 +100,7 @@ H100 = Rates(
     backend="cuda",
     cores=132,
     clock=1.83e9,
+    bandwidth=3.35e12,
     read=3.18e12,
     write=2.665e12,
     l2=5120 / 132,
@@ -117,6 +121,7 @@ H100 = Rates(
     sources={
         "cores": "h100",
         "clock": "hopper",
+        "bandwidth": "h100",
         "read": "azure",
         "write": "azure",
         "l2": "ampere",
@@ -140,9 +145,10 @@ H100 = Rates(
 H200 = replace(
     H100,
     name="NVIDIA H200",
+    bandwidth=4.8e12,
     read=4.48e12,
     write=3.629e12,
-    sources={**H100.sources, "cores": "h200"},
+    sources={**H100.sources, "cores": "h200", "bandwidth": "h200"},
 )
 
 APPLE_UNITS = {
@@ -199,6 +205,7 @@ def apple(
         backend="metal",
         cores=cores,
         clock=clock,
+        bandwidth=bandwidth,
         read=bandwidth * 465 / 546,
         write=bandwidth * 465 / 546,
         l2=32,
@@ -221,7 +228,18 @@ def apple(
     )
 
 
-OLDER = ("l2", "l2_bytes", "last", "last_bytes", "l1_bytes", "registers", "threads", "units")
+LATENCIES = ("l1_latency", "l2_latency", "dram_latency")  # of an M1 Max
+OLDER = (
+    *LATENCIES,
+    "l2",
+    "l2_bytes",
+    "last",
+    "last_bytes",
+    "l1_bytes",
+    "registers",
+    "threads",
+    "units",
+)
 MACS = (
     apple(
         "M2 Max",
@@ -230,8 +248,8 @@ MACS = (
         400e9,
         1 << 20,
         48 << 20,
-        {"cores": "m2"},
-        ("l1_latency", "l2_latency", "dram_latency"),
+        {"bandwidth": "m2"},
+        LATENCIES,
     ),
     apple(
         "M3 Ultra",
@@ -240,11 +258,18 @@ MACS = (
         819e9,
         2 << 20,
         96 << 20,
-        {"cores": "m3", "clock": "m3_clock"},
+        {"cores": "m3", "bandwidth": "m3", "clock": "m3_clock"},
         OLDER,
     ),
     apple(
-        "M4 Max", 40, 1.578e9, 546e9, 1 << 20, 48 << 20, {"cores": "m4", "clock": "m4_clock"}, OLDER
+        "M4 Max",
+        40,
+        1.578e9,
+        546e9,
+        1 << 20,
+        48 << 20,
+        {"cores": "m4", "bandwidth": "m4", "clock": "m4_clock"},
+        OLDER,
     ),
     apple(
         "M5 Max",
@@ -253,7 +278,7 @@ MACS = (
         614e9,
         1 << 20,
         48 << 20,
-        {"cores": "m5", "clock": "m4_clock"},
+        {"cores": "m5", "bandwidth": "m5", "clock": "m4_clock"},
         ("clock", *OLDER),
     ),
 )

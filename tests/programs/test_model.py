@@ -10,10 +10,11 @@ import pytest
 from cases import Case
 from proof import executor, results, simulator
 
-from benchmarks import listings, model, predictions, ptx, published
+from benchmarks import listings, model, predictions, ptx, published, what_if
 from benchmarks.rates import DEVICES, H100, MACS, SOURCES
 from mhc_mlx import PAPER, launch, ops
 from mhc_mlx.conventions import ROW_FIRST
+from mhc_mlx.ops import tiling
 
 ROOT = Path(__file__).parents[2]
 TEXT = """
@@ -201,6 +202,29 @@ def test_many_turns_are_scaled(need, monkeypatch):
     total = sum(whole.instructions.values())
     assert sum(scaled.instructions.values()) == pytest.approx(total, rel=0.05)
     assert scaled.stores["dp"] == pytest.approx(whole.stores["dp"], rel=0.05)
+
+
+def test_other_numbers_cut_other_launches():
+    """They hold inside, and the old ones again outside."""
+    case = ("mhc_pre", "forward", (40, 4, 256), "bfloat16", "metal")
+    usual, before = model.launches_of(*case), tiling.PARTIAL_LOGITS_TOKENS
+    with what_if.numbers({"PARTIAL_LOGITS_TOKENS": before + 24}):
+        other = model.launches_of(*case)
+    assert usual[0].name == "mhc_pre" and other[0].name == "mhc_pre_partial_logits"
+    assert tiling.PARTIAL_LOGITS_TOKENS == before and model.launches_of(*case) == usual
+    with pytest.raises(ValueError, match="--set must name a number of a tiling but is TOKENS"):
+        with what_if.numbers({"TOKENS": 3}):
+            pass
+
+
+def test_a_comparison_says_what_it_gains(capsys):
+    if reason := listings.missing("metal"):
+        pytest.skip(reason)
+    command = "--device|M4 Max|--op|mhc_pre|--shape|20,4,256|--set|PARTIAL_LOGITS_TOKENS=20"
+    what_if.main(command.split("|"))
+    printed = capsys.readouterr().out
+    assert "in use   mhc_pre " in printed and "changed  mhc_pre_partial_logits" in printed
+    assert "% by the model on M4 Max" in printed
 
 
 def test_a_row_of_ncu_is_the_launch_again():
