@@ -7,6 +7,11 @@ here by clang-19 at -O2 for two targets. spir64 keeps LLVM's IR, with the defaul
 in memory there, or is narrow, was not mended by any pass. amdgcn (gfx1100, 32 lanes) allocates
 registers, of which Apple's GPUs have 128 a thread. `python tests/proof/optimiser --help` prints
 `Figures` of the variants that a name matches.
+
+    with launch.record() as launches:
+        ops.stream_mix_add(x, y, h_post, h_res)
+    for one in map(optimiser.variant, launches):
+        print(one.body, optimiser.figures(one).registers, optimiser.aligned_instructions(one))
 """
 
 from collections import Counter
