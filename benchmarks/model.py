@@ -173,8 +173,8 @@ def run_group(call: Launch, listing: listings.Listing, rates: Rates, steps: int)
     for name in listing.names:
         if name == "groups":
             arguments.append(np.array([call.groups], np.uint32))
-        elif name.startswith("threadgroup"):
-            arguments.append(np.array([int(name[11:]) << 16], np.uint64))
+        elif name.startswith("of_"):  # an array in threadgroup memory, of which only bytes matter
+            arguments.append(np.array([len(arguments) << 16], np.uint64))
         elif name.endswith("_shape"):
             dims = np.array([*given[name[:-6]][0], *[0] * 10], np.int32)
             if listing.names[0] == "groups":  # on Metal it is a buffer

@@ -56,23 +56,24 @@ TIMES = [
 CHIPS = {"M4 Max": rates.DEVICES["M4 Max"], "M4 Pro": M4_PRO}
 TYPES = {"int64": "long", "float32": "float", "bfloat16": "bfloat"}
 THREADS = 256
-TEXT = """#include "{here}/metal_words.hpp"
+TEXT = """
 __kernel __attribute__((reqd_work_group_size({threads}, 1, 1)))
-void entry(uint groups, __global char* a0, __global char* a1, __local char* __restrict l0) {{
+void entry(uint groups, __global char* x, __global char* out, __local char* __restrict of_sums) {{
+  using of_optimiser::position;
   struct alignas(4 * sizeof({type})) Pack {{ {type} v[4]; }};
-  const device {type}* x = (const device {type}*)a0 + (ulong)GROUP * {elements}u;
-  threadgroup float* sums = (threadgroup float*)l0;
+  const device {type}* row = (const device {type}*)x + (ulong)of_optimiser::group() * {elements}u;
+  threadgroup float (&sums)[{threads} / 32] = *(threadgroup float (*)[{threads} / 32])of_sums;
   float sum = 0.0f;
-  for (uint i = 4 * POSITION; i < {elements}u; i += 4 * {threads}) {{
-    Pack pack = *(const device Pack*)(x + i);
+  for (uint i = 4 * position(); i < {elements}u; i += 4 * {threads}) {{
+    Pack pack = *(const device Pack*)(row + i);
     for (uint e = 0; e < 4; ++e) sum += static_cast<float>(pack.v[e]);
   }}
   sum = simd_sum(sum);
-  if ((POSITION & 31) == 0) sums[POSITION / 32] = sum;
-  BARRIER;
-  if (POSITION < 32) {{
-    sum = simd_sum(POSITION < {threads} / 32 ? sums[POSITION] : 0.0f);
-    if (POSITION == 0) ((device float*)a1)[GROUP] = sum;
+  if ((position() & 31) == 0) sums[position() / 32] = sum;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (position() < 32) {{
+    sum = simd_sum(position() < {threads} / 32 ? sums[position()] : 0.0f);
+    if (position() == 0) ((device float*)out)[of_optimiser::group()] = sum;
   }}
 }}
 """
@@ -80,10 +81,8 @@ void entry(uint groups, __global char* a0, __global char* a1, __local char* __re
 
 def predict(time: Published) -> model.Prediction:
     """Say how long the model thinks that a published kernel takes."""
-    text = TEXT.format(
-        here=listings.HERE, threads=THREADS, type=TYPES[time.dtype], elements=time.elements
-    )
-    listing = listings.of_text(text, ("groups", "x", "out", "threadgroup0"), 4 * THREADS // 32)
+    text = TEXT.format(threads=THREADS, type=TYPES[time.dtype], elements=time.elements)
+    listing = listings.of_text(text)
     dtype = {"int64": mx.int64, "float32": mx.float32, "bfloat16": mx.bfloat16}[time.dtype]
     call = Launch(
         "row_sum",

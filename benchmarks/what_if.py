@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from benchmarks import listings, model
 from benchmarks.model import launches_of
 from benchmarks.rates import DEVICES
-from benchmarks.suite import DIRECTIONS, DTYPES, OPS
+from mhc_mlx.device_report.suite import DIRECTIONS, DTYPES, OPS
 from mhc_mlx.commands import make_parser
 from mhc_mlx.ops import tiling
 

@@ -1,5 +1,6 @@
 """The model counts what bodies do, obeys its own equation, and names its sources."""
 
+import functools
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -100,16 +101,12 @@ COUNTED = [
 STREAMS = ("x", "y", "dout", "out", "dx", "dy", "u", "du", "dx_out")
 
 
-@pytest.mark.parametrize("case", COUNTED, ids=str)
-@pytest.mark.parametrize("backend", ["cuda", "metal"])
-def test_bytes_are_those_that_the_simulator_counts(case, backend, need, monkeypatch):
-    """Of streams: each body loads and stores all that the simulator sees it touch, and no more."""
-    need("simulator")
-    if reason := listings.missing(backend):
-        pytest.skip(reason)
+@functools.cache
+def simulated(case: Case) -> list[tuple]:
+    """What the simulator records of each launch, with the launch."""
     given = [a for a in case.arrays() if a is not None]
     launches = []
-    with executor("simulator"), simulator.recording() as records:
+    with executor("simulator"), simulator.recording() as records, pytest.MonkeyPatch.context() as m:
         simulate = launch.run
 
         def spying(name, inputs, outputs, groups, threads, template, verbose=False):
@@ -117,14 +114,22 @@ def test_bytes_are_those_that_the_simulator_counts(case, backend, need, monkeypa
             launches.append(launch.Launch(name, specs, outputs, groups, threads, template))
             return simulate(name, inputs, outputs, groups, threads, template, verbose)
 
-        monkeypatch.setattr(launch, "run", spying)
+        m.setattr(launch, "run", spying)
         results(getattr(ops, case.op), case, given)
-        monkeypatch.undo()
     assert [record.name for record in records] == [call.name for call in launches]
+    return list(zip(records, launches, strict=True))
+
+
+@pytest.mark.parametrize("case", COUNTED, ids=str)
+@pytest.mark.parametrize("backend", ["cuda", "metal"])
+def test_bytes_are_those_that_the_simulator_counts(case, backend, need):
+    """Of streams: each body loads and stores all that the simulator sees it touch, and no more."""
+    need("simulator")
+    need({"cuda": "nvrtc", "metal": "optimiser"}[backend])
     rates = H100 if backend == "cuda" else MACS[0]
-    for record, call in zip(records, launches, strict=True):
-        found = model.predict(call, rates)
+    for record, call in simulated(case):
         counted = model.counts(call, rates)
+        found = model.predict(call, rates, counted)
         specs = {**call.inputs, **call.outputs}
         read = written = 0
         for name, watched in record.buffers.items():
@@ -148,7 +153,7 @@ def test_bytes_are_those_that_the_simulator_counts(case, backend, need, monkeypa
 def seam():
     """A launch with what it counts on a Mac."""
     if reason := listings.missing("metal"):
-        pytest.skip(reason)
+        pytest.skip(f"optimiser: {reason}")
     shape = (512, 4, 1024)
     call = model.launches_of("mhc_seam", "forward", shape, "bfloat16", "metal")[0]
     return call, model.counts(call, MACS[2])
@@ -217,9 +222,8 @@ def test_other_numbers_cut_other_launches():
             pass
 
 
-def test_a_comparison_says_what_it_gains(capsys):
-    if reason := listings.missing("metal"):
-        pytest.skip(reason)
+def test_a_comparison_says_what_it_gains(capsys, need):
+    need("optimiser")
     command = "--device|M4 Max|--op|mhc_pre|--shape|20,4,256|--set|PARTIAL_LOGITS_TOKENS=20"
     what_if.main(command.split("|"))
     printed = capsys.readouterr().out

@@ -45,6 +45,48 @@ METAL_FUNC float2 multiply(float2 c, float2 a, float2 b) {
   __asm__("; simdgroup_multiply %0 %1 %2" : "+v"(c) : "v"(a), "v"(b));
   return c;
 }
+#elif defined(__NVPTX__)  // for the model of times, which counts PTX, and knows the words that PTX lacks
+METAL_FUNC uint position() { return __nvvm_read_ptx_sreg_tid_x(); }
+METAL_FUNC uint group() { return __nvvm_read_ptx_sreg_ctaid_x(); }
+METAL_FUNC uint simdgroup() { return position() / 32; }
+METAL_FUNC void barrier() { __asm__ volatile("bar.sync 0;" ::: "memory"); }
+METAL_FUNC float exp2(float v) {
+  float r;
+  __asm__("ex2.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+METAL_FUNC float log2(float v) {
+  float r;
+  __asm__("lg2.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+METAL_FUNC float rsqrt(float v) {
+  float r;
+  __asm__("rsqrt.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+METAL_FUNC float sum(float v) {
+  float r;
+  __asm__ volatile("simd_sum.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+METAL_FUNC float shuffle(float v, uint lane) {
+  float r;
+  __asm__ volatile("shfl.sync.idx.b32 %0, %1, %2, 31, -1;" : "=f"(r) : "f"(v), "r"(lane));
+  return r;
+}
+METAL_FUNC float shuffle_xor(float v, uint mask) {
+  float r;
+  __asm__ volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, -1;" : "=f"(r) : "f"(v), "r"(mask));
+  return r;
+}
+METAL_FUNC float2 multiply(float2 c, float2 a, float2 b) {
+  float2 r;
+  __asm__("simd_multiply.f32 {%0, %1}, {%2, %3}, {%4, %5}, {%6, %7};"
+          : "=f"(r.x), "=f"(r.y)
+          : "f"(a.x), "f"(a.y), "f"(b.x), "f"(b.y), "f"(c.x), "f"(c.y));
+  return r;
+}
 #else
 uint position() __attribute__((const));
 uint group() __attribute__((const));
