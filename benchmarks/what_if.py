@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from benchmarks import listings, model
 from benchmarks.model import launches_of
 from benchmarks.rates import DEVICES
-from mhc_mlx.device_report.suite import DIRECTIONS, DTYPES, OPS
 from mhc_mlx.commands import make_parser
+from mhc_mlx.device_report.suite import DIRECTIONS, DTYPES, OPS
 from mhc_mlx.ops import tiling
 
 COMMAND = "python -m benchmarks.what_if"
