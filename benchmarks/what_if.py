@@ -1,20 +1,20 @@
 """Compare two tilings by the model: the one in use, and one with other numbers.
 
     python -m benchmarks.what_if --device "M4 Max" --op single_pass --shape 64,4,5120 \\
-        --set PARTIAL_LOGITS_TOKENS=64
+        --set partial_logits_tokens=16
 
-Each --set names a number of mhc_mlx/ops/tiling.py, or of the records of mhc_mlx/devices.py where
-there are such. No time is measured; it needs what benchmark.py --model needs.
+Each --set names a number of the records of mhc_mlx/devices.py, or of mhc_mlx/ops/tiling.py. No time
+is measured; it needs what benchmark.py --model needs.
 """
 
 import contextlib
-import importlib.util
 import sys
 from collections.abc import Iterator, Mapping
 
 from benchmarks import listings, model
 from benchmarks.model import launches_of
 from benchmarks.rates import DEVICES
+from mhc_mlx import devices
 from mhc_mlx.commands import make_parser
 from mhc_mlx.device_report.suite import DIRECTIONS, DTYPES, OPS
 from mhc_mlx.ops import tiling
@@ -24,12 +24,7 @@ COMMAND = "python -m benchmarks.what_if"
 
 def records() -> list[object]:
     """What holds the numbers by which launches are cut."""
-    found: list[object] = [tiling]
-    if importlib.util.find_spec("mhc_mlx.devices"):
-        devices = importlib.import_module("mhc_mlx.devices")
-        kind = devices.Device
-        found += [v for v in vars(devices).values() if isinstance(v, kind)]
-    return found
+    return [tiling, *(v for v in vars(devices).values() if isinstance(v, devices.Device))]
 
 
 @contextlib.contextmanager
