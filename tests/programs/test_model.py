@@ -15,7 +15,7 @@ from benchmarks import listings, model, predictions, ptx, published, what_if
 from benchmarks.rates import DEVICES, H100, MACS, SOURCES
 from mhc_mlx import PAPER, launch, ops
 from mhc_mlx.conventions import ROW_FIRST
-from mhc_mlx.ops import tiling
+from mhc_mlx.devices import APPLE
 
 ROOT = Path(__file__).parents[2]
 TEXT = """
@@ -211,12 +211,12 @@ def test_many_turns_are_scaled(need, monkeypatch):
 
 def test_other_numbers_cut_other_launches():
     """They hold inside, and the old ones again outside."""
-    case = ("mhc_pre", "forward", (40, 4, 256), "bfloat16", "metal")
-    usual, before = model.launches_of(*case), tiling.PARTIAL_LOGITS_TOKENS
-    with what_if.numbers({"PARTIAL_LOGITS_TOKENS": before + 24}):
+    case = ("mhc_pre", "forward", (80, 4, 256), "bfloat16", "metal")
+    usual, before = model.launches_of(*case), APPLE.partial_logits_tokens
+    with what_if.numbers({"partial_logits_tokens": before + 24}):
         other = model.launches_of(*case)
     assert usual[0].name == "mhc_pre" and other[0].name == "mhc_pre_partial_logits"
-    assert tiling.PARTIAL_LOGITS_TOKENS == before and model.launches_of(*case) == usual
+    assert APPLE.partial_logits_tokens == before and model.launches_of(*case) == usual
     with pytest.raises(ValueError, match="--set must name a number of a tiling but is TOKENS"):
         with what_if.numbers({"TOKENS": 3}):
             pass
@@ -224,7 +224,7 @@ def test_other_numbers_cut_other_launches():
 
 def test_a_comparison_says_what_it_gains(capsys, need):
     need("optimiser")
-    command = "--device|M4 Max|--op|mhc_pre|--shape|20,4,256|--set|PARTIAL_LOGITS_TOKENS=20"
+    command = "--device|M4 Max|--op|mhc_pre|--shape|80,4,256|--set|partial_logits_tokens=80"
     what_if.main(command.split("|"))
     printed = capsys.readouterr().out
     assert "in use   mhc_pre " in printed and "changed  mhc_pre_partial_logits" in printed
