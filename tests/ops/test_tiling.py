@@ -223,8 +223,8 @@ def test_what_is_swept():
         (4, 28544, F32, 28, 2, 32, "metal", NO_RING): True,
         (4, 28548, F32, 28, 2, 32, "metal", NO_RING): False,
         # 27 squares of 256 threads, and 32 of each of eight slices
-        (2, 27648, F32, 28, 2, None, "metal", NO_RING): True,
-        (2, 27648, F32, 29, 2, None, "metal", NO_RING): False,
+        (2, 27648, F32, 12, 2, None, "metal", NO_RING): True,
+        (2, 27648, F32, 13, 2, None, "metal", NO_RING): False,
     }.items():
         assert tiling.use_partial_logits(*shape) == want, shape
 
