@@ -34,6 +34,9 @@ class Device:
     # Registers in which a thread keeps parts of a token: of x, and of x and dout.
     forward_register_bytes: int = 256
     backward_register_bytes: int = 512
+    backward_packed: bool = (
+        False  # whether these are x and dout as they lie in memory, not as floats
+    )
     backward_vec: int = 8  # most neighbours of a stream that a thread of a layer's gradient takes
     seam_backward_bytes: int = 16  # of a load of `mhc_seam_backward`
     forward_threads: int = 256  # most of a layer and of stream_mix_add
@@ -116,7 +119,8 @@ APPLE = Device(
     registers_per_core=(208 << 10) // 4,
     threads_per_core=3072,
     threadgroup_memory_per_core=60 << 10,
-    backward_register_bytes=256,
+    backward_register_bytes=128,
+    backward_packed=True,
     # model: with 8 neighbours a body needs more than 128 registers, and spills.
     backward_vec=4,
     seam_backward_bytes=8,

@@ -48,7 +48,8 @@ def token_tiling(
     def of_width(vec: int, most: int) -> TokenTiling:
         threads = threads_per_group or even_threads(C // vec, most)
         passes = math.ceil(C // vec / threads)
-        pack_bytes = max(4, vec * size) if one else 4 * vec
+        packed = one or device.backward_packed
+        pack_bytes = max(4, vec * size) if packed else 4 * vec
         cached = n <= 8 and passes * copies * n * pack_bytes <= register_bytes
         return TokenTiling(vec, threads, passes, cached)
 
