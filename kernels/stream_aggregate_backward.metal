@@ -30,7 +30,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   for (int c = int(tid) * VEC; c < C; c += THREADS * VEC) {
     float d[VEC];
     mhc::load_floats<VEC>(d, mhc::at(du + size_t(t) * size_t(C), c), du_aligned);
-#pragma unroll(STREAM_UNROLL)
+#pragma unroll STREAM_UNROLL
     for (int j = 0; j < N; ++j) {
       mhc::Pack<T, VEC> v = mhc::load<T, VEC>(mhc::at(row, j * C + c), x_aligned);
       UNROLL_FOR (int e = 0; e < VEC; ++e) {

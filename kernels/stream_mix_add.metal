@@ -35,7 +35,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
                                        : post[i];
       UNROLL_FOR (int e = 0; e < VEC; ++e) acc[i * VEC + e] = q * mhc::float_of(yv, e);
     }
-#pragma unroll(STREAM_UNROLL)
+#pragma unroll STREAM_UNROLL
     for (int j = 0; j < N; ++j) {
       const mhc::Pack<T, VEC> v = mhc::load<T, VEC>(mhc::at(x + base, j * C + c), x_aligned);
       UNROLL_FOR (int i = 0; i < N; ++i) {
