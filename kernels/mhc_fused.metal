@@ -51,12 +51,12 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
 
   // squares = sum(u ** 2)
   float squares[1] = {};
-#pragma unroll CACHED_PASSES
+#pragma unroll(CACHED_PASSES)
   for (int k = 0; k < PASSES; ++k) {
     const int c = mhc::each_turn((k * THREADS + int(tid)) * VEC, (t + uint(k)) >> 31);
     if (c < C) {
       float u[VEC] = {};
-#pragma unroll STREAM_UNROLL
+#pragma unroll(STREAM_UNROLL)
       for (int j = 0; j < N; ++j) {
         const mhc::Pack<T, VEC> v = mhc::load<T, VEC>(mhc::at(row, j * C + c), x_aligned);
         if (CACHED) xv[k * N + j] = v;
@@ -70,7 +70,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   const float r =
       metal::precise::rsqrt(squares[0] / static_cast<float>(C) + static_cast<float>(params[mhc::param::EPS]));
 
-#pragma unroll CACHED_PASSES
+#pragma unroll(CACHED_PASSES)
   for (int k = 0; k < PASSES; ++k) {
     const int c = mhc::each_turn((k * THREADS + int(tid)) * VEC, (t + uint(k)) >> 31);
     if (c < C) {
@@ -79,7 +79,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
       mhc::load_floats<VEC>(w, mhc::at(weight, c), weight_aligned);
       UNROLL_FOR (int e = 0; e < VEC; e += CHANNEL_STEP) {
         float acc[OUT_STREAMS * CHANNEL_STEP] = {}, u[CHANNEL_STEP] = {};
-#pragma unroll STREAM_UNROLL
+#pragma unroll(STREAM_UNROLL)
         for (int j = 0; j < N; ++j) {
           mhc::Pack<T, VEC> v;
           if (CACHED) v = xv[k * N + j];

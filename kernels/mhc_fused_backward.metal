@@ -83,7 +83,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   float r = 0.0f, slope = 0.0f;
   if (NORM) {
     float dots[2] = {};
-#pragma unroll CACHED_PASSES
+#pragma unroll(CACHED_PASSES)
     for (int k = 0; k < PASSES; ++k) {
       const int c = mhc::each_turn((k * THREADS + lane_tid) * VEC, (t + uint(k)) >> 31), at = CACHED ? k : 0;
       if (c < C) {
@@ -106,7 +106,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     slope = r * r * (dots[1] / static_cast<float>(C));
   }
 
-#pragma unroll CACHED_PASSES
+#pragma unroll(CACHED_PASSES)
   for (int k = 0; k < PASSES; ++k) {
     const int c = mhc::each_turn((k * THREADS + lane_tid) * VEC, (t + uint(k)) >> 31), at = CACHED ? k : 0;
     if (c < C) {
@@ -195,11 +195,9 @@ if (NORM && CACHED) {
   UNROLL_FOR (int k = 0; k < CACHED_PASSES; ++k) {
     const int c = (k * THREADS + int(tid)) * VEC;
     if (c < C) {
-      float sums_of_pack[VEC];
       UNROLL_FOR (int e = 0; e < VEC; ++e)
-        sums_of_pack[e] = DWEIGHT_IN_THREADGROUP ? dweight_sums[(k * VEC + e) * THREADS + int(tid)]
-                                                 : g_weight[DWEIGHT_IN_THREADGROUP ? 0 : k][e];
-      mhc::store_floats<VEC>(dweight + c, sums_of_pack, DWEIGHT_ALIGNED);
+        dweight[c + e] = DWEIGHT_IN_THREADGROUP ? dweight_sums[(k * VEC + e) * THREADS + int(tid)]
+                                                : g_weight[DWEIGHT_IN_THREADGROUP ? 0 : k][e];
     }
   }
 }

@@ -75,7 +75,7 @@ for (uint first = group_begin; first < tokens; first += threadgroups_per_grid.x 
     UNROLL_FOR (int j = 0; j < N; ++j) pre[j] = simd_shuffle(token.h_pre, ushort(j));
 
     mhc::NormDots<N> dots = {};
-#pragma unroll CACHED_PASSES
+#pragma unroll(CACHED_PASSES)
     for (int k = 0; k < PASSES; ++k) {
       const int c = mhc::each_turn((k * THREADS + turn_tid) * VEC, uint(t + size_t(k)) >> 31), at = CACHED ? k : 0;
       if (c < C) {
@@ -92,7 +92,7 @@ for (uint first = group_begin; first < tokens; first += threadgroups_per_grid.x 
         metal::precise::rsqrt(lane_dots.u_dot_u / static_cast<float>(C) + static_cast<float>(params[mhc::param::EPS]));
     const float slope = r * r * (lane_dots.du_dot_u / static_cast<float>(C));
 
-#pragma unroll CACHED_PASSES
+#pragma unroll(CACHED_PASSES)
     for (int k = 0; k < PASSES; ++k) {
       const int c = mhc::each_turn((k * THREADS + turn_tid) * VEC, uint(t + size_t(k)) >> 31), at = CACHED ? k : 0;
       if (c < C) {

@@ -87,7 +87,7 @@ for (uint tile = tile_group; tile < tiles; tile += threadgroups_per_grid.x / SPL
       if (NORM) {
         float w[VEC];
         mhc::load_floats<VEC>(w, weight + c, mhc::is_aligned<VEC>(weight));
-#pragma unroll STREAM_UNROLL
+#pragma unroll(STREAM_UNROLL)
         for (int j = 0; j < N; ++j) {
           mhc::load_floats<VEC>(v, row + j * C + c, x_aligned);
           UNROLL_FOR (int e = 0; e < VEC; ++e) u[e] += pre[i * N + j] * v[e];
@@ -98,7 +98,7 @@ for (uint tile = tile_group; tile < tiles; tile += threadgroups_per_grid.x / SPL
           du_dot_u += d[e] * u[e];
         }
       }
-#pragma unroll STREAM_UNROLL
+#pragma unroll(STREAM_UNROLL)
       for (int j = 0; j < N; ++j) {
         mhc::load_floats<VEC>(v, row + j * C + c, x_aligned);
         UNROLL_FOR (int e = 0; e < VEC; ++e) {
@@ -113,7 +113,7 @@ for (uint tile = tile_group; tile < tiles; tile += threadgroups_per_grid.x / SPL
                                 static_cast<float>(params[mhc::param::EPS]));
       slope = r * r * (simd_sum(du_dot_u) / static_cast<float>(C));
     }
-#pragma unroll STREAM_UNROLL
+#pragma unroll(STREAM_UNROLL)
     for (int j = 0; j < N; ++j) {
       const float du_x = simd_sum(du_dot_x[j]), u_x = NORM ? simd_sum(u_dot_x[j]) : 0.0f;
       if (lane == 0) dps[j].v[i] *= r * (du_x - slope * u_x);
@@ -166,7 +166,7 @@ for (uint tile = tile_group; tile < tiles; tile += threadgroups_per_grid.x / SPL
         UNROLL_FOR (int e = 0; e < VEC; ++e) d[i * VEC + e] = v[e];
         if (NORM) {
           float u[VEC] = {};
-#pragma unroll STREAM_UNROLL
+#pragma unroll(STREAM_UNROLL)
           for (int j = 0; j < N; ++j) {
             mhc::load_floats<VEC>(v, x + t * size_t(K) + (j * C + c), x_aligned);
             UNROLL_FOR (int e = 0; e < VEC; ++e) u[e] += pre[i * N + j] * v[e];

@@ -38,7 +38,7 @@ for (uint t0 = begin; t0 < end; t0 += STAGE) {
   if (k < K) {
     const auto row = x + (size_t(t0) * size_t(K) + size_t(k));
     const int count = end - t0 < uint(STAGE) ? int(end - t0) : STAGE;
-#pragma unroll TOKENS_AT_ONCE
+#pragma unroll(TOKENS_AT_ONCE)
     for (int i = 0; i < count; ++i) {
       float v[VEC];
       mhc::load_floats<VEC>(v, row + size_t(i) * size_t(K), x_aligned);

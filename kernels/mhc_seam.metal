@@ -99,7 +99,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     float u_of[CACHED_PASSES][VEC], squares[1] = {}, r = 1.0f;
     // out[i] = sum_j h_res[i, j] x[j] + h_post[i] y;   squares = sum(u ** 2)
     if constexpr (NORM) {
-#pragma unroll CACHED_PASSES
+#pragma unroll(CACHED_PASSES)
       for (int k = 0; k < PASSES; ++k) {
         const int c = mhc::each_turn((k * THREADS + tid) * VEC, (t + uint(k)) >> 31), pass = U_CACHED ? k : 0;
         float pack_square = 0.0f;
@@ -121,7 +121,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
       r = metal::precise::rsqrt(squares[0] / static_cast<float>(C) + static_cast<float>(params[mhc::param::EPS]));
     }
     // u * r * weight
-#pragma unroll CACHED_PASSES
+#pragma unroll(CACHED_PASSES)
     for (int k = 0; k < PASSES; ++k) {
       const int c = mhc::each_turn((k * THREADS + tid) * VEC, (t + uint(k)) >> 31), pass = U_CACHED ? k : 0;
       if (c < C) {

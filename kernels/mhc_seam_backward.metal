@@ -53,7 +53,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   mhc::SeamSums<N> gradients = {};
   if (NORM) {
     float dots[2] = {};
-#pragma unroll CACHED_PASSES
+#pragma unroll(CACHED_PASSES)
     for (int k = 0; k < PASSES; ++k) {
       const int c = mhc::each_turn((k * THREADS + int(tid)) * VEC, (t + uint(k)) >> 31), at = CACHED ? k : 0;
       if (c < C) {
@@ -76,7 +76,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     slope = r * r * (dots[1] / static_cast<float>(C));
   }
 
-#pragma unroll CACHED_PASSES
+#pragma unroll(CACHED_PASSES)
   for (int k = 0; k < PASSES; ++k) {
     const int c = mhc::each_turn((k * THREADS + int(tid)) * VEC, (t + uint(k)) >> 31), at = CACHED ? k : 0;
     if (c < C) {

@@ -20,14 +20,14 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   const auto row = x + size_t(t) * size_t(N * C);
   for (int c = int(tid) * VEC; c < C; c += THREADS * VEC) {
     float acc[VEC] = {};
-#pragma unroll STREAM_UNROLL
+#pragma unroll(STREAM_UNROLL)
     for (int j = 0; j < N; ++j) {
       const float h = PER_TOKEN ? static_cast<float>(h_pre[size_t(t) * N + j]) : pre[PER_TOKEN ? 0 : j];
-      const mhc::Pack<T, VEC> v = mhc::load<T, VEC>(mhc::at(row, j * C + c), x_aligned);
+      const mhc::Pack<T, VEC> v = mhc::load<T, VEC>(row + j * C + c, x_aligned);
       UNROLL_FOR (int e = 0; e < VEC; ++e) acc[e] += h * mhc::float_of(v, e);
     }
     mhc::Pack<T, VEC> o = {};
     UNROLL_FOR (int e = 0; e < VEC; ++e) mhc::set_element(o, e, static_cast<T>(acc[e]));
-    mhc::store(mhc::at(u + size_t(t) * size_t(C), c), o);
+    mhc::store(u + size_t(t) * size_t(C) + c, o);
   }
 }

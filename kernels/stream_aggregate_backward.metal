@@ -29,15 +29,15 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
   }
   for (int c = int(tid) * VEC; c < C; c += THREADS * VEC) {
     float d[VEC];
-    mhc::load_floats<VEC>(d, mhc::at(du + size_t(t) * size_t(C), c), du_aligned);
-#pragma unroll STREAM_UNROLL
+    mhc::load_floats<VEC>(d, du + size_t(t) * size_t(C) + c, du_aligned);
+#pragma unroll(STREAM_UNROLL)
     for (int j = 0; j < N; ++j) {
-      mhc::Pack<T, VEC> v = mhc::load<T, VEC>(mhc::at(row, j * C + c), x_aligned);
+      mhc::Pack<T, VEC> v = mhc::load<T, VEC>(row + j * C + c, x_aligned);
       UNROLL_FOR (int e = 0; e < VEC; ++e) {
         g_pre[j] += d[e] * mhc::float_of(v, e);
         mhc::set_element(v, e, static_cast<T>(pre[j] * d[e]));
       }
-      mhc::store(mhc::at(dx + size_t(t) * size_t(N * C), j * C + c), v);
+      mhc::store(dx + size_t(t) * size_t(N * C) + j * C + c, v);
     }
   }
   if (PER_TOKEN) {

@@ -25,7 +25,7 @@ const uint tokens = x_shape[0];
 for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_grid.x) {
   const size_t base = size_t(t) * size_t(N * C);
   for (int c = int(tid) * VEC; c < C; c += THREADS * VEC) {
-    const mhc::Pack<T, VEC> yv = mhc::load<T, VEC>(mhc::at(y + size_t(t) * size_t(C), c), y_aligned);
+    const mhc::Pack<T, VEC> yv = mhc::load<T, VEC>(y + size_t(t) * size_t(C) + c, y_aligned);
     float acc[N * VEC], token_post[TOKEN_POSTS + 1], token_mix[TOKEN_MIXES + 1];
     mhc::load_all<TOKEN_POSTS>(token_post, h_post + size_t(t) * TOKEN_POSTS);
     mhc::load_all<TOKEN_MIXES>(token_mix, h_res + size_t(t) * TOKEN_MIXES);
@@ -35,9 +35,9 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
                                        : post[i];
       UNROLL_FOR (int e = 0; e < VEC; ++e) acc[i * VEC + e] = q * mhc::float_of(yv, e);
     }
-#pragma unroll STREAM_UNROLL
+#pragma unroll(STREAM_UNROLL)
     for (int j = 0; j < N; ++j) {
-      const mhc::Pack<T, VEC> v = mhc::load<T, VEC>(mhc::at(x + base, j * C + c), x_aligned);
+      const mhc::Pack<T, VEC> v = mhc::load<T, VEC>(x + base + j * C + c, x_aligned);
       UNROLL_FOR (int i = 0; i < N; ++i) {
         const float m = TOKEN_MIXES > 0 ? token_mix[TOKEN_MIXES > 0 ? i * N + j : 0]
                         : RES_PER_TOKEN ? static_cast<float>(h_res[(size_t(t) * N + i) * N + j])
@@ -48,7 +48,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     UNROLL_FOR (int i = 0; i < N; ++i) {
       mhc::Pack<T, VEC> o = {};
       UNROLL_FOR (int e = 0; e < VEC; ++e) mhc::set_element(o, e, static_cast<T>(acc[i * VEC + e]));
-      mhc::store(mhc::at(out + base, i * C + c), o);
+      mhc::store(out + base + i * C + c, o);
     }
   }
 }

@@ -104,7 +104,7 @@ template <typename Q> METAL_FUNC float gate(float z, int part, Q params) {
 template <int N, int THREADS, bool GATES, bool POST, typename P, typename S, typename Q>
 METAL_FUNC void load_gates(P H, S h, Q params, uint tid) {
   for (uint i = tid; i < uint(N); i += THREADS) {
-    const float z = static_cast<float>(*at(H, int(i)));
+    const float z = static_cast<float>(H[i]);
     h[i] = GATES ? gate(z, POST ? 1 : 0, params) : z;
   }
 }
@@ -112,7 +112,7 @@ METAL_FUNC void load_gates(P H, S h, Q params, uint tid) {
 // mix = H, with TRANSPOSED its transpose.
 template <int N, int THREADS, bool TRANSPOSED, typename P, typename S> METAL_FUNC void load_mix(P H, S mix, uint tid) {
   for (uint k = tid; k < uint(N * N); k += THREADS)
-    mix[TRANSPOSED ? (k % N) * N + k / N : k] = static_cast<float>(*at(H, int(k)));
+    mix[TRANSPOSED ? (k % N) * N + k / N : k] = static_cast<float>(H[k]);
 }
 
 // v[a] = the sum over the threadgroup of v[a], in every thread. scratch holds 2 * SIMDS * COUNT floats. If parity goes
@@ -143,7 +143,7 @@ METAL_FUNC void group_sum(thread float (&v)[COUNT], S scratch, O out, uint tid) 
   for (uint a = tid; a < COUNT; a += THREADS) {
     float s = 0.0f;
     for (int g = 0; g < THREADS / 32; ++g) s += scratch[g * COUNT + a];
-    *at(out, int(a)) = s;
+    out[a] = s;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }

@@ -34,7 +34,7 @@ template <int N, typename T, int PACKS_AT_ONCE, int VEC, typename X, typename S>
 METAL_FUNC void read_ragged(thread float (&o)[PACKS_AT_ONCE][VEC], X x, S pre, int C, int remaining, bool aligned) {
   constexpr int STREAMS_AT_ONCE = N <= 8 ? N : 1;
   UNROLL_FOR (int k = 0; k < PACKS_AT_ONCE; ++k) {
-#pragma unroll STREAMS_AT_ONCE
+#pragma unroll(STREAMS_AT_ONCE)
     for (int j = 0; j < N && k * 32 * VEC < remaining; ++j) {
       float v[VEC];
       load_floats<VEC>(v, x + (j * C + k * 32 * VEC), aligned);

@@ -19,7 +19,7 @@ METAL_FUNC void seam_pack(thread float (&u)[VEC], X x, Y y, O out, uint t, int c
     UNROLL_FOR (int i = 0; i < N; ++i) {
       UNROLL_FOR (int e = 0; e < VEC; ++e) acc[i * VEC + e] = post[i] * float_of(yv, e);
     }
-#pragma unroll STREAM_UNROLL
+#pragma unroll(STREAM_UNROLL)
     for (int j = 0; j < N; ++j) {
       const Pack<T, VEC> v = load<T, VEC>(at(x + base, j * C + c), x_aligned);
       UNROLL_FOR (int i = 0; i < N; ++i) {

@@ -8,7 +8,7 @@ template <int N, typename T, int VEC, typename X, typename S>
 METAL_FUNC void read_pack(thread float (&u)[VEC], X x, S pre, int C, bool aligned) {
   constexpr int STREAM_UNROLL = N <= 8 ? N : 4;  // streams that are loaded before the first is used
   UNROLL_FOR (int e = 0; e < VEC; ++e) u[e] = 0.0f;
-#pragma unroll STREAM_UNROLL
+#pragma unroll(STREAM_UNROLL)
   for (int j = 0; j < N; ++j) {
     const Pack<T, VEC> v = load<T, VEC>(x + j * C, aligned);
     UNROLL_FOR (int e = 0; e < VEC; ++e) u[e] = metal::fma(pre[j], float_of(v, e), u[e]);
