@@ -11,7 +11,7 @@ import mlx.core as mx
 
 # Bytes of registers in which a thread keeps parts of a token, by backend and copies of the token: 1
 # is x, 2 is x and dout. A thread of an Apple GPU has 128 registers, hence the smaller limit there.
-REGISTER_BYTES = {("metal", 1): 256, ("cuda", 1): 256, ("metal", 2): 256, ("cuda", 2): 512}
+REGISTER_BYTES = {("metal", 1): 256, ("cuda", 1): 256, ("metal", 2): 128, ("cuda", 2): 512}
 FORWARD_GROUPS = 4096  # fills any GPU; fewer threadgroups than tokens share coefficients
 MANY_GROUPS = 1 << 16  # for a threadgroup that loads little before its first token
 BACKWARD_THREADS = 132 * 512  # an H100 holds these at 128 registers; a group leaves a row of sums
@@ -42,8 +42,10 @@ def token_tiling(
 ) -> TokenTiling:
     """How a threadgroup takes a token of n x C elements of ``size`` bytes.
 
-    vec: Up to 16 bytes, dividing C, few enough for the sums of n streams.
-    threads: One per vec, a multiple of 32, at most 256 (128 where sums fill the registers).
+    vec: Up to 16 bytes (on Metal 4 elements for two copies), dividing C, few enough for the sums of
+        n streams.
+    threads: One per vec, a multiple of 32, at most 256 (128 where sums fill the registers; on Metal
+        320 for one copy, so that fewer passes are in registers).
     cached: Where ``copies`` of a token fit in registers; n > 8 would unroll n * n loops.
     """
     vec = math.gcd(C, 4 if backend == "metal" and copies == 2 else 16 // size)
@@ -57,7 +59,8 @@ def token_tiling(
     def of_width(vec: int) -> TokenTiling:
         threads = threads_per_group or even_threads(C // vec, most)
         passes = math.ceil(C // vec / threads)
-        pack_bytes = max(4, vec * size) if copies == 1 else 4 * vec
+        packed = copies == 1 or backend == "metal"
+        pack_bytes = max(4, vec * size) if packed else 4 * vec
         cached = n <= 8 and passes * copies * n * pack_bytes <= REGISTER_BYTES[backend, copies]
         return TokenTiling(vec, threads, passes, cached)
 
@@ -74,8 +77,8 @@ def even_threads(packs: int, most: int) -> int:
 def seam_tiling(
     n: int, C: int, size: int, threads_per_group: int | None, backend: str
 ) -> TokenTiling:
-    """How a threadgroup takes a token in `mhc_seam`: on CUDA by up to 320 threads, which take 85 us
-    instead of 99 us at (2048, 4, 5120), and 114 us instead of 122 us at C = 7168."""
+    """How a threadgroup takes a token in `mhc_seam`: by up to 320 threads, which on an H100 take
+    85 us instead of 99 us at (2048, 4, 5120), and 114 us instead of 122 us at C = 7168."""
     tiling = token_tiling(n, C, size, 1, threads_per_group, backend)
     if threads_per_group:
         return tiling
@@ -89,7 +92,8 @@ def seam_backward_tiling(
     n: int, C: int, size: int, threads_per_group: int | None, backend: str
 ) -> TokenTiling:
     """How a threadgroup takes a token in `mhc_seam_backward`, whose n (n + 2) sums leave registers
-    for few channels at once: for 128 in all, what a GPU wants, where n <= 4."""
+    for few channels at once: for 128 in all, what a GPU wants, where n <= 4; on Metal a load has 8
+    bytes."""
     vec = math.gcd(C, (8 if backend == "metal" else 16) // size)
     while n * vec > 16:
         vec //= 2
