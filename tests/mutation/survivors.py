@@ -14,7 +14,7 @@ LEAST = "where both are equal either is the least"
 PREFETCHED = "it only prefetches: what is loaded is the same"
 UNROLLED = "it is how far a loop is unrolled"
 AT_ONCE = "it is how much is loaded before the first is used"
-PACKED = "STAY_PACKED only tells NVRTC to keep registers packed"
+PACKED = "stay_packed only tells a compiler to keep registers packed"
 ONE_PASS = "what is CACHED takes one pass, number 0"
 OTHERS = "more or fewer simdgroups make u: each makes the same of a token"
 COUNTED = "k only counts whole runs"
@@ -65,7 +65,7 @@ EQUIVALENT = {
          "one lane and a line per lane give the same matrix"),
     ],
     "mhc_fused_backward.metal": [
-        ("STREAMS + i]);", "STREAMS - i]);", PACKED),
+        ("STREAMS + i], e, zero);", "STREAMS - i], e, zero);", PACKED),
         ("UNROLL_FOR (int j = 0;", "UNROLL_FOR (int j = 1;", PACKED, 0),
         ("du[CHANNEL_STEP] = {}", "du[CHANNEL_STEP]", SET_LATER),
     ],

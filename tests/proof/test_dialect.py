@@ -58,7 +58,7 @@ MISTAKES = {
     "cast": (BODY, BODY + " auto q = (T*)nullptr;", SPACE),
     "write to an input": (BODY, BODY + " x[0] = x[1];", "no viable overloaded '='"),
     "write to a constant": (BODY, BODY + " H_pre[0] = 0.0f;", "is not assignable"),
-    "float to bfloat": (STORE, "(MIX ?", "no viable overloaded '='"),
+    "float to bfloat": (STORE, "(MIX ?", "('bfloat' vs. 'float')"),
     "zero to bfloat": (BODY, BODY + " T zero = 0.0f;", "no viable conversion"),
     "half to bfloat": (BODY, BODY + " half h = 1.0h; T b = h;", "no viable conversion"),
     "float to half": (BODY, BODY + " half h = H_pre[0];", "loses floating-point precision"),
@@ -152,12 +152,12 @@ def test_a_mistake_is_refused(mistake, need):
 
 
 def test_an_implicit_float_to_half_is_refused(need):
-    """The store of every body, where T is half and C++ would convert."""
+    """What every body puts into a pack before it stores it, where T is half."""
     need("dialect")
     from proof import dialect
 
     found = dialect.refusals(source(mx.float16).replace(STORE, "(MIX ?"))
-    assert len(found) == 1 and "loses floating-point precision" in found[0], found
+    assert len(found) == 1 and "('half' vs. 'float')" in found[0], found
 
 
 def test_simdgroup_matrices_are_accepted(need):
