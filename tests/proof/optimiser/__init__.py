@@ -89,8 +89,11 @@ EXCEPTIONS = (
         for n, most in zip((8, 16), registers, strict=True)
         if most
     ),
-    Exempt("mhc_pre_backward_generic", "N=16", "array", 2, STREAMS_IN_TURN),
-    Exempt("stream_aggregate_backward", "N=16", "array", 1, STREAMS_IN_TURN),
+    *(
+        Exempt(body, f"N={n}", "array", most, STREAMS_IN_TURN)
+        for body, most in (("mhc_pre_backward_generic", 2), ("stream_aggregate_backward", 1))
+        for n in (12, 16, 32)
+    ),
     Exempt("mhc_fused", "N=8 T=float32", "split", 1, ONE_HALF),
     *(
         Exempt(body, f"N={n}", "array", 6, LONG_LINE)
