@@ -130,7 +130,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         if (!NORM || !U_CACHED)
           mhc::seam_pack<WRITE_BACK, !NORM, NORM && ROUND_U, N, T>(u_of[pass], x, y, out, t, c, pre + at, post + at,
                                                                    mix + at * N, C, x_aligned, y_aligned);
-        mhc::store(mhc::at(u + size_t(t) * size_t(C), c),
+        mhc::store(mhc::at((device T*)u + size_t(t) * size_t(C), c),  // an absent u is one of floats
                    mhc::finish_u<NORM, ROUND_U, T>(u_of[pass], r, mhc::at(weight, c), weight_aligned));
       }
     }

@@ -128,9 +128,8 @@ APPLE = Device(
     # or M2 has 384 threads at 128 registers.
     forward_threads=320,
     coefficient_gradient_threads=256,
-    # model: latency binds. With half as many threads a token a core works on two at once, and
-    # 256 threads keep x up to C = 4096 at n = 4.
-    coefficient_gradient_x_bytes=128,
+    # 128 would keep x up to C = 4096 at n = 4, but clang-19 then spills 17 to 24 of 128 registers.
+    coefficient_gradient_x_bytes=64,
     # model: the rest is computed again. 20 take 10 KiB of a threadgroup of 128, of which the memory
     # of a core holds five, more than its registers.
     stored_half_steps=20,

@@ -276,9 +276,9 @@ def test_tokens_backward():
     for shape, want in {
         # with a norm a threadgroup a token; x of four streams in 128 bytes a thread
         (4, 1024, 2, 65536, True, None, H100): (64, 8, 2, True, 8, 1056, 1056),
-        (4, 1024, 2, 65536, True, None, APPLE): (64, 8, 2, True, 8, 1056, 1056),
+        (4, 1024, 2, 65536, True, None, APPLE): (128, 8, 1, True, 8, 528, 528),
         (4, 4096, 2, 2048, True, None, H100): (256, 8, 2, True, 2, 128, 128),
-        (4, 4096, 2, 2048, True, None, APPLE): (256, 8, 2, True, 2, 128, 128),
+        (4, 4096, 2, 2048, True, None, APPLE): (256, 8, 2, False, 2, 128, 128),
         (4, 5120, 2, 2048, True, None, APPLE): (256, 8, 3, False, 2, 128, 128),  # at most 256
         (3, 20480, 2, 64, True, None, H100): (512, 8, 5, False, 2, 2, 2),  # at most 512
         (2, 1024, 2, 5, True, None, H100): (32, 8, 4, True, 2, 3, 3),
@@ -302,7 +302,7 @@ def test_tokens_backward():
         (8, 1024, 2, 5, False, None, H100): (128, 8, 0, False, 1, 2, 8),
         (32, 1024, 2, 5, False, None, H100): (128, 1, 0, False, 1, 2, 8),
         # four-byte elements
-        (4, 1024, 4, 65536, True, None, APPLE): (128, 4, 2, True, 8, 528, 528),
+        (4, 1024, 4, 65536, True, None, APPLE): (256, 4, 1, True, 8, 264, 264),
         (4, 1024, 4, 65536, False, None, APPLE): (128, 4, 0, False, 8, 528, 2112),
     }.items():
         assert tuple(tiling.coefficient_gradient_tiling(*shape)) == want, shape
@@ -382,7 +382,6 @@ def test_numbers_of_devices():
         "few_backward_tokens": 1024,
         "long_row": 16384,
         "forward_register_bytes": 256,
-        "coefficient_gradient_x_bytes": 128,
         "threadgroup_memory": 32 << 10,
     }
     pairs = {  # an H100's, and an Apple GPU's, whose threads have 128 registers
@@ -393,6 +392,7 @@ def test_numbers_of_devices():
         "forward_threads": (256, 320),
         "uncached_backward_threads": (256, 128),
         "coefficient_gradient_threads": (512, 256),
+        "coefficient_gradient_x_bytes": (128, 64),
         "stored_half_steps": (40, 20),
         "one_thread_rows": (0, 16),
         "partial_logits_tokens": (16, 64),
