@@ -77,7 +77,7 @@ for (uint first = group_begin; first < tokens; first += threadgroups_per_grid.x 
     mhc::NormDots<N> dots = {};
 #pragma unroll(CACHED_PASSES)
     for (int k = 0; k < PASSES; ++k) {
-      const int c = mhc::each_turn((k * THREADS + turn_tid) * VEC, uint(t + size_t(k)) >> 31), at = CACHED ? k : 0;
+      const int c = mhc::each_turn((k * THREADS + turn_tid) * VEC, (uint(t) + uint(k)) >> 31), at = CACHED ? k : 0;
       if (c < C) {
         float w[VEC];
         mhc::load_streams<N>(xv[at], row, C, c, aligned);
@@ -94,7 +94,7 @@ for (uint first = group_begin; first < tokens; first += threadgroups_per_grid.x 
 
 #pragma unroll(CACHED_PASSES)
     for (int k = 0; k < PASSES; ++k) {
-      const int c = mhc::each_turn((k * THREADS + turn_tid) * VEC, uint(t + size_t(k)) >> 31), at = CACHED ? k : 0;
+      const int c = mhc::each_turn((k * THREADS + turn_tid) * VEC, (uint(t) + uint(k)) >> 31), at = CACHED ? k : 0;
       if (c < C) {
         float w[VEC];
         mhc::Pack<DREAD_T, VEC> g;

@@ -49,7 +49,7 @@ class Device:
     # Half-steps whose divisors `mhc_pre_backward_coefficients` stores, 128 bytes a simdgroup each.
     stored_half_steps: int = 40
     u_floats_per_lane: int = 64  # of u, that a lane of `mhc_pre` keeps for its norm
-    # Products of matrices take float32, so that `mhc_pre_backward_projection` takes any dtype.
+    # Whether `mhc_pre_backward_projection` takes any dtype, where products of matrices are float32.
     float_products: bool = False
 
     # ---- a grid
@@ -134,7 +134,6 @@ APPLE = Device(
     # of a core holds five, more than its registers.
     stored_half_steps=20,
     u_floats_per_lane=32,
-    float_products=True,
     # model: in `mhc_pre` up to 8 tiles of 8 tokens leave most cores idle; runs of a phi product do
     # not. They gain up to 64 tokens on a Max, up to 128 on an Ultra.
     partial_logits_tokens=64,

@@ -333,9 +333,10 @@ def test_a_product_of_32_bits_is_caught(body, old, new, need, monkeypatch):
 # ---- the same by the texts, also of what no case of FAR launches
 
 CONVERTED = r"\buint\((?:[^()]|\([^()]*\))*\)\)* *\*|\* *uint\("  # a factor of 32 bits
-# Not of a token: spans and chunks, lines of a matrix, rows of phi, places in threadgroup memory.
+# Not of a token: spans and chunks, lines of a matrix, rows of phi, places in threadgroup memory,
+# and what lies within a token, which has less than 4 GiB.
 FEW = ("uint(chunk) * tokens_per_chunk", "/ uint(groups_per_tile) * 8", "* uint(N)")
-FEW += ("* uint(runs.K) * uint(sizeof(", "* 16u", "* 512u")
+FEW += ("* uint(runs.K) * uint(sizeof(", "* 16u", "* 512u", "uint(i) * uint(sizeof(")
 
 
 def narrow_products(text: str) -> list[str]:

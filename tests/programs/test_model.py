@@ -102,11 +102,12 @@ STREAMS = ("x", "y", "dout", "out", "dx", "dy", "u", "du", "dx_out")
 
 
 @functools.cache
-def simulated(case: Case) -> list[tuple]:
-    """What the simulator records of each launch, with the launch."""
+def simulated(case: Case, backend: str) -> list[tuple]:
+    """What the simulator records of each launch for a backend, with the launch."""
     given = [a for a in case.arrays() if a is not None]
     launches = []
-    with executor("simulator"), simulator.recording() as records, pytest.MonkeyPatch.context() as m:
+    form = "simulator, CUDA" if backend == "cuda" else "simulator"
+    with executor(form), simulator.recording() as records, pytest.MonkeyPatch.context() as m:
         simulate = launch.run
 
         def spying(name, inputs, outputs, groups, threads, template, verbose=False):
@@ -127,7 +128,7 @@ def test_bytes_are_those_that_the_simulator_counts(case, backend, need):
     need("simulator")
     need({"cuda": "nvrtc", "metal": "optimiser"}[backend])
     rates = H100 if backend == "cuda" else MACS[0]
-    for record, call in simulated(case):
+    for record, call in simulated(case, backend):
         counted = model.counts(call, rates)
         found = model.predict(call, rates, counted)
         specs = {**call.inputs, **call.outputs}

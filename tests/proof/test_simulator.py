@@ -238,7 +238,8 @@ def test_debugging_command(need, capsys):
     with planted(wrong.file, wrong.edit):
         assert not simulate.simulate(case, False)
     out = capsys.readouterr().out
-    assert "WRONG dx[0, 0, 0] is" in out and "stored by thread 0 of threadgroup 0 at mhc_f" in out
+    assert "WRONG dx[0, 0, 0] is" in out and "stored by thread 0 of threadgroup 0 at packs.h" in out
+    assert "from mhc_fused_backward.metal:" in out
     with planted(broken.file, broken.edit):
         assert not simulate.simulate(case, False)
     assert (
