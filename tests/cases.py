@@ -21,7 +21,8 @@ GRADIENT = 4e-6  # times sqrt(tokens) times the largest gradient, in float32
 REFERENCE = 3  # times that for the reference: MLX's plain sums over a row are less exact
 HALF_GRADIENT_ULPS = 1  # more, where the gradient itself is float16 or bfloat16
 AT_SCALE = ((0.1, 1e-5), (1.0, 1e-5), (5.0, 1e-5), (30.0, 1e-3))  # of logits; largest gradients
-MAX_VARIANTS = (150, 200, 100, 100, 100)  # of COVERING, DYNAMIC, SINGLE, UNUSUAL, STANDARD
+# Of COVERING, DYNAMIC, SINGLE, UNUSUAL and STANDARD. A Mac adds few rows in one more form.
+MAX_VARIANTS = (152, 200, 100, 100, 100)
 
 
 # ---- the ops
