@@ -31,12 +31,11 @@ class Device:
     ring_memory: int = 0
 
     # ---- a threadgroup
-    # Registers in which a thread keeps parts of a token: of x, and of x and dout.
+    # Registers in which a thread keeps parts of a token: of x, and of x and dout. These two count
+    # as floats, or with backward_packed as they lie in memory.
     forward_register_bytes: int = 256
     backward_register_bytes: int = 512
-    backward_packed: bool = (
-        False  # whether these are x and dout as they lie in memory, not as floats
-    )
+    backward_packed: bool = False
     backward_vec: int = 8  # most neighbours of a stream that a thread of a layer's gradient takes
     seam_backward_bytes: int = 16  # of a load of `mhc_seam_backward`
     forward_threads: int = 256  # most of a layer and of stream_mix_add
@@ -50,6 +49,7 @@ class Device:
     stored_half_steps: int = 40
     u_floats_per_lane: int = 64  # of u, that a lane of `mhc_pre` keeps for its norm
     # Whether `mhc_pre_backward_projection` takes any dtype, where products of matrices are float32.
+    # No record says so yet: until then float32 and float16 take `mhc_pre_backward_generic`.
     float_products: bool = False
 
     # ---- a grid
@@ -121,11 +121,11 @@ APPLE = Device(
     threadgroup_memory_per_core=60 << 10,
     backward_register_bytes=128,
     backward_packed=True,
-    # model: with 8 neighbours a body needs more than 128 registers, and spills.
+    # clang-19: with 8 neighbours `mhc_fused_backward` needs more than 128 registers, and spills.
     backward_vec=4,
     seam_backward_bytes=8,
-    # model: at C = 5120 three passes of 256 threads keep more than 128 registers hold; a core of M1
-    # or M2 has 384 threads at 128 registers.
+    # clang-19: at C = 5120 three passes of 256 threads keep more than 128 registers hold. A core of
+    # M1 or M2 has 384 threads at 128 registers.
     forward_threads=320,
     coefficient_gradient_threads=256,
     # 128 would keep x up to C = 4096 at n = 4, but clang-19 then spills 17 to 24 of 128 registers.

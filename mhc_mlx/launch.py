@@ -30,9 +30,8 @@ __all__ = ["Body", "Options", "backend", "device", "launch", "metal_source", "re
 Spec = tuple[tuple[int, ...], mx.Dtype]  # the shape and dtype of an array
 _PACKAGE = Path(__file__).parent
 _FOLDERS = (_PACKAGE / "kernels", _PACKAGE.parent / "kernels")  # in a wheel; in a checkout
-_fixed: ContextVar[str | None] = ContextVar(
-    "fixed", default=None
-)  # the backend inside `at` and `record`
+# The backend inside `at` and `record`.
+_fixed: ContextVar[str | None] = ContextVar("fixed", default=None)
 # The launches that `record` collects, while it does.
 _recorded: ContextVar["list[Launch] | None"] = ContextVar("recorded", default=None)
 
