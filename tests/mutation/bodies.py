@@ -168,12 +168,19 @@ def refused_by_nvrtc(call: tuple) -> str:
     return refused_source(call[0], nvrtc.cuda_source(*call[:3], *call[4:6]))
 
 
+def optimised(call: tuple) -> tuple:
+    """Metal's text of a launch as a variant of a main shape, and what LLVM makes of it."""
+    from proof import optimiser
+
+    variant = optimiser.variant(launch.Launch(*call), main=True)
+    return variant, optimiser.figures(variant)
+
+
 def refused_by_optimiser(call: tuple) -> str:
     """The faults of Metal's text of a launch, as if its shape were a main one."""
     from proof import optimiser
 
-    variant = optimiser.variant(launch.Launch(*call), main=True)
-    found = optimiser.faults(variant, optimiser.figures(variant))
+    found = optimiser.faults(*optimised(call))
     return "; ".join(f"{fault.kind}: {fault.words}" for fault in found)
 
 

@@ -329,7 +329,7 @@ TABLE = {
     ],
 }
 # What LLVM cannot keep in registers, or splits, while every value stays right.
-WIDE = Case("mhc_static", (2,), 4, 4096, "bfloat16")
+FULL = Case("mhc_static", (2,), 4, 2048, "bfloat16")  # 128 packed bytes of a token a thread
 PRE_HALF = Case("mhc_pre", (19,), 4, 64, "bfloat16", PAPER)
 ADD_HALF = replace(ADD, dtype="bfloat16")
 OPTIMISER = {
@@ -340,6 +340,14 @@ OPTIMISER = {
     "sinkhorn_knopp_backward sinkhorn.h": [
         (SINKHORN, "a place chosen at run time", "optimiser: arrays lie in memory",
          "value = high ? second : first", "value = v[high ? j + O : j]"),
+    ],
+    "sinkhorn_knopp metal/packs.h": [
+        (SINKHORN_64, "loops over 64 columns unrolled whole", "optimiser: registers spilled",
+         "unroll_count(16)", "unroll(full)"),
+    ],
+    "mhc_fused_backward metal/packs.h": [
+        (FULL, "packs that need not stay packed", "optimiser: arrays lie in memory",
+         "if constexpr (sizeof(T) == 2) pack.w[e / 2] += zero;", ""),
     ],
     "mhc_pre metal/packs.h": [
         (PRE, "addresses of a lane in registers all the time", "optimiser: registers spilled",

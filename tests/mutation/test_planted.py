@@ -17,6 +17,7 @@ from mhc_mlx import launch
 from mutation.bodies import (
     executed,
     launches,
+    optimised,
     refused_by_dialect,
     refused_by_nvrtc,
     refused_by_optimiser,
@@ -53,11 +54,25 @@ def need_all(need):
 
 @pytest.mark.parametrize("mistake", PLANTED, ids=str)
 def test_caught(mistake, need_all):
-    rungs = tuple(r for r in RUNGS if r not in SLOW or r in mistake.caught)
+    alone = set(mistake.caught) == {"optimiser"}  # then the slow ones must be silent, too
+    rungs = tuple(r for r in RUNGS if r not in SLOW or r in mistake.caught or alone)
     says = objections(mistake.case, mistake.body, mistake, rungs)
     assert set(says) == set(mistake.caught), says
     for rung, reason in mistake.caught.items():
         assert reason in says[rung], says[rung]
+
+
+def test_packed_streams_take_fewer_registers(need):
+    """What stay_packed does of n = 4, besides the array that is there without it."""
+    need("optimiser")
+    (mistake,) = (m for m in PLANTED if m.what == "packs that need not stay packed")
+
+    def registers(edit=None) -> int:
+        with planted(mistake.file if edit else "", edit):
+            calls = [c for c in launches(mistake.case, "metal") if c[0] == mistake.body]
+            return max(optimised(c)[1].registers for c in calls)
+
+    assert registers(mistake.edit) > registers()
 
 
 CALLS = sorted({(m.case, m.body) for m in PLANTED}, key=str)

@@ -122,6 +122,22 @@ def test_narrow_and_split():
     assert words == "load x: packs of 16 bytes in all, where aligned 32"
 
 
+def test_who_may_spill():
+    """A text of a row that models do not have, if it has streams; then it may be a ragged one."""
+    line = dict.fromkeys(measure.Figures.__dataclass_fields__, ())
+    numbers = dict.fromkeys(("registers", "scratch_bytes", "array_bytes", "code_bytes"), 0)
+    figures = measure.Figures(**line | numbers | {"spills": 3})
+    for main, pack_bytes, may in (
+        (True, 16, False),
+        (True, 0, False),
+        (False, 0, False),
+        (False, 16, True),
+    ):
+        variant = measure.Variant("body", "", "", 32, pack_bytes, main=main)
+        kinds = [f.kind for f in optimiser.all_faults(variant, figures)]
+        assert kinds == ([] if may else ["spill"])
+
+
 def test_streams_are_known():
     """Rows of C channels a token are streams, whatever their name."""
     for case in (c for shape in variants.SAMPLE for c in variants.main_cases(*shape)):
