@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
+from proof.optimiser import llvm
 
 from mhc_mlx import launch, ops
 from mhc_mlx.device_report import shapes
@@ -110,10 +111,8 @@ def compile_all(folder: Path, standards: list[str], if_known: list[str]) -> list
 
 def left_over(ir: str) -> list[str]:
     """Return what an optimiser left of a kernel that costs time on a GPU."""
-    arrays = re.findall(r"= alloca (\[[^,\n]*|%[^,\n]*)", ir)
-    functions = re.findall(r'(?m)^define [^\n]*?@"?([\w.$]+)"?\(', ir)
-    inner = [f for f in functions if not f.startswith("custom_kernel_")]
-    return [f"array {a}" for a in arrays] + [f"function {f}" for f in inner]
+    inner = llvm.functions(ir, entry=r"custom_kernel_\w+")
+    return [f"array {a}" for a in llvm.arrays(ir)] + [f"function {f}" for f in inner]
 
 
 def check(folder: Path) -> list[str]:

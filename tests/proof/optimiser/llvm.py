@@ -106,10 +106,10 @@ def arrays(ir: str) -> list[str]:
     return [a.replace("struct.mhc::", "") for a in re.findall(r"= alloca ([^\n]*?), align", ir)]
 
 
-def functions(ir: str) -> list[str]:
-    """Return the functions that are left besides the entry."""
-    found = [f for f in re.findall(r"(?m)^define [^\n]*?@([\w.$]+)\(", ir) if f != ENTRY]
-    return [plain_name(f) for f in found]
+def functions(ir: str, entry: str = ENTRY) -> list[str]:
+    """Return the functions that are left besides the entry, whose name matches a pattern."""
+    found = re.findall(r'(?m)^define [^\n]*?@"?([\w.$]+)"?\(', ir)
+    return [plain_name(f) for f in found if not re.fullmatch(entry, f)]
 
 
 def plain_name(symbol: str) -> str:
