@@ -15,7 +15,7 @@ runs the tests that --tests names, and stops at the first failure.
 Each mutant is planted in a copy of the tree, a copy for each worker. A test that takes five times
 as long as without the mutant has caught it. A test that failed runs again without the mutant: where
 it fails too, the outcome is "unsure". Mutants in survivors.py are not run: "known". A run that was
-cut short goes on where its report ends.
+cut short, by --seconds or killed, goes on where its report ends; parts may share a report.
 
 The report is JSON: outcome (caught, survived, timeout, unsure, known, gpu), who caught it, seconds.
 "gpu": NVRTC takes the mutant, and only a GPU runs this text (`run --gpu` there).
@@ -28,6 +28,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
 import queue
 import re
@@ -193,13 +194,27 @@ def first_failure(text: str, code: int) -> str:
     return f"pytest ended with {code}: {lines[-1][:200] if lines else 'nothing'}"
 
 
-def run(chosen: list[Mutant], workers: int, report: Path | None, *judges) -> None:
-    """Judge mutants, by a `Worker` of ``judges`` in each thread."""
-    results = [r for r in earlier(report) if r.key in {m.key for m in chosen}]
+def longest_first(m: Mutant) -> int:
+    """A mutant in more bodies runs more cases if it survives."""
+    return 0 if m.file.endswith(".py") else -len(bodies_of(m))
+
+
+def run(
+    chosen: list[Mutant], workers: int, report: Path | None, seconds: float, *judges
+) -> list[Mutant]:
+    """Judge mutants, by a `Worker` of ``judges`` in each thread; return those that did not start
+    in this time. The report keeps what else it has."""
+    before, keys, start = earlier(report), {m.key for m in chosen}, time.monotonic()
+    results = [r for r in before if r.key in keys]
+    others = [r for r in before if r.key not in keys]
     chosen = [m for m in chosen if m.key not in {r.key for r in results}]
-    idle, lock = queue.SimpleQueue(), threading.Lock()
+    chosen.sort(key=longest_first)
+    idle, lock, left = queue.SimpleQueue(), threading.Lock(), []
 
     def one(m: Mutant) -> None:
+        if time.monotonic() - start > seconds:
+            left.append(m)
+            return
         known, worker = why(m), idle.get()
         try:
             result = Result(str(m), m.key, "known", known) if known else worker.judge(m)
@@ -210,7 +225,8 @@ def run(chosen: list[Mutant], workers: int, report: Path | None, *judges) -> Non
             print(f"{result.outcome} {result.seconds:.0f} s: {m}\n    {result.test}", flush=True)
             if report:
                 part = report.with_name(report.name + ".part")
-                part.write_text(json.dumps([dataclasses.asdict(r) for r in results], indent=1))
+                rows = [dataclasses.asdict(r) for r in others + results]
+                part.write_text(json.dumps(rows, indent=1))
                 os.replace(part, report)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -224,11 +240,12 @@ def run(chosen: list[Mutant], workers: int, report: Path | None, *judges) -> Non
             idle.put(Worker(Path(folder, f"{k}"), *judges, launches))
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(one, chosen))
-    seconds = sum(r.seconds for r in results) / max(len(results), 1)
-    print(f"\n{table(results)}\n\n{seconds:.1f} s each")
+    each = sum(r.seconds for r in results) / max(len(results), 1)
+    print(f"\n{table(results)}\n\n{each:.1f} s each")
     for r in sorted(results, key=lambda r: r.mutant):
         if r.outcome in ("survived", "unsure", "gpu"):
             print(f"{r.outcome}: {r.mutant}")
+    return left
 
 
 def table(results: list[Result]) -> str:
@@ -276,6 +293,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--tests", nargs="+", default=[], help="of run: files or names of tests")
     parser.add_argument("--gpu", action="store_true", help="test_gpu.py on what only a GPU runs")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no mutant starts later")
     parser.add_argument("--report", type=Path, help="JSON of every mutant's outcome")
     args = parser.parse_args()
     if args.command == "planted":
@@ -289,7 +307,9 @@ def main() -> None:
         return print(*chosen, sep="\n")
     if not args.tests and any(m.file.endswith(".py") for m in chosen):
         parser.error("--tests must name tests of the Python that --only names")
-    run(chosen, args.workers, args.report, args.tests, args.gpu)
+    left = run(chosen, args.workers, args.report, args.seconds, args.tests, args.gpu)
+    if left:
+        sys.exit(f"{len(left)} of {len(chosen)} are left: the same command goes on with them")
 
 
 if __name__ == "__main__":

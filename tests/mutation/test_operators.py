@@ -3,6 +3,9 @@
 `python tests/mutation/run.py` judges the others.
 """
 
+import math
+import sys
+
 import pytest
 
 from mutation import bodies, choice, operators, run, sampler, survivors
@@ -178,6 +181,36 @@ def test_pythons_mutants_are_caught(tmp_path):
         assert result.test.startswith(test) == (outcome == "caught"), result
     source = (ROOT / "mhc_mlx/streams.py").read_text()
     assert (tmp_path / "tree/mhc_mlx/streams.py").read_text() == source
+
+
+def test_a_run_goes_on_where_its_report_ends(tmp_path, monkeypatch, capsys):
+    """A run that time cuts short; the report keeps what another part has judged."""
+    chosen, judged = sampler.sample(1, 5, "mhc_mlx/streams.py"), []
+
+    class Worker:
+        def __init__(self, folder, *judges):
+            pass
+
+        def judge(self, m):
+            judged.append(m)
+            return run.Result(str(m), m.key, "caught", "parity", 1.0)
+
+    monkeypatch.setattr(run, "Worker", Worker)
+    report = tmp_path / "report.json"
+
+    def keys():
+        return sorted(r.key for r in run.earlier(report))
+
+    assert run.run(chosen[:2], 1, report, math.inf) == [] and judged == chosen[:2]
+    assert run.run(chosen[2:], 2, report, -1.0) == chosen[2:]
+    assert "caught 1 s: " in capsys.readouterr().out and keys() == sorted(m.key for m in judged)
+    assert run.run(chosen, 2, report, math.inf) == [] and len(judged) == 5
+    assert keys() == sorted(m.key for m in chosen)
+    options = "run --only mhc_mlx/streams.py --count 2 --tests a_test --seconds=-1"
+    monkeypatch.setattr(sys, "argv", ["run.py", *options.split()])
+    with pytest.raises(SystemExit, match="2 of 2 are left: the same command goes on with them"):
+        run.main()
+    assert len(judged) == 5
 
 
 @pytest.mark.parametrize("file", survivors.EQUIVALENT)
