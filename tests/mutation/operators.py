@@ -217,9 +217,10 @@ def drop_operand(code):
 
 
 def turn_sum(code):
-    """+ and -."""
+    """+ and -, and the product that fma adds."""
     other = {"+": "-", "-": "+", "+=": "-=", "-=": "+="}
     yield from replaced(r" (\+=?|-=?) ", code, lambda found: other[found.group(1)])
+    yield from replaced(r"\bfma(\()(?=\w)", code, "(-")
 
 
 def turn_product(code):

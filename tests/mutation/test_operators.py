@@ -77,6 +77,11 @@ def test_what_operators_make(table, make):
         assert changed in lines(source, make, operator), operator
 
 
+def test_a_product_that_fma_adds():
+    made = lines("s = metal::fma(a[i], b, s);", operators.of_kernel, "turn_sum")
+    assert made == ["s = metal::fma(-a[i], b, s);"]
+
+
 def test_every_operator_has_a_place_in_our_files():
     words = {m.operator for p in sources() for m in mutants(p)}
     assert words <= {*KERNEL, *PYTHON} and len(words) > 25
