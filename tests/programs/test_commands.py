@@ -39,6 +39,17 @@ def test_output_replaces_a_file_and_nothing_else(tmp_path):
     assert left == ["a.json", "empty.json", "late.json", "link.json"], "a half-written file is left"
 
 
+def test_a_kill_while_a_report_is_written_leaves_the_one_before(tmp_path):
+    """A new file takes the place of the old one at once: who has the old one open reads it all."""
+    output = Output("--json", str(tmp_path / "a.json"), "a report", anything)
+    for write in (output.update, output.finish):
+        output.update({"rows": [1, 2]})
+        with open(tmp_path / "a.json") as before:
+            write({"rows": [1, 2, 3]})
+            assert json.load(before) == {"rows": [1, 2]}
+        assert json.loads((tmp_path / "a.json").read_text()) == {"rows": [1, 2, 3]}
+
+
 def test_output_refuses(tmp_path):
     (tmp_path / "text").write_text("a letter")
     (tmp_path / "other.json").write_text("[3]")

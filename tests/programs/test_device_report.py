@@ -114,6 +114,28 @@ def test_a_stop_loses_no_row(name, from_wheel, tmp_path):
     assert "3 not run, 12 not reached" in told and (killed or told in printed)
 
 
+def test_every_row_is_in_the_file_before_the_next_starts(on_metal, tmp_path, monkeypatch, capsys):
+    """So that a kill at any moment loses at most the row that runs, whose name is there."""
+    on_metal({})
+    done: list[dict] = []
+
+    def run_job(job):
+        report = read(tmp_path / "r.json")
+        assert [row for part in parts.PARTS for row in report[part]] == done
+        part, name = report["running"].split(": ", 1)
+        assert name == job.name == report["missing"][part][0]
+        done.append(json.loads(json.dumps(job.row)) | {"ok": None, "why": "a test"})
+        return dict(done[-1])
+
+    monkeypatch.setattr(command, "run_job", run_job)
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--json", str(tmp_path / "r.json")])
+    assert ended.value.code == 0 and len(done) > 40
+    report = read(tmp_path / "r.json")
+    assert [row for part in parts.PARTS for row in report[part]] == done
+    assert report["finished"] and not any(report["missing"].values())
+
+
 def test_wrong_options_end_before_the_run(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(command, "measure", None)
     other, link = tmp_path / "other.json", tmp_path / "link.json"
@@ -329,6 +351,9 @@ def test_main_shapes():
             assert shapes.case(op, "forward+backward", (2048, 4, 4096), name) in compared
         for n in (2, 4, 8, 16):
             assert shapes.case(op, "forward+backward", (2048, n, 4096), "bfloat16") in compared
+    for op in shapes.SITE_OPS:
+        for T in (1, 8, 512, 2048):
+            assert (op, "inference", (T, 4, 4096), "bfloat16") in compared
     assert compared < compiled
     assert set(shapes.timed_cases(True)) < compiled
     chains = {(op, "inference", *rest) for op, _, *rest in shapes.decode_cases(True)}
