@@ -14,7 +14,7 @@ from proof import executor, simulator
 
 from mhc_mlx import launch, ops
 from mhc_mlx.device_report import __main__ as command
-from mhc_mlx.device_report import machine, parts, shapes, suite, variants
+from mhc_mlx.device_report import machine, parts, shapes, suite, summary, variants
 from programs import figures
 from programs.test_packaging import unpack_wheel
 
@@ -287,12 +287,35 @@ def test_as_on_cuda(on_metal, monkeypatch):
             raise RuntimeError("Failed to compile kernel: NVRTC")
         return usual(name, *call)
 
+    evaluated: list = []
+    with monkeypatch.context() as patch:  # MLX compiles, and says what is wrong, at evaluation
+        patch.setattr(mx, "eval", evaluated.append)
+        variants.compile_on_cuda(case)
+    assert [a.shape for a in evaluated[-1]] == [(2, 8), (2, 2, 8), (2, 2)]
     monkeypatch.setattr(launch, "run", run)
     monkeypatch.setattr(launch, "backend", lambda: "cuda")
     monkeypatch.setattr(shapes, "variant_cases", lambda kernels: [case])
     jobs = parts.variant_jobs()
     rows = [command.run_job(job) for job in jobs]
     assert [row["error"] for row in rows] == ["Failed to compile kernel: NVRTC"] * 2
+
+
+def test_what_mlx_refuses_is_a_row_that_fails():
+    row = {"op": "mhc_pre", "direction": "forward", "dtype": "float32", "shape": [2, 2, 8]}
+    for error, words in (
+        (RuntimeError("no memory"), "no memory"),
+        (ValueError("no shape"), "no shape"),
+        (MemoryError(), "MemoryError"),
+    ):
+
+        def run(error=error):
+            raise error
+
+        got = command.run_job(parts.Job("a name", row, run))
+        assert got == row | {"ok": False, "error": words}
+        for lines in summary.LINES.values():
+            assert "0 right, 1 fail" in lines([got], 0)[0]
+            assert any(k.endswith(f"float32 2,2,8: {words}") for k in lines([got], 0))
 
 
 def test_a_refused_launch_has_the_text_of_the_true_one(monkeypatch):
