@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -14,7 +15,7 @@ from proof import executor, simulator
 
 from mhc_mlx import launch, ops
 from mhc_mlx.device_report import __main__ as command
-from mhc_mlx.device_report import machine, parts, shapes, suite, summary, variants
+from mhc_mlx.device_report import machine, parity, parts, shapes, suite, summary, variants
 from programs import figures
 from programs.test_packaging import unpack_wheel
 
@@ -216,6 +217,8 @@ def test_as_on_a_mac(on_metal, tmp_path, capsys):
     assert {row["direction"] for row in report["times"]} == {"forward", "forward+backward"}
     gains = [row["speedup_vs_compiled"] for row in report["times"] + report["decode"]]
     assert all(gain > 0 for gain in gains) and len(gains) >= 10
+    for row in report["decode"]:
+        assert row["speedup_vs_compiled"] == pytest.approx(row["plain_us"] / row["us"])
     assert "compile FAILS: mhc_seam bfloat16 2,2,8: program_source:91:5: error: no member" in told
     assert "fewer than 1024 threads fit: " in told and "mhc_pre_backward_coefficients 832" in told
     assert re.search(r"single_pass forward 2,2,8: \d+ \(\d+\.\d x\)", told)
@@ -244,6 +247,34 @@ def test_time_that_is_up_is_told(on_metal, tmp_path, capsys):
     report = read(tmp_path / "r.json")
     assert report["finished"] and not any(report[part] for part in parts.PARTS)
     assert all(report["missing"].values()) and "not reached" in capsys.readouterr().out
+
+
+def test_each_part_leaves_time_for_the_next(monkeypatch):
+    """Of 10.5 s, where each row takes one: none starts after the share of its part."""
+    clock = [0.0]
+
+    def run():
+        clock[0] += 1
+        return {"ok": True}
+
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    jobs = {part: [parts.Job(str(k), {}, run) for k in range(20)] for part in parts.PARTS}
+    report: dict = {part: [] for part in parts.PARTS}
+    report["missing"] = {part: [job.name for job in jobs[part]] for part in parts.PARTS}
+    output = SimpleNamespace(update=lambda report: None)
+    command.fill(report, jobs, SimpleNamespace(minutes=10.5 / 60, output=output))
+    assert [len(report[part]) for part in parts.PARTS] == [5, 2, 2, 1]
+    assert [len(report["missing"][part]) for part in parts.PARTS] == [15, 18, 18, 19]
+
+
+def test_a_case_that_does_not_fit_is_left_out(monkeypatch):
+    case = ("mhc_pre", "forward+backward", (2048, 4, 4096), "bfloat16")
+    needed = parity.needed_bytes("mhc_pre", (2048, 4, 4096), mx.bfloat16)
+    monkeypatch.setattr(parts, "memory", lambda: needed)
+    assert parts.if_it_fits(case, lambda: {"ok": True}) == {"ok": True}
+    monkeypatch.setattr(parts, "memory", lambda: needed - 1)
+    row = parts.if_it_fits(case, lambda: {"ok": True})
+    assert row["ok"] is None and row["why"].startswith("left out: it needs ")
 
 
 def test_limits_of_threads():
@@ -345,6 +376,7 @@ def test_variants_differ_in_their_text():
     calls = [("single_pass", "inference", (T, 4, 32), "bfloat16") for T in (1, 2, 3)]
     calls += [("single_pass", "forward", (T, 4, 32), "bfloat16") for T in (1, 2)]
     calls += [("stream_aggregate", "forward", (3, 4, 32), k) for k in ("float16", "bfloat16")]
+    calls += [("stream_aggregate", "forward", (3, 2, 32), "bfloat16")]  # differs by its template
     texts = {
         simulator.generated(
             call.name, {k: v and mx.zeros(*v) for k, v in call.inputs.items()}, *call[2:]
@@ -354,8 +386,8 @@ def test_variants_differ_in_their_text():
     }
     found = variants.find_variants(calls, "metal")
     # Inference has 2, a forward 2 others, of which one reads h_pre: a single token's has fewer than
-    # 8 elements, and so another text. stream_aggregate has 2.
-    assert len(found) == len(texts) == 2 + 2 + 1 + 2
+    # 8 elements, and so another text. stream_aggregate has 3.
+    assert len(found) == len(texts) == 2 + 2 + 1 + 3
 
 
 def test_variants_are_those_of_inference_too():
