@@ -1,11 +1,14 @@
 """kernels/ is found from a checkout, an editable install and a wheel; an edited body loads."""
 
+import functools
 import importlib.metadata
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -46,14 +49,21 @@ def test_an_editable_install_reads_the_checkout():
     assert launch.text("include/common.h") in read(ROOT)
 
 
-def unpack_wheel(folder: Path) -> Path:
-    """Build the wheel and put what it holds into the folder, as pip does where it installs it."""
-    pytest.importorskip("hatchling", reason="hatchling, which builds the wheel, is not installed")
+@functools.cache
+def wheel() -> bytes:
+    """Build the wheel, which takes seconds, once in a process."""
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
-    run = subprocess.run([*command, "-w", str(folder), str(ROOT)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    (wheel,) = folder.glob("mhc_metal-*.whl")
-    zipfile.ZipFile(wheel).extractall(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        run = subprocess.run([*command, "-w", folder, str(ROOT)], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        (file,) = Path(folder).glob("mhc_metal-*.whl")
+        return file.read_bytes()
+
+
+def unpack_wheel(folder: Path) -> Path:
+    """Put what the wheel holds into the folder, as pip does where it installs it."""
+    pytest.importorskip("hatchling", reason="hatchling, which builds the wheel, is not installed")
+    zipfile.ZipFile(io.BytesIO(wheel())).extractall(folder)
     return folder
 
 
