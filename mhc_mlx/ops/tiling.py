@@ -115,8 +115,9 @@ def backward_groups(tokens: int, threads: int, device: Device) -> int:
 
 
 def threads_per_column(rows: int, columns: int, device: Device) -> int:
-    """Threads that share a column in `sum_partials`: many only where there are few columns."""
-    if rows <= device.one_thread_rows:
+    """Threads that share a column in `sum_partials`: many only where there are few columns, and no
+    more in all than MLX holds in 32 bits with a sign."""
+    if rows <= device.one_thread_rows or columns > 1 << 27:
         return 1
     return 64 if rows >= 64 and columns < 1 << 14 else 8
 
