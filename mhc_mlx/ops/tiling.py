@@ -342,10 +342,10 @@ PROJECTION_GRADIENT_SIMDS = 4  # in a threadgroup: others work while these wait 
 PROJECTION_GRADIENT_RING = 2  # tiles of a simdgroup on their way; three take 743 us
 
 
-def use_matrix_gradient(num_logits: int, dtype: mx.Dtype, device: Device) -> bool:
+def use_matrix_gradient(num_logits: int, dtype: mx.Dtype, norm: bool, device: Device) -> bool:
     """Whether `mhc_pre_backward_projection` makes dx and dphi: of the dtypes that the device
     multiplies, as far as its registers reach."""
-    return (dtype == mx.bfloat16 or device.float_products) and num_logits <= 32
+    return num_logits <= 32 and (dtype == mx.bfloat16 or device.float_products and not norm)
 
 
 class ProjectionGradientTiling(NamedTuple):

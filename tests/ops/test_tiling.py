@@ -334,10 +334,11 @@ def test_products_backward():
         (4, 1024, 24, 65536, 256): (256, 32, 33, 16),
     }.items():
         assert tiling.projection_gradient_tiling(*shape, H100) == want, shape
-    kinds = [(32, BF16), (33, BF16), (32, F32), (32, mx.float16)]
+    kinds = [(32, BF16, True), (33, BF16, False), (32, F32, False), (32, F32, True)]
+    kinds += [(32, mx.float16, True), (32, mx.float16, False), (33, F32, False)]
     for device, want in {
-        H100: [True, False, False, False],
-        replace(APPLE, float_products=True): [True, False, True, True],
+        H100: [True] + 6 * [False],
+        APPLE: [True, False, True, False, False, True, False],
     }.items():
         assert [tiling.use_matrix_gradient(*kind, device) for kind in kinds] == want
     # a ring of 32 channels, 6 bytes of each, beside 24 KiB
@@ -370,7 +371,6 @@ def test_numbers_of_devices():
     multiprocessors, threads = 132, 512  # of an H100; that one holds at 128 registers
     simdgroups = multiprocessors * threads // 32
     same = {
-        "float_products": False,
         "backward_threads": multiprocessors * threads,
         "coefficient_gradient_simdgroups": simdgroups,
         "projection_gradient_simdgroups": simdgroups,
@@ -398,6 +398,7 @@ def test_numbers_of_devices():
         "one_thread_rows": (0, 16),
         "partial_logits_tokens": (16, 64),
         "u_floats_per_lane": (64, 32),
+        "float_products": (False, True),
         "ring_memory": (227 << 10, 0),
     }
     pairs |= {k: (v, v) for k, v in same.items()}
