@@ -36,7 +36,7 @@ def numbers(changed: Mapping[str, int]) -> Iterator[None]:
     """
     holders, before = records(), []
     for name in changed:
-        if not any(type(getattr(holder, name, None)) is int for holder in holders):
+        if not any(type(getattr(holder, name, None)) in (int, bool) for holder in holders):
             raise ValueError(f"--set must name a number of a tiling but is {name}")
 
     def forget() -> None:
@@ -46,7 +46,7 @@ def numbers(changed: Mapping[str, int]) -> Iterator[None]:
 
     for holder in holders:
         for name, value in changed.items():
-            if type(getattr(holder, name, None)) is int:
+            if type(getattr(holder, name, None)) in (int, bool):
                 before.append((holder, name, getattr(holder, name)))
                 object.__setattr__(holder, name, value)
     forget()

@@ -48,8 +48,8 @@ class Device:
     # Half-steps whose divisors `mhc_pre_backward_coefficients` stores, 128 bytes a simdgroup each.
     stored_half_steps: int = 40
     u_floats_per_lane: int = 64  # of u, that a lane of `mhc_pre` keeps for its norm
-    # Whether `mhc_pre_backward_projection` takes any dtype, where products of matrices are float32.
-    # No record says so yet: until then float32 and float16 take `mhc_pre_backward_generic`.
+    # Whether `mhc_pre_backward_projection` also takes float32 and float16, where u has no norm, as
+    # products of matrices are float32; else these take `mhc_pre_backward_generic`.
     float_products: bool = False
 
     # ---- a grid
@@ -134,6 +134,12 @@ APPLE = Device(
     # of a core holds five, more than its registers.
     stored_half_steps=20,
     u_floats_per_lane=32,
+    # model (benchmarks.what_if --set float_products=0): mhc_pre without a norm, both directions, at
+    # (2048, 4, 4096) on M2 Max and M4 Max takes 2417 and 1888 us in float32, 2909 and 2255 by
+    # `mhc_pre_backward_generic`; in float16 1918 and 1744, not 2370 and 2162. With a norm it would
+    # take 22 and 35 % more in float32, 4 and 6 % in float16, as latency binds
+    # `mhc_pre_backward_coefficients_norm`.
+    float_products=True,
     # model: in `mhc_pre` up to 8 tiles of 8 tokens leave most cores idle; runs of a phi product do
     # not. They gain up to 64 tokens on a Max, up to 128 on an Ultra.
     partial_logits_tokens=64,

@@ -176,6 +176,10 @@ def dynamic() -> list[Case]:
         ((2,), 32, 64, f16, none, {"offset": 1}),
         (two, 16, 264, bf16, none, {"norm": False}),
         (two, 16, 264, bf16, none, {}),
+        # without a norm a Mac multiplies in float32, and by du of float16
+        (many, 2, 31, f32, V4, {"norm": False, "offset": 1}),
+        (few, 4, 129, f16, P, {"norm": False}),
+        (axes, 2, 64, f16, P, {"norm": False}),
     ]
     made = [
         (few, 1, 129, f16, L, {}),
@@ -195,6 +199,7 @@ def dynamic() -> list[Case]:
         (many, 3, 129, f16, V4, {"offset": 1}),
         (few, 16, 31, f32, none, {"weights": f16}),
         (two, 17, 8, f32, P, {}),  # the last logit is alone in its block
+        (two, 33, 8, f32, P, {}),  # more than products of matrices take backward
         (two, 12, 264, bf16, V4, {}),  # threadgroups share a tile, as in the last two of mhc_pre
     ]
     read = [

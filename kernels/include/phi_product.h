@@ -10,7 +10,8 @@ template <typename T, typename PHI_T, int TILES, int BLOCK> struct LaneRuns {
 };
 
 // RunPointers say where a lane reads them: the addresses of a run of the first token and logit, the same in all lanes,
-// and a lane's offsets from there. Rows past the last are clamped to the first; their sums are discarded.
+// and a lane's offsets from there, within at most 16 rows of x and 24 of phi. Rows past the last are clamped to the
+// first; their sums are discarded.
 template <typename XP, typename PP, int TILES, int BLOCK> struct RunPointers {
   XP x;
   PP phi;

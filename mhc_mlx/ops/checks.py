@@ -8,6 +8,12 @@ from ..conventions import SINKHORN, Convention
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 MAX_STREAMS = 64
+# Bodies find an element within a token, and within the 24 rows of phi by which `mhc_pre` multiplies
+# at once, by offsets of 32 bits in bytes, of float32 at most. The gradient of phi is made as one
+# axis, whose size MLX holds in 32 bits with a sign.
+MAX_TOKEN = 2**32 // 4
+MAX_PHI_ROW = 2**32 // (4 * 24)
+MAX_PHI = 2**31 - 1
 SMALLEST, LARGEST = 2.0**-126, 2.0**127  # float32 holds numbers between without loss of digits
 
 
@@ -47,6 +53,12 @@ def check_array(
         raise ValueError(fail(op, name, f"have shape {must}", list(a.shape)))
 
 
+def check_most(op: str, name: str, what: str, value: int, most: int) -> None:
+    """A size of an array, which bodies cannot address beyond ``most``."""
+    if value > most:
+        raise ValueError(fail(op, name, f"have {what} of at most {most}", value))
+
+
 def check_rows(op: str, name: str, a: mx.array) -> tuple[tuple[int, ...], int]:
     """Leading axes and C of an array ``[..., C]``."""
     check_floats(op, name, a)
@@ -64,6 +76,7 @@ def check_streams(op: str, x: mx.array) -> tuple[tuple[int, ...], int, int]:
     if not 1 <= n <= MAX_STREAMS or C < 1:
         must = f"have shape [..., n, C] with n from 1 to {MAX_STREAMS} and C at least 1"
         raise ValueError(fail(op, "x", must, list(x.shape)))
+    check_most(op, "x", "n * C", n * C, MAX_TOKEN)
     return tuple(lead), n, C
 
 
@@ -141,12 +154,14 @@ def check_dynamic(op, x, phi, bias, alpha, convention, norm_eps, parts=3):
     check_convention(op, convention)
     if not convention.sigmoid:
         raise ValueError(fail(op, "convention", "have gates of logits", convention.name))
+    check_most(op, "x", "n * C", n * C, MAX_PHI_ROW)
     num_logits = n
     if parts == 3:
         convention.check_streams(op, n)
         num_logits = 2 * n + convention.res_size(n)
     axes = "n" if parts == 1 else "(2n+R)"
     check_array(op, "phi", phi, (axes, "(n*C)"), (num_logits, n * C))
+    check_most(op, "phi", "a size", phi.size, MAX_PHI)
     check_array(op, "bias", bias, (axes,), (num_logits,))
     check_array(op, "alpha", alpha, ("parts",), (parts,))
     check_eps(op, norm_eps, "norm_eps")

@@ -1,8 +1,9 @@
 """The gradient of the coefficients that each token makes for itself.
 
-In bfloat16 with few logits `mhc_pre_backward_coefficients` (or `_norm`) makes what a token needs,
-and `mhc_pre_backward_projection` dx and dphi by matrix products; otherwise
-`mhc_pre_backward_generic` makes dx, and `mhc_pre_backward_phi` dphi.
+With few logits, in bfloat16 and on a Mac without a norm in any dtype,
+`mhc_pre_backward_coefficients` (or `_norm`) makes what a token needs, and
+`mhc_pre_backward_projection` dx and dphi by matrix products; otherwise `mhc_pre_backward_generic`
+makes dx, and `mhc_pre_backward_phi` dphi.
 """
 
 import functools
@@ -103,7 +104,7 @@ def coefficient_gradients(
     n, num_logits = x.shape[-2], phi.shape[0]
     dx_spec = (x.shape, x.dtype)
     x = flat(x, 3)
-    if tiling.use_matrix_gradient(num_logits, x.dtype, launch.device()):
+    if tiling.use_matrix_gradient(num_logits, x.dtype, norm, launch.device()):
         token = _launch_backward_coefficients(method, x, parameters, saved, d)
         if norm:
             d = d._replace(u=token["dread"])

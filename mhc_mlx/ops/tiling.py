@@ -115,8 +115,9 @@ def backward_groups(tokens: int, threads: int, device: Device) -> int:
 
 
 def threads_per_column(rows: int, columns: int, device: Device) -> int:
-    """Threads that share a column in `sum_partials`: many only where there are few columns."""
-    if rows <= device.one_thread_rows:
+    """Threads that share a column in `sum_partials`: many only where there are few columns, and no
+    more in all than MLX holds in 32 bits with a sign."""
+    if rows <= device.one_thread_rows or columns > 1 << 27:
         return 1
     return 64 if rows >= 64 and columns < 1 << 14 else 8
 
@@ -341,10 +342,10 @@ PROJECTION_GRADIENT_SIMDS = 4  # in a threadgroup: others work while these wait 
 PROJECTION_GRADIENT_RING = 2  # tiles of a simdgroup on their way; three take 743 us
 
 
-def use_matrix_gradient(num_logits: int, dtype: mx.Dtype, device: Device) -> bool:
+def use_matrix_gradient(num_logits: int, dtype: mx.Dtype, norm: bool, device: Device) -> bool:
     """Whether `mhc_pre_backward_projection` makes dx and dphi: of the dtypes that the device
     multiplies, as far as its registers reach."""
-    return (dtype == mx.bfloat16 or device.float_products) and num_logits <= 32
+    return num_logits <= 32 and (dtype == mx.bfloat16 or device.float_products and not norm)
 
 
 class ProjectionGradientTiling(NamedTuple):

@@ -14,7 +14,6 @@ def test_numbers_of_devices():
     multiprocessors, threads = 132, 512  # of an H100; that one holds at 128 registers
     simdgroups = multiprocessors * threads // 32
     same = {
-        "float_products": False,
         "backward_threads": multiprocessors * threads,
         "coefficient_gradient_simdgroups": simdgroups,
         "projection_gradient_simdgroups": simdgroups,
@@ -42,6 +41,7 @@ def test_numbers_of_devices():
         "one_thread_rows": (0, 16),
         "partial_logits_tokens": (16, 64),
         "u_floats_per_lane": (64, 32),
+        "float_products": (False, True),
         "ring_memory": (227 << 10, 0),
     }
     pairs |= {k: (v, v) for k, v in same.items()}

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from proof import executor, set_tiling, simulator
 
-from mhc_mlx import PAPER, launch, ops
+from mhc_mlx import PAPER, devices, launch, ops
 from mhc_mlx.conventions import KRONECKER, MHC_LITE
+from mhc_mlx.ops import checks, tiling
 from mhc_mlx.ops.autodiff import FUSED_OPS
 
 # ---- threadgroup memory: what a body declares, by g++, of the launches of every op
@@ -205,6 +206,31 @@ def shares(name: str, template: dict, C: int) -> tuple[int, int, int]:
     return (256 // t["THREADS_PER_COLUMN"], 1, 0) if name == "sum_partials" else (1, 1, 1)
 
 
+def last_groups(
+    name: str,
+    source: str,
+    buffers: dict[str, np.ndarray],
+    outputs: set[str],
+    groups: int,
+    skipped: int,
+    threads: int,
+    template: dict,
+) -> None:
+    """Run the threadgroups of a launch that follow the first ``skipped``."""
+    text, names = simulator.cpp(name, source)
+    library, entry = simulator.program(text)
+    watched = {k: Sparse(k in outputs, buffers[k]) for k in names}
+    table = (simulator._Buffer * len(names))(*(w.entry(k) for k, w in watched.items()))
+    where, run = ctypes.c_uint64(), simulator.runtime()
+    run.sim_skip(skipped)
+    ring = ctypes.c_size_t(template.get("RING_BYTES", 0))
+    error = run.simulate(entry, table, len(names), groups, threads, 0, ring, ctypes.byref(where))
+    run.sim_skip(0)
+    if error:
+        line = simulator.source_line(library, where.value)
+        raise simulator.SimulationError(f"{name}: {error.decode()} at {line}")
+
+
 def far_apart(form: str, call: tuple) -> None:
     """The last threadgroups of a launch of TOKENS tokens leave the bits that they leave where these
     tokens are all; a token, or a column of `sum_partials`, is an index of the axis of SEEN."""
@@ -226,11 +252,6 @@ def far_apart(form: str, call: tuple) -> None:
     given = inputs | values
     small = simulator.run(name, given, outputs | made, few, threads, template)
 
-    source, names = simulator.cpp(
-        name, simulator.generated(name, given, outputs | made, few, threads, template)
-    )
-    library, entry = simulator.program(source)
-
     def extended(shape: tuple, rows: int | None) -> tuple:
         """The shape of an array of TOKENS tokens, or of the rows of sums of their threadgroups."""
         ratio = TOKENS // SEEN
@@ -249,16 +270,8 @@ def far_apart(form: str, call: tuple) -> None:
         total = extended(shape, shape[0] if k == "partial" else None)
         buffers[k] = virtual(math.prod(total), simulator.NUMPY[dtype])
         ends[k] = buffers[k][-math.prod(shape) :]
-    watched = {k: Sparse(k in made, buffers[k]) for k in names}
-    table = (simulator._Buffer * len(names))(*(w.entry(k) for k, w in watched.items()))
-    where, run = ctypes.c_uint64(), simulator.runtime()
-    run.sim_skip(many - few)
-    ring = ctypes.c_size_t(template.get("RING_BYTES", 0))
-    error = run.simulate(entry, table, len(names), many, threads, 0, ring, ctypes.byref(where))
-    run.sim_skip(0)
-    if error:
-        line = simulator.source_line(library, where.value)
-        raise simulator.SimulationError(f"{name}: {error.decode()} at {line}")
+    source = simulator.generated(name, given, outputs | made, few, threads, template)
+    last_groups(name, source, buffers, set(made), many, many - few, threads, template)
     for k, want in zip(made, small, strict=True):
         same = ends[k].view(np.uint8) == simulator.to_numpy(want).ravel().view(np.uint8)
         assert same.all(), f"{name}, {form}: {k} at its end is another, {(~same).mean():.0%}"
@@ -330,11 +343,108 @@ def test_a_product_of_32_bits_is_caught(body, old, new, need, monkeypatch):
     launch._build.cache_clear()
 
 
+# ---- offsets of 32 bits: within a token, and within the rows of phi by which `mhc_pre` multiplies
+
+RECORDS = (devices.APPLE, devices.H100)
+ADDRESS = """
+extern "C" size_t offset_of(int i) { return mhc::address(mhc::at((const float*)nullptr, i)); }
+"""
+
+
+@pytest.mark.parametrize("backend", ["metal", "cuda"])
+def test_the_longest_token_is_addressed(backend, need):
+    need("simulator")
+    words = re.sub(r"\b(device|constant|thread)\b", "", launch.text(f"include/{backend}/packs.h"))
+    source = f'#include "body.hpp"\n{words}{ADDRESS}'
+    flags = ["-std=c++20", "-O0", "-w", "-fPIC", "-c", f"-I{simulator.HERE}"]
+    library = ctypes.CDLL(str(simulator.build(source, flags, source)), mode=ctypes.RTLD_LOCAL)
+    library.offset_of.restype = ctypes.c_size_t
+    for i in (0, 1, checks.MAX_TOKEN // 2, checks.MAX_TOKEN - 1):
+        assert library.offset_of(i) == 4 * i, (backend, i)
+
+
+def last_run(K: int) -> None:
+    """The last run of 32 k of the longest rows gives its phi products, which are whole numbers."""
+    template = {"T": mx.float32, "PHI_T": mx.float32, "N": 1, "NUM_LOGITS": 24, "BLOCK": 3}
+    template |= {"THREADS": 128}
+    runs, count, rng = math.ceil(K / 32), (K - 1) % 32 + 1, np.random.default_rng(0)
+    shapes = {"x": (8, 1, K), "phi": (24, K), "partial_logits": (8, runs, 28)}
+    buffers = {k: virtual(math.prod(shape), np.float32) for k, shape in shapes.items()}
+    buffers["x_shape"] = np.array(shapes["x"], np.int32)
+    ends = [buffers[k].reshape(-1, K)[:, -count:] for k in ("x", "phi")]
+    for end in ends:
+        end[:] = rng.integers(-4, 5, end.shape)
+    given = {k: mx.zeros(shapes[k]) for k in ("x", "phi")}
+    made = {"partial_logits": (shapes["partial_logits"], mx.float32)}
+    call = ("mhc_pre_partial_logits", given, made, groups := math.ceil(runs / 4), 128, template)
+    source = simulator.generated(*call)
+    last_groups(call[0], source, buffers, set(made), groups, groups - 1, 128, template)
+    found = buffers["partial_logits"].reshape(shapes["partial_logits"])[:, -1]
+    assert (found[:, :24] == ends[0] @ ends[1].T).all()
+    assert (found[:, 24:].sum(1) == (ends[0] ** 2).sum(1)).all()
+
+
+@pytest.mark.parametrize("K", [checks.MAX_PHI_ROW // 32 * 32, checks.MAX_PHI_ROW])
+def test_the_longest_rows_of_phi_are_multiplied(K, need):
+    """By each tile of logits, aligned and ragged. So many tokens and logits go at once:"""
+    need("simulator")
+    for n, dtype, tokens, device in itertools.product((1, 4, 8), WORDS, (1, 1 << 16), RECORDS):
+        t = tiling.logits_tiling(n, K // n, dtype, 2 * n + n * n, tokens, None, device)
+        assert 8 * max(t.tiles, t.block) <= 24
+    with executor("simulator"):
+        last_run(K)
+
+
+def test_longer_rows_of_phi_would_be_misread(need):
+    need("simulator")
+    with executor("simulator"), pytest.raises(AssertionError):
+        last_run(checks.MAX_PHI_ROW * 24 // 23 + 32)
+
+
+@pytest.mark.parametrize("backend", ["metal", "cuda"])
+def test_launches_of_the_largest_arrays(backend):
+    """Their grids and outputs are of sizes that MLX holds."""
+    long, wide = checks.MAX_TOKEN, checks.MAX_PHI_ROW
+    with Launches(backend) as launches:
+        for tokens, norm in ((1, True), (4000, False)):
+            called("mhc_coefficients", tokens, 4, wide // 4, mx.bfloat16)
+            called("mhc_pre", tokens, 4, wide // 4, mx.float32, norm=norm)
+            called("mhc_pre", tokens, 64, checks.MAX_PHI // 4224 // 64, mx.float32, norm=norm)
+            called("mhc_head", tokens, 1, wide, mx.float32)
+            called("mhc_single_pass", tokens, 2, wide // 2, mx.float16, norm=norm)
+            for n in (1, 4, 16):
+                for op in ("mhc_static", "stream_aggregate_norm", "stream_mix_add", "mhc_seam"):
+                    called(op, tokens, n, long // n, mx.float32)
+    for name, _, outputs, groups, threads, _ in launches.calls:
+        assert groups * threads < 1 << 31, name
+        assert all(size < 1 << 31 for spec in outputs.values() if spec for size in spec[0]), name
+
+
+TOO_LARGE = [
+    ("mhc_static", "x", "n * C", checks.MAX_TOKEN, (4, (1 << 28) + 1)),
+    ("mhc_seam", "x", "n * C", checks.MAX_TOKEN, (2, (1 << 29) + 1)),
+    ("stream_aggregate", "x", "n * C", checks.MAX_TOKEN, (1, (1 << 30) + 1)),
+    ("mhc_head", "x", "n * C", checks.MAX_PHI_ROW, (1, checks.MAX_PHI_ROW + 1)),
+    ("mhc_pre", "x", "n * C", checks.MAX_PHI_ROW, (4, checks.MAX_PHI_ROW // 4 + 1)),
+    ("mhc_single_pass", "x", "n * C", checks.MAX_PHI_ROW, (2, checks.MAX_PHI_ROW // 2 + 1)),
+    ("mhc_coefficients", "phi", "a size", checks.MAX_PHI, (64, checks.MAX_PHI // 4224 // 64 + 1)),
+]
+
+
+@pytest.mark.parametrize("op, argument, what, most, shape", TOO_LARGE)
+def test_larger_arrays_are_refused(op, argument, what, most, shape):
+    n, C = shape
+    size = n * C * (2 * n + n * n if argument == "phi" else 1)
+    must = f"[{op}] {argument} must have {what} of at most {most} but got {size}."
+    with pytest.raises(ValueError, match=re.escape(must)):
+        called(op, 1, n, C, mx.float32)
+
+
 # ---- the same by the texts, also of what no case of FAR launches
 
 CONVERTED = r"\buint\((?:[^()]|\([^()]*\))*\)\)* *\*|\* *uint\("  # a factor of 32 bits
-# Not of a token: spans and chunks, lines of a matrix, rows of phi, places in threadgroup memory,
-# and what lies within a token, which has less than 4 GiB.
+# Not of a token: spans and chunks, lines of a matrix, places in threadgroup memory; and what lies
+# within a token or a tile's rows of phi, of which the ops refuse more than 4 GiB.
 FEW = ("uint(chunk) * tokens_per_chunk", "/ uint(groups_per_tile) * 8", "* uint(N)")
 FEW += ("* uint(runs.K) * uint(sizeof(", "* 16u", "* 512u", "uint(i) * uint(sizeof(")
 

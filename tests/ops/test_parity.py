@@ -51,7 +51,7 @@ def test_dynamic_covers():
     seen = {op: {c.dtype for c in DYNAMIC if c.op == op} for op in (*PROJECTED, "stream_aggregate")}
     assert all(kinds == set(DTYPES) for kinds in seen.values()), seen
     assert {c.convention.name for c in DYNAMIC if c.convention} == {*CONVENTIONS, *EXACT}
-    assert {c.n for c in DYNAMIC} == {1, 2, 3, 4, 5, 8, 12, 16, 17, 32}
+    assert {c.n for c in DYNAMIC} == {1, 2, 3, 4, 5, 8, 12, 16, 17, 32, 33}
     assert {c.C for c in DYNAMIC} == {1, 8, 31, 64, 129, 264, 1026, 1280}
     assert {c.phi for c in DYNAMIC} == {c.weights for c in DYNAMIC} == set(DTYPES)
     assert {c.lead for c in DYNAMIC} >= {(), (0,), (2, 3), (5,), (70,)}
@@ -209,6 +209,25 @@ def test_tokens_that_simdgroups_share(C, threads, form, need):
     assert kept == {(threads > 32, math.ceil(C / 8 / threads), C < 8 * threads or not metal)}
     if C == 1280 and metal:
         assert ((False, False) if threads == 96 else (True, True)) in shared, shared
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("op, n, C", [("mhc_pre", 2, 31), ("mhc_pre", 4, 64), ("mhc_head", 4, 31)])
+@pytest.mark.parametrize("norm", [False, True])
+def test_products_backward_of_other_dtypes(op, n, C, dtype, norm, need, monkeypatch):
+    """A Mac takes products of matrices backward without a norm. With one it could, with du' in
+    float32, which is slower by the model."""
+    need("simulator")
+    if op == "mhc_head" and norm:
+        op = "mhc_coefficients"
+    case = Case(op, (19,), n, C, dtype, CONVENTIONS["PAPER"], norm=norm or op != "mhc_pre")
+    with executor("simulator") as launched, monkeypatch.context() as patch:
+        if norm:
+            patch.setattr(ops.tiling, "use_matrix_gradient", lambda *_: True)
+        got = results(getattr(ops, op), case, [a for a in case.arrays() if a is not None])
+    check(case, got)
+    (template,) = [dict(t) for _, name, t, _ in launched if name == "mhc_pre_backward_projection"]
+    assert template["DU_T"] == (mx.float32 if norm and op == "mhc_pre" else DTYPES[dtype])
 
 
 def test_bits_do_not_depend_on_the_size_of_a_tile(need):

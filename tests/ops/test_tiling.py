@@ -330,10 +330,11 @@ def test_products_backward():
         (4, 1024, 24, 65536, 256): (256, 32, 33, 16),
     }.items():
         assert tiling.projection_gradient_tiling(*shape, H100) == want, shape
-    kinds = [(32, BF16), (33, BF16), (32, F32), (32, mx.float16)]
+    kinds = [(32, BF16, True), (33, BF16, False), (32, F32, False), (32, F32, True)]
+    kinds += [(32, mx.float16, True), (32, mx.float16, False), (33, F32, False)]
     for device, want in {
-        H100: [True, False, False, False],
-        replace(APPLE, float_products=True): [True, False, True, True],
+        H100: [True] + 6 * [False],
+        APPLE: [True, False, True, False, False, True, False],
     }.items():
         assert [tiling.use_matrix_gradient(*kind, device) for kind in kinds] == want
     # a ring of 32 channels, 6 bytes of each, beside 24 KiB

@@ -89,29 +89,37 @@ COUNTS = [
     "stream_aggregate_backward: x 1, du 1, dx 1; h_pre 1, dh_pre 1",
     # Sixteen tokens. mhc_pre: two tiles of eight share a fetch of phi. x: for each block of up to
     # 24 outputs, and for u, from the cache: twice with a norm. Rows past the last output or token
-    # are the first again. Its backward: four tiles of four, each a fetch of phi; two threadgroups,
-    # each with a running sum. x: for dh_pre, and for dx, both twice with a norm. du: for both.
-    # bias: of the gates. l: a gate's for z, dalpha and pull, another's but for z; the last, the
-    # token's norm, for the dp of each output and for pull. Sixteen times 8 * 3 + 16 * 2 + 24 + 1 is
-    # 1296.
+    # are the first again. Its backward by products of matrices: x is read for dh_pre, then once for
+    # dx and dphi. A stream reads du, each of two threadgroups of four spans of 32 channels dp and
+    # side. One token at a time fills one of eight places for matrices, which all read it; a line
+    # reads its logits (l and bias) for each of five segments of eight half-steps, and twice at the
+    # end. The eight lanes past the last output read dh_pre of the first.
     Case("mhc_coefficients", **TILES),
     "mhc_pre: x 1; phi 1, bias 16, h_pre 1, h_post 1, h_res 1, l 1",
-    "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
-    "mhc_pre_backward_generic: x 1, dx 1; phi 4, bias 128 in all, l 1296 in all, dz_res 1, "
-    "dh_post 1, dh_pre 1, dp 1, partial 2 and 96 loads",
-    "mhc_pre_backward_phi: x 1; dp 1, partial 1",
+    "mhc_pre_backward_coefficients: x 0; bias 4224 in all, l 5120 in all, dh_post 1, dh_pre 192 "
+    "in all, dh_res 1024 in all, token_factors 1, dp 1, partial 1",
+    "mhc_pre_backward_projection: x 1, dx 1; phi 1, dp 2, token_factors 2, partial 1",
     "sum_partials: out 1; partial 1",
     Case("mhc_pre", **TILES, norm=False),
     "mhc_pre: x 2, u 1; phi 1, bias 16, h_post 1, h_res 1, l 1",
-    "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
-    "mhc_pre_backward_generic: x 2, du 2, dx_out 1, dx 1; phi 4, bias 128 in all, l 1296 in "
-    "all, dz_res 1, dh_post 1, dp 1, partial 2 and 96 loads",
-    "mhc_pre_backward_phi: x 1; dp 1, partial 1",
+    "mhc_pre_backward_coefficients: x 1, du 1; bias 4224 in all, l 5120 in all, dh_post 1, "
+    "dh_res 1024 in all, token_factors 1, dp 1, partial 1",
+    "mhc_pre_backward_projection: x 1, du 4, dx_out 1, dx 1; phi 1, dp 2, token_factors 2, "
+    "partial 1",
     "sum_partials: out 1; partial 1",
-    # Tiles of sixteen. Backward x is read for dh_pre, then once for dx and dphi. A stream
-    # reads du, each of two threadgroups of four spans of 32 channels dp and side. One token at
-    # a time fills one of eight places for matrices, which all read it; a line reads its logits
-    # (l and bias) for each of five segments of eight half-steps, and twice at the end.
+    # Of more than 32 outputs: four tiles of four tokens, each a fetch of phi; two threadgroups,
+    # each with a running sum. x: for dh_pre, and for dx, both twice with a norm. du: for both.
+    # bias: of the gates. l: a gate's for z, dalpha and pull, another's but for z; the last, the
+    # token's norm, for the dp of each output and for pull. Sixteen times 16 * 3 + 64 * 2 + 80 + 1
+    # is 4112. dphi: four blocks of 20 outputs read x, two spans of 256 k dp.
+    Case("mhc_coefficients", **TILES | {"n": 8}),
+    "mhc_pre: x 4; phi 49152 in all, bias 16, h_pre 1, h_post 1, h_res 1, l 1",
+    "sinkhorn_knopp_backward: ; logits 3, dh_res 1, dlogits 1",
+    "mhc_pre_backward_generic: x 1, dx 1; phi 4, bias 256 in all, l 4112 in all, dz_res 1, "
+    "dh_post 1, dh_pre 1, dp 1, partial 2 and 320 loads",
+    "mhc_pre_backward_phi: x 4; dp 2, partial 1",
+    "sum_partials: out 1; partial 1",
+    # Tiles of sixteen.
     Case("mhc_pre", **TILES | {"dtype": "bfloat16"}, norm=False),
     "mhc_pre: x 2, u 1; phi 1, bias 16, h_post 1, h_res 1, l 1",
     "mhc_pre_backward_coefficients: x 1, du 1; bias 4224 in all, l 5120 in all, dh_post 1, "
@@ -126,7 +134,8 @@ COUNTS = [
     "mhc_pre_backward_projection: x 1, du 4, dx_out 1, dx 1; phi 1, dp 2, token_factors 2, "
     "partial 1",
     "sum_partials: out 1; partial 1",
-    Case("mhc_pre", **TILES | {"convention": MHC_LITE}),  # 32 outputs: blocks of 16
+    # With a norm float32 is made as more outputs are. 32 outputs: blocks of 16.
+    Case("mhc_pre", **TILES | {"convention": MHC_LITE}),
     "mhc_pre: x 3, u 1; phi 1, bias 16, weight 16, h_post 1, logits 1, l 1",
     "mixing_matrix: ; logits 8, h_res 1",
     "mixing_matrix_backward: ; logits 3, dh_res 3136 in all, dlogits 1",
@@ -137,9 +146,9 @@ COUNTS = [
     "sum_partials: out 1; partial 1",
     Case("mhc_head", **TILES),
     "mhc_pre: x 2, u 1; phi 2048 in all, bias 16, l 1",
-    "mhc_pre_backward_generic: x 2, du 2, dx 1; phi 4, bias 16, l 272 in all, dp 1, partial 2 "
-    "and 16 loads",
-    "mhc_pre_backward_phi: x 1; dp 1, partial 1",
+    "mhc_pre_backward_coefficients: x 1, du 1; bias 128 in all, l 1024 in all, token_factors 1, "
+    "dp 1, partial 1",
+    "mhc_pre_backward_projection: x 1, du 4, dx 1; phi 1, dp 2, token_factors 2, partial 1",
     "sum_partials: out 1; partial 1",
     # Five tokens. Two threadgroups share a tile: x for 24 outputs, for 16, and by one for u.
     # Backward, both make gates, dh_pre and pull: twice all that these read. dx: half by each.
@@ -171,10 +180,11 @@ COUNTS = [
     Case("mhc_pre", **TILES | {"lead": (2,)}, norm=False),
     "mhc_pre_partial_logits: x 2048 in all; phi 1, partial_logits 1",
     "mhc_seam: x 1, u 1; partial_logits 1, bias 2, new_h_post 1, new_h_res 1, l 1",
-    "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
-    "mhc_pre_backward_generic: x 2, du 2, dx_out 1, dx 1; phi 1, bias 16 in all, l 162 in all, "
-    "dz_res 1, dh_post 1, dp 1, partial 1",
-    "mhc_pre_backward_phi: x 1; dp 1, partial 1",
+    "mhc_pre_backward_coefficients: x 1, du 1; bias 640 in all, l 640 in all, dh_post 1, dh_res "
+    "128 in all, token_factors 1, dp 1, partial 1",
+    "mhc_pre_backward_projection: x 1, du 4, dx_out 1, dx 1; phi 1, dp 2, token_factors 2, "
+    "partial 1",
+    "sum_partials: out 1; partial 1",
     Case("mhc_single_pass", **TILES | {"lead": (2,)}),
     "mhc_pre_partial_logits: x 2048 in all; phi 1, partial_logits 1",
     "mhc_seam: x 0; partial_logits 1, bias 2, new_h_pre 1, new_h_post 1, new_h_res 1, l 1",
@@ -182,10 +192,10 @@ COUNTS = [
     "mhc_seam_backward: x 1, y 1, dout 1, du 1, dx 1, dy 1; h_pre 1, h_post 1, h_res 1, weight "
     "4, dh_pre 1, dh_post 1, dh_res 1, partial 1",
     "sum_partials: out 1; partial 1",
-    "sinkhorn_knopp_backward: ; logits 1536 in all, dh_res 512 in all, dlogits 1",
-    "mhc_pre_backward_generic: x 1, dx_out 1, dx 1; phi 1, bias 16 in all, l 162 in all, "
-    "dz_res 1, dh_post 1, dh_pre 1, dp 1, partial 1",
-    "mhc_pre_backward_phi: x 1; dp 1, partial 1",
+    "mhc_pre_backward_coefficients: x 0; bias 640 in all, l 640 in all, dh_post 1, dh_pre 24 in "
+    "all, dh_res 128 in all, token_factors 1, dp 1, partial 1",
+    "mhc_pre_backward_projection: x 1, dx_out 1, dx 1; phi 1, dp 2, token_factors 2, partial 1",
+    "sum_partials: out 1; partial 1",
     "mhc_pre_partial_logits: x 2048 in all; phi 1, partial_logits 1",
     "mhc_seam: x 1, y 1, out 1, u 1; weight 2, partial_logits 1, bias 2, new_h_pre 1",
 ]

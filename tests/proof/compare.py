@@ -178,7 +178,7 @@ def roundings(case) -> dict:
     plain, made, round_to = vars(oracle).copy(), {}, rounding(rounded(case))
     outs = 2 * case.n + (case.convention.res_size(case.n) if case.convention else 0)
     outs = case.n if case.op == "mhc_head" else outs
-    multiplied = ops.tiling.use_matrix_gradient(outs, DTYPES[case.dtype], H100)
+    multiplied = ops.tiling.use_matrix_gradient(outs, DTYPES[case.dtype], case.norm, H100)
 
     def token_logits(x, phi, norm_eps):
         """On CUDA mhc_pre_backward_projection splits dp and phi in two bfloat16 parts for dx."""

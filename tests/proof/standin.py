@@ -359,6 +359,7 @@ def run(name, inputs, outputs, groups, threads, template, verbose=False) -> list
     agree(name, {"THREADS": threads}, {"THREADS": template.get("THREADS", 256)})
     if name in BODIES:
         same = {k: template["T"] for k in given.keys() & SAME}
+        same |= {"du": template["DU_T"]} if "du" in same and "DU_T" in template else {}
         given = checked(name, given, promised(template, given, LOWER), same)
         made = BODIES[name](template, groups, **{k: a.astype(mx.float32) for k, a in given.items()})
     else:

@@ -15,7 +15,8 @@ template <typename T> METAL_FUNC ulong address(const constant T* p) { return (ul
 #endif
 
 // Returns p + i, i >= 0: an address that is the same in all threads and an offset of 32 bits, which take a register
-// where an address of its own takes two.
+// where an address of its own takes two (clang-19: with offsets of 64 bits mhc_seam_backward spills 15 registers, not
+// 9). So p + i lies within 4 GiB, in a token or in 24 rows of phi: ops/checks.py refuses longer ones.
 template <typename T> METAL_FUNC const device T* at(const device T* p, int i) {
   return (const device T*)((const device char*)p + uint(i) * uint(sizeof(T)));
 }
