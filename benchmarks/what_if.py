@@ -40,9 +40,10 @@ def numbers(changed: Mapping[str, int]) -> Iterator[None]:
             raise ValueError(f"--set must name a number of a tiling but is {name}")
 
     def forget() -> None:
-        for function in vars(tiling).values():
-            if hasattr(function, "cache_clear"):
-                function.cache_clear()
+        for name, module in list(sys.modules.items()):  # the ops keep launches that tilings made
+            for function in vars(module).values() if name.startswith("mhc_mlx.ops") else ():
+                if hasattr(function, "cache_clear"):
+                    function.cache_clear()
 
     for holder in holders:
         for name, value in changed.items():

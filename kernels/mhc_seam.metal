@@ -80,20 +80,24 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     threadgroup_barrier(mem_flags::mem_threadgroup);
     // h_res = sinkhorn_knopp(z_res)
     if constexpr (PROJECT) {
-      const bool in_range = lane < mhc::projection_lanes(N, START, ITERS);
+      constexpr int LANES = mhc::lanes_of_one_token(N, START, ITERS);
+      const bool in_range = lane < LANES;
       if (simd == SIMDS - 1) {
         const float eps = static_cast<float>(params[mhc::param::PROJECTION_EPS]);
         if constexpr (WRITE_BACK)
-          mhc::project_token<N, START, COLUMNS, !OUT_COLUMNS, ITERS>(z, mix + at * N, in_range, eps, lane);
+          mhc::project_token<N, START, COLUMNS, !OUT_COLUMNS, ITERS, LANES>(z, mix + at * N, in_range, eps, lane);
         else
-          mhc::project_token<N, START, COLUMNS, OUT_COLUMNS, ITERS>(z, new_h_res + size_t(t) * (N * N), in_range, eps,
-                                                                    lane);
+          mhc::project_token<N, START, COLUMNS, OUT_COLUMNS, ITERS, LANES>(z, new_h_res + size_t(t) * (N * N), in_range,
+                                                                           eps, lane);
       }
     }
   } else {
+    // On Metal simdgroups of their own load these, so that none waits for another; on CUDA that takes more registers.
+    const uint post_tid = uint(mhc::by_backend((tid + THREADS - 32) % THREADS, tid));
+    const uint mix_tid = uint(mhc::by_backend((tid + 2 * THREADS - 64) % THREADS, tid));
     mhc::load_gates<N, THREADS, false, false>(h_pre + size_t(t) * N, pre + at, params, uint(tid));
-    if (WRITE_BACK) mhc::load_gates<N, THREADS, false, true>(h_post + size_t(t) * N, post + at, params, uint(tid));
-    if (WRITE_BACK) mhc::load_mix<N, THREADS, true>(h_res + size_t(t) * (N * N), mix + at * N, uint(tid));
+    if (WRITE_BACK) mhc::load_gates<N, THREADS, false, true>(h_post + size_t(t) * N, post + at, params, post_tid);
+    if (WRITE_BACK) mhc::load_mix<N, THREADS, true>(h_res + size_t(t) * (N * N), mix + at * N, mix_tid);
   }
   if (WRITE_BACK || !FROM_PARTIAL_LOGITS) threadgroup_barrier(mem_flags::mem_threadgroup);
 

@@ -110,35 +110,42 @@ def _nvidia(name: str, capability: tuple[int, int]) -> Device:
 
 # ---- Apple
 
-# Registers, threads and memory of a core: https://github.com/philipturner/metal-benchmarks, for M1
-# and M2; later GPUs share one memory among them, whose size is not published.
+# Of each number that is not an H100's: what clang-19 says with and without it, in bfloat16, or the
+# model (docs/model.md, benchmarks/what_if.py), in us on an M4 Max if no other is named.
 APPLE = Device(
     name="Apple GPU",
     backend="metal",
+    # https://github.com/philipturner/metal-benchmarks, for M1 and M2; later GPUs share one memory
+    # among registers, threadgroups and cache, whose size is not published.
     registers_per_thread=128,
     registers_per_core=(208 << 10) // 4,
     threads_per_core=3072,
     threadgroup_memory_per_core=60 << 10,
+    # clang-19: with 256 packed bytes `mhc_fused_backward` with a norm spills 113 registers at
+    # (2048, 4, 4096); with 128 it has 111 and spills none.
     backward_register_bytes=128,
     backward_packed=True,
     # clang-19: with 8 neighbours `mhc_fused_backward` needs more than 128 registers, and spills.
     backward_vec=4,
+    # model: `mhc_seam_backward` at (2048, 2, 2048) takes 249 us; with 16 bytes 402, and spills.
     seam_backward_bytes=8,
     # clang-19: at C = 5120 three passes of 256 threads keep more than 128 registers hold. A core of
     # M1 or M2 has 384 threads at 128 registers.
     forward_threads=320,
+    # clang-19: at (2048, 4, 4096) 512 threads keep x and spill 14 registers; 256 have 111.
     coefficient_gradient_threads=256,
-    # 128 would keep x up to C = 4096 at n = 4, but clang-19 then spills 17 to 24 of 128 registers.
+    # clang-19: 128 would keep x up to C = 4096 at n = 4, but spill 17 to 24 of 128 registers.
     coefficient_gradient_x_bytes=64,
     # model: the rest is computed again. 20 take 10 KiB of a threadgroup of 128, of which the memory
     # of a core holds five, more than its registers.
     stored_half_steps=20,
+    # clang-19: with 64 `mhc_pre` with a norm spills 26 registers at (2048, 4, 4096); with 32 it has
+    # 114.
     u_floats_per_lane=32,
-    # model (benchmarks.what_if --set float_products=0): mhc_pre without a norm, both directions, at
-    # (2048, 4, 4096) on M2 Max and M4 Max takes 2417 and 1888 us in float32, 2909 and 2255 by
-    # `mhc_pre_backward_generic`; in float16 1918 and 1744, not 2370 and 2162. With a norm it would
-    # take 22 and 35 % more in float32, 4 and 6 % in float16, as latency binds
-    # `mhc_pre_backward_coefficients_norm`.
+    # model: `mhc_pre` without a norm, both directions, at (2048, 4, 4096) on an M2 Max and an M4 Max
+    # takes 2417 and 1888 us in float32, 2909 and 2255 by `mhc_pre_backward_generic`; in float16
+    # 1918 and 1744, not 2370 and 2162. With a norm it would take 22 and 35 % more in float32, 4 and
+    # 6 % in float16, as latency binds `mhc_pre_backward_coefficients_norm`.
     float_products=True,
     # model: in `mhc_pre` up to 8 tiles of 8 tokens leave most cores idle; runs of a phi product do
     # not. They gain up to 64 tokens on a Max, up to 128 on an Ultra.

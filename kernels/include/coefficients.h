@@ -1,5 +1,5 @@
 // A token makes its coefficients of its own logits by these steps.
-#include "sinkhorn.h"
+#include "sinkhorn_elements.h"
 
 namespace mhc {
 
@@ -22,10 +22,18 @@ METAL_FUNC float finish_logit(int o, float product, float x_dot_x, int K, A alph
 // mhc_pre.
 template <int PITCH, int SLICES, int THREADS, typename S, typename P>
 METAL_FUNC void add_runs(S sums, P runs, int num_runs, int tid) {
+  constexpr int AT_ONCE = by_backend(32, 8);  // runs that are loaded before the first is added
   for (int q = tid; q < SLICES * PITCH; q += THREADS) {
     float s = 0.0f;
+    int r = q / PITCH;
+    for (; r + (AT_ONCE - 1) * SLICES < num_runs; r += AT_ONCE * SLICES) {
+      float v[AT_ONCE];
+      UNROLL_FOR (int i = 0; i < AT_ONCE; ++i)
+        v[i] = static_cast<float>(*at(runs, (r + i * SLICES) * PITCH + q % PITCH));
+      UNROLL_FOR (int i = 0; i < AT_ONCE; ++i) s += v[i];
+    }
 #pragma unroll 8
-    for (int r = q / PITCH; r < num_runs; r += SLICES) s += static_cast<float>(runs[r * PITCH + q % PITCH]);
+    for (; r < num_runs; r += SLICES) s += static_cast<float>(runs[r * PITCH + q % PITCH]);
     sums[q] = s;
   }
 }
@@ -59,12 +67,18 @@ template <typename L, typename B> METAL_FUNC Logits<L, B> logits_of(L l, B bias,
 constexpr int projection_lanes(int n, int start, int iters) {
   return n <= 4 && return_period(n, start, iters) == 0 ? 1 : matrix_lanes(n);
 }
+// So many lanes project the only token of a simdgroup: on Metal they share what one lane would do.
+constexpr int lanes_of_one_token(int n, int start, int iters) {
+  return projection_lanes(n, start, iters) == 1 ? by_backend(n * n, 1) : projection_lanes(n, start, iters);
+}
 
 // h_res = sinkhorn_knopp of the logits at z, written by lanes in_range. COLUMNS: lines are columns of the logits, and
-// OUT_COLUMNS: line i becomes column i of h_res.
-template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, typename S, typename O>
+// OUT_COLUMNS: line i becomes column i of h_res. LANES, of one of the functions above, share a token.
+template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, int LANES, typename S, typename O>
 METAL_FUNC void project_token(S z, O h_res, bool in_range, float eps, int simd_lane) {
-  if constexpr (N == 1 || projection_lanes(N, START, ITERS) == 1) {
+  if constexpr (N > 1 && LANES == N * N) {
+    project_elements<N, START, COLUMNS, OUT_COLUMNS, ITERS>(z, h_res, in_range, eps, simd_lane);
+  } else if constexpr (LANES == 1) {
     float p[N][N];
     UNROLL_FOR (int q = 0; q < N * N; ++q) p[q / N][q % N] = z[COLUMNS ? q % N * N + q / N : q];
     sinkhorn_one_lane<N, START>(p, ITERS, eps);
@@ -86,8 +100,9 @@ METAL_FUNC void project_tile(S z, O h_res, uint first, uint tokens, float eps, i
     const int m = m0 + lane / LANES;
     const size_t t = first + uint(m);
     const bool in_range = m < TILE_TOKENS && t < tokens;
-    project_token<N, START, COLUMNS, OUT_COLUMNS, ITERS>(z + (in_range ? m : 0) * N * N,
-                                                         h_res + (in_range ? t : 0) * (N * N), in_range, eps, lane);
+    project_token<N, START, COLUMNS, OUT_COLUMNS, ITERS, LANES>(z + (in_range ? m : 0) * N * N,
+                                                                h_res + (in_range ? t : 0) * (N * N), in_range, eps,
+                                                                lane);
   }
 }
 

@@ -82,10 +82,34 @@ METAL_FUNC void load_run(thread Run<T, COUNT>& r, P from, int remaining) {
   }
 }
 
+// Whether loads that follow each other are in one branch: in a branch each, what unpacks a pack would wait for it before
+// the next is loaded. NVRTC orders loads itself, and takes more registers with one branch; clang-19 takes packs of two
+// floats apart in one branch.
+template <typename T, int VEC> constexpr bool loads_together() {
+  return by_backend(sizeof(T) < 4 || VEC != 2, 0);
+}
+
 // to[i] = channels c.. of stream i, for COUNT streams of C channels.
 template <int COUNT, int VEC, typename T, typename P>
 METAL_FUNC void load_streams(thread Pack<T, VEC>* to, P row, int C, int c, bool aligned) {
-  UNROLL_FOR (int i = 0; i < COUNT; ++i) to[i] = load<T, VEC>(at(row, i * C + c), aligned);
+  if (loads_together<T, VEC>() && aligned) {
+    UNROLL_FOR (int i = 0; i < COUNT; ++i) to[i] = load_aligned<VEC>(at(row, i * C + c));
+  } else {
+    UNROLL_FOR (int i = 0; i < COUNT; ++i) to[i] = load<T, VEC>(at(row, i * C + c), aligned);
+  }
+}
+
+// The same, and pack = the pack at p.
+template <int COUNT, int VEC, typename T, typename P, typename Q>
+METAL_FUNC void load_streams_and(thread Pack<T, VEC>& pack, Q p, bool p_aligned, thread Pack<T, VEC>* to, P row, int C,
+                                 int c, bool aligned) {
+  if (loads_together<T, VEC>() && aligned && p_aligned) {
+    load_streams<COUNT>(to, row, C, c, true);
+    pack = load_aligned<VEC>(p);
+  } else {
+    load_streams<COUNT>(to, row, C, c, aligned);
+    pack = load<T, VEC>(p, p_aligned);
+  }
 }
 
 METAL_FUNC float sigmoid(float v) { return 1.0f / (1.0f + metal::precise::exp(-v)); }

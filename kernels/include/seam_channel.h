@@ -14,14 +14,18 @@ METAL_FUNC void seam_pack(thread float (&u)[VEC], X x, Y y, O out, uint t, int c
   const size_t base = size_t(t) * size_t(N * C);
   if constexpr (WRITE_BACK) {
     constexpr int STREAM_UNROLL = N <= 8 ? N : 4;  // streams that are loaded before the first is used
+    constexpr int AHEAD = loads_together<T, VEC>() && N <= 8 ? N : 0;  // streams that are loaded with y
     float acc[N * VEC];
-    const Pack<T, VEC> yv = load<T, VEC>(at(y + size_t(t) * size_t(C), c), y_aligned);
+    Pack<T, VEC> yv, ahead[AHEAD + 1];
+    load_streams_and<AHEAD>(yv, at(y + size_t(t) * size_t(C), c), y_aligned, ahead, x + base, C, c, x_aligned);
     UNROLL_FOR (int i = 0; i < N; ++i) {
       UNROLL_FOR (int e = 0; e < VEC; ++e) acc[i * VEC + e] = post[i] * float_of(yv, e);
     }
 #pragma unroll(STREAM_UNROLL)
     for (int j = 0; j < N; ++j) {
-      const Pack<T, VEC> v = load<T, VEC>(at(x + base, j * C + c), x_aligned);
+      Pack<T, VEC> v;
+      if constexpr (AHEAD > 0) v = ahead[j];
+      else v = load<T, VEC>(at(x + base, j * C + c), x_aligned);
       UNROLL_FOR (int i = 0; i < N; ++i) {
         const float m = mix[j * N + i];
         UNROLL_FOR (int e = 0; e < VEC; ++e) acc[i * VEC + e] = metal::fma(m, float_of(v, e), acc[i * VEC + e]);

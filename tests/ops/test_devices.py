@@ -1,9 +1,13 @@
 """Records of devices: the numbers by which launches are cut, and what MLX tells of a GPU."""
 
+import re
 from dataclasses import FrozenInstanceError, fields, replace
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
+from mhc_mlx import devices
 from mhc_mlx.devices import APPLE, APPLE_CHIPS, H100, H200, Device, apple, find
 from mhc_mlx.ops import tiling
 from ops.test_tiling import A100, SMALL
@@ -53,6 +57,32 @@ def test_numbers_of_devices():
     for gpu in (H200, A100, SMALL):  # cut as for an H100, but for their rings
         for k in set(pairs) - {"ring_memory"}:
             assert getattr(gpu, k) == getattr(H100, k), (gpu.name, k)
+
+
+def uncited(text: str) -> list[str]:
+    """Fields of the record APPLE in a text of devices.py whose comment names no evidence.
+
+    A comment stands for all fields that follow it without another.
+    """
+    call = text[text.index("APPLE = Device(") :]
+    lines, comment, missing = call[: call.index("\n)\n")].splitlines()[1:], "", []
+    for before, line in pairwise(["", *lines]):
+        if line.lstrip().startswith("#"):
+            comment = comment + line if before.lstrip().startswith("#") else line
+        else:
+            name = line.split("=")[0].strip()
+            cited = re.search(r"model:|clang-19:|https://", comment)
+            missing += [name] if name not in ("name", "backend") and not cited else []
+    return missing
+
+
+def test_every_number_of_a_mac_names_its_evidence():
+    text = Path(devices.__file__).read_text()
+    assert uncited(text) == []
+    told = {f.name for f in fields(Device) if getattr(APPLE, f.name) != f.default}
+    told -= {"name", "backend"}
+    blind = re.sub(r"model:|clang-19:|https://", "", text)
+    assert set(uncited(blind)) == told
 
 
 def test_the_record_of_a_gpu():
