@@ -178,8 +178,9 @@ class Convention:
         be small and grow together, by 1 / eps in a half-step; CLAMP_WIDTH keeps all of them at
         2**-93 or more, far above 2**-126.
         """
+        least = 0 if self.start == "exp_plain" and self.in_logs else 2.0**-40
         # a gradient squares sums of this size
-        if self.start in ("softmax", "exp_plain") and self.eps < 2.0**-40:
+        if self.start in ("softmax", "exp_plain") and self.eps < least:
             return False
         log2_growth = (2 * self.iters - 2) * math.log2(max(n - 1, 1))
         return self.start == "additive" or log2_growth <= 107

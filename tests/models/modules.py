@@ -14,8 +14,8 @@ import mhc_mlx as m
 
 N, C = 4, 16
 DYNAMIC = [
-    *(m.PAPER, m.ROW_FIRST, m.DEEPSEEK_V4),
-    *(m.MHC_LITE, m.KRONECKER, m.IDENTITY, m.UNCONSTRAINED),
+    *(m.PAPER, m.ROW_FIRST, m.DEEPSEEK_V4, m.XING),
+    *(m.MHC_LITE, m.KRONECKER, m.IDENTITY, m.HUNYUAN_V4, m.UNCONSTRAINED),
 ]
 conventions = pytest.mark.parametrize("convention", DYNAMIC, ids=lambda c: c.name)
 
