@@ -13,9 +13,8 @@
 //      h_pre [tokens, N], h_post [tokens, N], h_res [tokens, N, N] any float, or with FROM_PARTIAL_LOGITS, N <= 8,
 //      partial_logits [tokens, ceil(N * C / 32), NUM_LOGITS + 4] float: of each run its phi products, four shares of
 //      sum(x**2); bias [NUM_LOGITS], alpha [parts] any float, NUM_LOGITS = 2 N + R, or N (HEAD), where pre is the only
-//      part; params [6 or 8] float, by mhc::param: with NORM EPS, with PROJECT PROJECTION_EPS, with CLAMP also CLAMP_LOW,
-//      CLAMP_HIGH, with FROM_PARTIAL_LOGITS
-//      PRE_EPS, POST_SCALE, POST_EPS, NORM_EPS
+//      part; params [6 or 8] float, by mhc::param: with NORM EPS, with PROJECT PROJECTION_EPS, with CLAMP also
+//      CLAMP_LOW, CLAMP_HIGH, with FROM_PARTIAL_LOGITS PRE_EPS, POST_SCALE, POST_EPS, NORM_EPS
 // out  out [tokens, N, C] T (WRITE_BACK), u [tokens, C] T (WRITE_U);
 //      FROM_PARTIAL_LOGITS: new_h_pre [tokens, N] float (WRITE_H_PRE); without WRITE_BACK new_h_post [tokens, N] float
 //      (without HEAD), new_h_res [tokens, N, N] float (PROJECT); logits [tokens, R] float (without PROJECT, which

@@ -1,4 +1,5 @@
-// The exact gradient of the truncated Sinkhorn-Knopp iteration, and of the clamp before it; matrix_lanes(N) lanes hold a matrix, lane i its line i.
+// The exact gradient of the truncated Sinkhorn-Knopp iteration, and of the clamp before it; matrix_lanes(N) lanes hold
+// a matrix, lane i its line i.
 #include "sinkhorn.h"
 
 namespace mhc {
@@ -119,8 +120,8 @@ METAL_FUNC void sinkhorn_gradient(thread float (&g)[N], P given, D divisors, Pro
     step_back_across<N>(g, p, column_reduce<N, false>(g, lane, scratch), 1.0f, lane, simd_lane, scratch);
   }
   if constexpr (START == START_EXP_PLAIN) {
-    // q = q - p q.sum() of p = exp(l - max(l)) / (sum + eps);   the largest l, of equal ones the first, takes what makes
-    // the sum of the line 0, since a shift of the line changes nothing.
+    // q = q - p q.sum() of p = exp(l - max(l)) / (sum + eps);   the largest l, of equal ones the first, takes what
+    // makes the sum of the line 0, since a shift of the line changes nothing.
     load_line<N, COLUMNS>(p, logits, lane);
     int largest = 0;
     float top = p[0];
