@@ -30,7 +30,8 @@ REFERENCE = 3  # times that for the reference: MLX's plain sums over a row are l
 HALF_GRADIENT_ULPS = 1  # more, where the gradient itself is float16 or bfloat16
 AT_SCALE = ((0.1, 1e-5), (1.0, 1e-5), (5.0, 1e-5), (30.0, 1e-3))  # of logits; largest gradients
 # Of COVERING, DYNAMIC, SINGLE, UNUSUAL and STANDARD. A Mac adds few rows in one more form.
-MAX_VARIANTS = (152, 200, 100, 100, 100)
+# 57 are of XING and HUNYUAN_V4: a start and a clamp are template arguments.
+MAX_VARIANTS = (160, 222, 100, 106, 100)
 
 
 # ---- the ops
@@ -136,7 +137,6 @@ def covering() -> list[Case]:
         Case("sinkhorn_knopp", (5,), 12, 12, "float16", weights="float16", **narrow),
         Case("sinkhorn_knopp", (2,), 33, 33, convention=XING),  # by two simdgroups
         Case("mhc_layer", (2, 3), 4, 64, convention=XING),
-        Case("mhc_layer", (5,), 4, 31, "float16", replace(PAPER, clamp=(-1.0, 2.0))),
         Case(
             "sinkhorn_knopp", (2, 3), 4, 4, "float16", few, weights="float16"
         ),  # both steps in logs
@@ -196,7 +196,6 @@ def dynamic() -> list[Case]:
         (two, 4, 1280, bf16, X, {"scale": 6.0}),
         (few, 4, 129, f32, X, {"scale": 6.0}),
         (axes, 8, 64, bf16, X, {"norm": False}),
-        (axes, 12, 31, f16, X, {}),
         (two, 4, 264, bf16, HUNYUAN_V4, hunyuan),
         (few, 4, 129, bf16, HUNYUAN_V4_POST_EPS, hunyuan | {"norm": False}),
     ]
@@ -285,7 +284,6 @@ def single() -> list[Case]:
         (few, 3, 8, bf16, MHC_LITE, {"rounded": True}),
         (axes, 12, 8, f32, PAPER, {}),
         (two, 4, 129, bf16, XING, {"scale": 6.0}),
-        (few, 4, 64, f16, XING, {"norm": False}),
         (few, 4, 64, bf16, HUNYUAN_V4, {"parts": 2}),
         ((0,), 4, 8, f32, DEEPSEEK_V4, {}),
     ]
@@ -340,7 +338,6 @@ def unusual() -> list[Case]:
         ("mhc_coefficients", few, 4, 64, f32, columns_transposed, norms),
         ("mhc_coefficients", few, 4, 64, bf16, convention(**small), norms),
         ("mhc_coefficients", two, 4, 64, f32, softmax, norms),
-        ("mhc_coefficients", few, 4, 64, f32, plain_columns, norms),
         ("mhc_coefficients", two, 4, 64, bf16, plain, norms),
         ("mhc_pre", few, 4, 64, bf16, plain_columns, norms),
         ("mhc_pre", few, 4, 64, bf16, cut, norms),

@@ -204,3 +204,17 @@ def test_alpha_of_two_entries():
     assert connection.alpha.shape == (2,) and connection.phi.shape == (2 * N, N * C)
     with pytest.raises(ValueError, match=r"alpha must have shape \[parts=2\] but got \[4\]"):
         m.mhc_coefficients(x, fn, base, mx.zeros(4), m.HUNYUAN_V4)
+
+
+def test_a_module_starts_inside_its_clamp():
+    """A logit at an end of the clamp would never move, so a narrow clamp moves the start."""
+    for clamp in ((-30.0, 30.0), (-1.0, 1.0), (0.5, 4.0)):
+        connection = m.HyperConnection(8, N, convention=replace(m.XING, clamp=clamp), dynamic=False)
+        start = connection.H_res
+        assert ((clamp[0] < start) & (start < clamp[1])).all().item(), clamp
+
+        def loss(logits, c=connection.convention):
+            h = m.sinkhorn_knopp(logits, c)
+            return (h * mx.arange(N * N).reshape(N, N) ** 2).sum()
+
+        assert (mx.grad(loss)(start) != 0).all().item(), clamp
