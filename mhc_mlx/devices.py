@@ -142,10 +142,9 @@ APPLE = Device(
     # clang-19: with 64 `mhc_pre` with a norm spills 26 registers at (2048, 4, 4096); with 32 it has
     # 114.
     u_floats_per_lane=32,
-    # model: `mhc_pre` without a norm, both directions, at (2048, 4, 4096) on an M2 Max and an M4 Max
-    # takes 2417 and 1888 us in float32, 2909 and 2255 by `mhc_pre_backward_generic`; in float16
-    # 1918 and 1744, not 2370 and 2162. With a norm it would take 22 and 35 % more in float32, 4 and
-    # 6 % in float16, as latency binds `mhc_pre_backward_coefficients_norm`.
+    # model: `mhc_pre` without a norm, both directions, at (2048, 4, 4096) takes 1888 us in float32
+    # and 1744 in float16, by `mhc_pre_backward_generic` 2255 and 2162. With a norm it would take 35
+    # and 6 % more, as latency binds `mhc_pre_backward_coefficients_norm`.
     float_products=True,
     # model: in `mhc_pre` up to 8 tiles of 8 tokens leave most cores idle; runs of a phi product do
     # not. They gain up to 64 tokens on a Max, up to 128 on an Ultra.

@@ -33,11 +33,12 @@ template <int N, int START> METAL_FUNC float sinkhorn_element(float p, int iters
     p = clamp_to_float32((p - m) - metal::precise::log(add_line<false, N>(0.0f, metal::precise::exp(p - m), lane)));
     p = metal::precise::exp(p - line_max<true, N>(p, lane));
     p *= RECIPROCAL((add_line<true, N>(0.0f, p, lane)));
-  } else if (START == START_SOFTMAX) {
+  } else if (START == START_SOFTMAX || START == START_EXP_PLAIN) {
     p = metal::precise::exp(p - line_max<false, N>(p, lane));
     float v[N];
     line_of_element<false>(v, p, lane);
-    p = p / line_sum(v) + eps;
+    const float sum = line_sum(v);
+    p = START == START_SOFTMAX ? p / sum + eps : p / (sum + eps);
   } else {
     p += lane / N == lane % N ? 1.0f : 0.0f;
   }
@@ -47,10 +48,11 @@ template <int N, int START> METAL_FUNC float sinkhorn_element(float p, int iters
 }
 
 // h_res = the projection of the logits at z, written by lanes in_range; see project_token.
-template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, typename S, typename O>
-METAL_FUNC void project_elements(S z, O h_res, bool in_range, float eps, int simd_lane) {
+template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, bool CLAMP, typename S, typename O>
+METAL_FUNC void project_elements(S z, O h_res, bool in_range, ProjectionNumbers<CLAMP> numbers, int simd_lane) {
   const int lane = simd_lane % (N * N), i = lane / N, j = lane % N;
-  const float p = sinkhorn_element<N, START>(z[COLUMNS ? j * N + i : lane], ITERS, eps, lane);
+  const auto logits = clipped(z, numbers);
+  const float p = sinkhorn_element<N, START>(logits[COLUMNS ? j * N + i : lane], ITERS, numbers.eps, lane);
   if (in_range) h_res[OUT_COLUMNS ? j * N + i : lane] = p;
 }
 
