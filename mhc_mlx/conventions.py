@@ -1,4 +1,12 @@
-"""Conventions: how each variant of hyper-connections makes its coefficients from logits."""
+"""Conventions: how each variant of hyper-connections makes its coefficients from logits.
+
+A convention is the maths, from float32 logits to float32 coefficients. Where a model's own code
+rounds in 16 bits is not part of it, and is for who puts the ops into that model. `XING`: its code
+rounds x * r and phi to x's dtype before the phi product, that product (the logits before alpha),
+then h_post, h_res, and h_pre where it reads; it reads and writes back in x's dtype. To give
+`mhc_pre` x and phi as they are rounds less and needs no second sweep over x. `HUNYUAN_V4`: its code
+is float32 inside, and rounds u and the written streams once, as the ops do.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -227,11 +235,7 @@ IDENTITY = Convention("IDENTITY", start="identity", pre_eps=1e-6)
 HUNYUAN_V4 = Convention("HUNYUAN_V4", start="identity", pre_eps=1e-6, post_scale=2.0)
 HUNYUAN_V4_POST_EPS = replace(HUNYUAN_V4, name="HUNYUAN_V4_POST_EPS", post_eps=1e-6)
 # Xing 4 (mlx-vlm 0.7.10's xing4_0). clamp, iters and eps are the model's mhc_h_res_clamp_min and
-# _max, hc_sinkhorn_iters and hc_eps. The convention is the maths of the coefficients from float32
-# logits; where the model rounds is not part of it. In 16 bits its own code rounds x * r and phi to
-# x's dtype before the product, the product (the logits before alpha) and then h_pre, h_post and
-# h_res, and it adds the write-back and the read in x's dtype. An adapter that must match those bits
-# does this outside; one that need not passes phi as it is to `mhc_pre`, which is more exact.
+# _max, hc_sinkhorn_iters and hc_eps.
 XING = Convention("XING", start="exp_plain", eps=1e-6, clamp=(-30.0, 30.0))
 # mHC without its projection, for ablations. The tanh form of arXiv 2409.19606 is another one.
 UNCONSTRAINED = Convention("UNCONSTRAINED", start="unconstrained")
