@@ -10,6 +10,7 @@ is float32 inside, and rounds u and the written streams once, as the ops do.
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 __all__ = [
     "ADDITIVE",
@@ -46,6 +47,13 @@ CLAMP_WIDTH = 64
 def _check_int(op: str, name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"[{op}] {name} must be an int but got {type(value).__name__}.")
+
+
+def _are_numbers(values: Any) -> bool:
+    """Tell whether values are a tuple of numbers."""
+    if tuple not in type(values).__mro__:  # isinstance would leave the elements without a type
+        return False
+    return all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
 
 
 @dataclass(frozen=True)
@@ -139,20 +147,19 @@ class Convention:
         must, most = "be None or two numbers (low, high)", math.inf
         if self.start == "exp_plain":
             must, most = "be two numbers (low, high) with start 'exp_plain'", CLAMP_WIDTH
-        if self.clamp is None:
+        clamp: Any = vars(self)["clamp"]
+        if clamp is None:
             if self.start == "exp_plain":
                 raise ValueError(f"[Convention] clamp must {must} but got None.")
             return
-        if not isinstance(self.clamp, tuple) or any(
-            isinstance(v, bool) or not isinstance(v, (int, float)) for v in self.clamp
-        ):
-            raise TypeError(f"[Convention] clamp must {must} but got {self.clamp!r}.")
-        if len(self.clamp) != 2:
-            raise ValueError(f"[Convention] clamp must {must} but got {self.clamp!r}.")
-        low, high = self.clamp
+        if not _are_numbers(clamp):
+            raise TypeError(f"[Convention] clamp must {must} but got {clamp!r}.")
+        if len(clamp) != 2:
+            raise ValueError(f"[Convention] clamp must {must} but got {clamp!r}.")
+        low, high = clamp
         if not -NUMBER_MOST <= low < high <= NUMBER_MOST or not high - low <= most:
             must = f"be finite in float32, with low < high{' <= low + 64' * (most < math.inf)},"
-            raise ValueError(f"[Convention] clamp must {must} but got {self.clamp!r}.")
+            raise ValueError(f"[Convention] clamp must {must} but got {clamp!r}.")
 
     def _refuse_unused(self) -> None:
         """Raise ValueError for an option that nothing uses and that differs from its default."""
