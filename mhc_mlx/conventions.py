@@ -1,7 +1,16 @@
-"""Conventions: how each variant of hyper-connections makes its coefficients from logits."""
+"""Conventions: how each variant of hyper-connections makes its coefficients from logits.
+
+A convention is the maths, from float32 logits to float32 coefficients. Where a model's own code
+rounds in 16 bits is not part of it, and is for who puts the ops into that model. `XING`: its code
+rounds x * r and phi to x's dtype before the phi product, that product (the logits before alpha),
+then h_post, h_res, and h_pre where it reads; it reads and writes back in x's dtype. To give
+`mhc_pre` x and phi as they are rounds less and needs no second sweep over x. `HUNYUAN_V4`: its code
+is float32 inside, and rounds u and the written streams once, as the ops do.
+"""
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 __all__ = [
     "ADDITIVE",
@@ -38,6 +47,13 @@ CLAMP_WIDTH = 64
 def _check_int(op: str, name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"[{op}] {name} must be an int but got {type(value).__name__}.")
+
+
+def _are_numbers(values: Any) -> bool:
+    """Tell whether values are a tuple of numbers."""
+    if tuple not in type(values).__mro__:  # isinstance would leave the elements without a type
+        return False
+    return all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
 
 
 @dataclass(frozen=True)
@@ -131,20 +147,19 @@ class Convention:
         must, most = "be None or two numbers (low, high)", math.inf
         if self.start == "exp_plain":
             must, most = "be two numbers (low, high) with start 'exp_plain'", CLAMP_WIDTH
-        if self.clamp is None:
+        clamp: Any = vars(self)["clamp"]
+        if clamp is None:
             if self.start == "exp_plain":
                 raise ValueError(f"[Convention] clamp must {must} but got None.")
             return
-        if not isinstance(self.clamp, tuple) or any(
-            isinstance(v, bool) or not isinstance(v, (int, float)) for v in self.clamp
-        ):
-            raise TypeError(f"[Convention] clamp must {must} but got {self.clamp!r}.")
-        if len(self.clamp) != 2:
-            raise ValueError(f"[Convention] clamp must {must} but got {self.clamp!r}.")
-        low, high = self.clamp
+        if not _are_numbers(clamp):
+            raise TypeError(f"[Convention] clamp must {must} but got {clamp!r}.")
+        if len(clamp) != 2:
+            raise ValueError(f"[Convention] clamp must {must} but got {clamp!r}.")
+        low, high = clamp
         if not -NUMBER_MOST <= low < high <= NUMBER_MOST or not high - low <= most:
             must = f"be finite in float32, with low < high{' <= low + 64' * (most < math.inf)},"
-            raise ValueError(f"[Convention] clamp must {must} but got {self.clamp!r}.")
+            raise ValueError(f"[Convention] clamp must {must} but got {clamp!r}.")
 
     def _refuse_unused(self) -> None:
         """Raise ValueError for an option that nothing uses and that differs from its default."""
@@ -227,11 +242,7 @@ IDENTITY = Convention("IDENTITY", start="identity", pre_eps=1e-6)
 HUNYUAN_V4 = Convention("HUNYUAN_V4", start="identity", pre_eps=1e-6, post_scale=2.0)
 HUNYUAN_V4_POST_EPS = replace(HUNYUAN_V4, name="HUNYUAN_V4_POST_EPS", post_eps=1e-6)
 # Xing 4 (mlx-vlm 0.7.10's xing4_0). clamp, iters and eps are the model's mhc_h_res_clamp_min and
-# _max, hc_sinkhorn_iters and hc_eps. The convention is the maths of the coefficients from float32
-# logits; where the model rounds is not part of it. In 16 bits its own code rounds x * r and phi to
-# x's dtype before the product, the product (the logits before alpha) and then h_pre, h_post and
-# h_res, and it adds the write-back and the read in x's dtype. An adapter that must match those bits
-# does this outside; one that need not passes phi as it is to `mhc_pre`, which is more exact.
+# _max, hc_sinkhorn_iters and hc_eps.
 XING = Convention("XING", start="exp_plain", eps=1e-6, clamp=(-30.0, 30.0))
 # mHC without its projection, for ablations. The tanh form of arXiv 2409.19606 is another one.
 UNCONSTRAINED = Convention("UNCONSTRAINED", start="unconstrained")
