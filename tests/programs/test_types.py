@@ -16,8 +16,15 @@ from programs.test_packaging import ROOT, unpack_wheel
 
 PROGRAM = Path(__file__).with_name("typed_program.py")
 ROOMS = ("sinkhorn", "streams", "static", "pre", "seam")
-MODULES = ("commands", "conventions", "diagnostics", "launch", "layers", "mlx_lm", "ops")
-MODULES += ("reference", "streams", "widening", *(f"ops.{room}" for room in ROOMS))
+MODULES = ("commands", "conventions", "diagnostics", "launch", "layers", "loading", "mlx_lm")
+MODULES += (
+    "ops",
+    "reference",
+    "sources",
+    "streams",
+    "widening",
+    *(f"ops.{room}" for room in ROOMS),
+)
 PUBLIC = ("mhc_mlx", *(f"mhc_mlx.{name}" for name in MODULES))
 
 
