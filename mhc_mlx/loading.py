@@ -141,9 +141,6 @@ def _parameters(layout: Layout, module, given: Given) -> dict[str, mx.array]:
         if "" in parts:
             made[parameter] = parts[""]
             continue
-        size = module[parameter].shape[0]
-        if "res" not in parts and size > sum(a.shape[0] for a in parts.values()):
-            parts["res"] = mx.zeros(1, parts["pre"].dtype)  # alpha has it, and nothing uses it
         made[parameter] = mx.concatenate([parts[part] for part in PARTS if part in parts])
     for parameter, a in made.items():
         if a.shape != module[parameter].shape:
@@ -177,9 +174,9 @@ def load(
             checkpoint's configuration. An `MHCLayer` keeps its norm where the source has none.
         weights: Arrays by name. Those whose names do not begin with the prefix are not looked at.
         prefix: What stands before the names, without the dot or underscore between; or "".
-        source: ``"deepseek_v4"`` (V4.1 and GLM-5.3 too), ``"hy_v4"``, ``"mhc_cu"``, ``"mhc_lite"``,
-            ``"flash_mhc"`` or ``"mhc_triton"``. None takes the source of which most names are
-            there, then the one that fits the module, then the one that fits the shapes.
+        source: ``"deepseek_v4"`` (V4.1 and GLM-5.3 too), ``"hy_v4"``, ``"xing4_0"``,
+            ``"mhc_cu"``, ``"mhc_lite"``, ``"flash_mhc"`` or ``"mhc_triton"``. None takes the source
+            of which most names are there, then the one that fits the module, then the shapes.
         leave: Beginnings of names, after the prefix, that are loaded elsewhere: ``("layer.",)`` for
             the sublayer of flash-mHC's block, ``("branch.",)`` for that of mHC-lite.
 

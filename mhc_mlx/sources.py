@@ -6,12 +6,20 @@ docs/converting.md has these as tables.
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from .conventions import ADDITIVE, DEEPSEEK_V4, IDENTITY, MHC_LITE, ROW_FIRST, Convention
+from .conventions import (
+    ADDITIVE,
+    DEEPSEEK_V4,
+    HUNYUAN_V4,
+    MHC_LITE,
+    ROW_FIRST,
+    XING,
+    Convention,
+)
 from .ops.checks import fail
 
 __all__ = ["KINDS", "LAYOUTS", "PARTS", "STEPS", "Given", "Layout", "Tensor", "sizes"]
@@ -59,7 +67,8 @@ class Layout(NamedTuple):
 
     def fits(self, c: Convention) -> bool:
         """Tell whether a module with convention c computes what the source does."""
-        return c == replace(self.convention, **{k: getattr(c, k) for k in ("name", *self.free)})
+        names = {field.name for field in fields(c)} - {"name", *self.free}
+        return all(getattr(c, name) == getattr(self.convention, name) for name in names)
 
 
 class Given(NamedTuple):
@@ -166,7 +175,7 @@ LAYOUTS = (
         source="hy_v4",
         models="Hy4 (Hunyuan V4)",
         kind="dynamic",
-        convention=IDENTITY,
+        convention=HUNYUAN_V4,
         free=("pre_eps", "post_scale", "post_eps"),
         settings="post_scale = hc_magnitude, pre_eps = hc_eps, post_eps = hc_eps in transformers "
         "and 0 in mlx-vlm; norm_eps = rms_norm_eps",
@@ -174,14 +183,14 @@ LAYOUTS = (
         tensors=(
             Tensor("hc_fn", ("2n", "n*C"), "phi"),
             Tensor("hc_base", ("2n",), "bias"),
-            Tensor("hc_scale", ("2",), "alpha[pre, post]"),
+            Tensor("hc_scale", ("2",), "alpha"),
         ),
     ),
     Layout(
         source="hy_v4",
         models="Hy4 (Hunyuan V4)",
         kind="head",
-        convention=IDENTITY,
+        convention=HUNYUAN_V4,
         free=("pre_eps", "post_scale", "post_eps"),
         settings="pre_eps = hc_eps; norm_eps = rms_norm_eps",
         prefixes="model.hc_head",
@@ -189,6 +198,21 @@ LAYOUTS = (
             Tensor("hc_head_fn", ("n", "n*C"), "phi"),
             Tensor("hc_head_base", ("n",), "bias"),
             Tensor("hc_head_scale", ("1",), "alpha"),
+        ),
+    ),
+    Layout(
+        source="xing4_0",
+        models="Xing 4",
+        kind="dynamic",
+        convention=XING,
+        free=("iters", "eps", "clamp"),
+        settings="iters = hc_sinkhorn_iters, eps = hc_eps, clamp = (mhc_h_res_clamp_min, "
+        "mhc_h_res_clamp_max); norm_eps = rms_norm_eps",
+        prefixes="model.layers.0.attn_hc, model.layers.0.ffn_hc",
+        tensors=(
+            Tensor("hc_fn", ("2n+n*n", "n*C"), "phi"),
+            Tensor("hc_base", ("2n+n*n",), "bias"),
+            Tensor("hc_scale", ("3",), "alpha"),
         ),
     ),
     Layout(
