@@ -16,6 +16,7 @@ from .conventions import (
 )
 from .launch import backend
 from .layers import HyperConnection, HyperHead, MHCBlock, MHCLayer, MHCLiteBlock
+from .loading import load
 from .ops import (
     mhc_coefficients,
     mhc_head,
@@ -56,6 +57,7 @@ __all__ = [
     "MHCLiteBlock",
     "backend",
     "expand_streams",
+    "load",
     "merge_streams",
     "mhc_coefficients",
     "mhc_head",

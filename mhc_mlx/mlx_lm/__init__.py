@@ -1,4 +1,4 @@
-"""Run mlx-lm's DeepSeek V4.1 on these kernels: `patch`, `unpatch`, `check`; `load_v4` loads V4.
+"""Run mlx-lm's DeepSeek V4.1 on these kernels: `patch`, `unpatch`, `check`.
 
     model, tokenizer = mlx_lm.load(path)
     mhc_mlx.mlx_lm.patch(model)
@@ -33,7 +33,6 @@ from .layers import SinglePassLayer
 from .patch import patch, unpatch
 from .sites import SinglePassConnection
 from .times import bench, bench_sites
-from .v4 import load_v4
 
 __all__ = [
     "DifferentiableAttention",
@@ -45,7 +44,6 @@ __all__ = [
     "bench",
     "bench_sites",
     "check",
-    "load_v4",
     "patch",
     "unpatch",
 ]

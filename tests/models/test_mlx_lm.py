@@ -1,6 +1,5 @@
 """`mhc_mlx.mlx_lm` on tiny random models, against mlx-lm's own: generation, sites, in place and
-back. Compiled sites, verification and the command, and gradients are in test_mlx_lm_*.py,
-DeepSeek V4's tensors in test_v4.py."""
+back. Compiled sites, verification and the command, and gradients are in test_mlx_lm_*.py."""
 
 import copy
 import functools

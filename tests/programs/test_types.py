@@ -16,8 +16,9 @@ from programs.test_packaging import ROOT, unpack_wheel
 
 PROGRAM = Path(__file__).with_name("typed_program.py")
 ROOMS = ("sinkhorn", "streams", "static", "pre", "seam")
-MODULES = ("commands", "conventions", "diagnostics", "launch", "layers", "mlx_lm", "ops")
-MODULES += ("reference", "streams", "widening", *(f"ops.{room}" for room in ROOMS))
+MODULES = ("adapters", "commands", "conventions", "diagnostics", "launch", "layers", "loading")
+MODULES += ("mlx_lm", "ops", "reference", "sources", "streams", "widening")
+MODULES += tuple(f"ops.{room}" for room in ROOMS)
 PUBLIC = ("mhc_mlx", *(f"mhc_mlx.{name}" for name in MODULES))
 
 

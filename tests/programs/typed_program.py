@@ -16,6 +16,7 @@ def report(model: Module, tokens: mx.array) -> StabilityReport:
     layer = mhc.MHCLayer(4, 64, sinkhorn_iters=20, eps=1e-6)
     block = mhc.MHCBlock(Linear(64, 64), 64, norm=RMSNorm(64), layer_idx=1)
     x: mx.array = mhc.expand_streams(tokens, connection.num_streams)
+    connection = mhc.load(connection, {"fn": x}, "", source=None, leave=("layer.",))
     u, add_residual = connection(x)
     x = block(layer(add_residual(u * 2), Linear(64, 64)), mask=None)
     u, h_post, h_res, x = mhc.mhc_pre(x, connection.phi, connection.bias, connection.alpha)
