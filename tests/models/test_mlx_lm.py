@@ -22,7 +22,7 @@ from mlx_lm.generate import generate_step  # noqa: E402
 from mlx_lm.models import deepseek_v41 as stock  # noqa: E402
 from mlx_lm.utils import load_model, save_config, save_model  # noqa: E402
 
-from mhc_mlx import mlx_lm as adapter  # noqa: E402
+from mhc_mlx import models as adapter  # noqa: E402
 from mhc_mlx.mlx_lm.exact import random_inputs, streams_dtype  # noqa: E402
 from mhc_mlx.mlx_lm.sites import activations, find_sites, run_site, stock_coefficients, stock_site  # noqa: E402
 from models import modules  # noqa: E402

@@ -17,7 +17,7 @@ mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: its adap
 
 from mlx_lm.models import deepseek_v41 as stock  # noqa: E402
 
-from mhc_mlx import mlx_lm as adapter  # noqa: E402
+from mhc_mlx import models as adapter  # noqa: E402
 from mhc_mlx.mlx_lm import times  # noqa: E402
 from mhc_mlx.mlx_lm.__main__ import main  # noqa: E402
 from mhc_mlx.mlx_lm.exact import random_inputs  # noqa: E402

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: its adapter is not tested")
 
 from mhc_mlx import launch, ops  # noqa: E402
-from mhc_mlx import mlx_lm as adapter  # noqa: E402
+from mhc_mlx import models as adapter  # noqa: E402
 from mhc_mlx.mlx_lm.exact import random_inputs, streams_dtype  # noqa: E402
 from mhc_mlx.mlx_lm.sites import find_sites  # noqa: E402
 from models import modules  # noqa: E402

@@ -17,7 +17,7 @@ from mlx_lm.tuner import trainer  # noqa: E402
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters  # noqa: E402
 
 from mhc_mlx import launch  # noqa: E402
-from mhc_mlx import mlx_lm as adapter  # noqa: E402
+from mhc_mlx import models as adapter  # noqa: E402
 from mhc_mlx.mlx_lm.exact import random_inputs  # noqa: E402
 from mhc_mlx.mlx_lm.gradients import TRAINED  # noqa: E402
 from mhc_mlx.mlx_lm.sites import find_sites, stock_site  # noqa: E402

@@ -14,7 +14,7 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: its adapter is no
 from mlx_lm.models import deepseek_v41 as stock  # noqa: E402
 
 import mhc_mlx as m  # noqa: E402
-from mhc_mlx import mlx_lm as adapter  # noqa: E402
+from mhc_mlx import models as adapter  # noqa: E402
 from mhc_mlx.mlx_lm import SinglePassConnection, exact, times  # noqa: E402
 from mhc_mlx.mlx_lm import __main__ as command  # noqa: E402
 from mhc_mlx.mlx_lm.exact import random_inputs, site_errors  # noqa: E402

@@ -12,7 +12,7 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: its adapter is no
 
 from mlx_lm.models import deepseek_v41 as stock  # noqa: E402
 
-from mhc_mlx import mlx_lm as adapter  # noqa: E402
+from mhc_mlx import models as adapter  # noqa: E402
 from models import modules  # noqa: E402
 from models.tiny_deepseek import tiny, within  # noqa: E402
 

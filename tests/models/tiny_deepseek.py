@@ -7,7 +7,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.deepseek_v41 import Model, ModelArgs
 
-from mhc_mlx import mlx_lm as adapter
+from mhc_mlx import models as adapter
 
 VOCABULARY = 96
 

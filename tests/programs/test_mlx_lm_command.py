@@ -225,7 +225,7 @@ def test_bench_times_both_models(times, monkeypatch, capsys):
     through an empty cache, and only the tokens after the warm-up count."""
     from models.tiny_deepseek import tiny
 
-    from mhc_mlx import mlx_lm as adapter
+    from mhc_mlx import models as adapter
 
     model, now, prompts = tiny(layers=2), clocked(times, monkeypatch), []
     adapter.patch(model, verify=False)
