@@ -30,12 +30,21 @@ class Row(NamedTuple):
 
 
 VLM = ("mlx-vlm", (0, 7, 10), (0, 8))
-HC = "hyper_connection.HyperConnection"
 ROWS = (
     Row(
         *("deepseek_v41", "mlx-lm", (0, 32, 2), (0, 33)),
         "mlx_lm.models.deepseek_v41.HyperConnection",
         "lm_deepseek_v41",
+    ),
+    Row(
+        *("deepseek_v41", *VLM),
+        "mlx_vlm.models.deepseek_v41.language.DeepseekV41Block",
+        "vlm_deepseek_v41",
+    ),
+    Row(
+        *("deepseek_v4, glm5_next", *VLM),
+        "mlx_vlm.models.deepseek_v4.hyper_connection.HyperConnection",
+        "vlm_deepseek_v4",
     ),
 )
 
