@@ -28,6 +28,17 @@ def straight_through(quantise: Callable) -> Callable:
     return f
 
 
+def with_gradient_of(f: Callable, differentiable: Callable) -> Callable:
+    """Return f, the same bit for bit, with the gradient of a function that is equal but rounds."""
+
+    @functools.wraps(f)
+    def g(*args, **kwargs) -> mx.array:
+        out = differentiable(*args, **kwargs)
+        return mx.stop_gradient(f(*args, **kwargs)) + (out - mx.stop_gradient(out))
+
+    return g
+
+
 def _with_globals(f: types.FunctionType, names: dict) -> types.FunctionType:
     """Return a copy of f with these globals."""
     copy = types.FunctionType(f.__code__, names, f.__name__, f.__defaults__, f.__closure__)
@@ -75,3 +86,17 @@ def differentiable(cls: Any, names: dict, module: str) -> type:
         if isinstance(f, types.FunctionType) and name != "__init__"
     }
     return type(f"Differentiable{cls.__name__}", (cls,), methods | {"__module__": module})
+
+
+def choosing(cls: Any, module: str) -> type:
+    """Return a subclass of a package's class that only chooses: its result passes no gradient.
+
+    It is called Differentiable and the name of the class, and lies in ``module``.
+    """
+
+    def __call__(self, *args, **kwargs):
+        result = cls.__call__(self, *args, **kwargs)
+        return None if result is None else mx.stop_gradient(result)
+
+    methods = {"__call__": __call__, "__module__": module}
+    return type(f"Differentiable{cls.__name__}", (cls,), methods)

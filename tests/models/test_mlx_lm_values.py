@@ -147,7 +147,7 @@ def fed(monkeypatch, at, ours, theirs):
         count = x.shape[1] * repeats
         asked.append((site.name, x, y, count))
         made = {k: (np.full(count, 0.5), np.full(count, 0.5)) for k in ("out", "u", "h_pre")}
-        if (x.dtype, count) == at[:2]:
+        if at and (x.dtype, count) == at[:2]:
             made[at[2]] = tuple(np.resize(np.array(e, float), count) for e in (ours, theirs))
         return tuple({k: pair[i] for k, pair in made.items()} for i in (0, 1))
 
@@ -187,7 +187,7 @@ def test_verification_is_of_the_model(monkeypatch):
     """Each site, in float32 and in the model's dtype, on 1, 8 and 512 tokens, others for each."""
     for kind, dtypes in (("float32", {mx.float32}), ("4-bit", {mx.float32, mx.bfloat16})):
         model = tiny(layers=2, kind=kind)
-        asked = fed(monkeypatch, (None, None, None), 0, 0)
+        asked = fed(monkeypatch, None, 0, 0)
         adapter.patch(model)
         for dtype in dtypes:
             for site in find_sites(model):
@@ -215,6 +215,24 @@ def test_logits_of_the_deviation_that_shows():
     assert exact.spread(site, 6.0).hc.scale[2].item() == 100
 
 
+def test_more_tokens_decide(monkeypatch):
+    """64 others, where 16 failed: those with the next seeds."""
+    site, options, asked = find_sites(tiny(layers=1))[0], Options(True, False), []
+
+    def errors(site, options, x, y, repeats=1):
+        asked.append((x.shape[1], repeats))
+        few = len(asked) <= 16
+        ours = {"u": np.full(x.shape[1], 5.0 if few or right is False else 1.0)}
+        return ours, {"u": np.ones(x.shape[1])}
+
+    monkeypatch.setattr(verify, "site_token_errors", errors)
+    for right in (True, False):
+        asked.clear()
+        found = verify.failure(site, options, mx.float32, 0)
+        assert asked[:80] == 80 * [(1, 1)] and (found is None) == right
+        assert asked[80:] == ([(8, 1), (8, 1), (16, 32)] if right else [])
+
+
 # ---- the command
 
 
@@ -235,7 +253,8 @@ def test_what_the_command_asks_for(monkeypatch, tmp_path):
         asked.clear()
         command.main(["--model", "here", *options.split()])
         assert asked["patch"] == ((), {"verify": verifies}), options
-        assert asked.get("check", ((), {"times": None})) == ((), {"times": numbers[0]}), options
+        given = asked.get("check", ((None,), {"times": None}))
+        assert given == ((None,), {"times": numbers[0]}), options
         assert asked.get("bench", ((None,), {})) == ((numbers[1],), {}), options
 
 

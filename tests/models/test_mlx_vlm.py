@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed: its models are not tested")
 
@@ -354,3 +354,67 @@ def test_check_finds_tokens_that_differ(monkeypatch, capsys):
     assert (
         f"token {first['token']} differs, where mlx-vlm's two best are" in capsys.readouterr().out
     )
+
+
+# ---- gradients
+
+BATCH = tokens(17)
+
+
+def loss(model) -> mx.array:
+    logits = run(model, BATCH[:, :-1]).astype(mx.float32)
+    return nn.losses.cross_entropy(logits, BATCH[:, 1:], reduction="mean")
+
+
+def gradients(model):
+    value, found = nn.value_and_grad(model, loss)(model)
+    mx.eval(value, found)
+    return value.item(), dict(tree_flatten(found))
+
+
+def by_plain_ops(name: str):
+    """mlx-vlm's own model, mended only where it chooses or rounds: its connections are plain ops."""
+    model = tiny(name).train()
+    trained = adapter.family_of("test", model).trained
+    for module in model.modules():
+        module.__class__ = trained.get(type(module), type(module))
+    return model
+
+
+def silent(found: dict) -> set[str]:
+    return {name for name, g in found.items() if mx.abs(g).max().item() < 1e-9}
+
+
+@families
+def test_the_stock_model_has_no_gradient(name):
+    """As MLX words it: of choices by index, or of rounding to 8 bits."""
+    with pytest.raises(ValueError, match=r"VJP with respect to indices|Not implemented for"):
+        gradients(tiny(name).train())
+
+
+@families
+def test_every_gradient(name, launched):
+    """Against plain ops, of the whole model; the loss falls after a step. What only chooses learns
+    nothing, in both."""
+    want_value, want = gradients(by_plain_ops(name))
+    model = patched(tiny(name), trainable=True).train()
+    value, got = gradients(model)
+    assert abs(value - want_value) < 1e-5 * want_value
+    assert got.keys() == want.keys() and silent(got) == silent(want)
+    for key, g in got.items():
+        if key not in silent(want):
+            alike(g, want[key], 3e-4)
+    connections = [k for k in got if k.endswith(("fn", "base", "scale")) and "hc" in k]
+    assert len(connections) >= 24 and not silent(got) & set(connections)
+    trained = {k: g for k, g in got.items() if mx.issubdtype(g.dtype, mx.floating)}
+    optimizer = optim.SGD(1e-2)
+    optimizer.update(model, tree_unflatten(list(trained.items())))
+    assert loss(model).item() < value
+
+
+@families
+def test_results_of_a_trainable_model(name, launched):
+    """They are those of the model as it was."""
+    model, prompt = tiny(name), tokens(20)
+    want = run(model, prompt)
+    alike(run(patched(model, trainable=True), prompt), want)

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...conventions import DEEPSEEK_V4
-from .. import run
+from .. import gradients, run
 from ..family import Family, Options, Outputs, Settings, Site
 
 V4 = "mlx_vlm.models.deepseek_v4"
@@ -75,6 +75,30 @@ class PatchedStage(dspark.DSparkStage):
         return sublayer(self.ffn_hc, h, self.ffn_norm, lambda u: self.ffn(u, None))
 
 
+DifferentiableIndexer = gradients.choosing(language.Indexer, __name__)
+DifferentiableGlm5NextIndexer = gradients.choosing(glm.Glm5NextIndexer, __name__)
+
+
+class DifferentiableMoEGate(language.MoEGate):
+    """This is mlx-vlm's gate, whose choice of experts passes no gradient.
+
+    Where experts are chosen by token or for images too, mlx-vlm's compiled function asks for the
+    gradient of the choice. There the weights are made again, by the same operations.
+    """
+
+    def __call__(self, x: mx.array, input_ids: mx.array | None = None) -> Any:
+        experts, weights = language.MoEGate.__call__(self, x, input_ids)
+        if not self.hash and not self.vision:
+            return experts, weights
+        experts = mx.stop_gradient(experts)
+        logits = (x @ self.weight.T).astype(mx.float32)
+        scores = language._score_func(logits, self.scoring_func)
+        weights = mx.take_along_axis(scores, experts, axis=-1)
+        if self.scoring_func != "softmax" and self.norm_topk_prob:
+            weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+        return experts, weights * self.routed_scaling_factor
+
+
 def _place(site: Site) -> list[tuple[bool, int, str]]:
     """Return what sorts sites in the order in which they run: layers by number, the head last."""
     parts = [(k.isdigit(), int(k) if k.isdigit() else 0, k) for k in site.name.split(".")]
@@ -85,6 +109,11 @@ class DeepseekV4(Family):
     package = "mlx-vlm"
     layers = {dspark.DSparkStage: PatchedStage}
     connections = {stock.HyperConnection: PatchedConnection, stock.HyperHead: PatchedHead}
+    trained = {
+        language.Indexer: DifferentiableIndexer,
+        language.MoEGate: DifferentiableMoEGate,
+        glm.Glm5NextIndexer: DifferentiableGlm5NextIndexer,
+    }
 
     def sites(self, model: nn.Module) -> list[Site]:
         """V4 calls its norms attn_norm and ffn_norm, GLM by their place in a layer."""

@@ -13,10 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...conventions import DEEPSEEK_V4
-from .. import run
+from .. import gradients, run
 from ..family import Family, Options, Outputs, Owner, Settings, Site
 
 stock: Any = importlib.import_module("mlx_vlm.models.deepseek_v41.language")
+engram: Any = importlib.import_module("mlx_vlm.models.deepseek_v41.engram")
 ATTN, FFN = "hc_attn_", "hc_ffn_"
 
 
@@ -79,9 +80,47 @@ class SinglePassBlock(stock.DeepseekV41Block):
         return h, pre_mix
 
 
+def _rotated(x: mx.array, cos: mx.array, sin: mx.array, rope_dim: int) -> mx.array:
+    """Return what mlx-vlm's `_apply_index_rotary` does, without views as complex numbers."""
+    rest, pairs = x[..., :-rope_dim], x[..., -rope_dim:].astype(mx.float32)
+    pairs = pairs.reshape(*pairs.shape[:-1], -1, 2)
+    a, b = pairs[..., 0], pairs[..., 1]
+    turned = mx.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).flatten(-2)
+    return mx.concatenate([rest, turned.astype(x.dtype)], axis=-1)
+
+
+DifferentiableIndexer = gradients.choosing(stock.Indexer, __name__)
+_ROUNDING = ("fake_quant_fp8_ue8m0", "fake_quant_fp4_e4m3")
+_GLOBALS = gradients.namespace(
+    stock,
+    rounding=_ROUNDING,
+    replaced={
+        "_apply_index_rotary": gradients.with_gradient_of(stock._apply_index_rotary, _rotated)
+    },
+    functions=("_apply_rope_at_positions",),
+)
+_ENGRAM = gradients.namespace(engram, rounding=_ROUNDING[:1])
+_ROUNDED = (stock.DeepseekV41Attention, stock.DeepseekV41MLP, stock.DeepseekV41SwiGLU)
+(
+    DifferentiableDeepseekV41Attention,
+    DifferentiableDeepseekV41MLP,
+    DifferentiableDeepseekV41SwiGLU,
+) = (gradients.differentiable(cls, _GLOBALS, __name__) for cls in _ROUNDED)
+DifferentiableDeepseekV41MoE = gradients.differentiable(stock.DeepseekV41MoE, _GLOBALS, __name__)
+DifferentiableEngram = gradients.differentiable(engram.Engram, _ENGRAM, __name__)
+
+
 class DeepseekV41(Family):
     package = "mlx-vlm"
     layers = {stock.DeepseekV41Block: SinglePassBlock}
+    trained = {
+        stock.Indexer: DifferentiableIndexer,
+        stock.DeepseekV41Attention: DifferentiableDeepseekV41Attention,
+        stock.DeepseekV41MLP: DifferentiableDeepseekV41MLP,
+        stock.DeepseekV41SwiGLU: DifferentiableDeepseekV41SwiGLU,
+        stock.DeepseekV41MoE: DifferentiableDeepseekV41MoE,
+        engram.Engram: DifferentiableEngram,
+    }
 
     def sites(self, model: nn.Module) -> list[Site]:
         text, sites = self.text(model), []
