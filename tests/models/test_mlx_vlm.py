@@ -8,13 +8,14 @@ import importlib
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed: its models are not tested")
 
-from mlx_vlm.generate.ar import generate_step  # noqa: E402
+from mlx_vlm.generate.ar import _make_cache, generate_step  # noqa: E402
 from mlx_vlm.models.base import InputEmbeddingsFeatures  # noqa: E402
 
 from mhc_mlx import models as adapter  # noqa: E402
@@ -192,20 +193,36 @@ def test_a_transposed_site_is_refused(monkeypatch):
 # ---- what is special
 
 
-@pytest.mark.parametrize("name", ["deepseek_v4", "glm5_next"])
-def test_many_tokens_in_one_call_and_alone(name, launched):
-    """One call on L <= 8 tokens equals L single-token calls bit for bit, at every site and in the
-    whole model, for speculative decoding."""
-    model = patched(tiny(name))
+SPECULATIVE = ("deepseek_v4", "glm5_next")
+
+
+def each_token_alone(model, lengths):
     x, y = mx.random.normal((1, 8, 4, 64)), mx.random.normal((1, 8, 64))
     for site in adapter.family_of("test", model).sites(model):
-        for length in (2, 5, 8):
+        for length in lengths:
             whole = site.outputs(site.options, x[:, :length], y[:, :length])
             for k in range(length):
                 alone = site.outputs(site.options, x[:, k : k + 1], y[:, k : k + 1])
                 for key, a in whole.items():
                     assert mx.array_equal(a[:, k : k + 1], alone[key]).item(), (site.name, key)
-    prompt, draft = tokens(9), tokens(5, seed=1)
+
+
+@pytest.mark.parametrize("where", ["here", "simulator"])
+@pytest.mark.parametrize("name", SPECULATIVE)
+def test_each_token_alone(name, where, need):
+    """At every site one call on L <= 8 tokens equals L single-token calls bit for bit."""
+    if where == "simulator":
+        need(where)
+    with modules.running(where):
+        short = {"num_hidden_layers": 1} | ({"compress_ratios": [0]} if "v4" in name else {})
+        model = patched(tiny(name, **short if where == "simulator" else {}))
+        each_token_alone(model, (3,) if where == "simulator" else (2, 5, 8))
+
+
+@pytest.mark.parametrize("name", SPECULATIVE)
+def test_speculative_verification(name):
+    """The whole model, with its cache: the same bits as when tokens come one by one."""
+    model, prompt, draft = patched(tiny(name)), tokens(9), tokens(5, seed=1)
     caches = [model.make_cache() for _ in range(2)]
     for cache in caches:
         mx.eval(run(model, prompt, cache))
@@ -249,7 +266,6 @@ def test_engram_breaks_the_pair_there_and_only_there(monkeypatch, launched):
 @families
 def test_batches_of_unequal_prompts(name):
     """Left-padded, through the cache that mlx-vlm makes for a batch."""
-    cache = importlib.import_module("mlx_vlm.models.cache")
     lengths = (5, 9)
     rows = [tokens(n, seed=n)[0] for n in lengths]
     padding = [max(lengths) - n for n in lengths]
@@ -258,10 +274,7 @@ def test_batches_of_unequal_prompts(name):
     for patch in (False, True):
         if patch:
             patched(model)
-        caches = [
-            c.to_batch(padding) if hasattr(c, "to_batch") else cache.to_batch_cache(c, padding)
-            for c in model.make_cache()
-        ]
+        caches = _make_cache(model, padding)
         out = [run(model, batch, caches)[:, -1:]]
         for _ in range(3):
             out.append(run(model, out[-1].argmax(-1), caches))
@@ -347,9 +360,10 @@ def test_check_finds_tokens_that_differ(monkeypatch, capsys):
     (row,) = report["tokens"]["prompts"]
     assert row["top-1 agreement"] < 1 and row["largest difference"] > 0.1
     first = row["first difference"]
-    chosen, rows = generated(tiny("deepseek_v4"), tokens(40)[0], 16)
+    chosen, _ = generated(tiny("deepseek_v4"), tokens(40)[0], 16)
     assert first["stock"] == chosen[first["token"]] != first["patched"]
-    best = mx.sort(rows[first["token"]].astype(mx.float32))[-2:]
+    before = mx.concatenate([tokens(40)[0], mx.array(chosen[: first["token"]], mx.int32)])
+    best = mx.sort(run(tiny("deepseek_v4"), before[None])[0, -1])[-2:]
     assert abs(first["gap of stock's two best"] - (best[1] - best[0]).item()) < 1e-4
     assert (
         f"token {first['token']} differs, where mlx-vlm's two best are" in capsys.readouterr().out
@@ -373,7 +387,7 @@ def gradients(model):
 
 
 def by_plain_ops(name: str):
-    """mlx-vlm's own model, mended only where it chooses or rounds: its connections are plain ops."""
+    """mlx-vlm's own model, mended only where it chooses or rounds."""
     model = tiny(name).train()
     trained = adapter.family_of("test", model).trained
     for module in model.modules():

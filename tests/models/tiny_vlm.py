@@ -91,7 +91,8 @@ def randomised(model: nn.Module, seed: int = 0, branch: float = 1.0) -> nn.Modul
 
 
 def quantised(path: str, module: nn.Module) -> bool:
-    return hasattr(module, "to_quantized") and "head" not in path and module.weight.shape[-1] >= 32
+    fits = hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+    return fits and "head" not in path
 
 
 def tiny(name: str, kind: str = "float32", seed: int = 0, **others) -> nn.Module:
