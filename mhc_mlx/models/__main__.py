@@ -133,6 +133,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             args.sizes = _numbers("--random", args.random)
             if len(args.sizes) > 2:
                 raise ValueError(f"--random must be D or D,LAYERS but is {args.random}")
+            if type(args.of).new_model is Family.new_model:
+                raise ValueError(f"--random must be of lm_deepseek_v41 but is of {args.family}")
             if args.sizes[0] % 32:
                 raise ValueError(f"--random must have D a multiple of 32 but has {args.sizes[0]}")
         else:

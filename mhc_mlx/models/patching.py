@@ -15,8 +15,10 @@ from .verify import failure
 
 def enable(site: Site, options: Options) -> None:
     """Let a site run on these kernels."""
-    mapped(site.family.own, site.hc)  # a class with gradients stands for the package's
-    mapped(site.family.connections, site.hc)
+    family = site.family
+    if type(site.hc) not in family.layers.values():
+        mapped(family.own, site.hc)  # a class with gradients stands for the package's
+        mapped(family.connections, site.hc)
     if "_mhc" not in vars(site.hc):
         site.hc._mhc = Patched()
     site.hc._mhc.sites[site.prefix] = options
@@ -39,11 +41,7 @@ def _install(family: Family, model: nn.Module, options: Options) -> list[Site]:
     for module in model.modules():
         mapped(swaps, module)
     for site in sites:
-        if type(site.hc) not in family.layers.values():
-            enable(site, options)
-        else:
-            site.hc._mhc = vars(site.hc).get("_mhc") or Patched()
-            site.hc._mhc.sites[site.prefix] = options
+        enable(site, options)
     family.prepare(model)
     return sites
 

@@ -214,7 +214,9 @@ def test_each_token_alone(name, where, need):
     if where == "simulator":
         need(where)
     with modules.running(where):
-        short = {"num_hidden_layers": 1} | ({"compress_ratios": [0]} if "v4" in name else {})
+        kinds = {"compress_ratios": [0]} if name == "deepseek_v4" else {}
+        kinds |= {"layer_types": ["linear_attention"]} if name == "glm5_next" else {}
+        short = {"num_hidden_layers": 1, **kinds}
         model = patched(tiny(name, **short if where == "simulator" else {}))
         each_token_alone(model, (3,) if where == "simulator" else (2, 5, 8))
 
@@ -261,6 +263,59 @@ def test_engram_breaks_the_pair_there_and_only_there(monkeypatch, launched):
     assert not any(k.startswith("_mhc") for k in vars(cache[0]))
     model.engram_hash = None  # where hashes are missing the streams do not change
     alike(run(model, tokens(9)), run(adapter.unpatch(model), tokens(9)))
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_wrong_site_of_two_in_a_block(trainable, monkeypatch, launched):
+    """One site of a block keeps mlx-vlm's code, the other stays patched; `check` sees both."""
+    from mhc_mlx.models.families import vlm_deepseek_v41 as family
+
+    model, right = tiny("deepseek_v41"), family.run.single_pass
+    want, base = run(model, tokens(9)), model.layers[1].hc_ffn_base
+
+    def single_pass(hc, prefix, *given):
+        out, u, h_pre = right(hc, prefix, *given)
+        wrong = prefix == family.FFN and mx.array_equal(hc[prefix + "base"], base).item()
+        return out * 1.02 if wrong else out, u, h_pre
+
+    monkeypatch.setattr(family.run, "single_pass", single_pass)
+    with pytest.warns(UserWarning, match=r"1 of 8 .*: layers.1.hc_ffn \(median of out, float32"):
+        adapter.patch(model, trainable=trainable)
+    patched_ones = [site.options is not None for site in family.FAMILY.sites(model)]
+    assert patched_ones == 3 * [True] + [False] + 4 * [True]
+    alike(run(model, tokens(9)), want)
+    report = adapter.check(model, tokens(9), tokens=1, times=(), verbose=False)
+    assert [row["patched"] for row in report["sites"]] == patched_ones
+    assert report["errors"]["real"]["max"] < 64
+    assert all(type(block) is family.SinglePassBlock for block in model.layers)
+    assert mx.array_equal(run(adapter.unpatch(model), tokens(9)), want).item()
+
+
+class Rank:
+    """A process group of which this process is every rank, one after the other."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size = lambda: rank, lambda: size
+
+
+def test_pipeline(monkeypatch, launched):
+    """DeepSeek V4 in two stages, patched before and after it is split."""
+    sent = []
+    group = {"send": lambda a, to: sent.append(a) or a, "recv_like": lambda a, of: sent[-1]}
+    for key, f in (group | {"all_gather": lambda a: a}).items():
+        monkeypatch.setattr(mx.distributed, key, f)
+    want = run(tiny("deepseek_v4"), tokens(9))
+    stages = [tiny("deepseek_v4"), tiny("deepseek_v4")]
+    for rank, stage in enumerate(stages):
+        if rank == 0:
+            patched(stage)
+        stage.model.pipeline(Rank(rank, 2))
+        if rank == 1:
+            patched(stage)
+    kinds = [[site.kind for site in adapter.family_of("t", s).sites(s)] for s in stages]
+    assert kinds == 2 * [4 * ["pair"] + ["head"]]
+    mx.eval(run(stages[1], tokens(9)))
+    alike(run(stages[0], tokens(9)), want)
 
 
 @families
