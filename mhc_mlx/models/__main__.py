@@ -138,7 +138,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             if args.sizes[0] % 32:
                 raise ValueError(f"--random must have D a multiple of 32 but has {args.sizes[0]}")
         else:
-            _check_folder(args.model, args.package)
+            _check_folder(str(args.model), args.package)
         largest = max(args.sizes) if args.sites is not None else args.sizes[0]
         _check_tokens(args.lengths or (2048,), largest)
         args.output = Output("--json", args.json, f"a report of {COMMAND}", _check_report)

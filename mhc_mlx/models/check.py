@@ -96,9 +96,10 @@ def _rows(prompts: Any, vocabulary: int) -> list[mx.array]:
     if not prompts:
         raise ValueError("[check] prompts must have at least one prompt but have none.")
     rows = []
-    for prompt in prompts:
-        if isinstance(prompt, (list, tuple)) and all(type(token) is int for token in prompt):
-            prompt = mx.array(prompt, mx.int32)
+    for given in prompts:
+        prompt: Any = given
+        if isinstance(given, (list, tuple)) and all(type(token) is int for token in given):
+            prompt = mx.array(given, mx.int32)
         _check_tokens(prompt, vocabulary)
         if prompt.ndim != 1:
             got = list(prompt.shape)
@@ -108,6 +109,7 @@ def _rows(prompts: Any, vocabulary: int) -> list[mx.array]:
 
 
 def _check_tokens(tokens: Any, vocabulary: int) -> None:
+    """Raise TypeError or ValueError unless these are tokens ``[length]`` or ``[count, length]``."""
     if not isinstance(tokens, mx.array) or not mx.issubdtype(tokens.dtype, mx.integer):
         got = tokens.dtype if isinstance(tokens, mx.array) else type(tokens).__name__
         raise TypeError(f"[check] prompts must be an mx.array of integers but got {got}.")

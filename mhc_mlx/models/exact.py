@@ -153,6 +153,6 @@ def spread(site: Site, deviation: float) -> Site:
         most = mx.sqrt(mx.mean(mx.square(part)))
         scales.append(mx.where(most > 0, mx.sign(old + (old == 0)) * deviation / most, old))
     weight = site.norm["weight"] if type(site.norm) is nn.RMSNorm else None
-    found = [a.astype(mx.float32) for a in (fn, base)]
+    fn, base = fn.astype(mx.float32), base.astype(mx.float32)
     weight = None if weight is None else weight.astype(mx.float32)
-    return site.with_arrays(*found, mx.stack(scales), weight)
+    return site.with_arrays(fn, base, mx.stack(scales), weight)

@@ -74,8 +74,11 @@ class Site(NamedTuple):
         n = self.settings.n
         return n, self.arrays[0].shape[1] // n
 
-    def outputs(self, options: Options | None, x: mx.array, y: mx.array) -> "Outputs":
-        """Return what the site computes, with these options or by the package's own code."""
+    def outputs(self, options: Options | None, x: mx.array, y: mx.array | None) -> "Outputs":
+        """Return what the site computes, with these options or by the package's own code.
+
+        y may be None if the site is not lagged: its sublayer is then the identity.
+        """
         return self.family.outputs(self, options, x, y)
 
     def with_arrays(self, fn: mx.array, base: mx.array, scale: mx.array, weight: Any) -> "Site":
@@ -148,7 +151,7 @@ class Family:
         """Return the constants of a module that has sites."""
         raise NotImplementedError
 
-    def outputs(self, site: Site, options: Options | None, x: mx.array, y: mx.array) -> Outputs:
+    def outputs(self, site: Site, options: Options | None, x: mx.array, y: Any) -> Outputs:
         """Return what a site computes of x ``[B, L, n, C]`` and y ``[B, L, C]``.
 
         With options it runs as a patched model does, otherwise by the package's own code.
@@ -190,7 +193,8 @@ class Family:
         for _ in range(count):
             after = self.logits(model, token, cache)[:, -1:].argmax(-1)
             mx.async_eval(token, after)
-            yield int(token.item())
+            found: Any = token.item()
+            yield int(found)
             token = after
 
     def vocabulary(self, model: Any) -> int:

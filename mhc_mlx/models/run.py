@@ -119,7 +119,7 @@ def _one_by_one(f, *arrays: mx.array) -> Any:
     if isinstance(parts[0], mx.array):
         return mx.concatenate(parts, axis=1)
     columns = zip(*parts, strict=True)
-    return tuple(None if c[0] is None else mx.concatenate(c, axis=1) for c in columns)
+    return tuple(None if c[0] is None else mx.concatenate(list(c), axis=1) for c in columns)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from mlx_lm.models import deepseek_v41 as stock
 
 from ...conventions import DEEPSEEK_V4
 from .. import gradients, run
-from ..family import Family, Options, Outputs, Owner, Settings, Site
+from ..family import Family, Options, Outputs, Owner, Patched, Settings, Site
 
 
 @functools.cache
@@ -25,6 +25,8 @@ class SinglePassConnection(stock.HyperConnection):
 
     It has the same parameters: ``fn [n*n + 2n, n*C]``, ``base [n*n + 2n]`` and ``scale [3]``.
     """
+
+    _mhc: Patched
 
     def __call__(self, streams: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Return pre, post and comb as mlx-lm does, float32; a row of comb is an input stream."""
@@ -152,7 +154,7 @@ class DeepseekV41(Family):
     def settings(self, hc: Any) -> Settings:
         return _settings(hc.hc, hc.iters, hc.hc_eps, hc.norm_eps)
 
-    def outputs(self, site: Site, options: Options | None, x: mx.array, y: mx.array) -> Outputs:
+    def outputs(self, site: Site, options: Options | None, x: mx.array, y: Any) -> Outputs:
         hc = site.hc
         if options is None:
             call = functools.partial(stock.HyperConnection.__call__, hc)
@@ -168,7 +170,12 @@ class DeepseekV41(Family):
 
     def new_model(self, d: int, layers: int) -> nn.Module:
         later = tuple(range(1, layers))
-        sizes = {"vocab_size": 1024, "num_attention_heads": 8, "head_dim": 128, "q_lora_rank": 256}
+        sizes: dict[str, Any] = {
+            "vocab_size": 1024,
+            "num_attention_heads": 8,
+            "head_dim": 128,
+            "q_lora_rank": 256,
+        }
         sizes |= {"qk_rope_head_dim": 32, "o_groups": 4, "o_lora_rank": 128}
         sizes |= {"moe_intermediate_size": 256, "n_routed_experts": 8, "num_experts_per_tok": 2}
         sizes |= {"compress_ratios": (0, *[4] * (layers - 1)), "kv_source_layer_ids": later}
@@ -189,7 +196,7 @@ class DeepseekV41(Family):
 
     def generate(self, model: Any, prompt: mx.array, count: int) -> Iterator[int]:
         for token, _ in generate_step(prompt, model, max_tokens=count):
-            yield token
+            yield int(token)
 
     def vocabulary(self, model: Any) -> int:
         return model.args.vocab_size

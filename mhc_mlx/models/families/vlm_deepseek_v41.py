@@ -136,7 +136,7 @@ class DeepseekV41(Family):
     def settings(self, hc: Any) -> Settings:
         return _settings(hc.hc_mult, hc.hc_sinkhorn_iters, hc.hc_eps, hc.norm_eps)
 
-    def outputs(self, site: Site, options: Options | None, x: mx.array, y: mx.array) -> Outputs:
+    def outputs(self, site: Site, options: Options | None, x: mx.array, y: Any) -> Outputs:
         hc, prefix, norm = site.hc, site.prefix, site.norm
         if options is None:
             found = stock_site(hc, prefix, x, y, norm)
