@@ -131,6 +131,19 @@ def test_quantised(name, launched):
     assert error.max().item() < 2**-5 and error.mean().item() < 2**-8
 
 
+@families
+def test_a_site_by_the_simulator(name, need):
+    """The Metal text, executed, against mlx-vlm's functions."""
+    need("simulator")
+    with modules.running("simulator"):
+        site = adapter.family_of("test", model := patched(tiny(name))).sites(model)[0]
+        x, y = mx.random.normal((1, 2, 4, 64)), mx.random.normal((1, 2, 64))
+        got, want = (site.outputs(options, x, y) for options in (site.options, None))
+        assert got.keys() == want.keys()
+        for key, a in want.items():
+            alike(got[key], a, 1e-5)
+
+
 # ---- in place, and back
 
 
@@ -263,6 +276,32 @@ def test_engram_breaks_the_pair_there_and_only_there(monkeypatch, launched):
     assert not any(k.startswith("_mhc") for k in vars(cache[0]))
     model.engram_hash = None  # where hashes are missing the streams do not change
     alike(run(model, tokens(9)), run(adapter.unpatch(model), tokens(9)))
+
+
+def test_image_tokens(launched):
+    """Engram leaves them out, and gates pick experts for them by another bias."""
+    model, prompt = tiny("deepseek_v41"), tokens(9)
+    image = model.config.image_token_id
+    with_image = mx.where(mx.arange(9) // 3 == 1, image, prompt)
+    want = run(model, with_image)
+    assert mx.abs(want - run(model, prompt)).max().item() > 0.1
+    alike(run(patched(model), with_image), want)
+
+
+@families
+def test_a_model_that_holds_the_language_model(name):
+    """As mlx-vlm loads it: sites have the names of its parameters, and `check` finds its tokens."""
+    model = Outer(tiny(name))
+    want = run(model.language_model, tokens(9))
+    sites = adapter.family_of("test", patched(model)).sites(model)
+    names = {key for key, _ in tree_flatten(model.parameters())}
+    for site in sites:
+        under = "_" if site.prefix else "."
+        assert {f"{site.name}{under}{k}" for k in ("fn", "base", "scale")} <= names
+    alike(run(model.language_model, tokens(9)), want)
+    report = adapter.check(model, tokens(5), tokens=1, times=(), verbose=False)
+    assert report["patched"] == len(sites) == len(report["sites"])
+    assert set(adapter.bench(model, (4,), 2)) >= {"patched", "mlx-vlm"}
 
 
 @pytest.mark.parametrize("trainable", [False, True])
@@ -487,3 +526,13 @@ def test_results_of_a_trainable_model(name, launched):
     model, prompt = tiny(name), tokens(20)
     want = run(model, prompt)
     alike(run(patched(model, trainable=True), prompt), want)
+
+
+def test_checkpointed_blocks_are_refused(monkeypatch):
+    """mlx-vlm's trainer replaces the call of the class."""
+    from mhc_mlx.models.families import vlm_deepseek_v41 as family
+
+    model, call = patched(tiny("deepseek_v41"), trainable=True), family.SinglePassBlock.__call__
+    monkeypatch.setattr(family.SinglePassBlock, "__call__", lambda *args: call(*args))
+    with pytest.raises(ValueError, match="must not be under mlx-vlm's grad_checkpoint"):
+        run(model, tokens(3))

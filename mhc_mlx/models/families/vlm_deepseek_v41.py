@@ -68,6 +68,11 @@ class SinglePassBlock(stock.DeepseekV41Block):
     def __call__(
         self, h: mx.array, pre_mix: mx.array, image_mask: mx.array | None, cache: Any
     ) -> tuple[mx.array, mx.array]:
+        if type(self).__call__ is not _BLOCK_CALL:
+            raise ValueError(
+                "[patch] layers must not be under mlx-vlm's grad_checkpoint but are: blocks of "
+                "deepseek_v41 share arrays by their cache, which it does not see."
+            )
         layer_idx, streams, u = vars(cache).pop(_HANDED, (None, None, None))
         if layer_idx != self.layer_idx or streams is not h:
             u = self.attn_norm(_collapse(h, pre_mix))
@@ -108,6 +113,9 @@ _ROUNDED = (stock.DeepseekV41Attention, stock.DeepseekV41MLP, stock.DeepseekV41S
 ) = (gradients.differentiable(cls, _GLOBALS, __name__) for cls in _ROUNDED)
 DifferentiableDeepseekV41MoE = gradients.differentiable(stock.DeepseekV41MoE, _GLOBALS, __name__)
 DifferentiableEngram = gradients.differentiable(engram.Engram, _ENGRAM, __name__)
+
+
+_BLOCK_CALL = SinglePassBlock.__call__
 
 
 class DeepseekV41(Family):
