@@ -258,6 +258,29 @@ def test_what_the_command_asks_for(monkeypatch, tmp_path):
         assert asked.get("bench", ((None,), {})) == ((numbers[1],), {}), options
 
 
+def test_prompts_of_the_command(monkeypatch):
+    """Texts by the tokenizer, of mlx-lm or in mlx-vlm's processor; random ones of the lengths."""
+    model, given = tiny(layers=1), []
+    monkeypatch.setattr(command, "patch", lambda *args, **kw: None)
+    monkeypatch.setattr(command, "check", lambda model, prompts, times: given.append(prompts))
+
+    class Tokenizer:
+        def encode(self, text):
+            return [np.int64(ord(c)) for c in text]
+
+    class Processor:
+        tokenizer = Tokenizer()
+
+    for tokenizer in (Tokenizer(), Processor()):
+        monkeypatch.setattr(mlx_lm, "load", lambda path, found=tokenizer: (model, found))
+        command.main("--model here --check --prompt ab --prompt c --prompts 3,5".split())
+        *texts, short, long = given.pop()
+        assert texts == [[97, 98], [99]] and (short.shape, long.shape) == ((3,), (5,))
+        assert mx.max(mx.concatenate([short, long])).item() < 96
+    command.main("--model here --check".split())
+    assert given == [None]
+
+
 # ---- check
 
 
