@@ -4,14 +4,15 @@
 //   out[i] = sum_j h_res[i, j] x[j] + h_post[i] y          (out = y without MIX)
 //
 // in   x [tokens, N, C] T, H_pre [N], H_post [N], H_res [N, N], weight [C] any float,
-//      params [6] float, by mhc::param: EPS; with GATES PRE_EPS, POST_SCALE, POST_EPS; with SINKHORN PROJECTION_EPS
+//      params [6 or 8] float, by mhc::param: EPS; with GATES PRE_EPS, POST_SCALE, POST_EPS; with SINKHORN
+//      PROJECTION_EPS, with CLAMP also CLAMP_LOW, CLAMP_HIGH
 // out  out [tokens, N, C] T, without MIX [tokens, C] T
 // GATES: H_pre and H_post are logits, h_pre = sigmoid(H_pre) + pre_eps and h_post = post_scale * sigmoid(H_post) +
 //      post_eps; without GATES they are h_pre and h_post.
 // SINKHORN: H_res holds logits, N <= 8, and every threadgroup projects them itself; without SINKHORN H_res is h_res.
 // CACHED: x of a token stays in registers between the sum of squares and the output; without CACHED it is read twice.
 // owners  A threadgroup takes tokens in turn. A thread takes VEC neighbours of all streams, PASSES times.
-// template  T, N, VEC, THREADS, PASSES, CACHED, MIX, SINKHORN, GATES, ITERS, START, COLUMNS, OUT_COLUMNS
+// template  T, N, VEC, THREADS, PASSES, CACHED, MIX, SINKHORN, GATES, ITERS, START, COLUMNS, OUT_COLUMNS, CLAMP
 // grid  any number of threadgroups
 #include "sinkhorn.h"
 constexpr int SIMDS = THREADS / 32;
@@ -33,7 +34,7 @@ if constexpr (SINKHORN) {
   if (simdgroup_index_in_threadgroup == 0)
     mhc::project_lanes<N, START, COLUMNS, !OUT_COLUMNS, ITERS>(
         H_res, mix, thread_index_in_simdgroup < mhc::matrix_lanes(N),
-        static_cast<float>(params[mhc::param::PROJECTION_EPS]), thread_index_in_simdgroup);
+        mhc::projection_numbers<CLAMP>(params), thread_index_in_simdgroup);
 } else if constexpr (MIX) {
   mhc::load_mix<N, THREADS, true>(H_res, mix, tid);
 }

@@ -9,7 +9,8 @@
 // in   x [tokens, N, C] T, dout [tokens, N, C] T, without MIX [tokens, C] T;
 //      H_pre [N] (with NORM), H_post [N] or [tokens, N], H_res [N, N] or [tokens, N, N] (both with MIX), weight [C]
 //      (with NORM) any float; y [tokens, C] T (without NORM);
-//      params [6] float, by mhc::param: EPS; with GATES PRE_EPS, POST_SCALE, POST_EPS; with SINKHORN PROJECTION_EPS
+//      params [6 or 8] float, by mhc::param: EPS; with GATES PRE_EPS, POST_SCALE, POST_EPS; with SINKHORN
+//      PROJECTION_EPS, with CLAMP also CLAMP_LOW, CLAMP_HIGH
 // out  dx [tokens, N, C] T, dy [tokens, C] T (without NORM),
 //      partial [threadgroups, P] float: the sums of dh_pre, dh_post, dh_res, dweight over this threadgroup's tokens, in
 //      this order; a coefficient that is given per token has no column there, but its gradient is dh_post [tokens, N]
@@ -22,7 +23,7 @@
 //      twice.
 // owners  A threadgroup takes tokens in turn. A thread takes VEC neighbours of all streams, PASSES times.
 // template  T, N, THREADS, MIX, NORM, GATES, POST_PER_TOKEN, RES_PER_TOKEN, VEC, PASSES, CACHED, SINKHORN, ITERS,
-//      START, COLUMNS, OUT_COLUMNS
+//      START, COLUMNS, OUT_COLUMNS, CLAMP
 // grid  any number of threadgroups
 #include "sinkhorn.h"
 constexpr int SIMDS = THREADS / 32;
@@ -52,7 +53,7 @@ if constexpr (SINKHORN) {
   if (simdgroup_index_in_threadgroup == 0)
     mhc::project_lanes<N, START, COLUMNS, OUT_COLUMNS, ITERS>(
         H_res, mix, thread_index_in_simdgroup < mhc::matrix_lanes(N),
-        static_cast<float>(params[mhc::param::PROJECTION_EPS]), thread_index_in_simdgroup);
+        mhc::projection_numbers<CLAMP>(params), thread_index_in_simdgroup);
 } else if constexpr (MIX && !RES_PER_TOKEN) {
   mhc::load_mix<N, THREADS, false>(H_res, mix, tid);
 }

@@ -10,7 +10,7 @@
 // in   x [tokens, N, C] T, dout [tokens, N, C] T, without MIX [tokens, C] T;
 //      H_pre [N] (with NORM), H_post [N] or [tokens, N], H_res [N, N] or [tokens, N, N] (both with MIX), weight [C]
 //      (with NORM) any float; H_res is always h_res, never logits; y [tokens, C] T (without NORM);
-//      params [6] float, by mhc::param: EPS; with GATES PRE_EPS, POST_SCALE, POST_EPS
+//      params [6 or 8] float, by mhc::param: EPS; with GATES PRE_EPS, POST_SCALE, POST_EPS
 // out  dx [tokens, N, C] T, dy [tokens, C] T (without NORM),
 //      partial [threadgroups, P] float: the sums of dh_pre, dh_post, dh_res, dweight over this threadgroup's tokens, in
 //      this order; a coefficient that is given per token has no column there, but its gradient is dh_post [tokens, N]

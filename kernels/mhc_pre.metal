@@ -7,8 +7,8 @@
 //
 // in   x [tokens, N, C] T; phi [NUM_LOGITS, N * C] PHI_T, bias [NUM_LOGITS], alpha [parts], weight [C] any float,
 //      NUM_LOGITS = 2 N + R, or N (HEAD), where pre is the only part;
-//      params [6] float, by mhc::param: PRE_EPS, NORM_EPS; without HEAD POST_SCALE, POST_EPS; with PROJECT
-//      PROJECTION_EPS; with NORM EPS
+//      params [6 or 8] float, by mhc::param: PRE_EPS, NORM_EPS; without HEAD POST_SCALE, POST_EPS; with PROJECT
+//      PROJECTION_EPS, with CLAMP also CLAMP_LOW, CLAMP_HIGH; with NORM EPS
 // out  u [tokens, C] T (WRITE_U) or h_pre [tokens, N] float; h_post [tokens, N] float (without HEAD); h_res
 //      [tokens, N, N] float (PROJECT) or logits [tokens, R] float; l [tokens, NUM_LOGITS + 1] float (SAVE_LOGITS): l,
 //      then the token's rsqrt(mean(x**2) + norm_eps)
@@ -21,7 +21,7 @@
 //      simdgroups share a token, and a lane keeps U_PACKS packs of u until it is scaled; where U_PACKS is 0, a
 //      simdgroup makes u twice. The order of every sum depends on N and C alone.
 // template  T, PHI_T, N, NUM_LOGITS, VEC, THREADS, SLICES, TILES, BLOCK, U_SIMDGROUPS, U_PACKS, SPLITS, RING_BYTES,
-//      WRITE_U, NORM, SAVE_LOGITS, PROJECT, ITERS, START, COLUMNS, OUT_COLUMNS
+//      WRITE_U, NORM, SAVE_LOGITS, PROJECT, ITERS, START, COLUMNS, OUT_COLUMNS, CLAMP
 // grid  any multiple of SPLITS threadgroups
 #include "coefficients.h"
 #include "BACKEND/phi_product_ring.h"
@@ -96,7 +96,7 @@ for (uint first = threadgroup_position_in_grid.x / SPLITS * TILE_TOKENS; first <
   // h_res = sinkhorn_knopp(z_res)
   if constexpr (PROJECT) {
     mhc::project_tile<N, START, COLUMNS, OUT_COLUMNS, ITERS, SIMDS, TILE_TOKENS>(
-        mix, h_res, first, tokens, static_cast<float>(params[mhc::param::PROJECTION_EPS]), simd, lane);
+        mix, h_res, first, tokens, mhc::projection_numbers<CLAMP>(params), simd, lane);
   }
 
   // u = sum_j h_pre[j] x[j]; of the threadgroups that share a tile, the first makes it

@@ -11,7 +11,8 @@
 //
 // in   x [tokens, N, C] T (read with HAS_DU); bias [NUM_LOGITS], alpha [parts] any float, NUM_LOGITS = 2 N + R, or N (HEAD), where pre
 //      is the only part; l [tokens, NUM_LOGITS + 1] float: l, scale;
-//      params [6] float, by mhc::param: PRE_EPS; without HEAD POST_SCALE; with PROJECT PROJECTION_EPS;
+//      params [6 or 8] float, by mhc::param: PRE_EPS; without HEAD POST_SCALE; with PROJECT PROJECTION_EPS,
+//      with CLAMP also CLAMP_LOW, CLAMP_HIGH;
 //      du [tokens, C] T (HAS_DU) or dh_pre [tokens, N] float; dh_post [tokens, N] float (without HEAD);
 //      dh_res [tokens, N, N] float (PROJECT) or dz_res [tokens, R] float
 // out  token_factors [tokens, N + 1] float: h_pre, pull; dp [tokens, NUM_LOGITS] float;
@@ -19,7 +20,8 @@
 // owners  A simdgroup takes BATCH tokens in turn. First it walks back through their projections at once,
 //      matrix_lanes(N) lanes a matrix; STORED_STEPS divisors of a line stay in threadgroup memory. Then it goes token
 //      by token: a lane takes VEC channels of all streams, then a logit.
-// template  T, N, NUM_LOGITS, HAS_DU, PROJECT, ITERS, START, COLUMNS, OUT_COLUMNS, VEC, THREADS, BATCH, STORED_STEPS
+// template  T, N, NUM_LOGITS, HAS_DU, PROJECT, ITERS, START, COLUMNS, OUT_COLUMNS, CLAMP, VEC, THREADS, BATCH,
+//      STORED_STEPS
 // grid  any number of threadgroups
 #include "coefficient_gradient.h"
 #include "stream_dots.h"
@@ -50,7 +52,7 @@ for (uint first = simdgroup * BATCH; first < tokens; first += threadgroups_per_g
                                   static_cast<float>(alpha[2]));
     mhc::walk_back_projection<N, START, COLUMNS, OUT_COLUMNS, ITERS, STORED_STEPS, THREADS>(
         g_res, dh_res + t * (N * N), z, divisors + thread_position_in_threadgroup.x,
-        static_cast<float>(params[mhc::param::PROJECTION_EPS]), uint(lane % MATRIX_LANES), uint(lane), divisors);
+        mhc::projection_numbers<CLAMP>(params), uint(lane % MATRIX_LANES), uint(lane), divisors);
   }
   for (int i = 0; i < int(end - first); ++i) {
     const size_t t = first + uint(i);

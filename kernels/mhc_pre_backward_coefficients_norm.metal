@@ -13,7 +13,8 @@
 //
 // in   x [tokens, N, C] T; bias [NUM_LOGITS], alpha [3], weight [C] any float, NUM_LOGITS = 2 N + R;
 //      l [tokens, NUM_LOGITS + 1] float: l, scale;
-//      params [6] float, by mhc::param: PRE_EPS, POST_SCALE, EPS; with PROJECT PROJECTION_EPS;
+//      params [6 or 8] float, by mhc::param: PRE_EPS, POST_SCALE, EPS; with PROJECT PROJECTION_EPS, with CLAMP
+//      also CLAMP_LOW, CLAMP_HIGH;
 //      du [tokens, C] T; dh_post [tokens, N] float; dh_res [tokens, N, N] float (PROJECT) or dz_res [tokens, R] float
 // out  token_factors [tokens, N + 1] float: h_pre, pull; dread [tokens, C] DREAD_T: du'; dp [tokens, NUM_LOGITS] float;
 //      partial [threadgroups, 2 NUM_LOGITS + C] float: the sums of dz, of dz l, dweight, over this threadgroup's tokens
@@ -23,8 +24,8 @@
 //      the projections of its own at once, matrix_lanes(N) lanes a matrix; STORED_STEPS divisors of a line stay in
 //      threadgroup memory. Then all go token by token: a thread takes VEC channels of all streams, PASSES times, and a
 //      lane of the simdgroup to which the token belongs takes a logit.
-// template  T, N, NUM_LOGITS, PROJECT, ITERS, START, COLUMNS, OUT_COLUMNS, VEC, THREADS, PASSES, CACHED, BATCH,
-//      STORED_STEPS, DREAD_T
+// template  T, N, NUM_LOGITS, PROJECT, ITERS, START, COLUMNS, OUT_COLUMNS, CLAMP, VEC, THREADS, PASSES, CACHED,
+//      BATCH, STORED_STEPS, DREAD_T
 // grid  any number of threadgroups
 #include "coefficient_gradient.h"
 #include "stream_dots.h"
@@ -63,7 +64,7 @@ for (uint first = group_begin; first < tokens; first += threadgroups_per_grid.x 
     const size_t t = lane_token < tokens && turn_lane / MATRIX_LANES < BATCH ? lane_token : first;
     const auto z = mhc::logits_of(l + (t * (NUM_LOGITS + 1) + 2 * N), bias + 2 * N, static_cast<float>(alpha[2]));
     mhc::walk_back_projection<N, START, COLUMNS, OUT_COLUMNS, ITERS, STORED_STEPS, THREADS>(
-        g_res, dh_res + t * (N * N), z, divisors + turn_tid, static_cast<float>(params[mhc::param::PROJECTION_EPS]),
+        g_res, dh_res + t * (N * N), z, divisors + turn_tid, mhc::projection_numbers<CLAMP>(params),
         uint(turn_lane % MATRIX_LANES), uint(turn_lane), divisors);
   }
   for (int i = 0; i < BATCH * SIMDS && first + uint(i) < tokens; ++i) {

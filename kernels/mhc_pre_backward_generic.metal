@@ -14,7 +14,7 @@
 //
 // in   x [tokens, N, C] T; phi [NUM_LOGITS, N * C], bias [NUM_LOGITS], alpha [parts], weight [C] any float,
 //      NUM_LOGITS = 2 N + R, or N (HEAD), where pre is the only part;
-//      params [6] float, by mhc::param: PRE_EPS; without HEAD POST_SCALE; with NORM EPS;
+//      params [6 or 8] float, by mhc::param: PRE_EPS; without HEAD POST_SCALE; with NORM EPS;
 //      l [tokens, NUM_LOGITS + 1] float: l, scale; dz_res [tokens, R] float; du [tokens, C] T (HAS_DU) or dh_pre
 //      [tokens, N] float; dh_post [tokens, N] float (without HEAD); dx_out [tokens, N, C] T (HAS_DX_OUT): the cotangent
 //      of the x that was passed through, or the dx that mhc_seam_backward made

@@ -13,8 +13,8 @@
 //      h_pre [tokens, N], h_post [tokens, N], h_res [tokens, N, N] any float, or with FROM_PARTIAL_LOGITS, N <= 8,
 //      partial_logits [tokens, ceil(N * C / 32), NUM_LOGITS + 4] float: of each run its phi products, four shares of
 //      sum(x**2); bias [NUM_LOGITS], alpha [parts] any float, NUM_LOGITS = 2 N + R, or N (HEAD), where pre is the only
-//      part; params [6] float, by mhc::param: with NORM EPS, with PROJECT PROJECTION_EPS, with FROM_PARTIAL_LOGITS
-//      PRE_EPS, POST_SCALE, POST_EPS, NORM_EPS
+//      part; params [6 or 8] float, by mhc::param: with NORM EPS, with PROJECT PROJECTION_EPS, with CLAMP also
+//      CLAMP_LOW, CLAMP_HIGH, with FROM_PARTIAL_LOGITS PRE_EPS, POST_SCALE, POST_EPS, NORM_EPS
 // out  out [tokens, N, C] T (WRITE_BACK), u [tokens, C] T (WRITE_U);
 //      FROM_PARTIAL_LOGITS: new_h_pre [tokens, N] float (WRITE_H_PRE); without WRITE_BACK new_h_post [tokens, N] float
 //      (without HEAD), new_h_res [tokens, N, N] float (PROJECT); logits [tokens, R] float (without PROJECT, which
@@ -23,7 +23,7 @@
 // owners  A threadgroup takes tokens in turn. A thread takes VEC neighbours of all streams, PASSES times. Run r of
 //      the phi products is added in slice r % SLICES, as mhc_pre does, so a token gets the same bits from either.
 // template  T, N, VEC, THREADS, PASSES, WRITE_BACK, WRITE_U, NORM, ROUND_U, FROM_PARTIAL_LOGITS, SAVE_LOGITS, PROJECT,
-//      WRITE_H_PRE, NUM_LOGITS, SLICES, ITERS, START, COLUMNS, OUT_COLUMNS
+//      WRITE_H_PRE, NUM_LOGITS, SLICES, ITERS, START, COLUMNS, OUT_COLUMNS, CLAMP
 // grid  any number of threadgroups
 #include "coefficients.h"
 #include "seam_channel.h"
@@ -82,12 +82,12 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     if constexpr (PROJECT) {
       const bool in_range = lane < mhc::projection_lanes(N, START, ITERS);
       if (simd == SIMDS - 1) {
-        const float eps = static_cast<float>(params[mhc::param::PROJECTION_EPS]);
+        const auto numbers = mhc::projection_numbers<CLAMP>(params);
         if constexpr (WRITE_BACK)
-          mhc::project_token<N, START, COLUMNS, !OUT_COLUMNS, ITERS>(z, mix + at * N, in_range, eps, lane);
+          mhc::project_token<N, START, COLUMNS, !OUT_COLUMNS, ITERS>(z, mix + at * N, in_range, numbers, lane);
         else
-          mhc::project_token<N, START, COLUMNS, OUT_COLUMNS, ITERS>(z, new_h_res + size_t(t) * (N * N), in_range, eps,
-                                                                    lane);
+          mhc::project_token<N, START, COLUMNS, OUT_COLUMNS, ITERS>(z, new_h_res + size_t(t) * (N * N), in_range,
+                                                                    numbers, lane);
       }
     }
   } else {

@@ -1,6 +1,7 @@
 // sum_partials: the second stage of the sums over tokens, out[p] = sum_g partial[g, p], in a fixed order.
 //
-// in   partial [G, P] float; with GATES H_pre [N], H_post [N] any float, params [6] float, by mhc::param: POST_SCALE
+// in   partial [G, P] float; with GATES H_pre [N], H_post [N] any float, params [6 or 8] float, by mhc::param:
+//      POST_SCALE
 // out  out [P] float
 // GATES: the first N columns are dh_pre and the next N dh_post, and become the gradients of the logits H_pre and
 //      H_post: dH_pre = dh_pre s sigmoid(-H_pre), s = sigmoid(H_pre);   dH_post = dh_post post_scale s

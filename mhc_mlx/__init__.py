@@ -3,12 +3,15 @@
 from .conventions import (
     ADDITIVE,
     DEEPSEEK_V4,
+    HUNYUAN_V4,
+    HUNYUAN_V4_POST_EPS,
     IDENTITY,
     KRONECKER,
     MHC_LITE,
     PAPER,
     ROW_FIRST,
     UNCONSTRAINED,
+    XING,
     Convention,
 )
 from .launch import backend
@@ -36,12 +39,15 @@ from .widening import widen
 __all__ = [
     "ADDITIVE",
     "DEEPSEEK_V4",
+    "HUNYUAN_V4",
+    "HUNYUAN_V4_POST_EPS",
     "IDENTITY",
     "KRONECKER",
     "MHC_LITE",
     "PAPER",
     "ROW_FIRST",
     "UNCONSTRAINED",
+    "XING",
     "Convention",
     "HyperConnection",
     "HyperHead",

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import ops
-from .conventions import MHC_LITE, PAPER, ROW_FIRST, SINKHORN, Convention
+from .conventions import EXPONENTIAL, MHC_LITE, PAPER, ROW_FIRST, SINKHORN, Convention
 from .ops.checks import check_bools, check_dtype, check_number, check_sizes, check_type, fail
 
 __all__ = ["HyperConnection", "HyperHead", "MHCBlock", "MHCLayer", "MHCLiteBlock"]
@@ -58,8 +58,11 @@ def starting_logits(
         """``count * exp(small_logit(count)) = exp(-8)``."""
         return -8 - math.log(max(count, 1))
 
-    if c.start in ("exp", "softmax"):
+    if c.start in EXPONENTIAL:
         H_res = (small_logit(n - 1) * (1 - mx.eye(n))).flatten()
+        if c.clamp is not None:  # inside it, since a logit at an end of it has no gradient
+            margin = (c.clamp[1] - c.clamp[0]) / 16
+            H_res = mx.clip(H_res, c.clamp[0] + margin, c.clamp[1] - margin)
     elif c.start == "permutations":
         H_res = mx.array([0.0] + [small_logit(R - 1)] * (R - 1))
     elif c.start == "kronecker":
@@ -116,9 +119,9 @@ class HyperConnection(_StreamModule):
     Dynamic (arXiv 2512.24880, eq. 3, 7-9): each token makes its coefficients from its streams
     alone, so the connection is causal: h_pre, h_post, h_res = mhc_coefficients(x, phi, bias, alpha)
     with the parameters ``phi [2n + R, n*C]``, ``bias [2n + R]`` and ``alpha [3]``, where R is
-    ``convention.res_size(n)``. Static: all tokens share the coefficients, which are made from the
-    parameters ``H_pre [n]``, ``H_post [n]`` and ``H_res``, ``[n, n]`` or ``[R]``. Parameters start
-    in float32 and may be cast; all arithmetic is float32.
+    ``convention.res_size(n)``; alpha is ``[2]`` where R is 0. Static: all tokens share the
+    coefficients, which are made from the parameters ``H_pre [n]``, ``H_post [n]`` and ``H_res``,
+    ``[n, n]`` or ``[R]``. Parameters start in float32 and may be cast; all arithmetic is float32.
 
     The starting values preserve a network's function. On n > 1 equal streams a connection is
     ``x + F(x)``, up to rounding and, if dynamic, up to the noise of phi, which has made an error of
@@ -213,7 +216,7 @@ class HyperConnection(_StreamModule):
             if convention.start == "unconstrained":  # no gate dampens the noise of h_res
                 self.phi[2 * n :] = 0
             self.bias = mx.concatenate([H_pre, H_post, H_res])
-            self.alpha = mx.full(3, init_scale)
+            self.alpha = mx.full(3 if H_res.size else 2, init_scale)
         else:
             self.H_pre, self.H_post = H_pre, H_post
             if H_res.size:

@@ -120,12 +120,14 @@ def sinkhorn_knopp(logits: mx.array, convention: Convention = ROW_FIRST) -> mx.a
 
     ``P = start(logits)``, then alternately ``P = P / (P.sum(rows) + eps)`` and
     ``P = P / (P.sum(columns) + eps)``, 2 * iters half-steps in all (arXiv 2512.24880, eq. 9). With
-    the start exp the first two half-steps have no eps. The gradient is that of the truncated map.
+    the start exp the first two half-steps have no eps. With a clamp the logits are clipped to it
+    first. The gradient is that of the truncated map, and 0 for a logit that is clipped or at an end
+    of the clamp.
 
     Args:
-        logits: ``[..., n, n]``. The starts exp and softmax take any finite values. With ADDITIVE no
-            row or column of ``I + logits``, by whose sums it divides, may sum to 0.
-        convention: A convention with half-steps: its start, order, iterations and eps.
+        logits: ``[..., n, n]``, any finite values. With ADDITIVE no row or column of
+            ``I + logits``, by whose sums it divides, may sum to 0.
+        convention: A convention with half-steps: its start, clamp, order, iterations and eps.
 
     Returns:
         h_res ``[..., n, n]`` float32, row = output: ``out[i] = sum_j h_res[i, j] x[j]``.
@@ -135,10 +137,15 @@ def sinkhorn_knopp(logits: mx.array, convention: Convention = ROW_FIRST) -> mx.a
     (p,) = _float(logits)
     if p.size == 0:
         return p
+    if convention.clamp is not None:
+        p = mx.clip(p, *convention.clamp)
     if convention.in_logs:
         p, first_step = _log_softmax(_log_softmax(p, axes[0]), axes[1]), 2
     elif convention.start == "softmax":
         p, first_step = _softmax(p) + eps, 1
+    elif convention.start == "exp_plain":  # exp(l - max(l)), and the first half-step with eps
+        largest, d, sum_of_others = _below_largest(p, axes[0])
+        p, first_step = mx.where(largest, 1.0, mx.exp(d)) / (1 + sum_of_others + eps), 1
     else:
         p, first_step = mx.eye(p.shape[-1]) + p, 0
     eps_part = 0.0  # eps over the divisor of the last half-step
@@ -409,7 +416,7 @@ def mhc_coefficients(
         phi: ``[2n + R, n*C]``, R = ``convention.res_size(n)``. A model whose norm of vec(x) has a
             weight ``[n*C]`` passes ``phi * weight``.
         bias: ``[2n + R]``.
-        alpha: ``[3]``.
+        alpha: ``[3]``, or ``[2]`` where R is 0.
         convention: How coefficients are made from logits; not ADDITIVE, whose gates take none.
         norm_eps: Added to the mean square of the n*C elements of a token, above 0.
 
@@ -420,8 +427,8 @@ def mhc_coefficients(
     n = x.shape[-2]
     alpha, bias = _float(alpha, bias)
     size = (n, n, phi.shape[0] - 2 * n)
-    scale = mx.concatenate([mx.broadcast_to(alpha[i], (k,)) for i, k in enumerate(size)])
-    z = scale * _logits(x, phi, norm_eps) + bias
+    parts = [mx.broadcast_to(alpha[i], (k,)) for i, k in enumerate(size[: alpha.size])]
+    z = mx.concatenate(parts) * _logits(x, phi, norm_eps) + bias
     h_pre, h_post = gates(z[..., :n], z[..., n : 2 * n], convention)
     return h_pre, h_post, project(z[..., 2 * n :], n, convention)
 

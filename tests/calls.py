@@ -53,6 +53,7 @@ class Case:
     norm: bool = True  # mhc_pre, mhc_seam, mhc_single_pass have a weight
     rounded: bool = False  # round_aggregate
     norm_eps: float = 1e-6
+    parts: int = 3  # of alpha; 2 where no logit is of h_res
     layouts: tuple[tuple[str, int], ...] = ()  # per array, in turn: see laid_out
 
     def __str__(self) -> str:
@@ -67,7 +68,7 @@ class Case:
         marks += ["identity"] * self.identity + [f"offset{self.offset}"] * bool(self.offset)
         marks += [self.weights] * (self.weights != "float32")
         marks += [f"phi-{self.phi}"] * (self.phi != "float32") + ["plain"] * (not self.norm)
-        marks += ["rounded"] * self.rounded
+        marks += ["rounded"] * self.rounded + ["parts2"] * (self.parts == 2)
         marks += [f"scale{self.scale:g}"] * (self.scale != 2.0)
         marks += ["".join(f"{name[0]}{offset}" for name, offset in self.layouts)]
         marks = [mark for mark in marks if mark]
@@ -130,7 +131,8 @@ class Case:
         """Of an axis that `Array` names."""
         if axis in ("R", "L"):
             return self.convention.res_size(self.n) + (2 * self.n if axis == "L" else 0)
-        return {"n": self.n, "C": self.C, "K": self.n * self.C}.get(axis) or int(axis)
+        sizes = {"n": self.n, "C": self.C, "K": self.n * self.C, "parts": self.parts}
+        return sizes.get(axis) or int(axis)
 
     def cotangent(self, like, seed: int = 1):
         """Of the output, or a tuple of the outputs of an op that has several."""
@@ -182,7 +184,8 @@ def always(case: Case) -> bool:
 class Array(NamedTuple):
     """An array of a call.
 
-    axes: But for tokens: n, C, K (n * C), R (logits of h_res), L (2 n + R), or a number.
+    axes: But for tokens: n, C, K (n * C), R (logits of h_res), L (2 n + R), parts (of alpha), or a
+        number.
     draw: Makes its values.
     dtype: The field of Case that has its dtype; "other_weights" differs where weights are mixed.
     per_token: Whether the leading axes of a case come first.

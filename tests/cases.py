@@ -4,12 +4,20 @@ from dataclasses import replace
 
 from calls import DTYPES, Array, Case, Op, always, half, logits, never, normal, scaled, uniform
 
-from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, Convention
-from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE, UNCONSTRAINED
+from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, XING, Convention
+from mhc_mlx.conventions import (
+    HUNYUAN_V4,
+    HUNYUAN_V4_POST_EPS,
+    IDENTITY,
+    KRONECKER,
+    MHC_LITE,
+    UNCONSTRAINED,
+)
 from mhc_mlx.ops.autodiff import FUSED_OPS
 
-CONVENTIONS = {c.name: c for c in (PAPER, ROW_FIRST, ADDITIVE, DEEPSEEK_V4)}
-EXACT = {c.name: c for c in (MHC_LITE, KRONECKER, IDENTITY, UNCONSTRAINED)}  # no half-steps
+CONVENTIONS = {c.name: c for c in (PAPER, ROW_FIRST, ADDITIVE, DEEPSEEK_V4, XING)}
+IHC = (IDENTITY, HUNYUAN_V4, HUNYUAN_V4_POST_EPS)  # h_res is the identity
+EXACT = {c.name: c for c in (MHC_LITE, KRONECKER, *IHC, UNCONSTRAINED)}  # no half-steps
 STREAMS = (1, 2, 3, 4, 8, 12, 16, 32, 64)
 # smallest, one pack, prime and ragged, small, ragged above a simdgroup, and three model widths
 CHANNELS = (1, 8, 31, 64, 129, 1280, 1920, 4096)
@@ -22,7 +30,8 @@ REFERENCE = 3  # times that for the reference: MLX's plain sums over a row are l
 HALF_GRADIENT_ULPS = 1  # more, where the gradient itself is float16 or bfloat16
 AT_SCALE = ((0.1, 1e-5), (1.0, 1e-5), (5.0, 1e-5), (30.0, 1e-3))  # of logits; largest gradients
 # Of COVERING, DYNAMIC, SINGLE, UNUSUAL and STANDARD. A Mac adds few rows in one more form.
-MAX_VARIANTS = (152, 200, 100, 100, 100)
+# 57 are of XING and HUNYUAN_V4: a start and a clamp are template arguments.
+MAX_VARIANTS = (160, 222, 100, 106, 100)
 
 
 # ---- the ops
@@ -32,7 +41,7 @@ ARRAYS = {  # by the names that arguments have in every op, in the order in whic
     "weight": Array("C", uniform(0.5), "other_weights"),
     "phi": Array("L K", normal(lambda case: (case.n * case.C) ** -0.5), "phi"),
     "bias": Array("L", logits(normal(half)), "other_weights"),
-    "alpha": Array("3", uniform(0.5, half)),
+    "alpha": Array("parts", uniform(0.5, half)),
     "h_post": Array("n", uniform(0.2), per_token=lambda case: case.per_token[0]),
     "H_post": Array("n", uniform(0.2)),
     "h_res": Array("n n", normal(), per_token=lambda case: case.per_token[1]),
@@ -98,7 +107,7 @@ PROJECTED = tuple(name for name in OF_LOGITS if name not in SEAMS)  # of x, phi,
 
 def covering() -> list[Case]:
     """Every n and C with every dtype, each op and convention, in at most MAX_VARIANTS kernels."""
-    cases, conventions = [], list(CONVENTIONS.values())
+    cases, conventions = [], [PAPER, ROW_FIRST, ADDITIVE, DEEPSEEK_V4]
     layers = ["mhc_layer", "mhc_static", "mhc_layer", "stream_aggregate_norm", "mhc_layer"]
     k = 0
     for i, n in enumerate(STREAMS):
@@ -120,7 +129,14 @@ def covering() -> list[Case]:
             convention = next(c for c in conventions if c.name.startswith(name))
             cases.append(Case("sinkhorn_knopp", (101,), n, n, convention=convention))
     few = replace(PAPER, iters=1)
+    # of logits with deviation 6 the clamp cuts many, and in some lines all
+    narrow = {"convention": replace(XING, clamp=(-8.0, 5.0)), "scale": 6.0}
     return cases + [
+        Case("sinkhorn_knopp", (101,), 4, 4, convention=XING, scale=6.0),
+        Case("sinkhorn_knopp", (101,), 4, 4, **narrow),
+        Case("sinkhorn_knopp", (5,), 12, 12, "float16", weights="float16", **narrow),
+        Case("sinkhorn_knopp", (2,), 33, 33, convention=XING),  # by two simdgroups
+        Case("mhc_layer", (2, 3), 4, 64, convention=XING),
         Case(
             "sinkhorn_knopp", (2, 3), 4, 4, "float16", few, weights="float16"
         ),  # both steps in logs
@@ -141,7 +157,8 @@ COVERING = covering()
 def dynamic() -> list[Case]:
     """Every convention, n, C and dtype, kind of phi, of read, of tokens, of slice: see below."""
     f32, f16, bf16 = DTYPES
-    P, R, V4, L, K = PAPER, ROW_FIRST, DEEPSEEK_V4, MHC_LITE, KRONECKER
+    P, R, V4, L, K, X = PAPER, ROW_FIRST, DEEPSEEK_V4, MHC_LITE, KRONECKER, XING
+    hunyuan = {"parts": 2}  # alpha of IHC, where no logit is of h_res
     none, free = IDENTITY, UNCONSTRAINED
     two, few, many, axes = (2,), (5,), (70,), (2, 3)  # two: few enough for mhc_pre_partial_logits
     pre = [
@@ -176,6 +193,11 @@ def dynamic() -> list[Case]:
         ((2,), 32, 64, f16, none, {"offset": 1}),
         (two, 16, 264, bf16, none, {"norm": False}),
         (two, 16, 264, bf16, none, {}),
+        (two, 4, 1280, bf16, X, {"scale": 6.0}),
+        (few, 4, 129, f32, X, {"scale": 6.0}),
+        (axes, 8, 64, bf16, X, {"norm": False}),
+        (two, 4, 264, bf16, HUNYUAN_V4, hunyuan),
+        (few, 4, 129, bf16, HUNYUAN_V4_POST_EPS, hunyuan | {"norm": False}),
     ]
     made = [
         (few, 1, 129, f16, L, {}),
@@ -187,6 +209,8 @@ def dynamic() -> list[Case]:
         (axes, 8, 31, f16, free, {"phi": f16}),
         (few, 12, 64, f32, none, {}),
         ((2,), 32, 31, bf16, K, {}),
+        (few, 4, 64, bf16, replace(X, clamp=(-1.0, 2.0)), {}),
+        (axes, 4, 64, f32, HUNYUAN_V4_POST_EPS, hunyuan),
     ]
     head = [
         (few, 1, 1, f32, P, {}),
@@ -259,6 +283,8 @@ def single() -> list[Case]:
         (few, 2, 31, f16, IDENTITY, {}),
         (few, 3, 8, bf16, MHC_LITE, {"rounded": True}),
         (axes, 12, 8, f32, PAPER, {}),
+        (two, 4, 129, bf16, XING, {"scale": 6.0}),
+        (few, 4, 64, bf16, HUNYUAN_V4, {"parts": 2}),
         ((0,), 4, 8, f32, DEEPSEEK_V4, {}),
     ]
     cases = []
@@ -286,6 +312,11 @@ def unusual() -> list[Case]:
     rows, columns = convention(transposed=True), convention(first="columns")
     columns_transposed = convention(first="columns", transposed=True)
     softmax, turned = convention("softmax"), convention("softmax", transposed=True)
+    # some logits are cut at either end
+    clamps = {"clamp": (-1.5, 1.0), "eps": 0.1, "iters": 4}
+    plain = replace(convention("exp_plain", clamp=(-3.0, 2.5)), eps=0.1)
+    plain_columns = convention("exp_plain", "columns", transposed=True, clamp=(-1.5, 1.0))
+    cut, cut_softmax = (replace(c, **clamps) for c in (columns, turned))
     small = {"post_scale": 0.3}  # below 1, as no preset has it
     few, two, norms = (5,), (2,), {"eps": 0.5, "norm_eps": 0.25}
     rows_of_cases = [
@@ -293,6 +324,10 @@ def unusual() -> list[Case]:
         ("sinkhorn_knopp", few, 4, 4, f32, columns_transposed, {}),
         ("sinkhorn_knopp", few, 4, 4, f32, softmax, {}),
         ("sinkhorn_knopp", few, 12, 12, f32, convention("additive", "columns"), {}),
+        ("sinkhorn_knopp", few, 4, 4, f32, plain, {}),
+        ("sinkhorn_knopp", few, 3, 3, f32, plain_columns, {}),
+        ("sinkhorn_knopp", few, 4, 4, f32, cut, {}),
+        ("sinkhorn_knopp", few, 4, 4, f32, cut_softmax, {}),
         ("mhc_static", few, 4, 64, f32, None, {"eps": 0.5}),
         ("mhc_static", few, 12, 64, f32, None, {"eps": 0.5}),
         ("stream_aggregate_norm", few, 4, 64, f32, None, {"eps": 0.5}),
@@ -303,6 +338,9 @@ def unusual() -> list[Case]:
         ("mhc_coefficients", few, 4, 64, f32, columns_transposed, norms),
         ("mhc_coefficients", few, 4, 64, bf16, convention(**small), norms),
         ("mhc_coefficients", two, 4, 64, f32, softmax, norms),
+        ("mhc_coefficients", two, 4, 64, bf16, plain, norms),
+        ("mhc_pre", few, 4, 64, bf16, plain_columns, norms),
+        ("mhc_pre", few, 4, 64, bf16, cut, norms),
         ("mhc_pre", few, 4, 64, f32, rows, norms),
         ("mhc_pre", few, 4, 64, bf16, turned, norms),
         ("mhc_pre", two, 4, 64, bf16, columns, norms),

@@ -62,32 +62,34 @@ constexpr int projection_lanes(int n, int start, int iters) {
 
 // h_res = sinkhorn_knopp of the logits at z, written by lanes in_range. COLUMNS: lines are columns of the logits, and
 // OUT_COLUMNS: line i becomes column i of h_res.
-template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, typename S, typename O>
-METAL_FUNC void project_token(S z, O h_res, bool in_range, float eps, int simd_lane) {
+template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, bool CLAMP, typename S, typename O>
+METAL_FUNC void project_token(S z, O h_res, bool in_range, ProjectionNumbers<CLAMP> numbers, int simd_lane) {
   if constexpr (N == 1 || projection_lanes(N, START, ITERS) == 1) {
     float p[N][N];
-    UNROLL_FOR (int q = 0; q < N * N; ++q) p[q / N][q % N] = z[COLUMNS ? q % N * N + q / N : q];
-    sinkhorn_one_lane<N, START>(p, ITERS, eps);
+    const auto logits = clipped(z, numbers);
+    UNROLL_FOR (int q = 0; q < N * N; ++q) p[q / N][q % N] = logits[COLUMNS ? q % N * N + q / N : q];
+    sinkhorn_one_lane<N, START>(p, ITERS, numbers.eps);
     if (in_range) {
       UNROLL_FOR (int q = 0; q < N * N; ++q) h_res[q] = OUT_COLUMNS ? p[q % N][q / N] : p[q / N][q % N];
     }
   } else {
-    project_lanes<N, START, COLUMNS, OUT_COLUMNS, ITERS>(z, h_res, in_range, eps, uint(simd_lane));
+    project_lanes<N, START, COLUMNS, OUT_COLUMNS, ITERS>(z, h_res, in_range, numbers, uint(simd_lane));
   }
 }
 
 // h_res = the projection of the logits at z, for the tokens from `first` on of a tile of TILE_TOKENS, whose logits lie
 // one behind the other. The last simdgroups project, and the others may go on.
-template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, int SIMDS, int TILE_TOKENS, typename S,
-          typename O>
-METAL_FUNC void project_tile(S z, O h_res, uint first, uint tokens, float eps, int simd, int lane) {
+template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, int SIMDS, int TILE_TOKENS, bool CLAMP,
+          typename S, typename O>
+METAL_FUNC void project_tile(S z, O h_res, uint first, uint tokens, ProjectionNumbers<CLAMP> numbers, int simd,
+                             int lane) {
   constexpr int LANES = projection_lanes(N, START, ITERS);
   for (int m0 = (SIMDS - 1 - simd) * (32 / LANES); m0 < TILE_TOKENS; m0 += SIMDS * (32 / LANES)) {
     const int m = m0 + lane / LANES;
     const size_t t = first + uint(m);
     const bool in_range = m < TILE_TOKENS && t < tokens;
     project_token<N, START, COLUMNS, OUT_COLUMNS, ITERS>(z + (in_range ? m : 0) * N * N,
-                                                         h_res + (in_range ? t : 0) * (N * N), in_range, eps, lane);
+                                                         h_res + (in_range ? t : 0) * (N * N), in_range, numbers, lane);
   }
 }
 

@@ -5,9 +5,10 @@
 namespace mhc {
 
 // The slots of the array params, which all bodies read by these names: the gates' three numbers, the projection's eps,
-// norm_eps of the logits, eps of the RMSNorm of u. Python fills them; a test compares its order with this one.
+// norm_eps of the logits, eps of the RMSNorm of u, and, where the convention has one, the clamp of the logits of
+// h_res: six numbers or eight. Python fills them; a test compares its order with this one.
 namespace param {
-enum { PRE_EPS, POST_SCALE, POST_EPS, PROJECTION_EPS, NORM_EPS, EPS, COUNT };
+enum { PRE_EPS, POST_SCALE, POST_EPS, PROJECTION_EPS, NORM_EPS, EPS, CLAMP_LOW, CLAMP_HIGH, COUNT };
 }
 
 // A contiguous slice keeps its byte offset, so an input need not be aligned to a pack; outputs are.

@@ -81,10 +81,35 @@ template <int N, typename S> METAL_FUNC float published(float value, int j, uint
 }
 
 // What a projection starts from, and how many half-steps that already was: START_EXP makes two on the logits
-// (l -= logsumexp(l) along, then across: exact at any logits), START_SOFTMAX one (softmax + eps), START_ADDITIVE none
-// (I + l). Python passes the numbers of conventions.START_CODES; a test compares them with these.
-enum { START_EXP = 0, START_SOFTMAX = 1, START_ADDITIVE = 2 };
-constexpr int start_half_steps(int start) { return start == START_EXP ? 2 : start == START_SOFTMAX ? 1 : 0; }
+// (l -= logsumexp(l) along, then across: exact at any logits), START_SOFTMAX one (softmax + eps), START_EXP_PLAIN one
+// (exp(l - max(l)) / (its sum + eps) along), START_ADDITIVE none (I + l). Python passes the numbers of
+// conventions.START_CODES; a test compares them with these.
+enum { START_EXP = 0, START_SOFTMAX = 1, START_ADDITIVE = 2, START_EXP_PLAIN = 3 };
+constexpr int start_half_steps(int start) { return start == START_EXP ? 2 : start == START_ADDITIVE ? 0 : 1; }
+
+// The numbers of a projection, of params. CLAMP: logits are clipped to [low, high], and one that is not strictly
+// between has no gradient. Without CLAMP low and high are not used.
+template <bool CLAMP> struct ProjectionNumbers { float eps, low, high; };
+template <bool CLAMP, typename Q> METAL_FUNC ProjectionNumbers<CLAMP> projection_numbers(Q params) {
+  if constexpr (CLAMP)
+    return {static_cast<float>(params[param::PROJECTION_EPS]), static_cast<float>(params[param::CLAMP_LOW]),
+            static_cast<float>(params[param::CLAMP_HIGH])};
+  else return {static_cast<float>(params[param::PROJECTION_EPS]), 0.0f, 0.0f};
+}
+
+// Logits are read like an array: [i] = l[i], with CLAMP clipped. NaN stays.
+template <typename L> struct ClippedLogits {
+  L l;
+  float low, high;
+  METAL_FUNC float operator[](uint i) const thread {
+    const float v = static_cast<float>(l[i]);
+    return v < low ? low : v > high ? high : v;
+  }
+};
+template <bool CLAMP, typename L> METAL_FUNC auto clipped(L l, ProjectionNumbers<CLAMP> numbers) {
+  if constexpr (CLAMP) return ClippedLogits<L>{l, numbers.low, numbers.high};
+  else return l;
+}
 
 // The number of half-steps that multiply an element by at most `bound`: over many, each multiplies by at most n - 1,
 // since n - 1 lines need one line across.
@@ -95,14 +120,17 @@ constexpr int growing_steps(int n, float bound) {
 }
 // After how many half-steps small elements are computed again from the logits, since what float32 has lost may matter
 // later; 0 is never. The bounds are 2^107, by which 2^-126 grows to 2^-19 within all half-steps, and 2^96, by which it
-// grows to 2^-30 (return_small) between two returns.
+// grows to 2^-30 (return_small) between two returns. START_EXP_PLAIN: all elements of a column may be small, at least
+// 2^-93, and grow together besides, so that the product of its divisors needs the other 2^-33 of float32.
 constexpr int return_period(int n, int start, int iters) {
-  return start == START_ADDITIVE || 2 * iters - 2 <= growing_steps(n, 1.6225928e32f) ? 0
-                                                                                     : growing_steps(n, 7.9228163e28f);
+  return start == START_ADDITIVE || 2 * iters - 2 <= growing_steps(n, 1.6225928e32f)
+             ? 0
+             : growing_steps(n, start == START_EXP_PLAIN ? 1.0737418e9f : 7.9228163e28f);
 }
 
 // log p = the start's logits - along - across, where lane i holds those of line i and column i. The divisors since the
-// last return are multiplied in along_since and across_since. A softmax along the line is exp(logit - top) / sum.
+// last return are multiplied in along_since and across_since. A softmax along the line is exp(logit - top) / sum; in
+// the sum of START_EXP_PLAIN there is eps.
 struct LogDivisors { float along, across, along_since, across_since, top, sum; };
 METAL_FUNC void record_divisor(thread LogDivisors& log_divisors, int k, float d) {
   if (k % 2 == 0) log_divisors.along_since *= d;
@@ -128,12 +156,14 @@ template <int N, bool COLUMNS, typename P> METAL_FUNC void load_line(thread floa
   }
 }
 
-// p = softmax(p) along the line.
-template <int N> METAL_FUNC void softmax_line(thread float (&p)[N], thread float& top, thread float& sum) {
+// p = softmax(p) along the line; START_EXP_PLAIN: with eps in the sum.
+template <int START, int N>
+METAL_FUNC void softmax_line(thread float (&p)[N], thread float& top, thread float& sum, float eps) {
   top = p[0];
   UNROLL_16_FOR (int j = 1; j < N; ++j) top = metal::max(top, p[j]);
   UNROLL_16_FOR (int j = 0; j < N; ++j) p[j] = metal::precise::exp(p[j] - top);
   sum = line_sum(p);
+  if (START == START_EXP_PLAIN) sum += eps;
   UNROLL_16_FOR (int j = 0; j < N; ++j) p[j] /= sum;
 }
 
@@ -161,9 +191,11 @@ METAL_FUNC void sinkhorn_start(thread float (&p)[N], thread LogDivisors& log_div
     UNROLL_16_FOR (int j = 0; j < N; ++j) p[j] *= all[j];
     log_divisors = {m + s, top, 1.0f, sum, 0.0f, 1.0f};
   } else {
-    if (START == START_SOFTMAX) softmax_line(p, log_divisors.top, log_divisors.sum);
-    UNROLL_16_FOR (int j = 0; j < N; ++j)
-      p[j] = !in_range ? 0.0f : p[j] + (START == START_SOFTMAX ? eps : uint(j) == lane ? 1.0f : 0.0f);
+    if (START != START_ADDITIVE) softmax_line<START>(p, log_divisors.top, log_divisors.sum, eps);
+    UNROLL_16_FOR (int j = 0; j < N; ++j) {
+      if (START == START_EXP_PLAIN) p[j] = in_range ? p[j] : 0.0f;
+      else p[j] = !in_range ? 0.0f : p[j] + (START == START_SOFTMAX ? eps : uint(j) == lane ? 1.0f : 0.0f);
+    }
   }
 }
 
@@ -201,15 +233,19 @@ METAL_FUNC void return_small(thread float (&p)[N], P logits, thread LogDivisors&
       float a = static_cast<float>(logits[COLUMNS ? uint(j * N) + lane : lane * uint(N) + uint(j)]);
       if (START == START_SOFTMAX)
         a = metal::precise::log(metal::precise::exp(a - log_divisors.top) / log_divisors.sum + eps);
+      if (START == START_EXP_PLAIN) a = (a - log_divisors.top) - metal::precise::log(log_divisors.sum);
       p[j] = metal::precise::exp((a - log_divisors.along) - other);
     }
   }
   publish_barrier<N>();  // before it no lane may publish again
 }
 
-template <int N, int START, bool COLUMNS, int ITERS, typename P, typename S>
-METAL_FUNC void sinkhorn(thread float (&p)[N], P logits, float eps, uint lane, uint simd_lane, S scratch) {
+template <int N, int START, bool COLUMNS, int ITERS, bool CLAMP, typename P, typename S>
+METAL_FUNC void sinkhorn(thread float (&p)[N], P given, ProjectionNumbers<CLAMP> numbers, uint lane, uint simd_lane,
+                         S scratch) {
   constexpr int FIRST = start_half_steps(START), RETURN = return_period(N, START, ITERS);
+  const float eps = numbers.eps;
+  const auto logits = clipped(given, numbers);
   LogDivisors log_divisors;
   load_line<N, COLUMNS>(p, logits, lane);
   sinkhorn_start<N, START>(p, log_divisors, eps, lane, simd_lane, scratch);
@@ -256,8 +292,10 @@ template <int N, int START> METAL_FUNC void sinkhorn_one_lane(thread float (&p)[
   } else {
     UNROLL_16_FOR (int i = 0; i < N; ++i) {
       float top, sum;
-      if (START == START_SOFTMAX) softmax_line(p[i], top, sum);
-      UNROLL_16_FOR (int j = 0; j < N; ++j) p[i][j] += START == START_SOFTMAX ? eps : i == j ? 1.0f : 0.0f;
+      if (START != START_ADDITIVE) softmax_line<START>(p[i], top, sum, eps);
+      UNROLL_16_FOR (int j = 0; j < N; ++j) {
+        if (START != START_EXP_PLAIN) p[i][j] += START == START_SOFTMAX ? eps : i == j ? 1.0f : 0.0f;
+      }
     }
   }
   for (int k = start_half_steps(START); k < 2 * iters; ++k) {
@@ -268,11 +306,11 @@ template <int N, int START> METAL_FUNC void sinkhorn_one_lane(thread float (&p)[
 
 // h_res = the projection of N x N logits, N <= 8, by matrix_lanes(N) lanes, written by lanes in_range. COLUMNS: lines
 // are columns of the logits, and OUT_COLUMNS: line i becomes column i of h_res.
-template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, typename P, typename O>
-METAL_FUNC void project_lanes(P logits, O h_res, bool in_range, float eps, uint simd_lane) {
+template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, bool CLAMP, typename P, typename O>
+METAL_FUNC void project_lanes(P logits, O h_res, bool in_range, ProjectionNumbers<CLAMP> numbers, uint simd_lane) {
   const uint lane = simd_lane % matrix_lanes(N);
   float p[N];
-  sinkhorn<N, START, COLUMNS, ITERS>(p, logits, eps, lane, simd_lane, h_res);
+  sinkhorn<N, START, COLUMNS, ITERS>(p, logits, numbers, lane, simd_lane, h_res);
   UNROLL_16_FOR (int j = 0; j < N; ++j) {
     if (in_range && lane < uint(N)) h_res[OUT_COLUMNS ? uint(j * N) + lane : lane * uint(N) + uint(j)] = p[j];
   }

@@ -1,4 +1,5 @@
-// The exact gradient of the truncated Sinkhorn-Knopp iteration; matrix_lanes(N) lanes hold a matrix, lane i its line i.
+// The exact gradient of the truncated Sinkhorn-Knopp iteration, and of the clamp before it; matrix_lanes(N) lanes hold
+// a matrix, lane i its line i.
 #include "sinkhorn.h"
 
 namespace mhc {
@@ -39,13 +40,16 @@ METAL_FUNC void step_back_across(thread float (&q)[N], thread float (&p)[N], flo
 // divisors holds STORED_STEPS of the lane's, STRIDE apart. If there are more half-steps, this goes segment by segment,
 // the last first, and runs the iteration anew for each. A segment ends after a step across, so steps across and along
 // alternate. Lanes beyond the matrix have zeros in g.
-template <int N, int START, bool COLUMNS, int ITERS, int STORED_STEPS, int STRIDE, typename P, typename D, typename S>
-METAL_FUNC void sinkhorn_gradient(thread float (&g)[N], P logits, D divisors, float eps, uint lane, uint simd_lane,
-                                  S scratch) {
+template <int N, int START, bool COLUMNS, int ITERS, int STORED_STEPS, int STRIDE, bool CLAMP, typename P, typename D,
+          typename S>
+METAL_FUNC void sinkhorn_gradient(thread float (&g)[N], P given, D divisors, ProjectionNumbers<CLAMP> numbers,
+                                  uint lane, uint simd_lane, S scratch) {
   constexpr int FIRST = start_half_steps(START), LAST = 2 * ITERS, RETURN = return_period(N, START, ITERS),
                 SEGMENT = STORED_STEPS / 2 * 2;
   constexpr bool LOGS = START != START_ADDITIVE;
   const bool in_range = lane < uint(N);
+  const float eps = numbers.eps;
+  const auto logits = clipped(given, numbers);
   float p[N], shift_eps = 0.0f;
   LogDivisors log_divisors;
   for (int end = LAST; end > FIRST; end -= SEGMENT) {
@@ -82,7 +86,7 @@ METAL_FUNC void sinkhorn_gradient(thread float (&g)[N], P logits, D divisors, fl
         }
       }
       if constexpr (RETURN > 0) record_divisor(log_divisors, k, RECIPROCAL(d));
-      if (k == begin) break;  // the step along was a softmax
+      if (k == begin) break;  // the step along was that of the start
 
       d = divisors[(k - 1 - begin) * STRIDE];
       if constexpr (LOGS) {
@@ -115,12 +119,30 @@ METAL_FUNC void sinkhorn_gradient(thread float (&g)[N], P logits, D divisors, fl
     if (LAST == FIRST) shift_columns<N>(g, p, lane, simd_lane, scratch, shift_eps);
     step_back_across<N>(g, p, column_reduce<N, false>(g, lane, scratch), 1.0f, lane, simd_lane, scratch);
   }
-  if constexpr (LOGS) {
+  if constexpr (START == START_EXP_PLAIN) {
+    // q = q - p q.sum() of p = exp(l - max(l)) / (sum + eps);   the largest l, of equal ones the first, takes what
+    // makes the sum of the line 0, since a shift of the line changes nothing.
+    load_line<N, COLUMNS>(p, logits, lane);
+    int largest = 0;
+    float top = p[0];
+    UNROLL_16_FOR (int j = 1; j < N; ++j) {
+      largest = p[j] > top ? j : largest;
+      top = metal::max(top, p[j]);
+    }
+    softmax_line<START>(p, log_divisors.top, log_divisors.sum, eps);
+    const float dot = line_sum(g);
+    float others = 0.0f;
+    UNROLL_16_FOR (int j = 0; j < N; ++j) {
+      g[j] -= p[j] * dot;
+      others += j == largest ? 0.0f : g[j];
+    }
+    UNROLL_16_FOR (int j = 0; j < N; ++j) g[j] = j == largest ? -others : g[j];
+  } else if constexpr (LOGS) {
     // The gradient of a softmax s along the line: q = q - s q.sum(). START_SOFTMAX: q is s / (s + eps) times the
     // gradient of log(s + eps). Where s is near 1, 1 - s is the sum of all others:   q = q (1 - s) - s (q.sum() of all
     // others).
     load_line<N, COLUMNS>(p, logits, lane);
-    softmax_line(p, log_divisors.top, log_divisors.sum);
+    softmax_line<START>(p, log_divisors.top, log_divisors.sum, eps);
     float small_p = 0.0f, small_g = 0.0f, large_g = 0.0f;
     UNROLL_16_FOR (int j = 0; j < N; ++j) {
       if (START == START_SOFTMAX) g[j] *= p[j] / (p[j] + eps);
@@ -132,16 +154,21 @@ METAL_FUNC void sinkhorn_gradient(thread float (&g)[N], P logits, D divisors, fl
     UNROLL_16_FOR (int j = 0; j < N; ++j)
       g[j] = p[j] > 0.5f ? g[j] * small_p - p[j] * small_g : g[j] - p[j] * (small_g + large_g);
   }
+  if constexpr (CLAMP) {
+    load_line<N, COLUMNS>(p, given, lane);
+    UNROLL_16_FOR (int j = 0; j < N; ++j) g[j] = p[j] > numbers.low && p[j] < numbers.high ? g[j] : 0.0f;
+  }
 }
 
 // g = a line of dlogits, the gradient of the projection of these logits for dh_res; zeros in lanes beyond the matrix.
 template <int N, int START, bool COLUMNS, bool OUT_COLUMNS, int ITERS, int STORED_STEPS, int STRIDE, typename H,
-          typename P, typename D, typename S>
-METAL_FUNC void walk_back_projection(thread float (&g)[N], H dh_res, P logits, D divisors, float eps, uint lane,
-                                     uint simd_lane, S scratch) {
+          typename P, typename D, typename S, bool CLAMP>
+METAL_FUNC void walk_back_projection(thread float (&g)[N], H dh_res, P logits, D divisors,
+                                     ProjectionNumbers<CLAMP> numbers, uint lane, uint simd_lane, S scratch) {
   load_line<N, OUT_COLUMNS>(g, dh_res, lane);
   UNROLL_16_FOR (int j = 0; j < N; ++j) g[j] = lane < uint(N) ? g[j] : 0.0f;
-  sinkhorn_gradient<N, START, COLUMNS, ITERS, STORED_STEPS, STRIDE>(g, logits, divisors, eps, lane, simd_lane, scratch);
+  sinkhorn_gradient<N, START, COLUMNS, ITERS, STORED_STEPS, STRIDE>(g, logits, divisors, numbers, lane, simd_lane,
+                                                                    scratch);
 }
 
 }  // namespace mhc

@@ -20,7 +20,11 @@ def identity(n: int) -> mx.array:
 
 
 class Params(NamedTuple):
-    """The numbers of ``params``, in the order of mhc::param in kernels/include/common.h."""
+    """The numbers of ``params``, in the order of mhc::param in kernels/include/common.h.
+
+    The last two are there only with a clamp: Metal has an array of fewer than eight numbers in its
+    constant address space.
+    """
 
     pre_eps: float
     post_scale: float
@@ -28,6 +32,8 @@ class Params(NamedTuple):
     projection_eps: float
     norm_eps: float
     eps: float
+    clamp_low: float = 0.0
+    clamp_high: float = 0.0
 
 
 def body_params(
@@ -36,7 +42,8 @@ def body_params(
     """``params`` of any body; what it does not read may be any number."""
     c = convention or ROW_FIRST
     gates = {"pre_eps": c.pre_eps, "post_scale": c.post_scale, "post_eps": c.post_eps}
-    return constants(Params(**gates, projection_eps=c.eps, norm_eps=norm_eps, eps=eps))
+    params = Params(**gates, projection_eps=c.eps, norm_eps=norm_eps, eps=eps)
+    return constants(params[:6] if c.clamp is None else (*params[:6], *c.clamp))
 
 
 def flat(a: mx.array, ndim: int) -> mx.array:

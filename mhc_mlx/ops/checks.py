@@ -148,6 +148,8 @@ def check_dynamic(op, x, phi, bias, alpha, convention, norm_eps, parts=3):
     axes = "n" if parts == 1 else "(2n+R)"
     check_array(op, "phi", phi, (axes, "(n*C)"), (num_logits, n * C))
     check_array(op, "bias", bias, (axes,), (num_logits,))
+    if parts == 3 and num_logits == 2 * n and getattr(alpha, "shape", None) != (3,):
+        parts = 2  # no logit of h_res, and so no alpha of one; a third entry has no effect
     check_array(op, "alpha", alpha, ("parts",), (parts,))
     check_eps(op, norm_eps, "norm_eps")
 

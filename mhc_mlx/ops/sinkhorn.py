@@ -24,6 +24,7 @@ class HalfSteps(launch.Arguments):
     START: int
     COLUMNS: bool
     OUT_COLUMNS: bool
+    CLAMP: bool
 
 
 @functools.cache
@@ -36,6 +37,7 @@ def half_steps(convention: Convention | None) -> HalfSteps:
         START=START_CODES["exp" if c.in_logs else c.start],
         COLUMNS=columns,
         OUT_COLUMNS=columns != c.transposed,
+        CLAMP=c.clamp is not None,
     )
 
 
@@ -120,13 +122,14 @@ def sinkhorn_knopp(
 
     ``P = start(logits)``, then alternately ``P = P / (P.sum(rows) + eps)`` and
     ``P = P / (P.sum(columns) + eps)``, 2 * iters half-steps in all (arXiv 2512.24880, eq. 9); with
-    the start exp the first two are without eps. The gradient is that of the truncated map.
+    the start exp the first two are without eps. With a clamp the logits are clipped to it first.
+    The gradient is that of the truncated map, and 0 for a logit that is clipped or at an end of the
+    clamp.
 
     Args:
-        logits: ``[..., n, n]`` float32, float16 or bfloat16; any finite values for the starts exp
-            and softmax. ADDITIVE divides by sums of ``I + logits`` as given: its lines must not sum
-            to 0.
-        convention: Start, order, iterations and eps; one with half-steps.
+        logits: ``[..., n, n]`` float32, float16 or bfloat16, any finite values. ADDITIVE divides by
+            sums of ``I + logits`` as given: its lines must not sum to 0.
+        convention: Start, clamp, order, iterations and eps; one with half-steps.
         use_metal: Run the kernels where the default device has them; otherwise the reference runs.
         threads_per_group: Threads in a threadgroup, a multiple of 32 from 32 to 1024; None picks.
         verbose: Print the source of the kernels, without a GPU the Metal source.

@@ -14,8 +14,8 @@ import mhc_mlx as m
 
 N, C = 4, 16
 DYNAMIC = [
-    *(m.PAPER, m.ROW_FIRST, m.DEEPSEEK_V4),
-    *(m.MHC_LITE, m.KRONECKER, m.IDENTITY, m.UNCONSTRAINED),
+    *(m.PAPER, m.ROW_FIRST, m.DEEPSEEK_V4, m.XING),
+    *(m.MHC_LITE, m.KRONECKER, m.IDENTITY, m.HUNYUAN_V4, m.UNCONSTRAINED),
 ]
 conventions = pytest.mark.parametrize("convention", DYNAMIC, ids=lambda c: c.name)
 
@@ -105,10 +105,10 @@ def parts(gradients, convention):
 
 def hidden(connection, convention, normed):
     """Names of the gradients that the first connection lacks forever, because its streams are
-    equal: of h_res, whose rows sum to one (exactly: the last of ROW_FIRST's truncated half-steps is
-    over columns), and of h_pre, where a norm follows.
+    equal: of h_res, whose rows sum to one (exactly: the last of ROW_FIRST's and XING's truncated
+    half-steps is over columns), and of h_pre, where a norm follows.
     """
-    rows = convention not in (m.IDENTITY, m.UNCONSTRAINED, m.ROW_FIRST)
+    rows = convention not in (m.IDENTITY, m.HUNYUAN_V4, m.UNCONSTRAINED, m.ROW_FIRST, m.XING)
     return {
         f"{connection}.{parameter}.{part}"
         for parameter in ("phi", "bias", "alpha")

@@ -14,11 +14,22 @@ from cases import FUSED, OPS, Case
 from mlx.utils import tree_flatten
 from proof import executor
 
-from mhc_mlx import DEEPSEEK_V4, PAPER, ROW_FIRST, HyperHead, MHCLayer, launch, ops, reference, vmap
+from mhc_mlx import (
+    DEEPSEEK_V4,
+    PAPER,
+    ROW_FIRST,
+    XING,
+    HyperHead,
+    MHCLayer,
+    launch,
+    ops,
+    reference,
+    vmap,
+)
 from mhc_mlx.conventions import ADDITIVE, IDENTITY, KRONECKER, MHC_LITE, UNCONSTRAINED
 
 LEAD, N, C = (6,), 4, 40
-DYNAMIC = (PAPER, ROW_FIRST, DEEPSEEK_V4, MHC_LITE, KRONECKER, IDENTITY, UNCONSTRAINED)
+DYNAMIC = (PAPER, ROW_FIRST, DEEPSEEK_V4, XING, MHC_LITE, KRONECKER, IDENTITY, UNCONSTRAINED)
 
 
 @pytest.fixture(params=["gpu", "stand-in", "reference"])
@@ -168,7 +179,7 @@ def calls(lead=LEAD, dtype=mx.float32):
         made[f"coefficients {c.name}"] = ("mhc_coefficients", [x, phi, bias, alpha], c)
         made[f"pre {c.name}"] = ("mhc_pre", [x, phi, bias, alpha], c)
         made[f"pre norm {c.name}"] = ("mhc_pre", [x, phi, bias, alpha, weight], c)
-        if c in (DEEPSEEK_V4, MHC_LITE, IDENTITY):
+        if c in (DEEPSEEK_V4, XING, MHC_LITE, IDENTITY):
             made[f"single pass {c.name}"] = ("mhc_single_pass", [x, y, phi, bias, alpha, weight], c)
     made["head"] = ("mhc_head", [x, phi[:N], bias[:N], alpha[:1]], DEEPSEEK_V4)
     for op in [op for op in FUSED if op not in {name for name, *_ in made.values()}]:

@@ -13,8 +13,16 @@ from cases import CONVENTIONS, COVERING, DYNAMIC, EXACT, GRADIENT, OUTPUT_ULPS, 
 from proof import executor, oracle
 from proof.compare import case_arrays, check, doubles, results, several
 
-from mhc_mlx import DEEPSEEK_V4, PAPER, ROW_FIRST, Convention, ops, reference
-from mhc_mlx.conventions import ADDITIVE, IDENTITY, KRONECKER, MHC_LITE, SINKHORN, UNCONSTRAINED
+from mhc_mlx import DEEPSEEK_V4, PAPER, ROW_FIRST, XING, Convention, ops, reference
+from mhc_mlx.conventions import (
+    ADDITIVE,
+    EXPONENTIAL,
+    IDENTITY,
+    KRONECKER,
+    MHC_LITE,
+    SINKHORN,
+    UNCONSTRAINED,
+)
 from mhc_mlx.layers import HyperConnection, MHCLayer, starting_logits
 
 ULP = 2.0**-23
@@ -70,19 +78,20 @@ def at_start(n: int, convention: Convention) -> np.ndarray:
     rows = [start]
     for scale in (0.02, 0.3):
         rows.append(start + scale * rng.uniform(size=start.shape))
-    if convention.start in ("exp", "softmax"):
+    if convention.start in EXPONENTIAL:
         rows += [a.reshape(n, n)[rng.permutation(n)].ravel() for a in rows]
     return np.stack(rows)
 
 
 STARTS = [
     (c, n)
-    for c in (PAPER, ROW_FIRST, DEEPSEEK_V4, ADDITIVE, MHC_LITE, KRONECKER, *TURNED)
+    for c in (PAPER, ROW_FIRST, DEEPSEEK_V4, XING, ADDITIVE, MHC_LITE, KRONECKER, *TURNED)
     for n in (2, 3, 4, 5, 8, 12, 16, 32, 64)
     if not (c.start == "permutations" and n > 5) and not (c.start == "kronecker" and n & (n - 1))
 ]
 # templates that test_parity.py compiles as well; mhc_coefficients of MHC_LITE and KRONECKER
 SIMULATED = [(PAPER, 4), (DEEPSEEK_V4, 4), (ROW_FIRST, 16), (MHC_LITE, 5), (KRONECKER, 8)]
+SIMULATED += [(XING, 4)]
 
 
 @pytest.mark.parametrize("rung", ["reference", "simulator", "gpu"])
@@ -214,12 +223,18 @@ def long_cases(rung: str):
     """Convention, n, deviations: the last of SIMULATED bring elements back from logits."""
     if rung == "simulator":  # (4, 300) and (16, 20) are templates of test_parity.py
         # 300: what comes to matter only after two returns
-        return [(replace(ROW_FIRST, iters=300), 4, (100, 300)), (PAPER, 16, (30, 200))]
+        cases = [(replace(ROW_FIRST, iters=300), 4, (100, 300)), (PAPER, 16, (30, 200))]
+        # the last one returns, after a column whose elements all grow by 1 / eps
+        return cases + [(XING, 4, (10, 60)), (FAR, 4, (60,)), (replace(FAR, iters=20), 16, (60,))]
     cases = [(replace(c, iters=i), n, (3, 100, 300)) for c, n, i in LONG]
     return cases + [(replace(ROW_FIRST, iters=1000), 3, (100, 300))]
 
 
-LONG = [(PAPER, 2, 300), (ROW_FIRST, 3, 100), (DEEPSEEK_V4, 4, 100), (ROW_FIRST, 5, 40)]
+# As far as float32 goes without a logarithm, at the ends of whose clamp logits are many.
+FAR = replace(XING, name="FAR", clamp=(-50.0, 14.0), iters=100)
+LONG = [(XING, 4, 20), (XING, 8, 20), (FAR, 4, 100), (FAR, 16, 20), (FAR, 33, 20)]
+LONG += [(replace(FAR, eps=1e-25), 4, 60), (replace(FAR, eps=0.02), 5, 40)]
+LONG += [(PAPER, 2, 300), (ROW_FIRST, 3, 100), (DEEPSEEK_V4, 4, 100), (ROW_FIRST, 5, 40)]
 LONG += [(PAPER, 8, 20), (PAPER, 8, 100), (replace(DEEPSEEK_V4, eps=1e-25), 6, 60)]
 LONG += [(ROW_FIRST, 16, 20), (DEEPSEEK_V4, 33, 20), (PAPER, 64, 20)]
 
@@ -268,6 +283,7 @@ def test_extreme_logits_through_coefficients(rung, need):
         ("mhc_coefficients", 5, 4, 8, "float32", PAPER),
         ("mhc_coefficients", 2, 4, 8, "float32", PAPER),  # mhc_seam makes them
         ("mhc_pre", 5, 4, 129, "bfloat16", ROW_FIRST),
+        ("mhc_coefficients", 5, 4, 8, "float32", XING),
         ("mhc_coefficients", 1, 5, 8, "float32", MHC_LITE),
         ("mhc_coefficients", 1, 8, 8, "float32", KRONECKER),
         ("mhc_coefficients", 2, 4, 8, "float32", replace(PAPER, iters=60)),  # by several lanes
@@ -301,7 +317,7 @@ def test_logits_as_large_as_float32_holds(rung, need):
     if rung != "reference":
         need(rung)
     rng = np.random.default_rng(0)
-    for c, n in ((PAPER, 4), (DEEPSEEK_V4, 4), (ROW_FIRST, 16)):
+    for c, n in ((PAPER, 4), (DEEPSEEK_V4, 4), (XING, 4), (ROW_FIRST, 16)):
         signs = rng.choice([-1.0, 1.0], size=(8, n, n))
         signs[0], signs[0, :, 0] = -1, 1
         signs[1], signs[1, 0] = -1, 1
@@ -355,7 +371,8 @@ def test_nan_reaches_all_that_depends_on_it(need):
 
 def test_zero_tokens_of_every_projection():
     """Results and gradients of no tokens, in one or two axes."""
-    for c in (PAPER, DEEPSEEK_V4, ADDITIVE, MHC_LITE, KRONECKER, UNCONSTRAINED, IDENTITY, *TURNED):
+    presets = (PAPER, DEEPSEEK_V4, XING, ADDITIVE, MHC_LITE, KRONECKER, UNCONSTRAINED, IDENTITY)
+    for c in (*presets, *TURNED):
         for lead in ((0,), (2, 0)):
             for module in (reference, ops):
                 h = module.project(mx.zeros((*lead, c.res_size(4))), 4, c)
@@ -408,6 +425,19 @@ BAD = [
     (lambda: replace(PAPER, transposed=1), TypeError, "transposed must be a bool but got int"),
     (lambda: replace(PAPER, sigmoid=None), TypeError, "sigmoid must be a bool but got NoneType"),
     (lambda: replace(PAPER, name=3), TypeError, "name must be a str but got int"),
+    (lambda: replace(PAPER, clamp=[-1, 1]), TypeError, r"clamp must be None or two numbers \(low"),
+    (lambda: replace(PAPER, clamp=(-1, "1")), TypeError, r"clamp must be .* but got \(-1, '1'\)"),
+    (lambda: replace(PAPER, clamp=(True, 2)), TypeError, r"clamp must be .* but got \(True, 2\)"),
+    (lambda: replace(PAPER, clamp=30), TypeError, "clamp must be None or two numbers .* got 30"),
+    (lambda: replace(PAPER, clamp=(1.0,)), ValueError, r"clamp must be .* but got \(1.0,\)"),
+    (lambda: replace(PAPER, clamp=(1.0, 1.0)), ValueError, "clamp must be .* with low < high, but"),
+    (lambda: replace(PAPER, clamp=(-1e39, 1)), ValueError, "clamp must be finite in float32"),
+    (lambda: replace(PAPER, clamp=(0, float("nan"))), ValueError, "clamp must be finite"),
+    (lambda: replace(XING, clamp=None), ValueError, "clamp must be two numbers .* but got None"),
+    (lambda: replace(XING, clamp=(-40, 40)), ValueError, r"with low < high <= low \+ 64, but got"),
+    (lambda: Convention("X", start="exp_plain"), ValueError, "with start 'exp_plain' but got None"),
+    (lambda: replace(ADDITIVE, clamp=(-1, 1)), ValueError, "clamp must be None with start 'addit"),
+    (lambda: replace(MHC_LITE, clamp=(-1, 1)), ValueError, "clamp must be None with start 'permu"),
     (lambda: MHC_LITE.res_size(6), ValueError, r"\[res_size\] n must be at most 5"),
     (lambda: KRONECKER.res_size(3), ValueError, r"\[res_size\] n must be a power of two"),
     (lambda: PAPER.res_size(2.0), TypeError, r"\[res_size\] n must be an int but got float"),

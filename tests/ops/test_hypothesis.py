@@ -15,7 +15,7 @@ from proof import executor
 from proof.compare import case_output, check, doubles, exact, results
 
 from mhc_mlx import PAPER, Convention, ops, reference
-from mhc_mlx.conventions import AXES, SINKHORN, STARTS
+from mhc_mlx.conventions import AXES, EXPONENTIAL, SINKHORN, STARTS
 
 EXAMPLES = 12  # of each op; each compiles two to five kernels, in a fifth of a second each
 SENSITIVITY = 0.15  # of the bound: a kernel rounds several times on the way
@@ -57,6 +57,9 @@ def conventions(draw, op: str, start: str, n: int) -> Convention:
         half_steps["transposed"] = draw(flags)
         # n == 1: else the gradient is a power of eps, less than float32 resolves
         half_steps["eps"] = draw(st.just(0.0) | between(1e-8, 0.2)) if n > 1 else 0.0
+    if start in EXPONENTIAL:
+        clamps = st.tuples(between(-30.0, -0.5), between(0.5, 30.0))
+        half_steps["clamp"] = draw(clamps if start == "exp_plain" else st.none() | clamps)
     gates, sigmoid = {}, op in OF_LOGITS or draw(flags)
     if sigmoid:
         gates = {name: draw(st.just(0.0) | between(1e-6, 0.5)) for name in ("pre_eps", "post_eps")}

@@ -119,7 +119,7 @@ def test_every_op_is_quick():
 @pytest.mark.parametrize("rung", ["reference", "simulator"])
 @pytest.mark.parametrize("scale, bound", AT_SCALE)
 @pytest.mark.parametrize("n", [2, 4, 8, 16, 32])
-@pytest.mark.parametrize("name", ["PAPER", "ROW_FIRST", "DEEPSEEK_V4"])
+@pytest.mark.parametrize("name", ["PAPER", "ROW_FIRST", "DEEPSEEK_V4", "XING"])
 def test_dynamic_gradients_at_scale(name, n, scale, bound, rung, need):
     """Of the logits of h_res, of x, phi, bias and alpha: within `bound` of the largest."""
     if rung != "reference":

@@ -119,7 +119,7 @@ def logit_ulps(case, wide, outs, chain) -> list[float]:
     v = x.reshape(*case.lead, case.n * case.C)
     r = 1 / np.sqrt((v * v).mean(axis=-1, keepdims=True) + case.norm_eps)
     parts = (case.n, case.n, len(phi) - 2 * case.n) if len(alpha) > 1 else (case.n,)
-    scale = np.repeat(alpha, parts)
+    scale = np.repeat(alpha, parts[: len(alpha)])
     made = scale * r * (v @ phi.T)
     random_walk = scale * r * np.sqrt(chain / 6 * (v * v) @ (phi * phi).T)
     spread = u * (np.hypot(random_walk, (np.sqrt(chain) / 6 + 1) * made) + np.abs(made + bias))

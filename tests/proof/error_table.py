@@ -23,8 +23,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # mhc_mlx
 from cases import DTYPES, FUSED, OPS, PROJECTED, Case
 from tqdm import tqdm
 
-from mhc_mlx import DEEPSEEK_V4, PAPER, ROW_FIRST, launch, ops, reference
-from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE, UNCONSTRAINED
+from mhc_mlx import DEEPSEEK_V4, PAPER, ROW_FIRST, XING, launch, ops, reference
+from mhc_mlx.conventions import (
+    HUNYUAN_V4,
+    HUNYUAN_V4_POST_EPS,
+    IDENTITY,
+    KRONECKER,
+    MHC_LITE,
+    UNCONSTRAINED,
+)
 from proof import errors, executor, missing, results
 
 RUNGS = ("reference", "simulator", "gpu")
@@ -32,10 +39,14 @@ QUANTITIES = ("output", "gradient")
 TOKENS = 12  # 12 tokens in two axes give enough values for a percentile, and sums that round
 # (n, C) of cases.STREAMS and cases.CHANNELS, and the conventions of coefficients per token.
 SHAPES = {
-    (2, 31): (ROW_FIRST, IDENTITY),  # sums have few terms; C is prime, so loads are single
-    (4, 1280): (PAPER, DEEPSEEK_V4, MHC_LITE),  # the n of all published models; C of a model
-    (8, 129): (KRONECKER, UNCONSTRAINED),  # the most streams that registers hold; C = 4 * 32 + 1
-    (16, 64): (PAPER,),  # bodies for many streams, which read x twice
+    # sums have few terms; C is prime, so loads are single
+    (2, 31): (ROW_FIRST, IDENTITY, HUNYUAN_V4),
+    # the n of all published models; C of a model
+    (4, 1280): (PAPER, DEEPSEEK_V4, MHC_LITE, XING),
+    # the most streams that registers hold; C = 4 * 32 + 1
+    (8, 129): (KRONECKER, UNCONSTRAINED, HUNYUAN_V4_POST_EPS),
+    # bodies for many streams, which read x twice
+    (16, 64): (PAPER,),
 }
 
 
@@ -63,16 +74,17 @@ def variants(case: Case) -> list[Case]:
     row = OPS[case.op]
     if not row.rows:  # the op has no C, and only the dtype of its logits
         logits = {"C": case.n, "dtype": "float32", "weights": case.dtype}
-        return [replace(case, convention=ROW_FIRST, **logits)]
+        return [replace(case, convention=c, **logits) for c in (ROW_FIRST, XING)]
     each = replace(case, per_token=row.per_token)
     if "convention" not in row.statics:
         if "weight" in row.optional:
             return [replace(each, norm=norm) for norm in (True, False)]
         return list(dict.fromkeys([case, each]))
     if case.op in PROJECTED and row.arrays["phi"].axes == "L K":
-        norms = (True, "weight" not in row.optional, True)
+        norms = (True, "weight" not in row.optional, True, True)
         pairs = zip(SHAPES[case.n, case.C], norms, strict=False)
-        return [replace(case, convention=c, norm=norm) for c, norm in pairs]
+        made = [replace(case, convention=c, norm=norm) for c, norm in pairs]
+        return [replace(c, parts=2) if c.convention.name.startswith("HUNYUAN") else c for c in made]
     return [replace(case, convention=ROW_FIRST if case.op == "mhc_layer" else DEEPSEEK_V4)]
 
 

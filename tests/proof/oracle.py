@@ -28,17 +28,24 @@ def log_step_backward(q, y, axis, left=0.0):
 
 
 def sinkhorn_logs(logits, convention):
-    """`sinkhorn_knopp` for the starts exp and softmax, computed entirely in logs."""
+    """`sinkhorn_knopp` for the starts that take exp of logits, computed entirely in logs."""
     order = [-1, -2] if convention.first == "rows" else [-2, -1]
     eps, softmax = convention.eps, convention.start == "softmax"
     log_eps = np.log(eps) if eps else -np.inf
     steps, a, share = [], logits, 0.0
+    first_eps = {"exp": 2, "softmax": 1, "exp_plain": 0}[convention.start]  # the half-step
+    low, high = convention.clamp or (-np.inf, np.inf)
+    a = np.minimum(np.maximum(a, low), high)
+    top = np.zeros(a.shape, dtype=bool)  # of equal logits of a line the first
+    np.put_along_axis(top, a.argmax(order[0], keepdims=True), True, order[0])
+    if convention.start == "exp_plain":
+        a = a - a.max(order[0], keepdims=True)
     for k in range(2 * convention.iters):
         axis, total = order[k % 2], logsumexp(a, order[k % 2])
-        if eps and k >= (1 if softmax else 2):
+        if eps and k >= first_eps:
             total = np.logaddexp(total, log_eps)
         a = a - total
-        left = np.exp(log_eps - total) if eps and k >= (1 if softmax else 2) else 0.0 * total
+        left = np.exp(log_eps - total) if eps and k >= first_eps else 0.0 * total
         steps.append((axis, np.exp(a), left))
         if softmax and k == 0 and eps:
             share = np.exp(a - np.logaddexp(a, log_eps))  # s / (s + eps)
@@ -53,7 +60,9 @@ def sinkhorn_logs(logits, convention):
                 q = log_step_backward(y * (g - shift), y, axis, left) + y * shift * left
                 continue
             q = log_step_backward(q * share if softmax and k == 0 and eps else q, y, axis, left)
-        return q
+        if convention.start == "exp_plain":  # the maximum: a shift of a line changes nothing
+            q = np.where(top, -np.where(top, 0, q).sum(order[0], keepdims=True), q)
+        return q * (low < logits) * (logits < high)
 
     return np.exp(a), backward
 
@@ -244,7 +253,7 @@ def mhc_coefficients(x, phi, bias, alpha, convention, norm_eps=1e-6):
     """h_pre, h_post and, unless it is the identity, h_res; backward takes a tuple of as many."""
     n = x.shape[-2]
     logits, logits_back = token_logits(x, phi, norm_eps)
-    scale = np.repeat(alpha, (n, n, len(phi) - 2 * n))
+    scale = np.repeat(alpha, (n, n, len(phi) - 2 * n)[: len(alpha)])
     z_pre, z_post, z_res = np.split(scale * logits + bias, [n, 2 * n], axis=-1)
     gated, gates_back = gates(z_pre, z_post, convention)
     h_res, project_back = project(z_res, n, convention)
@@ -252,7 +261,7 @@ def mhc_coefficients(x, phi, bias, alpha, convention, norm_eps=1e-6):
     def backward(g):
         dz = np.concatenate([*gates_back(*g[:2]), project_back(*g[2:])], axis=-1)
         dscale = over_tokens(dz * logits, 1)
-        dalpha = np.array([part.sum() for part in np.split(dscale, [n, 2 * n])])
+        dalpha = np.array([part.sum() for part in np.split(dscale, [n, 2 * n])[: len(alpha)]])
         return *logits_back(scale * dz), over_tokens(dz, 1), dalpha
 
     return gated if h_res is None else (*gated, h_res), backward

@@ -42,11 +42,14 @@ def opaque(a: mx.array) -> mx.array:
 def convention(t: dict, params: mx.array) -> SimpleNamespace:
     """What `reference` reads of a Convention, from the template and the arrays of a launch."""
     columns, p = t.get("COLUMNS", False), Params(*params)
-    c = Convention("", STARTS[t.get("START", 0)], iters=t.get("ITERS", 20), eps=1.0)
+    start, clamp = STARTS[t.get("START", 0)], (p.clamp_low, p.clamp_high)
+    any_clamp = (-1.0, 1.0) if start == "exp_plain" else None
+    c = Convention("", start, iters=t.get("ITERS", 20), eps=1.0, clamp=any_clamp)
     return SimpleNamespace(
         start=c.start,
         in_logs=c.in_logs,
         in_range=c.in_range,
+        clamp=clamp if t.get("CLAMP") else None,
         first="columns" if columns else "rows",
         iters=c.iters,
         transposed=columns != t.get("OUT_COLUMNS", columns),
@@ -324,14 +327,20 @@ def promised(t: dict, given: dict, row: dict) -> dict:
         flag = f"{k.split('_')[-1]}_per_token".upper()  # a seam's coefficients are per token
         return (tokens,) * t.get(flag, t.get("PER_TOKEN", seam))
 
-    sizes = {"n": n, "C": C, "K": n * C, "L": L, "1": 1, "3": 3}
+    sizes = {"n": n, "C": C, "K": n * C, "L": L, "1": 1, "parts": 3}
     shapes = {k: a.shape(lead(k), sizes.get) for k, a in row.items()}
     each = {"dp": (L,), "token_factors": (n + 1,), "l": (L + 1,), "dz_res": (L - gates,)}
     each |= {"partial_logits": (-(-n * C // 32), L + 4), "dx_out": (n, C), "du": (C,)}
     each |= {"dout": (n, C) if t.get("MIX") or seam else (C,), "partial": (C,)}
     each |= {"dh_pre": (n,), "dh_post": (n,), "dh_res": (n, n)} | ({"logits": (L,)} if L else {})
     shapes |= {k: (tokens, *last) for k, last in each.items()}
-    return shapes | {"params": (len(Params._fields),)} | ({"alpha": (1,)} if head(t) else {})
+    clamped = t.get("CLAMP", False)
+    if not t.get("PROJECT", t.get("SINKHORN", "ITERS" in t)):  # the body does not read the clamp
+        clamped = given.get("params", first).shape == (len(Params._fields),)
+    params = {"params": (len(Params._fields) if clamped else 6,)}
+    if L == 2 * n and given.get("alpha", first).shape == (2,):  # R is 0
+        shapes["alpha"] = (2,)
+    return shapes | params | ({"alpha": (1,)} if head(t) else {})
 
 
 def agree(name: str, got: dict, want: dict) -> None:
