@@ -62,7 +62,22 @@ def deepseek_v41(**others):
     return model
 
 
-MODELS = {"deepseek_v41": deepseek_v41, "deepseek_v4": deepseek_v4, "glm5_next": glm5_next}
+def hy_v4(**others):
+    """Dense and sparse feed-forward; layer 2 uses the keys that layer 1 has chosen."""
+    sizes = SIZES | {"num_hidden_layers": 4, "intermediate_size": 48, "first_k_dense_replace": 1}
+    sizes |= {"kv_lora_rank": 32, "q_lora_rank": 32, "v_head_dim": 16, "qk_nope_head_dim": 16}
+    sizes |= {"qk_rope_head_dim": 8, "index_topk": 8, "index_n_heads": 2, "index_head_dim": 16}
+    sizes |= {"indexer_types": ["full", "full", "shared", "full"], "hc_magnitude": 1.5}
+    module = language("hy_v4")
+    return module.LanguageModel(module.ModelConfig(**sizes | others))
+
+
+MODELS = {
+    "deepseek_v41": deepseek_v41,
+    "deepseek_v4": deepseek_v4,
+    "glm5_next": glm5_next,
+    "hy_v4": hy_v4,
+}
 
 
 def drawn(name: str, a: mx.array, random: np.random.Generator, branch: float) -> mx.array:

@@ -46,6 +46,7 @@ ROWS = (
         "mlx_vlm.models.deepseek_v4.hyper_connection.HyperConnection",
         "vlm_deepseek_v4",
     ),
+    Row(*("hy_v4", *VLM), "mlx_vlm.models.hy_v4.language.HyV4Model", "vlm_hy_v4"),
 )
 
 
