@@ -21,7 +21,7 @@ def pytest_addoption(parser):
 
 # A file is one worker's: those that take minutes start first, or the other worker waits at the end.
 LONGEST = ("test_hypothesis", "test_nvrtc", "test_cuda_form", "test_parity", "test_mlx_lm")
-LONGEST += ("test_mlx_lm_training", "test_models", "test_planted", "test_operators")
+LONGEST += ("test_mlx_vlm", "test_mlx_lm_training", "test_models", "test_planted", "test_operators")
 
 
 def pytest_collection_modifyitems(items):

@@ -16,7 +16,7 @@ from mlx_lm.models.llama import Model, ModelArgs  # noqa: E402
 
 import mhc_mlx as m  # noqa: E402
 from mhc_mlx.adapters import load_adapters, save_adapters  # noqa: E402
-from mhc_mlx.mlx_lm import patch, unpatch  # noqa: E402
+from mhc_mlx.models import patch, unpatch  # noqa: E402
 from models.modules import loss_fn  # noqa: E402
 from models.tiny_deepseek import tiny, tokens  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""`mhc_mlx.mlx_lm` on tiny random models, against mlx-lm's own: generation, sites, in place and
+"""`mhc_mlx.models` on tiny random models, against mlx-lm's own: generation, sites, in place and
 back. Compiled sites, verification and the command, and gradients are in test_mlx_lm_*.py."""
 
 import copy
@@ -21,11 +21,23 @@ from mlx_lm.generate import generate_step  # noqa: E402
 from mlx_lm.models import deepseek_v41 as stock  # noqa: E402
 from mlx_lm.utils import load_model, save_config, save_model  # noqa: E402
 
-from mhc_mlx import mlx_lm as adapter  # noqa: E402
-from mhc_mlx.mlx_lm.exact import random_inputs, streams_dtype  # noqa: E402
-from mhc_mlx.mlx_lm.sites import activations, find_sites, run_site, stock_coefficients, stock_site  # noqa: E402
+from mhc_mlx import models as adapter  # noqa: E402
+from mhc_mlx.models.check import activations  # noqa: E402
+from mhc_mlx.models.exact import random_inputs  # noqa: E402
+from mhc_mlx.models.families import lm_deepseek_v41 as family  # noqa: E402
 from models import modules  # noqa: E402
-from models.tiny_deepseek import UNROUNDED, exactly, patched, tiny, tokens, within  # noqa: E402
+from models.tiny_deepseek import (  # noqa: E402
+    UNROUNDED,
+    exactly,
+    find_sites,
+    patched,
+    run_ours,
+    run_theirs,
+    streams_dtype,
+    tiny,
+    tokens,
+    within,
+)
 
 launched = modules.launched
 
@@ -94,19 +106,18 @@ def test_every_site_on_real_activations(kind, wide, launched):
     """No drift: each site gets what the model gave it, y in float32 where wide. In bfloat16 the
     outputs are mlx-lm's bit for bit, but for one in a thousand whose rounding was nearly a tie."""
     model = patched(tiny(64, kind=kind))
-    sites = find_sites(model.model)
+    sites = find_sites(model)
     assert len(sites) == 8 and sites[-1].norm is None and all(s.norm for s in sites[:-1])
-    real = activations(model, sites, tokens(40))
+    real = activations(family.FAMILY, model, sites, tokens(40))
     h = model.model.embed_tokens(tokens(40)[:, -8:])
     exactly(real[0][0], mx.repeat(h[:, :, None], 4, 2))
     differ = count = 0
     for site, (x, y) in zip(sites, real, strict=True):
         if wide:
             y = y.astype(mx.float32) * (1 + 2**-10)
-        ours = site.hc.site(x, y, site.norm)
-        theirs = stock_site(stock_coefficients(site.hc), x, y, site.norm)
-        assert (ours[1] is None) == (theirs[1] is None) == (site.norm is None)
-        for a, b in zip(ours, theirs, strict=True):
+        got, want = run_ours(site, x, y), run_theirs(site, x, y)
+        assert (got[1] is None) == (want[1] is None) == (site.norm is None)
+        for a, b in zip(got, want, strict=True):
             if b is not None:
                 assert a.dtype == b.dtype
                 within(a, b, b.dtype)
@@ -138,9 +149,9 @@ def test_norms_that_cannot_be_fused(launched):
     layers[3].post_attention_layernorm.eps = 0.0
     want = model(prompt)
     within(patched(model)(prompt), want, mx.bfloat16)
-    sites = find_sites(model.model)
+    sites = find_sites(model)
     x, y = random_inputs(sites[1], mx.bfloat16, 3)
-    assert [site.hc.site(x, y, site.norm)[1].dtype for site in sites[:3]] == [
+    assert [run_ours(site, x, y)[1].dtype for site in sites[:3]] == [
         *(mx.bfloat16, mx.float32, mx.bfloat16)
     ]
 
@@ -192,7 +203,7 @@ def test_unpatch(kind, trainable, launched):
     assert outline(model) == before
     within(model(prompt), want, want.dtype)
     patched(model, trainable=not trainable)  # anew: the last call's options
-    found = any(isinstance(x, adapter.DifferentiableRouter) for x in model.modules())
+    found = any(isinstance(x, family.DifferentiableRouter) for x in model.modules())
     assert found != trainable
     adapter.unpatch(model)
     exactly(model(prompt), want)
@@ -280,7 +291,7 @@ def test_pipeline(when, monkeypatch, launched):
         if when == "after":
             patched(stage)
     assert [layer is None for layer in stages[0].model.layers] == [True, True, False, False]
-    assert len(find_sites(stages[0].model)) == len(find_sites(stages[1].model)) == 4
+    assert len(find_sites(stages[0])) == len(find_sites(stages[1])) == 4
     assert stages[1].layers[-1]._next() is None
     caches = [stage.make_cache() for stage in stages]
     cache = whole.make_cache()
@@ -311,14 +322,14 @@ def test_what_is_handed_on_belongs_to_its_streams(launched):
     for changed, after in ((False, 1), (True, 1), (False, 3)):
         ours, theirs = {}, {}
         got, want = call(model, 0, x, pre_mix, ours), call(own, 0, x, pre_mix, theirs)
-        assert adapter.layers._HANDED in ours
+        assert family._HANDED in ours
         if changed:
             got, want = ([a[:, ::-1] for a in pair] for pair in (got, want))
         got, want = call(model, after, *got, ours), call(own, after, *want, theirs)
-        assert (adapter.layers._HANDED in ours) == (after != 3)
+        assert (family._HANDED in ours) == (after != 3)
         for a, b in zip(got, want, strict=True):
             within(a, b, mx.float32)
-        assert ours.keys() - {adapter.layers._HANDED} == theirs.keys()
+        assert ours.keys() - {family._HANDED} == theirs.keys()
 
     for swapped in (model, own):
         layers = swapped.model.layers
@@ -328,17 +339,21 @@ def test_what_is_handed_on_belongs_to_its_streams(launched):
 
 def test_activations_are_those_of_their_own_thread():
     """Another thread runs the same sites on other streams while they are collected."""
-    site = find_sites(patched(tiny(layers=1)).model)[0]
+    site = find_sites(patched(tiny(layers=1)))[0]
     here, there = (random_inputs(site, mx.float32, 3 + k) for k in range(2))
     mx.eval(here, there)
 
-    def model(_):
-        out = run_site(site.hc, *here, site.norm)[0]
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(lambda: mx.eval(run_site(site.hc, *there, site.norm))).result()
-        return out
+    class Model(family.DeepseekV41):
+        def cache(self, model):
+            return None
 
-    ((x, y),) = activations(model, [site], mx.zeros((1, 3)))
+        def logits(self, model, tokens, cache):
+            out = family.run_site(site.hc, *here, site.norm)[0]
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(lambda: mx.eval(family.run_site(site.hc, *there, site.norm))).result()
+            return out
+
+    ((x, y),) = activations(Model(), nn.Module(), [site], mx.zeros((1, 3)))
     assert mx.array_equal(x, here[0]) and mx.array_equal(y, here[1])
 
 
@@ -353,10 +368,10 @@ def test_tokens_in_one_call_and_alone(where, kind, need):
     need(where)
     model = patched(tiny(layers=2 if where == "simulator" else 4, kind=kind))
     with modules.running("here" if where == "gpu" else where):
-        for site in find_sites(model.model):
-            x, y = random_inputs(site, streams_dtype(model.model), 5)
-            whole = site.hc.site(x, y, site.norm)
+        for site in find_sites(model):
+            x, y = random_inputs(site, streams_dtype(model), 5)
+            whole = run_ours(site, x, y)
             for k in range(5):
-                alone = site.hc.site(x[:, k : k + 1], y[:, k : k + 1], site.norm)
+                alone = run_ours(site, x[:, k : k + 1], y[:, k : k + 1], site.norm)
                 for a, b in zip(whole, alone, strict=True):
                     assert (a is None and b is None) or mx.array_equal(a[:, k : k + 1], b).item()

@@ -1,8 +1,8 @@
-"""`mhc_mlx.mlx_lm`: float64, verification, check, the command, and errors."""
+"""`mhc_mlx.models` on mlx-lm's family: float64, verification, check, the command, and errors."""
 
-import importlib.util
+import importlib.metadata
 import json
-import sys
+import re
 import warnings
 
 import mlx.core as mx
@@ -17,13 +17,13 @@ mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: its adap
 
 from mlx_lm.models import deepseek_v41 as stock  # noqa: E402
 
-from mhc_mlx import mlx_lm as adapter  # noqa: E402
-from mhc_mlx.mlx_lm import times  # noqa: E402
-from mhc_mlx.mlx_lm.__main__ import main  # noqa: E402
-from mhc_mlx.mlx_lm.exact import random_inputs  # noqa: E402
-from mhc_mlx.mlx_lm.sites import find_sites  # noqa: E402
+from mhc_mlx import models as adapter  # noqa: E402
+from mhc_mlx.models import exact, families, run, times  # noqa: E402
+from mhc_mlx.models.__main__ import main  # noqa: E402
+from mhc_mlx.models.exact import random_inputs  # noqa: E402
+from mhc_mlx.models.families import lm_deepseek_v41 as family  # noqa: E402
 from models import modules  # noqa: E402
-from models.tiny_deepseek import tiny, tokens, within  # noqa: E402
+from models.tiny_deepseek import find_sites, tiny, tokens, within  # noqa: E402
 
 launched = modules.launched
 
@@ -33,15 +33,15 @@ launched = modules.launched
 
 def test_float64():
     """The measure is the oracle's, of another hand."""
-    site = find_sites(tiny().model)[2]
+    site = find_sites(tiny())[2]
     x, y = (np.array(a, np.float64) for a in random_inputs(site, mx.float32, 5))
     arrays = (np.array(a, np.float64) for a in (site.hc.fn, site.hc.base, site.hc.scale))
-    c = adapter.sites.convention(site.hc.iters, site.hc.hc_eps)
+    c = site.settings.convention
     (h_pre, h_post, h_res), _ = oracle.mhc_coefficients(x, *arrays, c, site.hc.norm_eps)
     out, _ = oracle.stream_mix_add(x, y, h_post, h_res)
     weight = np.array(site.norm.weight, np.float64)
     u, _ = oracle.stream_aggregate_norm(out, h_pre, weight, site.norm.eps)
-    found = adapter.exact._exact(site, x, y)
+    found = exact.exact(site, x, y)
     for name, want in {"out": out, "h_pre": h_pre, "u": u}.items():
         np.testing.assert_allclose(found[name], want, rtol=1e-11, atol=1e-13)
 
@@ -49,9 +49,8 @@ def test_float64():
 def test_units_in_the_last_place():
     want = np.array([[1.0, 3.0], [0.5, -0.25]])
     got = mx.array([[1.0, 3.0 + 2**-6], [0.5 + 2**-9, -0.25]])
-    assert adapter.exact._error(got[:1], want[:1], mx.bfloat16) == 1.0
-    assert adapter.exact._error(got[1:], want[1:], mx.bfloat16) == 0.5
-    assert adapter.exact._error(got[1:] * np.nan, want[1:], mx.bfloat16) == np.inf
+    assert exact.token_errors(got[None], want[None], mx.bfloat16).tolist() == [1.0, 0.5]
+    assert exact.token_errors(got[None] * np.nan, want[None], mx.bfloat16).tolist() == 2 * [np.inf]
 
 
 @pytest.mark.parametrize("hidden", [64, 256])
@@ -63,33 +62,34 @@ def test_verified(hidden, launched):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         adapter.patch(model)
-    assert all(isinstance(s.hc, adapter.SinglePassConnection) for s in find_sites(model.model))
+    assert all(isinstance(s.hc, family.SinglePassConnection) for s in find_sites(model))
     assert state == [a.tolist() for a in mx.random.state]
 
 
 def planted(monkeypatch, wrong):
     """Sites whose streams are 2 % off where wrong(x, fn)."""
-    right = adapter.SinglePassConnection.site
+    right = run.single_pass
 
-    def site(self, x, y, norm):
-        out, *others = right(self, x, y, norm)
-        return (out * 1.02 if wrong(x, self.fn) else out, *others)
+    def single_pass(hc, prefix, settings, options, x, y, norm):
+        out, *others = right(hc, prefix, settings, options, x, y, norm)
+        return (out * 1.02 if wrong(x, hc) else out, *others)
 
-    monkeypatch.setattr(adapter.SinglePassConnection, "site", site)
+    monkeypatch.setattr(run, "single_pass", single_pass)
 
 
 @pytest.mark.parametrize("trainable", [False, True])
 def test_a_wrong_site_stays_as_it_was(trainable, monkeypatch, launched):
     model, prompt = tiny(kind="4-bit"), tokens(9)
-    want, phi = model(prompt), model.layers[2].attn_hc.fn
-    planted(monkeypatch, lambda x, given: given is phi)
-    message = r"1 of 8 .* stay mlx-lm's.*: model.layers.2.attn_hc\.$"
+    want, base = model(prompt), model.layers[2].attn_hc.base
+    planted(monkeypatch, lambda x, hc: mx.array_equal(hc.base, base).item())
+    numbers = r"\(median of out, float32, 1 tokens: \S+ units, mlx-lm \S+, limit \S+\)"
+    message = rf"1 of 8 .* keep mlx-lm's code.*: model.layers.2.attn_hc {numbers}\.$"
     with pytest.warns(UserWarning, match=message) as warned:
         adapter.patch(model, trainable=trainable)
     assert [w.filename for w in warned] == [__file__], "the warning is not at the caller's line"
-    kinds = [type(site.hc) for site in find_sites(model.model)]
-    own = adapter.DifferentiableHyperConnection if trainable else stock.HyperConnection
-    assert kinds.count(adapter.SinglePassConnection) == 7 and kinds[4] is own
+    kinds = [type(site.hc) for site in find_sites(model)]
+    own = family.DifferentiableHyperConnection if trainable else stock.HyperConnection
+    assert kinds.count(family.SinglePassConnection) == 7 and kinds[4] is own
     within(model(prompt), want, mx.bfloat16)
     report = adapter.check(model, times=(), verbose=False)
     assert report["patched"] == 7 and not report["sites"][4]["patched"]
@@ -102,13 +102,19 @@ def test_a_wrong_site_stays_as_it_was(trainable, monkeypatch, launched):
 
 @pytest.mark.parametrize("count, last", [(1, False), (512, False), (512, True)])
 def test_wrong_at_some_number_of_tokens(count, last, monkeypatch, launched):
-    """In all sites, or in the last alone, which has no norm and so other kernels."""
+    """In all sites, or in the last alone: each decides for itself."""
     model = tiny(kind="4-bit")
-    phi = model.layers[-1].ffn_hc.fn
-    planted(monkeypatch, lambda x, fn: x.shape[1] == count and (fn is phi or not last))
-    with pytest.warns(UserWarning, match="8 of 8 hyper-connections stay mlx-lm's"):
+    base, failing = model.layers[-1].ffn_hc.base, 1 if last else 8
+
+    def wrong(x, hc):
+        return x.shape[1] == count and (not last or mx.array_equal(hc.base, base).item())
+
+    planted(monkeypatch, wrong)
+    with pytest.warns(UserWarning, match=f"{failing} of 8 hyper-connections keep mlx-lm's"):
         adapter.patch(model)
-    assert all(type(site.hc) is stock.HyperConnection for site in find_sites(model.model))
+    kinds = [type(site.hc) for site in find_sites(model)]
+    assert kinds[8 - failing :] == failing * [stock.HyperConnection]
+    assert stock.HyperConnection not in kinds[: 8 - failing]
 
 
 def test_an_error_while_verifying_leaves_the_model(monkeypatch):
@@ -126,8 +132,8 @@ def test_an_error_while_verifying_leaves_the_model(monkeypatch):
 def test_check(capsys, launched):
     """What it returns, what it prints; a stock model is stock afterwards."""
     model = tiny(kind="4-bit")
-    report = adapter.check(model, tokens(20)[0])
-    assert type(model.layers[0]) is stock.DecoderLayer and adapter.sites._seen.get() is None
+    report = adapter.check(model, tokens(20)[0], tokens=4)
+    assert type(model.layers[0]) is stock.DecoderLayer and run._seen.get() is None
     assert json.loads(json.dumps(report)) == report
     sites = [row["site"] for row in report["sites"]]
     assert sites[:2] == ["model.layers.0.attn_hc", "model.layers.0.ffn_hc"]
@@ -151,7 +157,7 @@ def test_command(tmp_path, capsys):
     report = main(given)
     written = json.loads(file.read_text())
     assert written == json.loads(json.dumps(report))
-    assert written["command"] == "python -m mhc_mlx.mlx_lm " + " ".join(given)
+    assert written["command"] == "python -m mhc_mlx.models " + " ".join(given)
     assert written["mlx"] == mx.__version__ and written["check"]["patched"] == 4
     assert set(written["bench"]["patched"]["prefill"]) == {"4", "8"}
     assert written["bench"]["mlx-lm"]["decode"] > 0
@@ -167,7 +173,7 @@ def test_command_on_a_path(tmp_path, monkeypatch):
     assert "bench" not in main(["--model", "here", "--check", "--no-verify", "--tokens", "2"])
     report = main(["--model", "here", "--bench", "--tokens", "4"])
     assert "check" not in report and asked == ["here", "here"]
-    assert isinstance(model.layers[0], adapter.SinglePassLayer)
+    assert isinstance(model.layers[0], family.SinglePassLayer)
 
 
 def test_command_on_sites(capsys, monkeypatch, launched):
@@ -204,26 +210,42 @@ def zero_eps():
 
 
 LINEAR, EMPTY, UNKNOWN = nn.Linear(2, 2), mx.zeros((1, 0), mx.int32), mx.array([999, 3])
-check_version = adapter.sites._check_version
+
+
+def check_version(found):
+    families._check_version("patch", families.ROWS[0], found)
+
+
 V41 = r"deepseek_v41 of mlx-lm >=0.32.2,<0.33"
+FAMILIES = (
+    rf"model must be one of these: {V41}; .*deepseek_v4, glm5_next of mlx-vlm >=0.7.10,<0.8.*"
+)
 BAD = [
-    (lambda: adapter.patch(LINEAR), TypeError, rf"\[patch\] model must be a {V41} but .*Li"),
-    (lambda: adapter.unpatch(None), TypeError, rf"\[unpatch\] model must be a {V41} but got buil"),
-    (lambda: adapter.check(3), TypeError, r"\[check\] model must be a deepseek_v41"),
-    (lambda: check([1, 2]), TypeError, r"\[check\] tokens must .* got list"),
+    (lambda: adapter.patch(LINEAR), ValueError, rf"\[patch\] {FAMILIES}; but got .*Linear"),
+    (
+        lambda: adapter.unpatch(None),
+        TypeError,
+        r"\[unpatch\] model must be an nn.Module but got buil",
+    ),
+    (lambda: adapter.check(3), TypeError, r"\[check\] model must be an nn.Module"),
+    (lambda: check([1, 2]), TypeError, r"\[check\] prompts must .* got int"),
     (lambda: check(mx.ones(3)), TypeError, r"integers but got mlx.core.float32"),
-    (lambda: check(EMPTY), ValueError, r"tokens must have shape \[length\] .* but got \[1, 0\]"),
+    (lambda: check(EMPTY), ValueError, r"prompts must have shape \[length\] .* but got \[1, 0\]"),
     (
         lambda: check(UNKNOWN),
         ValueError,
-        r"\[check\] tokens must be from 0 to \d+ but got 3 to 999",
+        r"\[check\] prompts must be from 0 to \d+ but got 3 to 999",
     ),
     (lambda: adapter.bench(tiny()), ValueError, r"\[bench\] model must be patched"),
-    (another_layer, TypeError, rf"as in {V41} but got .*Linear for a HyperConnection"),
+    (
+        another_layer,
+        TypeError,
+        r"as in deepseek_v41 of mlx-lm but got .*Linear for a HyperConnection",
+    ),
     (lambda: adapter.patch(tiny(hc_sinkhorn_iters=0)), ValueError, "iters must be at least 1"),
     (zero_eps, ValueError, r"\[patch\] rms_norm_eps must be"),
-    (lambda: check_version("0.32.1"), ImportError, f"must be {V41} but mlx-lm is 0.32.1"),
-    (lambda: check_version("0.33.0.dev1"), ImportError, "but mlx-lm is 0.33.0.dev1"),
+    (lambda: check_version("0.32.1"), ValueError, f"must be a {V41} but mlx-lm is 0.32.1"),
+    (lambda: check_version("0.33.0.dev1"), ValueError, "but mlx-lm is 0.33.0.dev1"),
 ]
 
 
@@ -240,6 +262,12 @@ def test_errors(call, kind, message):
         ("--sites 0", "--sites must be positive numbers"),
         ("--sites 64 --tokens 1,0", "--tokens must be positive numbers"),
         ("--sites 64 --check", "they go not with --sites"),
+        ("--sites 64 --prompts 3", "they go not with --sites"),
+        ("--sites 64 --prompt Hello", "--prompt needs the tokenizer of --model"),
+        (
+            "--sites 64 --family v9",
+            "family must be one of lm_deepseek_v41, vlm_deepseek_v41, .* but got 'v9'",
+        ),
         ("--random 256,0", "--random must be positive numbers"),
         ("--random 64,4,9", "--random must be D or D,LAYERS but is 64,4,9"),
         ("--sites 64 --json nowhere/a.json", "--json must be in a folder that exists but is"),
@@ -249,24 +277,29 @@ def test_errors(call, kind, message):
 def test_command_names_mistakes(command, message, capsys):
     with pytest.raises(SystemExit):
         main(command.split())
-    assert message in capsys.readouterr().err
+    assert re.search(re.escape(message).replace(r"\.\*", ".*"), capsys.readouterr().err)
 
 
-def test_without_mlx_lm(monkeypatch):
-    found = importlib.util.find_spec
-    absent = lambda name, *rest: None if name == "mlx_lm" else found(name, *rest)  # noqa: E731
-    monkeypatch.setattr(importlib.util, "find_spec", absent)
-    with pytest.raises(ImportError, match=r"needs mlx-lm: pip install 'mhc-metal\[mlx-lm\]'"):
-        importlib.reload(adapter)
+def test_without_its_package(monkeypatch):
+    """A family whose package is missing says so; the others work."""
+    found = importlib.metadata.version
+
+    def version(name):
+        if name == "mlx-lm":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(ValueError, match=r"have its package: pip install 'mhc-metal\[mlx-lm\]'"):
+        adapter.bench_sites(32, (1,))
+    assert "mlx-lm" not in times.machine()
 
 
 def test_another_version_of_mlx_lm(monkeypatch):
-    """Found at import, before any of its names is used."""
-    monkeypatch.setattr(mlx_lm, "__version__", "0.33.1")
-    for name in [name for name in sys.modules if name.startswith("mhc_mlx.mlx_lm")]:
-        monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ImportError, match=f"{V41} but mlx-lm is 0.33.1"):
-        importlib.import_module("mhc_mlx.mlx_lm")
+    """Found when a model is patched, before any name of the version is used."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.33.1")
+    with pytest.raises(ValueError, match=f"{V41} but mlx-lm is 0.33.1"):
+        adapter.patch(tiny(layers=1))
 
 
 def test_another_model_of_mlx_lm():
@@ -274,5 +307,5 @@ def test_another_model_of_mlx_lm():
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 50, "num_hidden_layers": 1}
     model = Model(ModelArgs("llama", num_attention_heads=4, rms_norm_eps=1e-5, **sizes))
-    with pytest.raises(TypeError, match=rf"{V41} but got mlx_lm.models.llama.Model"):
+    with pytest.raises(ValueError, match=rf"{FAMILIES}; but got mlx_lm.models.llama.Model"):
         adapter.patch(model)

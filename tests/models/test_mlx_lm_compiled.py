@@ -1,4 +1,4 @@
-"""Compiled sites of `mhc_mlx.mlx_lm`: their traces, and what they launch."""
+"""Compiled sites of `mhc_mlx.models`: their traces, and what they launch."""
 
 import concurrent.futures
 
@@ -8,11 +8,20 @@ import pytest
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: its adapter is not tested")
 
 from mhc_mlx import launch, ops  # noqa: E402
-from mhc_mlx import mlx_lm as adapter  # noqa: E402
-from mhc_mlx.mlx_lm.exact import random_inputs, streams_dtype  # noqa: E402
-from mhc_mlx.mlx_lm.sites import find_sites  # noqa: E402
+from mhc_mlx.models.exact import random_inputs  # noqa: E402
+from mhc_mlx.models.family import Options  # noqa: E402
+from mhc_mlx.models.times import random_sites  # noqa: E402
 from models import modules  # noqa: E402
-from models.tiny_deepseek import exactly, patched, tiny, within  # noqa: E402
+from models.tiny_deepseek import (  # noqa: E402
+    exactly,
+    family,
+    find_sites,
+    patched,
+    run_ours,
+    streams_dtype,
+    tiny,
+    within,
+)
 
 
 @pytest.fixture
@@ -27,7 +36,7 @@ def launches(monkeypatch):
 
 
 def run(site, x, y):
-    made = site.hc.site(x, y, site.norm)
+    made = run_ours(site, x, y)
     mx.eval(made)
     return made
 
@@ -51,7 +60,7 @@ def same(got, want) -> None:
 def test_sites_share_a_trace_of_each_shape(kind, wide, launches):
     """All with a norm one, the last one another; bit for bit what each makes uncompiled."""
     model = patched(tiny(kind=kind))
-    dtype, sites = streams_dtype(model.model), find_sites(model.model)
+    dtype, sites = streams_dtype(model), find_sites(model)
     for count, traced in ((3, False), (1, False), (3, True), (40, False)):
         for k, site in enumerate(sites):
             x, y = random_inputs(site, dtype, count, k)
@@ -63,7 +72,7 @@ def test_sites_share_a_trace_of_each_shape(kind, wide, launches):
 
 
 def test_a_compiled_site_follows_its_parameters(launches):
-    site = find_sites(patched(tiny()).model)[1]
+    site = find_sites(patched(tiny()))[1]
     x, y = random_inputs(site, mx.float32, 3)
     before = run(site, x, y)
     for module, name in (
@@ -79,7 +88,7 @@ def test_a_compiled_site_follows_its_parameters(launches):
 
 
 def test_a_compiled_site_follows_its_constants(launches):
-    site = find_sites(patched(tiny()).model)[1]
+    site = find_sites(patched(tiny()))[1]
     x, y = random_inputs(site, mx.float32, 3)
     before = run(site, x, y)
     for module, name in (
@@ -95,7 +104,7 @@ def test_a_compiled_site_follows_its_constants(launches):
 def test_sites_that_are_not_compiled(launches, monkeypatch):
     """With a gradient, without kernels, without a GPU, without tokens, and of a length that is no
     decoder's and no whole chunk: each call calls the op."""
-    site = find_sites(patched(tiny()).model)[1]
+    site = find_sites(patched(tiny()))[1]
     x, y = random_inputs(site, mx.float32, 3)
     rest, chunk = (random_inputs(site, mx.float32, length) for length in (65, 256))
     with monkeypatch.context() as context:
@@ -110,7 +119,7 @@ def test_sites_that_are_not_compiled(launches, monkeypatch):
             ((x, y), "metal", True, False, 1),
         ):
             context.setattr(launch, "backend", lambda backend=backend: backend)
-            site.hc.use_metal, site.hc.differentiable = use_metal, differentiable
+            site.hc._mhc.sites[""] = Options(use_metal, differentiable)
             calls.clear()
             for _ in range(2):
                 assert [a.shape[1] for a in run(site, *given)] == 3 * [given[0].shape[1]]
@@ -119,7 +128,7 @@ def test_sites_that_are_not_compiled(launches, monkeypatch):
 
 
 def test_a_trace_is_of_one_backend(launches, monkeypatch):
-    site = find_sites(patched(tiny()).model)[1]
+    site = find_sites(patched(tiny()))[1]
     x, y = random_inputs(site, mx.float32, 3)
     with monkeypatch.context() as wrong:  # so that a trace that is used shows
         usual = launch.run
@@ -136,12 +145,12 @@ def test_a_trace_is_of_one_backend(launches, monkeypatch):
 
 def test_a_compiled_site_inside_others(tmp_path, launches):
     """Compiled and exported again, on a stream and in a thread, after it was traced alone."""
-    site = find_sites(patched(tiny()).model)[1]
+    site = find_sites(patched(tiny()))[1]
     x, y = random_inputs(site, mx.float32, 3)
     want = run(site, x, y)
 
     def f(x, y):
-        return site.hc.site(x, y, site.norm)
+        return run_ours(site, x, y)
 
     launches.clear()
     same(mx.compile(f)(x, y), want)
@@ -158,6 +167,6 @@ def test_a_compiled_site_inside_others(tmp_path, launches):
 def test_launches(count, most, launches):
     """Kernels of one sublayer at a model's size, recorded and not run; everything else that its
     graph has is a view."""
-    (site,) = adapter.times.random_sites(4096, 1)
-    site.hc.site(*random_inputs(site, mx.bfloat16, count), site.norm)
+    (site,) = random_sites(4096, 1, family.FAMILY)
+    run_ours(site, *random_inputs(site, mx.bfloat16, count))
     assert 1 <= len(launches) <= most, launches

@@ -7,8 +7,8 @@ import pytest
 from programs.test_packaging import ROOT
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
-from mhc_mlx.mlx_lm import times
-from mhc_mlx.mlx_lm.sites import stock
+from mhc_mlx.models import times
+from mhc_mlx.models.families import lm_deepseek_v41 as family
 
 RESULT = "benchmarks/results/h100/v41.json"
 STOCK = ("mlx-lm", "mlx-lm, compiled")
@@ -21,7 +21,7 @@ def one_primitive(x: mx.array) -> mx.array:
 
 def counts() -> list[int]:
     times._compiled_stock.cache_clear()  # it may hold a trace of other functions
-    chains = times._chains(times.random_sites(64, 3), mx.bfloat16, 1)
+    chains = times._chains(times.random_sites(64, 3, family.FAMILY), mx.bfloat16, 1)
     return [times._dispatches(chains[k])["dispatches"] for k in STOCK]
 
 
@@ -32,7 +32,7 @@ def test_readme_counts_mlx_lms_dispatches(monkeypatch):
     on_cuda = counts()
     for row in json.loads((ROOT / RESULT).read_text())["per sublayer"]:
         assert [row["graph"]["1"][k]["dispatches"] for k in STOCK] == on_cuda
-    monkeypatch.setattr(stock, "_sinkhorn", lambda comb, iters, eps: one_primitive(comb))
+    monkeypatch.setattr(family.stock, "_sinkhorn", lambda comb, iters, eps: one_primitive(comb))
     on_metal = counts()
     times._compiled_stock.cache_clear()
     text = " ".join((ROOT / "README.md").read_text().split())

@@ -17,12 +17,12 @@ from mlx_lm.tuner import trainer  # noqa: E402
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters  # noqa: E402
 
 from mhc_mlx import launch  # noqa: E402
-from mhc_mlx import mlx_lm as adapter  # noqa: E402
-from mhc_mlx.mlx_lm.exact import random_inputs  # noqa: E402
-from mhc_mlx.mlx_lm.gradients import TRAINED  # noqa: E402
-from mhc_mlx.mlx_lm.sites import find_sites, stock_site  # noqa: E402
+from mhc_mlx import models as adapter  # noqa: E402
+from mhc_mlx.models.exact import random_inputs  # noqa: E402
+from mhc_mlx.models.families import lm_deepseek_v41 as family  # noqa: E402
+from mhc_mlx.models.gradients import straight_through  # noqa: E402
 from models import modules  # noqa: E402
-from models.tiny_deepseek import tiny, tokens  # noqa: E402
+from models.tiny_deepseek import find_sites, run_ours, tiny, tokens  # noqa: E402
 
 launched = modules.launched
 
@@ -52,7 +52,7 @@ def by_plain_ops(model):
     for layer in trainable(model).layers:
         layer.__class__ = stock.DecoderLayer
         for hc in (layer.attn_hc, layer.ffn_hc):
-            hc.__class__ = adapter.DifferentiableHyperConnection
+            hc.__class__ = family.DifferentiableHyperConnection
     return model
 
 
@@ -74,7 +74,7 @@ def test_errors_of_the_stock_model():
         gradients(model)
     for module in model.modules():
         if type(module) in (stock.Router, stock.Indexer, stock.HyperConnection):
-            module.__class__ = TRAINED[type(module)]
+            module.__class__ = family.FAMILY.trained[type(module)]
     with pytest.raises(ValueError, match=r"\[Primitive::vjp\] Not implemented for FromFP8"):
         gradients(model)
 
@@ -85,7 +85,7 @@ def test_only_this_model(launched):
     argpartition, methods = mx.argpartition, dict(vars(stock.Router))
     gradients(trainable(tiny()))
     assert all(vars(stock)[name] is value for name, value in before.items())
-    sinkhorn = adapter.DifferentiableHyperConnection.__call__.__globals__["_sinkhorn"]
+    sinkhorn = family.DifferentiableHyperConnection.__call__.__globals__["_sinkhorn"]
     assert sinkhorn.__globals__["_sinkhorn_kernel"] is None  # on Metal, where it has no gradient
     assert mx.argpartition is argpartition and dict(vars(stock.Router)) == methods
     with pytest.raises(ValueError, match=INDICES):
@@ -98,7 +98,7 @@ def test_only_this_model(launched):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
 def test_rounding_passes_its_gradient(quantise, dtype):
     x = (4 * mx.random.normal((3, 64))).astype(dtype)
-    f = functools.partial(adapter.gradients._straight_through(quantise), block_size=32)
+    f = functools.partial(straight_through(quantise), block_size=32)
     dout = mx.random.normal(x.shape).astype(dtype)
     (out,), (dx,) = mx.vjp(f, [x], [dout])
     assert mx.array_equal(out, quantise(x, block_size=32)).item()
@@ -110,7 +110,7 @@ def test_a_site(round_to, launched):
     """fn, base, scale, both activations and the norm's weight, with random cotangents. In bfloat16
     the plain ops are those of float32, less their rounding."""
     model = trainable(tiny())
-    site = find_sites(model.model)[1]
+    site = find_sites(model)[1]
     x, y = random_inputs(site, mx.float32, 6)
 
     def of(run, dtype):
@@ -128,10 +128,10 @@ def test_a_site(round_to, launched):
         site.norm.update({"weight": arrays[-1].astype(mx.float32)})
         return dict(zip(("x", "y", "fn", "base", "scale", "weight"), found, strict=True))
 
-    made = [mx.random.normal(a.shape) for a in site.hc.site(x, y, site.norm)]
-    plain = functools.partial(adapter.DifferentiableHyperConnection.__call__, site.hc)
-    want = of(lambda x, y: stock_site(plain, x, y, site.norm), mx.float32)
-    got = of(lambda x, y: site.hc.site(x, y, site.norm), round_to)
+    made = [mx.random.normal(a.shape) for a in run_ours(site, x, y)]
+    plain = functools.partial(family.DifferentiableHyperConnection.__call__, site.hc)
+    want = of(lambda x, y: family.stock_site(plain, x, y, site.norm), mx.float32)
+    got = of(lambda x, y: run_ours(site, x, y), round_to)
     assert all(got[k].dtype == (round_to if k in ("x", "y", "weight") else mx.float32) for k in got)
     agree(got, want, 1e-4 if round_to == mx.float32 else 3e-2)
 
@@ -220,7 +220,7 @@ def test_tuner(tmp_path, kernels):
 def test_checkpointed_layers_are_refused(monkeypatch):
     """mlx-lm's own loses the compressed keys that one layer makes for another: its loss would be
     another."""
-    for cls in (adapter.SinglePassLayer, stock.DecoderLayer):
+    for cls in (family.SinglePassLayer, stock.DecoderLayer):
         monkeypatch.setattr(cls, "__call__", cls.__call__)  # which grad_checkpoint replaces
     model = trainable(tiny())
     trainer.grad_checkpoint(model.layers[0])

@@ -7,7 +7,9 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.deepseek_v41 import Model, ModelArgs
 
-from mhc_mlx import mlx_lm as adapter
+from mhc_mlx import models as adapter
+from mhc_mlx.models import run
+from mhc_mlx.models.families import lm_deepseek_v41 as family
 
 VOCABULARY = 96
 
@@ -87,6 +89,26 @@ def runs_here(model: nn.Module, kind: str) -> None:
 
 def tokens(count: int, batch: int = 1, seed: int = 0) -> mx.array:
     return mx.array(np.random.default_rng(seed).integers(0, VOCABULARY, (batch, count)))
+
+
+def find_sites(model):
+    return family.FAMILY.sites(model)
+
+
+def streams_dtype(model):
+    return family.FAMILY.dtype(model)
+
+
+def run_ours(site, x, y, *norm):
+    """out, u and h_pre of a patched site as its layer runs it, or with another norm."""
+    given = norm[0] if norm else site.norm
+    return run.single_pass(site.hc, "", site.settings, site.options, x, y, given)
+
+
+def run_theirs(site, x, y, *norm):
+    """The same by mlx-lm's functions."""
+    call = family.stock.HyperConnection.__call__.__get__(site.hc)
+    return family.stock_site(call, x, y, norm[0] if norm else site.norm)
 
 
 def patched(model, **options):

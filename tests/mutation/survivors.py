@@ -145,10 +145,10 @@ EQUIVALENT = {
         ('"linewidth": 1}', '"linewidth": 2}',
          "its dots, not its width, tell the line from others"),
     ],
-    "mlx_lm/exact.py": [
+    "models/family.py": [
         ("zeros((1, 1)", "zeros((1, 2)", "a dtype does not depend on how many tokens there are"),
     ],
-    "mlx_lm/patch.py": [
+    "models/patching.py": [
         ("classes, strict=True)", "classes, strict=False)",
          "the classes are listed one per module, so lengths never differ"),
     ],

@@ -302,7 +302,7 @@ def test_results_have_the_schema_and_a_line_for_each_row():
         elif "copy_gb_s" in result:
             overhead.check_record(result)
             assert {"dim", "floor_ms", "plain", "fused"} <= set(result["results"][0])
-        else:  # mhc_mlx.mlx_lm measured it
+        else:  # mhc_mlx.models measured it
             of_sites = result.get("per sublayer", [result.get("check")])
             times = [t for k in of_sites for t in k["times"]]
             assert times and all(0 < value < float("inf") for t in times for value in t.values())

@@ -68,9 +68,9 @@ def missing(rung: str) -> str | None:
 
 
 def forget_traces() -> None:
-    """Drop the compiled sites of mhc_mlx.mlx_lm: a trace keeps the launches of its executor."""
-    if "mhc_mlx.mlx_lm.sites" in sys.modules:
-        sys.modules["mhc_mlx.mlx_lm.sites"]._site.cache_clear()
+    """Drop the compiled sites of mhc_mlx.models: a trace keeps the launches of its executor."""
+    if "mhc_mlx.models.run" in sys.modules:
+        sys.modules["mhc_mlx.models.run"].clear()
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ if __name__ in ("__main__", "__mp_main__"):  # import from the working directory
 import mlx.core as mx
 import numpy as np
 
-MODULES = ("mhc_mlx", "mhc_mlx.ops", "mhc_mlx.reference", "mhc_mlx.diagnostics", "mhc_mlx.mlx_lm")
+MODULES = ("mhc_mlx", "mhc_mlx.ops", "mhc_mlx.reference", "mhc_mlx.diagnostics", "mhc_mlx.models")
 FORMS = ("simulator", "simulator, CUDA")
 KINDS = ("signature", "launch", "ptx", "figures", "bits", "traffic", "inputs")
 

@@ -1,7 +1,8 @@
-"""``python -m mhc_mlx.mlx_lm`` patches a model, checks it, and times it."""
+"""``python -m mhc_mlx.models`` patches a model, checks it, and times it."""
 
 import argparse
 import functools
+import importlib
 import shlex
 import sys
 import time
@@ -11,43 +12,29 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
 from mlx.utils import tree_map_with_path
 
 from ..commands import Output, check_strings, make_parser, memory, read
 from .check import check
-from .patch import patch
-from .sites import MODELS, stock
-from .times import bench, bench_sites, machine, random_sites
+from .families import ROWS, family_of, named, titles
+from .family import Family
+from .patching import patch
+from .times import bench, bench_sites, machine
+
+PACKAGES = sorted({row.package for row in ROWS})
+COMMAND = "python -m mhc_mlx.models"
 
 
-def _random_model(d: int, layers: int) -> nn.Module:
-    """Make a deepseek_v41 of hidden size d with 8 experts, 4-bit weights, bfloat16 activations."""
-    args = stock.ModelArgs(
-        hidden_size=d,
-        num_hidden_layers=layers,
-        vocab_size=1024,
-        num_attention_heads=8,
-        head_dim=128,
-        q_lora_rank=256,
-        qk_rope_head_dim=32,
-        o_groups=4,
-        o_lora_rank=128,
-        moe_intermediate_size=256,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        compress_ratios=(0, *[4] * (layers - 1)),
-        kv_source_layer_ids=tuple(range(1, layers)),
-        index_source_layer_ids=tuple(range(1, layers)),
-        index_n_heads=4,
-        index_head_dim=64,
-    )
-    model = stock.Model(args)
-    sites: list[Any] = [m for m in model.modules() if isinstance(m, stock.HyperConnection)]
-    for k, hc in enumerate(sites):
-        hc.fn = random_sites(d, 1)[0].hc.fn
-        hc.base = mx.random.normal(hc.base.shape, key=mx.random.key(k))
-    cast = model.cast_predicate
+def _random_model(family: Family, d: int, layers: int) -> nn.Module:
+    """Make a small random model with 4-bit weights and bfloat16 activations."""
+    model = family.new_model(d, layers)
+    for k, site in enumerate(family.sites(model)):
+        fn, base, scale = site.arrays
+        kf, kb, ks = mx.random.split(mx.random.key(k), 3)
+        site.hc[site.prefix + "fn"] = mx.random.normal(fn.shape, key=kf) * fn.shape[1] ** -0.5
+        site.hc[site.prefix + "base"] = mx.random.normal(base.shape, key=kb)
+        site.hc[site.prefix + "scale"] = mx.random.uniform(0.5, 1.5, scale.shape, key=ks)
+    cast = family.text(model).cast_predicate
 
     def bfloat16(name: str, a: mx.array) -> mx.array:
         return a.astype(mx.bfloat16) if cast(name) else a
@@ -58,12 +45,9 @@ def _random_model(d: int, layers: int) -> nn.Module:
     return model.eval()
 
 
-COMMAND = "python -m mhc_mlx.mlx_lm"
-
-
 def _check_report(report) -> None:
     """Raise ValueError unless --json of this command has written the report."""
-    check_strings(report, "device", "mlx", "mlx-lm", "date", "command")
+    check_strings(report, "device", "mlx", "date", "command")
     if not report["command"].startswith(COMMAND):
         raise ValueError(f"its command is {report['command']}")
 
@@ -82,7 +66,7 @@ def _numbers(option: str, text: str) -> list[int]:
 def _check_tokens(tokens: Sequence[int], d: int) -> None:
     """Raise ValueError if the device's memory is too small for this number of tokens.
 
-    With 4 streams mlx-lm makes 32 float32 arrays of the size of x.
+    With 4 streams the packages make up to 32 float32 arrays of the size of x.
     """
     needed, size = 4 * 4 * d * 32 * max(tokens), memory()
     if needed > size:
@@ -90,8 +74,8 @@ def _check_tokens(tokens: Sequence[int], d: int) -> None:
         raise ValueError(f"--tokens must fit in the device's memory but {got}")
 
 
-def _check_folder(model: str) -> None:
-    """Raise ValueError unless model is a name, or a folder with a deepseek_v41.
+def _check_folder(model: str, package: str) -> None:
+    """Raise ValueError unless model is a name, or a folder with a model of the package's families.
 
     This reads config.json alone, so that a wrong folder fails before its weights are read.
     """
@@ -102,8 +86,8 @@ def _check_folder(model: str) -> None:
         name = "--model must be a model's folder: its config.json"
         config = read(name, str(path / "config.json"))
         kind = config.get("model_type") if isinstance(config, dict) else None
-        if kind != "deepseek_v41":
-            raise ValueError(f"--model must be a {MODELS} but {model} is {kind}")
+        if kind not in [m for r in ROWS if r.package == package for m in r.models.split(", ")]:
+            raise ValueError(f"--model must be one of these: {titles()}; but {model} is {kind}")
     elif model.startswith(("/", ".", "~")):
         raise ValueError(f"--model must be a folder that exists but is {model}")
 
@@ -114,10 +98,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     The result has three more attributes: sizes (of --sites or --random), lengths (numbers of
     tokens) and output.
     """
-    description = "Patch a DeepSeek V4.1 of mlx-lm, check it against float64, and time it."
+    description = "Patch a model, check it against float64 and its package, and time it."
     parser = make_parser(COMMAND, description)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", help="path or name that mlx_lm.load takes")
+    what.add_argument("--model", help="path or name that the package loads")
+    parser.add_argument("--package", choices=PACKAGES, default="mlx-lm", help="of --model")
+    parser.add_argument("--family", default=ROWS[0].file, help=", ".join(row.file for row in ROWS))
     what.add_argument("--random", metavar="D[,LAYERS]", help="a small model of random weights")
     what.add_argument("--sites", metavar="D[,D...]", help="hyper-connections of these sizes alone")
     part = parser.add_mutually_exclusive_group()
@@ -125,25 +111,34 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     part.add_argument("--bench", action="store_true", help="prefill and decode, alone")
     parser.add_argument("--no-verify", action="store_true", help="patch(verify=False)")
     parser.add_argument("--tokens", metavar="L[,L...]", help="numbers of tokens to time")
+    parser.add_argument("--prompts", metavar="L[,L...]", help="compare tokens after random prompts")
+    parser.add_argument("--prompt", action="append", help="compare tokens after this text; again")
     parser.add_argument("--json", metavar="FILE", help="new, or an earlier one: what is printed")
     args = parser.parse_args(argv)
     args.error = parser.error
     try:
         tokens = None if args.tokens is None else _numbers("--tokens", args.tokens)
         args.lengths, args.sizes = tokens and tuple(tokens), [1]
+        args.random_prompts = [] if args.prompts is None else _numbers("--prompts", args.prompts)
+        if args.prompt is not None and args.model is None:
+            raise ValueError("--prompt needs the tokenizer of --model")
+        if args.model is None:
+            args.of = named("models", args.family)
         if args.sites is not None:
-            if args.check or args.bench or args.no_verify:
+            if args.check or args.bench or args.no_verify or args.random_prompts:
                 must = "are of a model: they go not with --sites"
-                raise ValueError(f"--check, --bench and --no-verify {must}")
+                raise ValueError(f"--check, --bench, --no-verify and --prompts {must}")
             args.sizes = _numbers("--sites", args.sites)
         elif args.random is not None:
             args.sizes = _numbers("--random", args.random)
             if len(args.sizes) > 2:
                 raise ValueError(f"--random must be D or D,LAYERS but is {args.random}")
+            if type(args.of).new_model is Family.new_model:
+                raise ValueError(f"--random must be of lm_deepseek_v41 but is of {args.family}")
             if args.sizes[0] % 32:
                 raise ValueError(f"--random must have D a multiple of 32 but has {args.sizes[0]}")
         else:
-            _check_folder(args.model)
+            _check_folder(str(args.model), args.package)
         largest = max(args.sizes) if args.sites is not None else args.sizes[0]
         _check_tokens(args.lengths or (2048,), largest)
         args.output = Output("--json", args.json, f"a report of {COMMAND}", _check_report)
@@ -152,14 +147,27 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def _load(args: argparse.Namespace) -> nn.Module:
+def _load(args: argparse.Namespace) -> tuple[nn.Module, Any]:
+    """Return the model, and a tokenizer or None."""
     if args.random is not None:
         d, layers = (*args.sizes, 3)[:2]
-        return _random_model(d, layers)
+        return _random_model(args.of, d, layers), None
     try:
-        return mlx_lm.load(args.model)[0]
-    except (OSError, ValueError) as error:
-        return args.error(f"--model must be what mlx_lm.load takes but is {args.model}: {error}")
+        package: Any = importlib.import_module(args.package.replace("-", "_"))
+        return package.load(args.model)
+    except (OSError, ValueError, ImportError) as error:
+        must = f"be what {args.package} loads"
+        return args.error(f"--model must {must} but is {args.model}: {error}")
+
+
+def _prompts(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> list[Any] | None:
+    """Return the prompts whose tokens are compared, or None."""
+    vocabulary = family_of("models", model).vocabulary(model) if args.random_prompts else 0
+    encoder = tokenizer if hasattr(tokenizer, "encode") else getattr(tokenizer, "tokenizer", None)
+    found: list[Any] = [list(map(int, encoder.encode(text))) for text in args.prompt or ()]
+    for k, length in enumerate(args.random_prompts):
+        found.append(mx.random.randint(0, vocabulary, (length,), key=mx.random.key(k)))
+    return found or None
 
 
 def _measures(args: argparse.Namespace):
@@ -167,20 +175,22 @@ def _measures(args: argparse.Namespace):
     if args.sites is not None:
         for d in args.sizes:
             lengths = args.lengths or (1, 8, 512, 2048)
-            yield "per sublayer", functools.partial(bench_sites, d, lengths)
+            yield "per sublayer", functools.partial(bench_sites, d, lengths, family=args.family)
         return
-    model = _load(args)
+    model, tokenizer = _load(args)
+    prompts = _prompts(args, model, tokenizer)
     start = time.perf_counter()
     patch(model, verify=not args.no_verify)
     print(f"patched in {time.perf_counter() - start:.1f} s", flush=True)
     if not args.bench:
-        yield "check", functools.partial(check, model, times=args.lengths or (1, 512))
+        lengths = args.lengths or (1, 512)
+        yield "check", functools.partial(check, model, prompts, times=lengths)
     if not args.check:
         yield "bench", functools.partial(bench, model, args.lengths or (512, 2048))
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run ``python -m mhc_mlx.mlx_lm`` with these arguments and return its report.
+    """Run ``python -m mhc_mlx.models`` with these arguments and return its report.
 
     It exits with a message if parity fails or the report cannot be written.
     """

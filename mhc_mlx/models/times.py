@@ -1,38 +1,29 @@
 """Measure times, dispatches and memory of sites, and tokens per second of a model.
 
-All are measured patched and by mlx-lm's own code.
+All are measured patched and by the package's own code.
 """
 
+import contextlib
 import datetime
 import functools
+import importlib.metadata
 import math
 import statistics
 import time
-import types
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
-from mlx_lm.generate import generate_step
 
 from .. import launch
 from ..layers import check_sizes
 from ..ops.checks import FLOATS, fail
 from .exact import random_inputs, site_errors
-from .layers import SinglePassLayer
-from .patch import _fails, as_stock
-from .sites import (
-    SinglePassConnection,
-    Site,
-    run_site,
-    stage_layers,
-    stock,
-    stock_coefficients,
-    stock_site,
-    text_model,
-)
+from .families import ROWS, family_of, named
+from .family import Family, Options, Settings, Site
+from .patching import as_stock, enable, is_patched
+from .verify import LEAST, too_large
 
 SITES = 122  # DeepSeek V4.1 has 61 layers with two sites each
 
@@ -48,12 +39,16 @@ def check_counts(op: str, **counts: tuple[int, ...]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Return device, backend, versions of MLX and mlx-lm, and the date, for reports."""
+    """Return device, backend, versions of MLX and the packages, and the date, for reports."""
+    versions = {}
+    for package in dict.fromkeys(row.package for row in ROWS):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     return {
         "device": mx.device_info().get("device_name", "cpu"),
         "backend": launch.backend() or "none: the reference runs",
         "mlx": mx.__version__,  # pyright: ignore[reportAttributeAccessIssue]
-        "mlx-lm": mlx_lm.__version__,
+        **versions,
         "date": datetime.date.today().isoformat(),
     }
 
@@ -74,66 +69,77 @@ def _seconds(run: Callable) -> float:
 
 
 @functools.cache
-def _compiled_stock(n: int, iters: int, hc_eps: float, norm_eps: float, eps: float) -> Callable:
-    """Return mlx-lm's code of a site, compiled, of (x, y, fn, base, scale, weight)."""
-    fixed = {"hc": n, "iters": iters, "hc_eps": hc_eps, "norm_eps": norm_eps}
-    fixed |= {"_eps": mx.array([hc_eps]), "_scale_ids": mx.array([0] * n + [1] * n + [2] * n * n)}
+def _compiled_stock(settings: Settings, kind: str, eps: float) -> tuple[list[Site], Callable]:
+    """Return the package's code of a site, compiled, of (x, y, fn, base, scale, weight).
 
-    def run(x, y, fn, base, scale, weight):
-        hc = stock_coefficients(types.SimpleNamespace(**fixed, fn=fn, base=base, scale=scale))
-        return stock_site(hc, x, y, lambda u: mx.fast.rms_norm(u, weight, eps))
+    The list gets the site whose code it is before the first call.
+    """
+    of: list[Site] = []
 
-    return mx.compile(run)
+    def run(x, y, *arrays):
+        return _step(of[0].with_arrays(*arrays), None, x, y)
+
+    return of, mx.compile(run)
+
+
+def _step(site: Site, options: Options | None, x: mx.array, y: mx.array) -> tuple:
+    """Run a site whose sublayer is the identity: return its streams and what is read.
+
+    Where sites are not lagged, what is read is what is written back.
+    """
+    outputs = site.outputs(options, x, y if site.kind == "lagged" else None)
+    return outputs["out"], outputs["u"]
+
+
+def _timed(sites: list[Site]) -> list[Site]:
+    """Return the sites that are alike: those with a plain norm and streams as results."""
+    return [site for site in sites if type(site.norm) is nn.RMSNorm and site.kind != "head"]
 
 
 def _chains(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict[str, Callable]:
     """Return functions that run all sites one after the other; the sublayers are the identity.
 
-    "patched" runs them as a patched model does, which compiles each; "mlx-lm" as mlx-lm's model
-    does; "mlx-lm, compiled" runs mlx-lm's code of each site, compiled.
+    "patched" runs them as a patched model does, which compiles each; the package's name as its own
+    model does; with ", compiled" the package's code of each site is compiled.
     """
-    sites = [site for site in sites if type(site.norm) is nn.RMSNorm]
-    x, y = random_inputs(sites[0], dtype, tokens)
-    hc = sites[0].hc
-    numbers = (hc.hc, hc.iters, hc.hc_eps, hc.norm_eps, sites[0].norm.eps)
-    compiled = _compiled_stock(*numbers)
-    mx.eval(x, y, [(s.hc.parameters(), s.norm.parameters()) for s in sites])
+    sites = _timed(sites)
+    first, package = sites[0], sites[0].family.package
+    x, y = random_inputs(first, dtype, tokens)
+    of, compiled = _compiled_stock(first.settings, first.kind, first.norm.eps)
+    of[:] = [first]
+    mx.eval(x, y, [(s.arrays, s.norm.parameters()) for s in sites])
 
     def chain(step: Callable) -> Callable:
         def run(count: int = len(sites)):
-            streams, u, h_pre = x, y, None
+            streams, u = x, y
             for site in sites[:count]:
-                streams, u, h_pre = step(site, streams, u)
-            return streams, u, h_pre
+                streams, u = step(site, streams, u)
+            return streams, u
 
         return run
 
-    def arrays(site: Site) -> tuple:
-        return site.hc.fn, site.hc.base, site.hc.scale, site.norm.weight
-
-    def of_stock(site: Site, x: mx.array, y: mx.array):
-        return stock_site(stock_coefficients(site.hc), x, y, site.norm)
-
     return {
-        "patched": chain(lambda site, x, y: run_site(site.hc, x, y, site.norm)),
-        "mlx-lm": chain(of_stock),
-        "mlx-lm, compiled": chain(lambda site, x, y: compiled(x, y, *arrays(site))),
+        "patched": chain(lambda site, x, y: _step(site, site.options, x, y)),
+        package: chain(lambda site, x, y: _step(site, None, x, y)),
+        f"{package}, compiled": chain(
+            lambda site, x, y: compiled(x, y, *site.arrays, site.norm.weight)
+        ),
     }
 
 
 def site_times(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict[str, Any]:
     """Return the number of tokens, and the seconds per site of each function of `_chains`."""
-    count = sum(type(site.norm) is nn.RMSNorm for site in sites)
+    count = len(_timed(sites))
     chains = _chains(sites, dtype, tokens)
     return {"tokens": tokens} | {k: _seconds(run) / count for k, run in chains.items()}
 
 
-def time_line(t: dict) -> str:
+def time_line(t: dict, package: str) -> str:
     """Return the result of `site_times` in words."""
-    ours, theirs, compiled = t["patched"], t["mlx-lm"], t["mlx-lm, compiled"]
+    ours, theirs, compiled = t["patched"], t[package], t[f"{package}, compiled"]
     return (
-        f"{t['tokens']:5} tokens: {ours * 1e6:.0f} us per sublayer, mlx-lm {theirs * 1e6:.0f} us "
-        f"({theirs / ours:.1f} x), compiled {compiled * 1e6:.0f} us ({compiled / ours:.1f} x)"
+        f"{t['tokens']:5} tokens: {ours * 1e6:.0f} us per sublayer, {package} {theirs * 1e6:.0f} "
+        f"us ({theirs / ours:.1f} x), compiled {compiled * 1e6:.0f} us ({compiled / ours:.1f} x)"
     )
 
 
@@ -156,29 +162,34 @@ def _peak(run: Callable) -> int:
     return mx.get_peak_memory() - before
 
 
-def random_sites(d: int, count: int) -> list[Site]:
+def random_sites(d: int, count: int, family: Family) -> list[Site]:
     """Return patched hyper-connections of hidden size d with random weights."""
-    args, sites = stock.ModelArgs(hidden_size=d), []
+    sites = []
     for k in range(count):
-        hc, norm = stock.HyperConnection(args), nn.RMSNorm(d, eps=args.rms_norm_eps)
+        site = family.new_site(d)
+        (fn, base, scale), norm = site.arrays, site.norm
         kf, kb, ks = mx.random.split(mx.random.key(k), 3)
-        hc.fn = mx.random.normal(hc.fn.shape, key=kf) * hc.fn.shape[1] ** -0.5
-        hc.base = mx.random.normal(hc.base.shape, key=kb)
-        hc.scale = mx.random.uniform(0.5, 1.5, (3,), key=ks)
+        fn = mx.random.normal(fn.shape, key=kf) * fn.shape[1] ** -0.5
+        base = mx.random.normal(base.shape, key=kb)
+        scale = mx.random.uniform(0.5, 1.5, scale.shape, key=ks)
         norm.weight = norm.weight.astype(mx.bfloat16)
-        hc.__class__, hc.use_metal, hc.differentiable = SinglePassConnection, True, False
-        sites.append(Site(f"random.{k}", hc, norm))
+        site = site.with_arrays(fn, base, scale, norm.weight)._replace(name=f"random.{k}")
+        enable(site, Options(True, False))
+        sites.append(site)
     return sites
 
 
 def bench_sites(
-    d: int, tokens: tuple[int, ...] = (1, 8, 512, 2048), dtype: mx.Dtype = mx.bfloat16
+    d: int,
+    tokens: tuple[int, ...] = (1, 8, 512, 2048),
+    dtype: mx.Dtype = mx.bfloat16,
+    family: str = "lm_deepseek_v41",
 ) -> dict[str, Any]:
-    """Measure random hyper-connections of hidden size d, patched and by mlx-lm's code, and print.
+    """Measure random hyper-connections of a hidden size, patched and by the package's code.
 
     A call runs 122 sites one after the other, as many as DeepSeek V4.1 has (their weights are
     larger than a cache); the sublayers between them are the identity. Measured are the time per
-    site of the patched sites, which are compiled, of mlx-lm's code and of mlx-lm's code compiled;
+    site of the patched sites, which are compiled, of the package's code and of that code compiled;
     the dispatches of a site in MLX's graph; and the peak memory of two sites at the largest number
     of tokens. Errors are measured first, at 24 sites with 4 tokens and at the first site with each
     number of tokens. If one is larger than `patch` allows, nothing is timed.
@@ -187,6 +198,7 @@ def bench_sites(
         d: C, channels per stream; n is 4.
         tokens: The numbers of tokens in one call.
         dtype: The dtype of x and y.
+        family: Of which family, by the name of its file in `mhc_mlx.models.families`.
 
     Returns:
         Numbers by name, in seconds, bytes, and units in the last place; ``ok`` tells whether the
@@ -194,7 +206,7 @@ def bench_sites(
 
     Raises:
         TypeError: An argument has another type.
-        ValueError: A number is not positive, or tokens is empty.
+        ValueError: A number is not positive, tokens is empty, or there is no such family here.
     """
     check_sizes("bench_sites", d=(d, math.inf))
     check_counts("bench_sites", tokens=tokens)
@@ -202,26 +214,35 @@ def bench_sites(
         raise ValueError(fail("bench_sites", "tokens", "have at least one number", "none"))
     if not isinstance(dtype, mx.Dtype) or dtype not in FLOATS:
         raise TypeError(fail("bench_sites", "dtype", "be float32, float16 or bfloat16", dtype))
-    sites = random_sites(d, SITES)
-    checked = enumerate(sites[:24])
-    errors = [site_errors(site, *random_inputs(site, dtype, 4, k)) for k, site in checked]
+    of = named("bench_sites", family)
+    sites, package = random_sites(d, SITES, of), of.package
+    errors = [
+        _largest(site, *random_inputs(site, dtype, 4, k)) for k, site in enumerate(sites[:24])
+    ]
     for count in tokens:
         distinct = math.gcd(4, count)  # these tokens are repeated, because float64 is slow
         inputs = random_inputs(sites[0], dtype, distinct)
-        errors.append(site_errors(sites[0], *inputs, count // distinct))
-    report = {"d": d, "n": sites[0].hc.hc, "dtype": str(dtype).split(".")[-1], "sites": len(sites)}
+        errors.append(_largest(sites[0], *inputs, count // distinct))
+    report = {
+        "d": d,
+        "n": sites[0].size[0],
+        "dtype": str(dtype).split(".")[-1],
+        "sites": len(sites),
+    }
     print(f"d = {d}, {report['dtype']}")
-    report["errors"] = {"patched": max(e for e, _ in errors), "mlx-lm": max(e for _, e in errors)}
+    report["errors"] = {"patched": max(e for e, _ in errors), package: max(e for _, e in errors)}
     worst = ", ".join(f"{k} {v:.2f}" for k, v in report["errors"].items())
     print(f"largest error against float64, units in the last place: {worst}")
-    wrong = [pair for pair in errors if _fails(*pair) or not math.isfinite(pair[0])]
+    limits = [max(theirs, LEAST) for _, theirs in errors]
+    pairs = zip(errors, limits, strict=True)
+    wrong = [e for (e, _), most in pairs if too_large(e, most) or not math.isfinite(e)]
     report["times"], report["ok"] = [], not wrong
     if not report["ok"]:
         print("parity FAILS: nothing is timed", flush=True)
         return report
     for count in tokens:
         report["times"].append(site_times(sites, dtype, count))
-        print(time_line(report["times"][-1]), flush=True)
+        print(time_line(report["times"][-1], package), flush=True)
     report["graph"] = {
         str(count): {k: _dispatches(run) for k, run in _chains(sites, dtype, count).items()}
         for count in (1, max(tokens))
@@ -236,19 +257,26 @@ def bench_sites(
     return report
 
 
-def _model_times(model: Any, lengths: tuple[int, ...], steps: int) -> dict[str, Any]:
+def _largest(site: Site, x: mx.array, y: mx.array, repeats: int = 1) -> tuple[float, float]:
+    """Return the largest error of a site as it runs now, and by the package's code."""
+    ours, theirs = site_errors(site, site.options, x, y, repeats)
+    return ours.most, theirs.most
+
+
+def _model_times(
+    family: Family, model: Any, lengths: tuple[int, ...], steps: int
+) -> dict[str, Any]:
     """Return tokens per second: of prefill by length, and of decoding after the first length."""
 
     def prompt(length: int) -> mx.array:
-        return mx.random.randint(0, model.args.vocab_size, (length,), key=mx.random.key(1))
+        return mx.random.randint(0, family.vocabulary(model), (length,), key=mx.random.key(1))
 
-    def prefill(length: int) -> list:
-        cache = model.make_cache()
-        return [model(prompt(length)[None], cache)[:, -1], [c.state for c in cache]]
+    def prefill(length: int) -> mx.array:
+        return family.logits(model, prompt(length)[None], family.cache(model))[:, -1]
 
     speeds = {str(n): n / _seconds(functools.partial(prefill, n)) for n in lengths}
     warm, start = 4, 0.0
-    for k, _ in enumerate(generate_step(prompt(lengths[0]), model, max_tokens=warm + steps)):
+    for k, _ in enumerate(family.generate(model, prompt(lengths[0]), warm + steps)):
         if k == warm - 1:
             start = time.perf_counter()
     return {"prefill": speeds, "decode": steps / (time.perf_counter() - start)}
@@ -257,10 +285,10 @@ def _model_times(model: Any, lengths: tuple[int, ...], steps: int) -> dict[str, 
 def bench(
     model: nn.Module, lengths: tuple[int, ...] = (512, 2048), steps: int = 32
 ) -> dict[str, Any]:
-    """Measure tokens per second of a patched model, and of the same model as mlx-lm runs it.
+    """Measure tokens per second of a patched model, and of the same model as its package runs it.
 
     Args:
-        model: A patched ``deepseek_v41`` model; it stays patched at the same sites.
+        model: A patched model; it stays patched at the same sites.
         lengths: Prompt lengths in tokens: prefill is timed for each, decoding after the first.
         steps: The number of tokens to decode.
 
@@ -268,24 +296,25 @@ def bench(
         Tokens per second by name.
 
     Raises:
-        TypeError: The model is no ``deepseek_v41``, or lengths or steps are no integers.
-        ValueError: The model is not patched, lengths is empty, or a length or steps is not
-            positive.
+        TypeError: The model is no `nn.Module`, or lengths or steps are no integers.
+        ValueError: The model is of no family or not patched, lengths is empty, or a length or steps
+            is not positive.
     """
-    text = text_model("bench", model)
+    family = family_of("bench", model)
+    package = family.package
     check_counts("bench", lengths=lengths)
     if not lengths:
         raise ValueError(fail("bench", "lengths", "have at least one number", "none"))
     check_sizes("bench", steps=(steps, math.inf))
-    if not any(isinstance(layer, SinglePassLayer) for layer in stage_layers(text)):
-        raise ValueError("[bench] model must be patched but got mlx-lm's own.")
-    report = {**machine(), "patched": _model_times(model, lengths, steps)}
-    with as_stock(text):
-        report["mlx-lm"] = _model_times(model, lengths, steps)
-    ours, theirs = report["patched"], report["mlx-lm"]
+    if not is_patched(model):
+        raise ValueError(f"[bench] model must be patched but got {package}'s own.")
+    report = {**machine(), "patched": _model_times(family, model, lengths, steps)}
+    with as_stock(model):
+        report[package] = _model_times(family, model, lengths, steps)
+    ours, theirs = report["patched"], report[package]
     for length in ours["prefill"]:
         a, b = ours["prefill"][length], theirs["prefill"][length]
-        print(f"prefill {length}: {a:.0f} tokens/s, mlx-lm {b:.0f} ({a / b:.2f} x)")
+        print(f"prefill {length}: {a:.0f} tokens/s, {package} {b:.0f} ({a / b:.2f} x)")
     a, b = ours["decode"], theirs["decode"]
-    print(f"decode: {a:.1f} tokens/s, mlx-lm {b:.1f} ({a / b:.2f} x)")
+    print(f"decode: {a:.1f} tokens/s, {package} {b:.1f} ({a / b:.2f} x)")
     return report

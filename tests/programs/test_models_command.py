@@ -1,7 +1,8 @@
-"""`python -m mhc_mlx.mlx_lm` checks its options, and times sites and models."""
+"""`python -m mhc_mlx.models` checks its options, and times sites and models."""
 
 import json
 import math
+import sys
 import types
 
 import mlx.core as mx
@@ -9,19 +10,19 @@ import pytest
 
 from programs.figures import refused
 
-REPORT = {"command": "python -m mhc_mlx.mlx_lm --sites 64", "device": "d", "mlx": "1", "date": "d"}
+REPORT = {"command": "python -m mhc_mlx.models --sites 64", "device": "d", "mlx": "1", "date": "d"}
 REPORT |= {"mlx-lm": "1", "backend": "b"}
 
 
 @pytest.fixture
 def command(monkeypatch):
     """Return the module of the command, in which nothing may run."""
-    pytest.importorskip("mlx_lm")
-    from mhc_mlx.mlx_lm import __main__ as command
+    mlx_lm = pytest.importorskip("mlx_lm")
+    from mhc_mlx.models import __main__ as command
 
     for name in ("bench", "bench_sites", "check", "patch", "_random_model"):
         monkeypatch.setattr(command, name, None)
-    monkeypatch.setattr(command.mlx_lm, "load", None)
+    monkeypatch.setattr(mlx_lm, "load", None)
     return command
 
 
@@ -78,9 +79,9 @@ def test_options_of_the_models_command(tmp_path, capsys, command, monkeypatch):
     def load(path):
         raise FileNotFoundError("no such repository")
 
-    monkeypatch.setattr(command.mlx_lm, "load", load)
+    monkeypatch.setattr(sys.modules["mlx_lm"], "load", load)
     error = refused(command.main, ["--model", "some/name"], capsys)
-    assert error == "--model must be what mlx_lm.load takes but is some/name: no such repository"
+    assert error == "--model must be what mlx-lm loads but is some/name: no such repository"
 
 
 def test_parts_are_written_as_they_are_measured(tmp_path, command, monkeypatch, capsys):
@@ -88,7 +89,8 @@ def test_parts_are_written_as_they_are_measured(tmp_path, command, monkeypatch, 
     file = tmp_path / "a.json"
     file.write_text(json.dumps(REPORT))
 
-    def bench_sites(d, tokens):
+    def bench_sites(d, tokens, family):
+        assert family == "lm_deepseek_v41"
         if d == 96:
             raise KeyboardInterrupt
         if d == 64:  # the part before is there: a kill loses nothing
@@ -102,7 +104,7 @@ def test_parts_are_written_as_they_are_measured(tmp_path, command, monkeypatch, 
     written = json.loads(file.read_text())
     parts = [(part["d"], part["tokens"]) for part in written["per sublayer"]]
     assert parts == [(32, [3]), (64, [3])]
-    assert written["command"] == f"python -m mhc_mlx.mlx_lm {' '.join(argv)}"
+    assert written["command"] == f"python -m mhc_mlx.models {' '.join(argv)}"
     with pytest.raises(KeyboardInterrupt):
         command.main(["--sites", "32,96", "--json", str(file)])
     assert [part["d"] for part in json.loads(file.read_text())["per sublayer"]] == [32]
@@ -115,9 +117,11 @@ def test_parts_are_written_as_they_are_measured(tmp_path, command, monkeypatch, 
     assert report["per sublayer"][0]["tokens"] == (1, 8, 512, 2048)
 
     patched, model = [], object()
-    monkeypatch.setattr(command, "_random_model", lambda d, layers: (d, layers, model))
+    monkeypatch.setattr(command, "_random_model", lambda of, d, layers: (d, layers, model))
     monkeypatch.setattr(command, "patch", lambda model, verify: patched.append((model, verify)))
-    monkeypatch.setattr(command, "check", lambda model, times: {"check of": model, "times": times})
+    monkeypatch.setattr(
+        command, "check", lambda model, p, times: {"check of": model, "times": times}
+    )
     monkeypatch.setattr(command, "bench", lambda model, lengths: {"bench of": model, "l": lengths})
     report = command.main(["--random", "64"])
     assert patched.pop() == ((64, 3, model), True)
@@ -133,7 +137,7 @@ def test_parts_are_written_as_they_are_measured(tmp_path, command, monkeypatch, 
 @pytest.fixture
 def times(monkeypatch):
     pytest.importorskip("mlx_lm")
-    from mhc_mlx.mlx_lm import times
+    from mhc_mlx.models import times
 
     monkeypatch.setattr(mx, "compile", lambda f: f)
     times._compiled_stock.cache_clear()
@@ -168,18 +172,19 @@ def test_seconds(times, monkeypatch):
 def test_times_of_sites(dtype, times, monkeypatch):
     """Each chain runs every site once, by its own function, of as many tokens; a time is per
     site."""
-    from mhc_mlx.mlx_lm import SinglePassConnection
+    from mhc_mlx.models import run
+    from mhc_mlx.models.families import lm_deepseek_v41 as family
 
-    sites, seen, chains = times.random_sites(32, 5), [], []
-    for name in ("run_site", "stock_site"):
-        usual = getattr(times, name)
+    sites, seen, chains = times.random_sites(32, 5, family.FAMILY), [], []
+    for module, name in ((run, "single_pass"), (family, "stock_site")):
+        usual = getattr(module, name)
 
-        def counted(hc, x, y, norm, name=name, usual=usual):
-            assert name == "run_site" or not isinstance(hc, SinglePassConnection)
+        def counted(*given, name=name, usual=usual):
+            x = given[-3]
             seen.append((name, x.shape, x.dtype))
-            return usual(hc, x, y, norm)
+            return usual(*given)
 
-        monkeypatch.setattr(times, name, counted)
+        monkeypatch.setattr(module, name, counted)
 
     def seconds(run):
         seen.clear()
@@ -193,9 +198,10 @@ def test_times_of_sites(dtype, times, monkeypatch):
     found = times.site_times([*sites[:4], sites[4]._replace(norm=None)], dtype, 3)
     assert found == {"tokens": 3, "patched": 2.5, "mlx-lm": 5.0, "mlx-lm, compiled": 7.5}
     shape = ((1, 3, 4, 32), dtype)
-    assert chains == [[("run_site", *shape)] * 4, *[[("stock_site", *shape)] * 4] * 2]
+    assert chains == [[("single_pass", *shape)] * 4, *[[("stock_site", *shape)] * 4] * 2]
     assert times.site_times(sites[4:], mx.float32, 1)["tokens"] == 1  # one, as of a single layer
-    line = times.time_line({"tokens": 2, "patched": 1e-6, "mlx-lm": 2e-6, "mlx-lm, compiled": 3e-6})
+    line = {"tokens": 2, "patched": 1e-6, "mlx-lm": 2e-6, "mlx-lm, compiled": 3e-6}
+    line = times.time_line(line, "mlx-lm")
     assert line == "    2 tokens: 1 us per sublayer, mlx-lm 2 us (2.0 x), compiled 3 us (3.0 x)"
 
 
@@ -205,15 +211,19 @@ def test_sites_that_fail_are_not_timed(times, monkeypatch):
     monkeypatch.setattr(times, "_peak", lambda run: 1 << 20)
     timed = []
     monkeypatch.setattr(times, "_seconds", lambda run: timed.append(1) or 1e-6)
+    from mhc_mlx.models import exact
+
     right = times.site_errors
     report = times.bench_sites(32, (1, 6))
     assert report["ok"] and len(report["times"]) == 2 and len(timed) == 6
     for wrong in (1, 6):
         for errors in ((5.0, 2.5), (math.inf, math.inf)):
 
-            def failing(site, x, y, repeats=1, wrong=wrong, errors=errors):
+            def failing(site, options, x, y, repeats=1, wrong=wrong, errors=errors):
                 tokens = x.shape[1] * repeats
-                return errors if tokens == wrong else right(site, x, y, repeats)
+                if tokens == wrong:
+                    return [exact.Errors(u=e) for e in errors]
+                return right(site, options, x, y, repeats)
 
             monkeypatch.setattr(times, "site_errors", failing)
             report = times.bench_sites(32, (1, 6))
@@ -225,11 +235,12 @@ def test_bench_times_both_models(times, monkeypatch, capsys):
     through an empty cache, and only the tokens after the warm-up count."""
     from models.tiny_deepseek import tiny
 
-    from mhc_mlx import mlx_lm as adapter
+    from mhc_mlx import models as adapter
+    from mhc_mlx.models.families import lm_deepseek_v41 as family
 
     model, now, prompts = tiny(layers=2), clocked(times, monkeypatch), []
     adapter.patch(model, verify=False)
-    kinds = lambda: isinstance(model.layers[0], adapter.SinglePassLayer)  # noqa: E731
+    kinds = lambda: isinstance(model.layers[0], family.SinglePassLayer)  # noqa: E731
     usual = type(model).__call__
 
     def call(self, tokens, cache):
@@ -249,7 +260,7 @@ def test_bench_times_both_models(times, monkeypatch, capsys):
 
     monkeypatch.setattr(type(model), "__call__", call)
     monkeypatch.setattr(times, "_seconds", seconds)
-    monkeypatch.setattr(times, "generate_step", generate_step)
+    monkeypatch.setattr(family, "generate_step", generate_step)
     report = times.bench(model, (4, 6), steps=8)
     assert report["patched"] == {"prefill": {"4": 8.0, "6": 12.0}, "decode": 4.0}
     assert report["mlx-lm"] == {"prefill": {"4": 2.0, "6": 3.0}, "decode": 2.0}

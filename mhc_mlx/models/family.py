@@ -1,0 +1,236 @@
+"""What a family of models says about itself, and what all families share.
+
+A *site* is one hyper-connection. A family lists the sites of a model, names the classes that take
+the place of the package's own, and has the package's own code of a site to compare with.
+"""
+
+import copy
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..conventions import Convention
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """Constants of sites. A family makes one object for all sites with the same constants.
+
+    It is compared by identity, because it is a key at every call.
+    """
+
+    n: int  # streams
+    convention: Convention
+    norm_eps: float
+    out_of_y: bool = False  # streams are written in the dtype of y; otherwise they keep theirs
+    tokenwise: bool = False  # the package's results do not depend on the number of tokens up to 8
+    rounded: bool = False  # h_post and h_res are rounded to the dtype of x
+
+
+class Options(NamedTuple):
+    """How a patched site runs."""
+
+    use_metal: bool
+    differentiable: bool
+
+
+class Site(NamedTuple):
+    """A hyper-connection: the module with its parameters, and the norm of what is read.
+
+    The parameters are ``hc[prefix + "fn"]`` ``[2n + R, n*C]``, ``prefix + "base"`` ``[2n + R]`` and
+    ``prefix + "scale"``.
+    """
+
+    family: "Family"
+    name: str
+    hc: Any
+    norm: Any  # a module, or None where nothing is read or no norm follows
+    prefix: str = ""
+    kind: str = "pair"  # "lagged": `single_pass`; "pair": `read`, `write_back`; "head": read alone
+
+    @property
+    def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
+        """Return fn, base and scale."""
+        hc, prefix = self.hc, self.prefix
+        return hc[prefix + "fn"], hc[prefix + "base"], hc[prefix + "scale"]
+
+    @property
+    def settings(self) -> Settings:
+        """Return the constants that the module has now."""
+        return self.family.settings(self.hc)
+
+    @property
+    def options(self) -> Options | None:
+        """Return the options of a patched site, or None if it runs the package's own code."""
+        patched = getattr(self.hc, "_mhc", None)
+        return None if patched is None else patched.sites.get(self.prefix)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return n and C."""
+        n = self.settings.n
+        return n, self.arrays[0].shape[1] // n
+
+    def outputs(self, options: Options | None, x: mx.array, y: mx.array | None) -> "Outputs":
+        """Return what the site computes, with these options or by the package's own code.
+
+        y may be None if the site is not lagged: its sublayer is then the identity.
+        """
+        return self.family.outputs(self, options, x, y)
+
+    def with_arrays(self, fn: mx.array, base: mx.array, scale: mx.array, weight: Any) -> "Site":
+        """Return this site with other parameters; the modules of the model do not change."""
+        hc, norm = copy.copy(self.hc), copy.copy(self.norm)
+        for name, a in (("fn", fn), ("base", base), ("scale", scale)):
+            hc[self.prefix + name] = a
+        if weight is not None:
+            norm["weight"] = weight
+        return self._replace(hc=hc, norm=norm)
+
+
+# What a site computes, by name: out, u (None if nothing is read), and its coefficients.
+Outputs = dict[str, Any]
+
+
+class Patched:
+    """The options of a module's patched sites, by prefix.
+
+    It is no module, list or dict, so that trees of parameters and modules do not enter it.
+    """
+
+    def __init__(self) -> None:
+        self.sites: dict[str, Options] = {}
+
+
+class Owner:
+    """By this object a layer refers to the module that has all layers.
+
+    It is no module, list or dict, so that trees of parameters and modules do not enter it. It is
+    weak, so that a model frees its memory with its last reference, not when Python collects cycles.
+    """
+
+    def __init__(self, text: Any):
+        self._text = (lambda: None) if text is None else weakref.ref(text)
+
+    @property
+    def layers(self) -> list[Any]:
+        """Return the layers of the model, or an empty list if the model no longer exists."""
+        text = self._text()
+        return [] if text is None else text.layers
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Owner":
+        text = self._text()
+        return Owner(memo.get(id(text), text))  # the copy of a layer alone refers to this model
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Owner, (None,), self._text()
+
+    def __setstate__(self, text: Any) -> None:
+        Owner.__init__(self, text)
+
+
+class Family:
+    """A family of models. Each file in `families` has one subclass, and FAMILY, its instance."""
+
+    package: ClassVar[str]  # as messages and reports name it
+    layers: ClassVar[Mapping[type, type]] = {}  # the package's class: ours; they stay swapped
+    connections: ClassVar[Mapping[type, type]] = {}  # the same of modules that are one site each
+    trained: ClassVar[Mapping[type, type]] = {}  # the same of what has no gradient
+
+    def check_model(self, op: str, model: nn.Module) -> None:
+        """Raise TypeError or ValueError if a module of the model is not as the package makes it."""
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        """Return the sites of a model, in the order in which they run."""
+        raise NotImplementedError
+
+    def settings(self, hc: Any) -> Settings:
+        """Return the constants of a module that has sites."""
+        raise NotImplementedError
+
+    def outputs(self, site: Site, options: Options | None, x: mx.array, y: Any) -> Outputs:
+        """Return what a site computes of x ``[B, L, n, C]`` and y ``[B, L, C]``.
+
+        With options it runs as a patched model does, otherwise by the package's own code.
+        """
+        raise NotImplementedError
+
+    def prepare(self, model: nn.Module) -> None:
+        """Give the layers what their patched classes need beside the options."""
+
+    def forget(self, module: Any) -> None:
+        """Undo `prepare` for a module."""
+
+    def new_site(self, d: int) -> Site:
+        """Return a site of its own of hidden size d, with a norm, as the package starts it."""
+        raise NotImplementedError
+
+    def new_model(self, d: int, layers: int) -> nn.Module:
+        """Return a small model of hidden size d with 8 experts, as the package starts it."""
+        raise ValueError(f"[models] --random has no small model of {type(self).__name__} yet.")
+
+    # ---- the whole model, for `check` and `bench`
+
+    def text(self, model: Any) -> Any:
+        """Return the module that takes tokens and a cache."""
+        return model
+
+    def logits(self, model: Any, tokens: mx.array, cache: Any) -> mx.array:
+        """Return logits ``[batch, length, vocabulary]`` of tokens ``[batch, length]``."""
+        return self.text(model)(tokens, cache=cache).logits
+
+    def cache(self, model: Any) -> Any:
+        """Return an empty cache for one generation."""
+        return self.text(model).make_cache()
+
+    def generate(self, model: Any, prompt: mx.array, count: int) -> Iterator[int]:
+        """Yield the most likely tokens after a prompt ``[length]``."""
+        cache = self.cache(model)
+        token = self.logits(model, prompt[None], cache)[:, -1:].argmax(-1)
+        for _ in range(count):
+            after = self.logits(model, token, cache)[:, -1:].argmax(-1)
+            mx.async_eval(token, after)
+            found: Any = token.item()
+            yield int(found)
+            token = after
+
+    def vocabulary(self, model: Any) -> int:
+        """Return the number of tokens."""
+        return self.text(model).config.vocab_size
+
+    def dtype(self, model: Any) -> mx.Dtype:
+        """Return the dtype of the model's streams."""
+        for module in model.modules():
+            if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
+                return module(mx.zeros((1, 1), mx.int32)).dtype
+        return next(site.norm.weight.dtype for site in self.sites(model) if site.norm is not None)
+
+    @property
+    def own(self) -> dict[type, type]:
+        """Return the package's class of each class that a patched model has."""
+        swaps = (self.layers, self.connections, self.trained)
+        return {ours: theirs for swap in swaps for theirs, ours in swap.items()}
+
+
+def module_of(model: nn.Module, kind: type) -> tuple[str, Any]:
+    """Return the module of a class, and what the names of its parameters begin with."""
+    name, module = next((k, m) for k, m in model.named_modules() if isinstance(m, kind))
+    return f"{name}." if name else "", module
+
+
+def check_whole(op: str, layers: Any) -> None:
+    """Raise ValueError if the module that has the layers is a stage of a pipeline."""
+    if layers.pipeline_size != 1:
+        raise ValueError(
+            f"[{op}] model must be whole but is a stage of {layers.pipeline_size}: the package's "
+            "own call of this model does not pass streams between stages."
+        )
+
+
+def mapped(values: Mapping[type, type], module: nn.Module) -> None:
+    """Give a module the class that stands for its class, if one does."""
+    module.__class__ = values.get(type(module), type(module))

@@ -1,0 +1,204 @@
+"""Sites on these kernels: the lagged kind in one op, the other in two, compiled where it pays."""
+
+import functools
+from contextvars import ContextVar
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import launch, ops
+from .family import Options, Settings
+
+FEW = 8  # up to this number of tokens mlx-vlm's results do not depend on the number
+
+# While `activations` runs in this thread, it has x and y by a site's module and prefix.
+_seen: ContextVar[dict | None] = ContextVar("seen", default=None)
+
+
+def note(hc: Any, prefix: str, x: mx.array, y: mx.array) -> None:
+    """Tell `activations` what a site gets."""
+    if (seen := _seen.get()) is not None:
+        seen[id(hc), prefix] = (x, y)
+
+
+def _fusable_weight(norm: Any, dtype: mx.Dtype) -> mx.array | None:
+    """Return the weight if norm is an nn.RMSNorm that the op can apply for this output dtype."""
+    if type(norm) is not nn.RMSNorm or not norm.eps > 0:
+        return None
+    weight = norm["weight"]  # access by attribute would take a microsecond
+    return weight if dtype == mx.float32 or weight.dtype == dtype else None
+
+
+def _recurs(length: int) -> bool:
+    """Tell whether a number of tokens is likely to recur: in decoding, or as a full prompt chunk.
+
+    The last chunk of a prompt may have any length, and a trace of each would fill the memory.
+    """
+    return length <= 64 or length % 256 == 0
+
+
+def _backend(x: mx.array, options: Options) -> str | None:
+    """Return the backend for which a site is compiled: None where it is not."""
+    compiles = options.use_metal and not options.differentiable and x.size > 0
+    return launch.backend() if compiles and _recurs(x.shape[-3]) else None
+
+
+def _mixed(x, y, h_post, h_res, settings: Settings, options: Options) -> mx.array:
+    """Return the write-back, rounded once to the dtype that the package writes."""
+    # Where the dtypes of x and y differ, the package rounds only the sum.
+    dtype = x.dtype if y.dtype == x.dtype else mx.float32
+    out = ops.stream_mix_add(x.astype(dtype), y.astype(dtype), h_post, h_res, **options._asdict())
+    return out.astype((y if settings.out_of_y else x).dtype)
+
+
+# ---- lagged: the write-back of one sublayer and the read of the next in one op
+
+
+@functools.cache
+def _single_pass(
+    backend: str | None, reads: bool, settings: Settings, eps: float, options: Options
+):
+    """Return the function of (x, y, fn, base, scale, weight) that computes a site.
+
+    u is None unless ``reads``; with a weight it is normalised. All sites with the same constants
+    share the function. With a backend it is compiled: MLX traces it once for each shape, stream and
+    thread, and each trace keeps the source of its launches, about 50 KB (see `_recurs`).
+    """
+    c, norm_eps, given = settings.convention, settings.norm_eps, options._asdict()
+
+    def run(x, y, fn, base, scale, weight):
+        if reads and y.dtype == x.dtype:
+            arrays = (x, y, fn, base, scale, weight)
+            return ops.mhc_single_pass(*arrays, c, norm_eps, eps, round_aggregate=True, **given)
+        h_pre, h_post, h_res = ops.mhc_coefficients(x, fn, base, scale, c, norm_eps, **given)
+        out = _mixed(x, y, h_post, h_res, settings, options)
+        return out, ops.stream_aggregate(out, h_pre, **given) if reads else None, h_pre
+
+    return mx.compile(run) if backend else run
+
+
+def single_pass(
+    hc: Any, prefix: str, settings: Settings, options: Options, x: mx.array, y: mx.array, norm: Any
+) -> tuple[mx.array, Any, mx.array]:
+    """Return out ``[..., n, C]``, u ``[..., C]`` (None without a norm) and h_pre ``[..., n]``.
+
+    out[i] = sum_j h_res[i, j] x[j] + h_post[i] y and u = norm(sum_i h_pre[i] out[i]).
+    """
+    weight = _fusable_weight(norm, x.dtype) if y.dtype == x.dtype else None
+    fuses_norm = weight is not None
+    eps = norm.eps if fuses_norm else 1.0
+    run = _single_pass(_backend(x, options), norm is not None, settings, eps, options)
+    arrays = (hc[prefix + "fn"], hc[prefix + "base"], hc[prefix + "scale"])
+    out, u, h_pre = run(x, y, *arrays, weight)
+    return out, u if fuses_norm or norm is None else norm(u), h_pre
+
+
+def coefficients(hc: Any, prefix: str, settings: Settings, options: Options, x: mx.array) -> Any:
+    """Return h_pre, h_post and h_res (row = output) of streams, float32."""
+    arrays = (x, hc[prefix + "fn"], hc[prefix + "base"], hc[prefix + "scale"])
+    c, norm_eps = settings.convention, settings.norm_eps
+    return ops.mhc_coefficients(*arrays, c, norm_eps, **options._asdict())
+
+
+# ---- not lagged: what a sublayer reads, and its write-back
+
+
+def _tokenwise(settings: Settings, options: Options, length: int) -> bool:
+    """Tell whether tokens must run one by one, so that their bits do not depend on their number.
+
+    The kernels' do not; the sums of MLX's products do.
+    """
+    few = settings.tokenwise and 1 < length <= FEW
+    return few and not options.differentiable and not (options.use_metal and launch.backend())
+
+
+def _one_by_one(f, *arrays: mx.array) -> Any:
+    """Return the results of f for each token of arrays ``[B, L, ...]``, joined."""
+    parts = [f(*(a[:, k : k + 1] for a in arrays)) for k in range(arrays[0].shape[1])]
+    if isinstance(parts[0], mx.array):
+        return mx.concatenate(parts, axis=1)
+    columns = zip(*parts, strict=True)
+    return tuple(None if c[0] is None else mx.concatenate(list(c), axis=1) for c in columns)
+
+
+def _rounded(h: mx.array | None, dtype: mx.Dtype) -> mx.array | None:
+    return None if h is None else h.astype(dtype).astype(mx.float32)
+
+
+@functools.cache
+def _read(backend: str | None, settings: Settings, eps: float | None, options: Options):
+    """Return the function of (x, fn, base, scale, weight) to u, h_post and h_res.
+
+    With an eps u is normalised as the package does: it is rounded before its norm.
+    """
+    c, norm_eps, given = settings.convention, settings.norm_eps, options._asdict()
+
+    def run(x, fn, base, scale, weight):
+        u, h_post, h_res, _ = ops.mhc_pre(x, fn, base, scale, None, c, norm_eps, **given)
+        if settings.rounded:
+            h_post, h_res = _rounded(h_post, x.dtype), _rounded(h_res, x.dtype)
+        return u if eps is None else mx.fast.rms_norm(u, weight, eps), h_post, h_res
+
+    return mx.compile(run) if backend else run
+
+
+def read(
+    hc: Any, prefix: str, settings: Settings, options: Options, x: mx.array, norm: Any
+) -> tuple[mx.array, mx.array, Any]:
+    """Return u = norm(sum_j h_pre[j] x[j]) ``[..., C]``, and h_post and h_res for the write-back.
+
+    Without a norm u is the sum alone.
+    """
+    arrays = (hc[prefix + "fn"], hc[prefix + "base"], hc[prefix + "scale"])
+    plain = type(norm) is nn.RMSNorm
+    weight, eps = (norm["weight"], norm.eps) if plain else (None, None)
+    run = _read(_backend(x, options), settings, eps, options)
+    if _tokenwise(settings, options, x.shape[1]):
+        u, h_post, h_res = _one_by_one(lambda x: run(x, *arrays, weight), x)
+    else:
+        u, h_post, h_res = run(x, *arrays, weight)
+    return u if plain or norm is None else norm(u), h_post, h_res
+
+
+@functools.cache
+def _write_back(backend: str | None, settings: Settings, options: Options):
+    def run(x, y, h_post, h_res):
+        return _mixed(x, y, h_post, h_res, settings, options)
+
+    return mx.compile(run) if backend else run
+
+
+def write_back(
+    settings: Settings, options: Options, x: mx.array, y: mx.array, h_post: mx.array, h_res: Any
+) -> mx.array:
+    """Return out[i] = sum_j h_res[i, j] x[j] + h_post[i] y; h_res may be None, the identity."""
+    return _write_back(_backend(x, options), settings, options)(x, y, h_post, h_res)
+
+
+# ---- the read-out
+
+
+@functools.cache
+def _head(backend: str | None, settings: Settings, options: Options):
+    c, norm_eps, given = settings.convention, settings.norm_eps, options._asdict()
+
+    def run(x, fn, base, scale):
+        return ops.mhc_head(x, fn, base, scale, c, norm_eps, **given)
+
+    return mx.compile(run) if backend else run
+
+
+def head(hc: Any, prefix: str, settings: Settings, options: Options, x: mx.array) -> mx.array:
+    """Return the learned read-out u = sum_j h_pre[j] x[j] ``[..., C]``."""
+    arrays = (hc[prefix + "fn"], hc[prefix + "base"], hc[prefix + "scale"])
+    run = _head(_backend(x, options), settings, options)
+    if _tokenwise(settings, options, x.shape[1]):
+        return _one_by_one(lambda x: run(x, *arrays), x)
+    return run(x, *arrays)
+
+
+def clear() -> None:
+    """Drop all compiled sites."""
+    for cached in (_single_pass, _read, _write_back, _head):
+        cached.cache_clear()
