@@ -163,7 +163,9 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, Any]:
 def _prompts(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> list[Any] | None:
     """Return the prompts whose tokens are compared, or None."""
     vocabulary = family_of("models", model).vocabulary(model) if args.random_prompts else 0
-    encoder = tokenizer if hasattr(tokenizer, "encode") else getattr(tokenizer, "tokenizer", None)
+    encoder: Any = tokenizer
+    if not hasattr(tokenizer, "encode"):  # a processor
+        encoder = getattr(tokenizer, "tokenizer", None)
     found: list[Any] = [list(map(int, encoder.encode(text))) for text in args.prompt or ()]
     for k, length in enumerate(args.random_prompts):
         found.append(mx.random.randint(0, vocabulary, (length,), key=mx.random.key(k)))

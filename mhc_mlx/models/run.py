@@ -153,7 +153,7 @@ def read(
     arrays = (hc[prefix + "fn"], hc[prefix + "base"], hc[prefix + "scale"])
     plain = type(norm) is nn.RMSNorm
     weight, eps = (norm["weight"], norm.eps) if plain else (None, None)
-    run = _read(_backend(x, options), settings, eps, options)
+    run: Any = _read(_backend(x, options), settings, eps, options)
     if _tokenwise(settings, options, x.shape[1]):
         u, h_post, h_res = _one_by_one(lambda x: run(x, *arrays, weight), x)
     else:
