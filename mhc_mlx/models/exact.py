@@ -35,6 +35,8 @@ def _sigmoid(z: np.ndarray) -> np.ndarray:
 def _mixing(z: np.ndarray, c: Convention) -> np.ndarray:
     """Return h_res, row = output, of logits ``[..., n, n]``."""
     axes = {"rows": (-1, -2), "columns": (-2, -1)}[c.first]
+    if c.clamp is not None:
+        z = np.clip(z, *c.clamp)
     done = 1
     if c.start == "softmax":
         p = np.exp(z - z.max(-1, keepdims=True))
@@ -44,8 +46,11 @@ def _mixing(z: np.ndarray, c: Convention) -> np.ndarray:
             most = z.max(axis, keepdims=True)
             z = z - most - np.log(np.exp(z - most).sum(axis, keepdims=True))
         p, done = np.exp(z), 2
+    elif c.start == "exp_plain":
+        p, done = np.exp(z - z.max(axes[0], keepdims=True)), 0
     else:
-        raise ValueError(f"[exact] convention.start must be softmax or exp but got {c.start}.")
+        must = "be softmax, exp or exp_plain"
+        raise ValueError(f"[exact] convention.start must {must} but got {c.start}.")
     for k in range(done, 2 * c.iters):
         p = p / (p.sum(axes[k % 2], keepdims=True) + c.eps)
     return np.swapaxes(p, -1, -2) if c.transposed else p

@@ -28,6 +28,7 @@ class Settings:
     norm_eps: float
     out_of_y: bool = False  # streams are written in the dtype of y; otherwise they keep theirs
     tokenwise: bool = False  # the package's results do not depend on the number of tokens up to 8
+    rounded: bool = False  # h_post and h_res are rounded to the dtype of x
 
 
 class Options(NamedTuple):
@@ -213,6 +214,21 @@ class Family:
         """Return the package's class of each class that a patched model has."""
         swaps = (self.layers, self.connections, self.trained)
         return {ours: theirs for swap in swaps for theirs, ours in swap.items()}
+
+
+def module_of(model: nn.Module, kind: type) -> tuple[str, Any]:
+    """Return the module of a class, and what the names of its parameters begin with."""
+    name, module = next((k, m) for k, m in model.named_modules() if isinstance(m, kind))
+    return f"{name}." if name else "", module
+
+
+def check_whole(op: str, layers: Any) -> None:
+    """Raise ValueError if the module that has the layers is a stage of a pipeline."""
+    if layers.pipeline_size != 1:
+        raise ValueError(
+            f"[{op}] model must be whole but is a stage of {layers.pipeline_size}: the package's "
+            "own call of this model does not pass streams between stages."
+        )
 
 
 def mapped(values: Mapping[type, type], module: nn.Module) -> None:

@@ -53,9 +53,10 @@ def patch(
 
     The model's family (`mhc_mlx.models.families`) is found by its classes. Only the classes of
     modules change. Parameters keep their names, so checkpoints, quantised models, adapters and
-    sharding, before or after, work as they did. A site rounds where the package's code rounds.
-    Where kernels run without a gradient it is compiled, with the parameters as arguments. A second
-    call on a patched model applies the new options.
+    sharding, before or after, work as they did. A site rounds where the package's code rounds; in
+    16 bits a site of xing4_0 rounds less often. Where kernels run without a gradient it is
+    compiled, with the parameters as arguments. A second call on a patched model applies the new
+    options.
 
     With ``trainable=True`` the model gets a gradient, which most of these models do not have.
     Hyper-connections have the gradient of these ops. The choice of experts and of compressed keys

@@ -122,6 +122,10 @@ def _one_by_one(f, *arrays: mx.array) -> Any:
     return tuple(None if c[0] is None else mx.concatenate(list(c), axis=1) for c in columns)
 
 
+def _rounded(h: Any, dtype: mx.Dtype) -> Any:
+    return None if h is None else h.astype(dtype).astype(mx.float32)
+
+
 @functools.cache
 def _read(backend: str | None, settings: Settings, eps: float | None, options: Options):
     """Return the function of (x, fn, base, scale, weight) to u, h_post and h_res.
@@ -132,6 +136,8 @@ def _read(backend: str | None, settings: Settings, eps: float | None, options: O
 
     def run(x, fn, base, scale, weight):
         u, h_post, h_res, _ = ops.mhc_pre(x, fn, base, scale, None, c, norm_eps, **given)
+        if settings.rounded:
+            h_post, h_res = _rounded(h_post, x.dtype), _rounded(h_res, x.dtype)
         return u if eps is None else mx.fast.rms_norm(u, weight, eps), h_post, h_res
 
     return mx.compile(run) if backend else run

@@ -103,9 +103,15 @@ def another_magnitude(model, sites):
         site.hc.hc_magnitude = 2.0
 
 
-SINKHORN = ("deepseek_v41", "deepseek_v4", "glm5_next")
+def without_clamp(model, sites):
+    for site in sites:
+        site.hc.config.mhc_h_res_clamp_min, site.hc.config.mhc_h_res_clamp_max = -30.0, 30.0
+
+
+SINKHORN = ("deepseek_v41", "deepseek_v4", "glm5_next", "xing4_0")
 MISTAKES = {transposed: SINKHORN, one_iteration: SINKHORN, without_engram: ("deepseek_v41",)}
 MISTAKES |= {swapped_gates: ("hy_v4",), another_magnitude: ("hy_v4",)}
+MISTAKES |= {without_clamp: ("xing4_0",)}
 
 
 @pytest.mark.parametrize(
@@ -139,9 +145,10 @@ def test_tokens_by_kernels(name):
         alike(got, rows[:16])
 
 
-@families
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "xing4_0"])
 def test_quantised(name, launched):
-    """4-bit with bfloat16 activations. Logits differ by the rounding of few elements."""
+    """4-bit with bfloat16 activations. Logits differ by the rounding of few elements. (Xing rounds
+    more than these kernels: test_mlx_vlm_xing4_0.py.)"""
     model, prompt = tiny(name, "4-bit"), tokens(20)
     want = run(model, prompt).astype(mx.float32)
     got = run(patched(model), prompt).astype(mx.float32)
@@ -511,9 +518,9 @@ def silent(found: dict) -> set[str]:
     return {name for name, g in found.items() if mx.abs(g).max().item() < 1e-9}
 
 
-@families
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "xing4_0"])
 def test_the_stock_model_has_no_gradient(name):
-    """As MLX words it: of choices by index, or of rounding to 8 bits."""
+    """As MLX words it: of choices by index, or of rounding to 8 bits. Xing's has one."""
     with pytest.raises(ValueError, match=r"VJP with respect to indices|Not implemented for"):
         gradients(tiny(name).train())
 

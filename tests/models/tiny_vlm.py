@@ -72,11 +72,22 @@ def hy_v4(**others):
     return module.LanguageModel(module.ModelConfig(**sizes | others))
 
 
+def xing4_0(**others):
+    """Dense and sparse feed-forward; in every matrix some logits are clipped."""
+    sizes = SIZES | {"num_hidden_layers": 4, "intermediate_size": 48, "first_k_dense_replace": 1}
+    sizes |= {"kv_lora_rank": 32, "q_lora_rank": 32, "v_head_dim": 16, "qk_nope_head_dim": 16}
+    sizes |= {"qk_rope_head_dim": 8, "n_shared_experts": 1, "num_key_value_heads": 4}
+    sizes |= {"mhc_h_res_clamp_min": -0.5, "mhc_h_res_clamp_max": 0.25}
+    module = importlib.import_module("mlx_vlm.models.xing4_0.config")
+    return language("xing4_0").LanguageModel(module.ModelConfig(**sizes | others))
+
+
 MODELS = {
     "deepseek_v41": deepseek_v41,
     "deepseek_v4": deepseek_v4,
     "glm5_next": glm5_next,
     "hy_v4": hy_v4,
+    "xing4_0": xing4_0,
 }
 
 

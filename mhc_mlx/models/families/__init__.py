@@ -47,6 +47,7 @@ ROWS = (
         "vlm_deepseek_v4",
     ),
     Row(*("hy_v4", *VLM), "mlx_vlm.models.hy_v4.language.HyV4Model", "vlm_hy_v4"),
+    Row(*("xing4_0", *VLM), "mlx_vlm.models.xing4_0.language.Xing4_0Model", "vlm_xing4_0"),
 )
 
 

@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from ...conventions import HUNYUAN_V4
 from .. import gradients, run
-from ..family import Family, Options, Outputs, Settings, Site
+from ..family import Family, Options, Outputs, Settings, Site, check_whole, module_of
 
 stock: Any = importlib.import_module("mlx_vlm.models.hy_v4.hyper_connection")
 language: Any = importlib.import_module("mlx_vlm.models.hy_v4.language")
@@ -88,21 +88,10 @@ class HyV4(Family):
     trained = {language.HyV4Indexer: gradients.choosing(language.HyV4Indexer, __name__)}
 
     def check_model(self, op: str, model: nn.Module) -> None:
-        _, body = self._body(model)
-        if body.pipeline_size != 1:
-            raise ValueError(
-                f"[{op}] model must be whole but is a stage of {body.pipeline_size}: mlx-vlm's "
-                "hy_v4 does not pass streams between stages."
-            )
-
-    def _body(self, model: nn.Module) -> tuple[str, Any]:
-        """Return the module that has the layers, and what its parameters' names begin with."""
-        found = ((k, m) for k, m in model.named_modules() if isinstance(m, language.HyV4Model))
-        name, body = next(found)
-        return f"{name}." if name else "", body
+        check_whole(op, module_of(model, language.HyV4Model)[1])
 
     def sites(self, model: nn.Module) -> list[Site]:
-        (prefix, body), found = self._body(model), []
+        (prefix, body), found = module_of(model, language.HyV4Model), []
         for k, layer in enumerate(body.layers):
             norms = (layer.input_layernorm, layer.post_attention_layernorm)
             for part, norm in zip(("hc_attn_layer", "hc_mlp_layer"), norms, strict=True):
