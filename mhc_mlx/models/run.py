@@ -122,7 +122,7 @@ def _one_by_one(f, *arrays: mx.array) -> Any:
     return tuple(None if c[0] is None else mx.concatenate(list(c), axis=1) for c in columns)
 
 
-def _rounded(h: mx.array | None, dtype: mx.Dtype) -> mx.array | None:
+def _rounded(h: Any, dtype: mx.Dtype) -> Any:
     return None if h is None else h.astype(dtype).astype(mx.float32)
 
 
@@ -153,7 +153,7 @@ def read(
     arrays = (hc[prefix + "fn"], hc[prefix + "base"], hc[prefix + "scale"])
     plain = type(norm) is nn.RMSNorm
     weight, eps = (norm["weight"], norm.eps) if plain else (None, None)
-    run: Any = _read(_backend(x, options), settings, eps, options)
+    run = _read(_backend(x, options), settings, eps, options)
     if _tokenwise(settings, options, x.shape[1]):
         u, h_post, h_res = _one_by_one(lambda x: run(x, *arrays, weight), x)
     else:

@@ -19,6 +19,7 @@ from mlx_vlm.generate.ar import _make_cache, generate_step  # noqa: E402
 from mlx_vlm.models.base import InputEmbeddingsFeatures  # noqa: E402
 
 from mhc_mlx import models as adapter  # noqa: E402
+from mhc_mlx.models.exact import random_inputs, site_token_errors, spread  # noqa: E402
 from models import modules  # noqa: E402
 from models.tiny_vlm import MODELS, SIZES, V4, randomised, run, tiny, tokens  # noqa: E402
 
@@ -210,6 +211,22 @@ def test_verified(name):
     model = adapter.patch(tiny(name))
     sites = adapter.family_of("test", model).sites(model)
     assert all(site.options is not None for site in sites)
+
+
+def stock_errors(model, over_tokens=np.median) -> list[float]:
+    """The median (or another) error of each output of each site by mlx-vlm's code."""
+    found = []
+    for site in adapter.family_of("test", model).sites(model):
+        large = spread(site, 6.0)
+        _, theirs = site_token_errors(large, None, *random_inputs(large, mx.float32, 16))
+        found += [float(over_tokens(errors)) for errors in theirs.values()]
+    return found
+
+
+@families
+def test_sites_in_float64(name):
+    """Errors are measured against what mlx-vlm computes."""
+    assert max(stock_errors(tiny(name))) < 16
 
 
 def test_a_transposed_site_is_refused(monkeypatch):

@@ -8,6 +8,7 @@ import warnings
 from dataclasses import replace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx.utils import tree_map
 
@@ -15,7 +16,7 @@ pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed: its models are 
 
 from mhc_mlx import models as adapter  # noqa: E402
 from models import modules  # noqa: E402
-from models.test_mlx_vlm import Rank, alike, patched  # noqa: E402
+from models.test_mlx_vlm import Rank, alike, patched, stock_errors  # noqa: E402
 from models.tiny_vlm import run, tiny, tokens  # noqa: E402
 
 launched = modules.launched
@@ -64,6 +65,11 @@ def test_another_clamp_is_refused(family, monkeypatch):
     with_convention(monkeypatch, family, {"clamp": (-30.0, 30.0)})
     with pytest.warns(UserWarning, match=r"2 of 2 hyper-connections keep mlx-vlm's code"):
         adapter.patch(tiny("xing4_0", num_hidden_layers=1))
+
+
+def test_sites_in_float64():
+    """With the released model's clamp; in a few matrices eps beside a small sum shows."""
+    assert max(stock_errors(tiny("xing4_0", **WIDE), np.max)) < 128
 
 
 @pytest.mark.parametrize("kind", ["float32", "4-bit"])
