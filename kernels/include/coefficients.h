@@ -22,7 +22,7 @@ METAL_FUNC float finish_logit(int o, float product, float x_dot_x, int K, A alph
 // mhc_pre.
 template <int PITCH, int SLICES, int THREADS, typename S, typename P>
 METAL_FUNC void add_runs(S sums, P runs, int num_runs, int tid) {
-  constexpr int AT_ONCE = by_backend(32, 8);  // runs that are loaded before the first is added
+  constexpr int AT_ONCE = by_backend(16, 8);  // runs that are loaded before the first is added
   for (int q = tid; q < SLICES * PITCH; q += THREADS) {
     float s = 0.0f;
     int r = q / PITCH;
