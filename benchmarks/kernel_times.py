@@ -5,8 +5,9 @@
 starts itself once more under `ncu --clock-control none`, with cold caches, as ncu does by default.
 Each case runs twice and the second run counts. A row holds the launch too (body, template
 arguments, shapes, threadgroups, threads), so that the model can say what it expects of just this
-launch. A case is begun only in the first --seconds; the result names those left out, and the same
-command goes on with them where --json is an earlier result.
+launch. Each has a process of its own, and --json is written after it. A case is begun only in
+the first --seconds; the result names those left out, and the same command goes on with them where
+--json is an earlier result.
 """
 
 import argparse
@@ -90,10 +91,10 @@ def about_launch(name, inputs, outputs, groups, threads, template) -> dict:
     return row | {"inputs": specs(inputs), "outputs": specs(outputs)}
 
 
-def run_cases(cases: list[tuple], file: str, seconds: float) -> None:
+def run_cases(cases: list[tuple], file: str) -> None:
     """Run every case twice, each time after a marker whose threadgroups number the runs from 1, and
     write what was launched; the profiler watches."""
-    began, launched = time.perf_counter(), []
+    launched: list[list[dict]] = []
     usual, seen = launch.run, []
 
     def spying(name, inputs, outputs, groups, threads, template, verbose=False):
@@ -108,8 +109,6 @@ def run_cases(cases: list[tuple], file: str, seconds: float) -> None:
     one = mx.ones((1,))
     launch.run = spying
     for op, direction, shape, name in cases:
-        if time.perf_counter() - began > seconds:
-            break
         mx.random.seed(0)
         options = {"differentiable": False} if direction == "forward" else {}
         inputs = make_inputs(op, shape, DTYPES[name])
@@ -204,25 +203,39 @@ def check(report) -> None:
         raise ValueError("its kernels are missing")
 
 
-def measure(cases: list[tuple], seconds: float, folder: Path) -> dict:
-    """Run cases under ncu, which leaves its page in folder, and return the report."""
-    names = metrics()
+def measure(cases: list[tuple], names: dict[str, str], folder: Path) -> list[dict]:
+    """Run cases under ncu, which leaves its page in folder, and return their kernels."""
     log, file = folder / "ncu.csv", folder / "launched.json"
     command = ["ncu", "--clock-control", "none", "-k", "regex:custom_kernel", "--csv"]
     command += ["--page", "raw", "--print-units", "base", "--log-file", str(log)]
     command += ["--metrics", ",".join(names.values())]
-    child = [sys.executable, "-m", "benchmarks.kernel_times"]
-    child += ["--launched", str(file), "--seconds", str(seconds)]
+    child = [sys.executable, "-m", "benchmarks.kernel_times", "--launched", str(file)]
     child += ["--cases", ",".join(str(CASES.index(case)) for case in cases)]
     subprocess.run([*command, *child], check=True)
     launched = json.loads(file.read_text())
-    rows = list(joined(cases, profiled(log.read_text(), names), launched))
+    return list(joined(cases, profiled(log.read_text(), names), launched))
+
+
+def heading(names: dict[str, str]) -> dict:
+    """Return what a report says beside its kernels."""
     version = subprocess.run(["ncu", "--version"], capture_output=True, text=True).stdout
     report = {"device": mx.device_info()["device_name"], "mlx": version_of("mlx")}
     report |= {"date": datetime.date.today().isoformat()}
     report |= {"command": f"ncu --clock-control none -k regex:custom_kernel {COMMAND}"}
-    report |= {"ncu": version.strip().splitlines()[-1], "metrics": names}
-    return report | {"left_out": [list(c) for c in cases[len(launched) // 2 :]], "kernels": rows}
+    return report | {"ncu": version.strip().splitlines()[-1], "metrics": names}
+
+
+def reports(earlier: dict | None, names: dict[str, str], seconds: float, folder: Path):
+    """Yield the report after each case, which ncu runs in a process of its own: what was measured
+    is not lost if the next one fails."""
+    kernels, left = list(earlier["kernels"]) if earlier else [], list(remaining(earlier))
+    head, began = heading(names), time.perf_counter()
+    yield head | {"left_out": [list(case) for case in left], "kernels": kernels}
+    while left and time.perf_counter() - began <= seconds:
+        case = left.pop(0)
+        kernels += measure([case], names, folder)
+        print(f"{time.perf_counter() - began:5.0f} s: {case}", flush=True)
+        yield head | {"left_out": [list(case) for case in left], "kernels": kernels}
 
 
 def remaining(earlier: dict | None) -> list[tuple]:
@@ -246,8 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     if launch.backend() != "cuda":
         parser.error("it must run on an NVIDIA GPU, with MLX for CUDA")
     if args.launched:
-        cases = [CASES[int(k)] for k in args.cases.split(",")]
-        run_cases(cases, args.launched, args.seconds)
+        run_cases([CASES[int(k)] for k in args.cases.split(",")], args.launched)
         return
     if shutil.which("ncu") is None:
         parser.error("it must have ncu, NVIDIA's Nsight Compute, on the path")
@@ -261,9 +273,9 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(args.raw or folder)
         raw.mkdir(parents=True, exist_ok=True)
-        report = measure(remaining(earlier), args.seconds, raw)
-    if earlier:
-        report["kernels"] = earlier["kernels"] + report["kernels"]
+        report = {}
+        for report in reports(earlier, metrics(), args.seconds, raw):
+            output.update(report)
     print(f"{len(report['kernels'])} kernels; left out: {report['left_out']}")
     if reason := output.finish(report):
         sys.exit(reason)

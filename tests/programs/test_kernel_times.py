@@ -64,6 +64,31 @@ def test_a_result_is_continued():
     assert len(set(CASES)) == len(CASES)
 
 
+def test_a_case_that_fails_loses_no_other(monkeypatch, tmp_path):
+    def measure(cases, names, folder):
+        if cases == [CASES[2]]:
+            raise OSError("ncu was killed")
+        return [{"op": case[0]} for case in cases]
+
+    monkeypatch.setattr(kernel_times.launch, "backend", lambda: "cuda")
+    monkeypatch.setattr(kernel_times.shutil, "which", lambda name: name)
+    monkeypatch.setattr(kernel_times, "metrics", lambda: NAMES)
+    head = {"device": "a GPU", "mlx": "0", "date": "today", "command": "ncu"}
+    monkeypatch.setattr(kernel_times, "heading", lambda names: head)
+    monkeypatch.setattr(kernel_times, "measure", measure)
+    file = tmp_path / "times.json"
+    with pytest.raises(OSError, match="killed"):
+        kernel_times.main(["--json", str(file)])
+    report = json.loads(file.read_text())
+    assert [row["op"] for row in report["kernels"]] == [case[0] for case in CASES[:2]]
+    assert kernel_times.remaining(report) == CASES[2:]
+    monkeypatch.setattr(kernel_times, "measure", lambda cases, *_: [{"op": cases[0][0]}])
+    kernel_times.main(["--json", str(file)])
+    report = json.loads(file.read_text())
+    assert [row["op"] for row in report["kernels"]] == [case[0] for case in CASES]
+    assert report["left_out"] == []
+
+
 def test_it_needs_an_nvidia_gpu(capsys, monkeypatch):
     monkeypatch.setattr(kernel_times.launch, "backend", lambda: None)
     with pytest.raises(SystemExit):
