@@ -56,6 +56,8 @@ COPIED += ("docs", "pyproject.toml", "README.md", "ONBOARDING.md", "LICENSE", ".
 FACTOR = 5  # how much longer than without a mutant tests take before they count as hanging
 BODIES = 300.0  # seconds for bodies.py, at most
 WITHOUT_GPU = ["tests/proof/test_nvrtc.py::test_instructions_of_ptx"]  # can see some of that
+# by the ends of files' names: tests of what no body executes without a GPU
+BESIDES = {"/metal/packs.h": ["tests/ops/test_alignment.py::test_packs_of_small_inputs"]}
 STARTING = 8.0  # seconds for pytest to begin, at most
 LONGEST = 7200.0  # seconds for tests without a mutant, at most
 PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-rfE", "-W", "ignore"]
@@ -131,6 +133,7 @@ class Worker:
 
     def judge(self, m: Mutant) -> Result:
         tests, only_gpu = tuple(self.tests), bool(ONLY_GPU.search(m.file))
+        tests += tuple(t for end, names in BESIDES.items() if m.file.endswith(end) for t in names)
         if only_gpu:
             tests = (*WITHOUT_GPU, *["tests/ops/test_gpu.py"] * self.gpu)
         limit = FACTOR * (self.seconds_without_mutant(tests) + STARTING)
