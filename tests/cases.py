@@ -174,7 +174,7 @@ def dynamic() -> list[Case]:
         (many, 4, 64, f32, P, {"norm": False}),
         (many, 4, 8, bf16, L, {}),  # dp of a stage in several rounds of loads
         ((), 4, 1280, bf16, V4, {"weights": bf16, "phi": bf16, "norm": False}),  # decoding
-        ((), 4, 1280, f16, R, {}),
+        ((), 4, 2000, f16, R, {}),  # 250 runs in 8 slices: the first two take 32 at once
         (two, 8, 129, f32, P, {}),
         (two, 3, 31, f16, L, {"offset": 1}),
         (few, 4, 1280, f16, L, {"offset": 1}),

@@ -7,7 +7,8 @@
 The cases of test_traffic.py, whose loads and stores are pinned, and those of cases.py: those
 that show most pairs of template arguments of the bodies, for the least compiling, then those on
 which planted.py has mistakes in the bodies. The rungs are the simulator's rules, parity and traffic
-on Metal's and CUDA's text, then the dialect, then NVRTC.
+on Metal's and CUDA's text, then the dialect and NVRTC, then the optimiser where planted.py has a
+mistake that it must catch: there it has nothing against the bodies as they are.
 """
 
 import functools
@@ -197,6 +198,16 @@ def refused(form: str, case: cases.Case, bodies: set[str], done: Counter) -> str
     return ""
 
 
+def refused_by_llvm(bodies: set[str]) -> str:
+    """What the optimiser says against the bodies, on the cases of mistakes that it must catch."""
+    asked = dict.fromkeys((m.case, m.body) for m in PLANTED if "optimiser" in m.caught)
+    for case, body in asked if missing("optimiser") is None else ():
+        for call in launches(case, "metal") if body in bodies else ():
+            if call[0] == body and (said := refused_by_optimiser(call)):
+                return f"{case}, metal: optimiser: {said}"
+    return ""
+
+
 def main() -> None:
     command, path, *rest = sys.argv[1:]
     if command == "list":
@@ -213,6 +224,8 @@ def main() -> None:
     for form, name in picked if executed else picked[:6]:
         if found := refused(form, each[name], bodies, done):
             sys.exit(f"{name}, {form}: {found}".replace("\n", " ")[:400])
+    if "metal" in executed and (found := refused_by_llvm(bodies)):
+        sys.exit(found.replace("\n", " ")[:400])
 
 
 if __name__ == "__main__":

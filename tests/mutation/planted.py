@@ -14,7 +14,7 @@ from cases import Case
 from ops.test_traffic import RETURNS
 from proof import results
 
-from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, launch, ops
+from mhc_mlx import ADDITIVE, DEEPSEEK_V4, PAPER, ROW_FIRST, XING, launch, ops
 from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE
 
 
@@ -114,6 +114,8 @@ SINKHORN_64 = Case("sinkhorn_knopp", (3,), 64, 64, convention=replace(PAPER, ite
 FAR = replace(SINKHORN_3, lead=(7,), convention=replace(ROW_FIRST, iters=100), scale=100.0)
 ROUGH = replace(SINKHORN_3, convention=replace(ROW_FIRST, eps=0.1, iters=3))
 ADDITIVE_4 = replace(SINKHORN, convention=ADDITIVE)
+PLAIN = replace(XING, eps=0.1, iters=2, clamp=(-1.5, 1.0))  # cuts logits at either end
+CUT = replace(SINKHORN_3, convention=PLAIN)
 READ = Case("stream_aggregate", (5,), 4, 64)
 READ_EACH = Case("stream_aggregate", (5,), 3, 129, per_token=(True, False))
 # mhc_pre, in float32 and by products of matrices.
@@ -142,7 +144,12 @@ TWICE = replace(TEAM, C=2000)  # and read it twice
 ONE_STREAM = Case("mhc_pre", (5,), 1, 8, "bfloat16", PAPER, eps=0.5)
 # "Single pass" models, and mhc_pre at few tokens.
 FEW = Case("mhc_pre", (2,), 4, 160, convention=PAPER)
+RUNS = Case("mhc_head", (), 1, 8000, convention=PAPER)  # 250 runs in 8 slices: 31 or 32 each
+LANES_16 = Case("mhc_coefficients", (2,), 4, 8, convention=replace(DEEPSEEK_V4, iters=1))
+LANES_9 = replace(LANES_16, n=3, convention=PLAIN)
+LANES_4 = replace(LANES_16, n=2, convention=PAPER, scale=100.0)  # exp overflows but of the largest
 SEAM = Case("mhc_seam", (5,), 4, 64, per_token=(True, True))
+SEAM_12 = replace(SEAM, n=12, C=31)
 SEAM_ROUNDED = replace(SEAM, dtype="bfloat16", rounded=True)
 SEAM_RAGGED = replace(SEAM_ROUNDED, n=3, C=129)
 SEAM_LONG = Case("mhc_seam", (3,), 2, 10248, "bfloat16", per_token=(True, True))  # u is made twice
@@ -191,6 +198,10 @@ TABLE = {
         (SINKHORN_3, "orientation ignored", WRONG, "OUT_COLUMNS ? j", "false ? j"),
     ],
     "sinkhorn_knopp sinkhorn.h": [
+        (CUT, "large logits not clipped", WRONG, "v > high ? high : v", "v"),
+        (CUT, "eps not in the first sum", WRONG, "if (START == START_EXP_PLAIN) sum += eps;", ""),
+        (CUT, "elements in the lanes beyond the matrix", WRONG,
+         "START_EXP_PLAIN) p[j] = in_range ? p[j] : 0.0f", "START_EXP_PLAIN) p[j] = p[j]"),
         (SINKHORN_64, "the first half's sums alone", WRONG, "scratch[64 + lane]", "scratch[lane]"),
         (FAR, "small elements lost", f"{WRONG}; {MOVED}", "if (from > FIRST)", "if (false)"),
         (SINKHORN, "halves exchanged", WRONG, "high ? first : second", "high ? second : first"),
@@ -203,6 +214,8 @@ TABLE = {
         (RETURNS, "a return at a segment's end", MOVED, " && k - 1 > begin)", ")"),
         (ROUGH, "the share of eps added", WRONG, "scratch) - shift_eps", "scratch) + shift_eps"),
         (ADDITIVE_4, "its own divisor for all", WRONG, "RECIPROCAL(all[j])", "RECIPROCAL(d)"),
+        (CUT, "a gradient of logits below the clamp", WRONG, "p[j] > numbers.low && ", ""),
+        (CUT, "the largest logit as any other", WRONG, "largest ? -others :", "largest ? g[j] :"),
     ],
     "sum_partials": [
         (MANY, "a column too many", BOUNDS, "PER_GROUP && p <", "PER_GROUP + 1 && p <"),
@@ -287,6 +300,19 @@ TABLE = {
         (SEAM_LONG, "u cached where it is made twice", f"{WRONG}; traffic: x 1",
          "(!NORM || !U_CACHED)", "(!NORM)"),
     ],
+    "mhc_seam coefficients.h": [
+        (RUNS, "a run past the last", OUTSIDE, "SLICES < num_runs;", "SLICES <= num_runs;"),
+        (LANES_4, "lines of two lanes by four", TWO, "if constexpr (N > 1", "if constexpr (N > 2"),
+    ],
+    "mhc_seam sinkhorn_elements.h": [
+        (LANES_4, "all but the last of a line for its largest", "parity: not finite",
+         "b < N; ++b) m =", "b < N - 1; ++b) m ="),
+        (LANES_16, "softmax across the lines", WRONG,
+         "line_of_element<false>(v, p", "line_of_element<true>(v, p"),
+        (LANES_9, "eps beside the first sum", WRONG, "p / (sum + eps)", "p / sum + eps"),
+        (LANES_9, "logits not clipped", WRONG, "logits[COLUMNS ?", "z[COLUMNS ?"),
+        (LANES_9, "elements that two lanes write", TWO, "if (in_range) h_res", "h_res"),
+    ],
     "mhc_seam_backward": [
         (SEAM_ROUNDED, "dweight of unrounded units", WRONG, "(ROUND_U ? st", "(false ? st"),
     ],
@@ -352,6 +378,16 @@ OPTIMISER = {
     "mhc_pre metal/packs.h": [
         (PRE, "addresses of a lane in registers all the time", "optimiser: registers spilled",
          "return v + int(zero);", "return v;"),
+    ],
+    "mhc_pre_backward_phi": [
+        (PRE_65, "eight tokens at once", "optimiser: registers spilled", "(2, 8)", "(8, 2)"),
+    ],
+    "mhc_seam seam_channel.h": [
+        (SEAM_12, "packs of twelve streams at once", "optimiser: arrays lie in memory",
+         "() && N <= 8", "() || N <= 8"),
+    ],
+    "mhc_seam_backward common.h": [
+        (SEAM, "pairs of floats in one branch", "optimiser: packs of 0", "VEC != 2", "VEC != 3"),
     ],
     "stream_mix_add metal/packs.h": [
         (ADD_HALF, "packs in loads of an element", "optimiser: load x 2",

@@ -31,6 +31,10 @@ EQUIVALENT = {
          "one place for coefficients and one barrier more do the same as two places"),
         ("r = 1.0f;", "r = 1.5f;", "without a norm r is not read"),
     ],
+    "metal/packs.h": [
+        ("int e = 0; e < VEC; e += 2) stay", "int e = 0 + 1; e < VEC; e += 2) stay",
+         "elements 0 and 1 are of one word, and a pack of one stays as it is"),
+    ],
     "metal/phi_product_ring.h": [
         ("<true, NUM", "<false, NUM", SLOWER),
     ],
@@ -63,6 +67,7 @@ EQUIVALENT = {
         ("m0 < TILE_TOKENS;", "m0 < TILE_TOKENS - 1;", "m0 is a multiple of 4, as TILE_TOKENS is"),
         ("projection_lanes(N, START,", "projection_lanes(START, N,",
          "one lane and a line per lane give the same matrix"),
+        ("by_backend(32, 8)", "by_backend(8, 32)", AT_ONCE),
     ],
     "mhc_fused_backward.metal": [
         ("STREAMS + i], e, zero);", "STREAMS - i], e, zero);", PACKED),
@@ -78,6 +83,7 @@ EQUIVALENT = {
         ("float w = 0.0f", "float w = 1.0f", SET_LATER),
     ],
     "mhc_pre.metal": [
+        ("lane] : 0.0f", "lane] : 1.0f", "no one reads the sums of lanes past PITCH"),
         ("PER_GROUP < NUM_LOGITS ?", "PER_GROUP <= NUM_LOGITS ?", LEAST),
         ("LANES + 31", "LANES", OTHERS),
         ("/ 32 : 0;", "/ 32 : 1;", OTHERS),
@@ -102,6 +108,7 @@ EQUIVALENT = {
     ],
     "mhc_seam_backward.metal": [
         ("at * N,", "at,", ONE_PASS),
+        ("[at * N + j], e, static", "[at + j], e, static", ONE_PASS),
         ("k < CACHED_PASSES; ++k) {", "k < CACHED_PASSES; k += 2) {", ONE_PASS),
     ],
     "cuda/phi_gradient_matrices.h": [
@@ -119,6 +126,10 @@ EQUIVALENT = {
     "sinkhorn.h": [
         ("(N) : 32;", "(N) : 33;",
          "places past the 32nd are in no sum: scatter_sum adds halves of 32"),
+    ],
+    "sinkhorn_backward.h": [
+        ("lane < uint(N)", "lane <= uint(N)",
+         "a lane beyond the matrix has zeros in p: its g is in no sum, and no one stores it"),
     ],
     "sinkhorn_knopp_backward.metal": [
         ("128 : 0);", "128 : 1);", "up to 32 lines no one uses scratch"),

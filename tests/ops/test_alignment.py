@@ -5,9 +5,11 @@ together do not show it. Each launch here runs once more for each of its inputs 
 element and of 8 bytes, with the same bits.
 """
 
+import ctypes
 import functools
 import re
 
+import numpy as np
 import pytest
 from cases import DEEPSEEK_V4, PAPER, Case
 from proof import check, executor, results, simulator
@@ -139,3 +141,47 @@ def test_an_input_that_decides_for_another_is_caught(body, old, new, call, need,
     with pytest.raises(simulator.SimulationError, match="misaligned|differs"):
         run("simulator", [call])
     launch._build.cache_clear()
+
+
+# ---- packs of inputs of fewer than 8 elements, which MLX puts in Metal's constant address space
+
+SMALL = """
+#undef ONE_ADDRESS_SPACE
+#define constant volatile  // so a pointer to it has a type of its own
+{packs}
+template <typename T, int VEC> int different(const T* p) {{
+  const auto in_device = mhc::load_aligned<VEC>(p);
+  const auto in_constant = mhc::load_aligned<VEC>((const volatile T*)p);
+  int count = 0;
+  for (int e = 0; e < VEC; ++e) count += mhc::element(in_device, e) != mhc::element(in_constant, e);
+  return count;
+}}
+extern "C" int floats(const float* p) {{
+  return different<float, 1>(p) + different<float, 2>(p) + different<float, 4>(p);
+}}
+extern "C" int halves(const short* p) {{
+  return different<short, 1>(p) + different<short, 2>(p) + different<short, 4>(p);
+}}
+"""
+
+
+def different(packs: str) -> list[int]:
+    """How many elements of packs of 1, 2 and 4 differ from those that lie in device memory."""
+    source = '#include "body.hpp"' + SMALL.format(packs=re.sub(r"\b(device|thread)\b", "", packs))
+    flags = ["-std=c++20", "-O0", "-w", "-fPIC", "-c", f"-I{simulator.HERE}"]
+    library = ctypes.CDLL(str(simulator.build(source, flags, source)), mode=ctypes.RTLD_LOCAL)
+    arrays = np.arange(1, 9, dtype=np.float32), np.arange(1, 9, dtype=np.int16)
+    calls = zip((library.floats, library.halves), arrays, strict=True)
+    return [f(ctypes.c_void_p(a.ctypes.data)) for f, a in calls]
+
+
+def test_packs_of_small_inputs(need):
+    need("simulator")
+    assert different(launch.text("include/metal/packs.h")) == [0, 0]
+
+
+def test_another_element_of_a_small_input_is_seen(need):
+    need("simulator")
+    packs, loop = launch.text("include/metal/packs.h"), "++e) set_element(pack, e, T(p[e]))"
+    assert packs.count(loop) == 1
+    assert different(packs.replace(loop, loop.replace("p[e]", "p[0]"))) == [4, 4]

@@ -52,7 +52,7 @@ def test_dynamic_covers():
     assert all(kinds == set(DTYPES) for kinds in seen.values()), seen
     assert {c.convention.name for c in DYNAMIC if c.convention} == {*CONVENTIONS, *EXACT}
     assert {c.n for c in DYNAMIC} == {1, 2, 3, 4, 5, 8, 12, 16, 17, 32, 33}
-    assert {c.C for c in DYNAMIC} == {1, 8, 31, 64, 129, 264, 1026, 1280}
+    assert {c.C for c in DYNAMIC} == {1, 8, 31, 64, 129, 264, 1026, 1280, 2000}
     assert {c.phi for c in DYNAMIC} == {c.weights for c in DYNAMIC} == set(DTYPES)
     assert {c.lead for c in DYNAMIC} >= {(), (0,), (2, 3), (5,), (70,)}
     assert {(c.offset, c.norm) for c in DYNAMIC} >= {(0, True), (1, True), (1, False)}
