@@ -67,7 +67,7 @@ EQUIVALENT = {
         ("m0 < TILE_TOKENS;", "m0 < TILE_TOKENS - 1;", "m0 is a multiple of 4, as TILE_TOKENS is"),
         ("projection_lanes(N, START,", "projection_lanes(START, N,",
          "one lane and a line per lane give the same matrix"),
-        ("by_backend(32, 8)", "by_backend(8, 32)", AT_ONCE),
+        ("by_backend(16, 8)", "by_backend(8, 16)", AT_ONCE),
     ],
     "mhc_fused_backward.metal": [
         ("STREAMS + i], e, zero);", "STREAMS - i], e, zero);", PACKED),
