@@ -6,6 +6,7 @@ do not change.
 """
 
 import functools
+import inspect
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -97,6 +98,25 @@ def choosing(cls: Any, module: str) -> type:
     def __call__(self, *args, **kwargs):
         result = cls.__call__(self, *args, **kwargs)
         return None if result is None else mx.stop_gradient(result)
+
+    methods = {"__call__": __call__, "__module__": module}
+    return type(f"Differentiable{cls.__name__}", (cls,), methods)
+
+
+def given_constant(cls: Any, argument: str, module: str) -> type:
+    """Return a subclass of a package's class to whose argument of this name no gradient passes.
+
+    A choice that one layer makes for the next is an output of a layer under grad_checkpoint, which
+    hides that it passes no gradient. The class is called Differentiable and the name of the class,
+    and lies in ``module``.
+    """
+    signature = inspect.signature(cls.__call__)
+
+    def __call__(self, *args, **kwargs):
+        bound = signature.bind(self, *args, **kwargs)
+        if (a := bound.arguments.get(argument)) is not None:
+            bound.arguments[argument] = mx.stop_gradient(a)
+        return cls.__call__(*bound.args, **bound.kwargs)
 
     methods = {"__call__": __call__, "__module__": module}
     return type(f"Differentiable{cls.__name__}", (cls,), methods)

@@ -136,6 +136,25 @@ def tiny(name: str, kind: str = "float32", seed: int = 0, **others) -> nn.Module
     return model
 
 
+def whole(name: str, kind: str = "float32", seed: int = 0, **others) -> nn.Module:
+    """mlx-vlm's model around the language model, with vision where it has some."""
+    if name == "deepseek_v41":
+        sizes = {"vision_num_layers": 1, "vision_hidden_size": 64, "vision_num_heads": 2}
+        others = sizes | {"vision_intermediate_size": 32} | others
+    text = tiny(name, kind, seed, **others)
+    config = text.config
+    if name == "glm5_next":
+        module = importlib.import_module("mlx_vlm.models.glm5_next.config")
+        sizes = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+        vision = module.VisionConfig(**sizes, out_hidden_size=64)
+        config = module.ModelConfig(text_config=config, vision_config=vision)
+    mx.random.seed(seed)
+    model = importlib.import_module(f"mlx_vlm.models.{name}").Model(config)
+    model.language_model = text
+    mx.eval(model.parameters())
+    return model.eval()
+
+
 def tokens(count: int, batch: int = 1, seed: int = 0) -> mx.array:
     drawn = np.random.default_rng(seed).integers(0, VOCABULARY - 1, (batch, count))
     return mx.array(drawn.astype(np.int32))

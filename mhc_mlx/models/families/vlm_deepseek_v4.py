@@ -77,14 +77,25 @@ class PatchedStage(dspark.DSparkStage):
 
 DifferentiableIndexer = gradients.choosing(language.Indexer, __name__)
 DifferentiableGlm5NextIndexer = gradients.choosing(glm.Glm5NextIndexer, __name__)
+DifferentiableGlm5NextAttention = gradients.given_constant(
+    glm.Glm5NextAttention, "prev_topk_indices", __name__
+)
 
 
 class DifferentiableMoEGate(language.MoEGate):
     """This is mlx-vlm's gate, whose choice of experts passes no gradient.
 
     Where experts are chosen by token or for images too, mlx-vlm's compiled function asks for the
-    gradient of the choice. There the weights are made again, by the same operations.
+    gradient of the choice. There the weights are made again, by the same operations. The table of
+    experts by token has integers, which an optimizer would turn into floats: it stays frozen.
     """
+
+    @property
+    def _no_grad(self) -> set[str]:
+        frozen: set[str] = vars(self)["_no_grad"]
+        if self.hash:
+            frozen.add("tid2eid")
+        return frozen
 
     def __call__(self, x: mx.array, input_ids: mx.array | None = None) -> Any:
         experts, weights = language.MoEGate.__call__(self, x, input_ids)
@@ -113,6 +124,7 @@ class DeepseekV4(Family):
         language.Indexer: DifferentiableIndexer,
         language.MoEGate: DifferentiableMoEGate,
         glm.Glm5NextIndexer: DifferentiableGlm5NextIndexer,
+        glm.Glm5NextAttention: DifferentiableGlm5NextAttention,
     }
 
     def sites(self, model: nn.Module) -> list[Site]:

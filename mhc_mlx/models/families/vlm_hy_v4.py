@@ -78,6 +78,12 @@ class PatchedLayer(language.HyV4DecoderLayer):
         return h, topk_indices
 
 
+DifferentiableHyV4Indexer = gradients.choosing(language.HyV4Indexer, __name__)
+DifferentiableHyV4Attention = gradients.given_constant(
+    language.HyV4Attention, "prev_topk_indices", __name__
+)
+
+
 class HyV4(Family):
     package = "mlx-vlm"
     layers = {language.HyV4DecoderLayer: PatchedLayer}
@@ -85,7 +91,10 @@ class HyV4(Family):
         stock.IdentityHyperConnectionPre: PatchedConnection,
         stock.IdentityHyperHead: PatchedHead,
     }
-    trained = {language.HyV4Indexer: gradients.choosing(language.HyV4Indexer, __name__)}
+    trained = {
+        language.HyV4Indexer: DifferentiableHyV4Indexer,
+        language.HyV4Attention: DifferentiableHyV4Attention,
+    }
 
     def check_model(self, op: str, model: nn.Module) -> None:
         check_whole(op, module_of(model, language.HyV4Model)[1])
