@@ -32,7 +32,8 @@ def _random_model(family: Family, kind: str, d: int, layers: int) -> nn.Module:
     """
     model = family.new_model(d, layers, kind)
     drawn = []
-    for k, (name, a) in enumerate(tree_flatten(model.parameters())):
+    leaves: list[Any] = list(tree_flatten(model.parameters()))
+    for k, (name, a) in enumerate(leaves):
         if a.ndim > 1 and mx.issubdtype(a.dtype, mx.floating) and not a.any():
             noise = mx.random.normal(a.shape, a.dtype, key=mx.random.key(1000 + k))
             drawn.append((name, noise * a.shape[-1] ** -0.5))

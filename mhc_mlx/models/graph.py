@@ -125,8 +125,9 @@ class Trace:
             return
         for name, shape, dtype in (*entry["inputs"], *entry["outputs"]):
             self.arrays.setdefault(name, (math.prod(shape), dtype))
-        inputs = [self._of.get(name, name) for name, *_ in entry["inputs"]]
-        outputs = [name for name, *_ in entry["outputs"]]
+        names = [str(name) for name, *_ in entry["inputs"]]
+        inputs = [self._of.get(name, name) for name in names]
+        outputs = [str(name) for name, *_ in entry["outputs"]]
         if entry["name"] in VIEWS:
             self._of |= dict.fromkeys(outputs, inputs[0])
             return
