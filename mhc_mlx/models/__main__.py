@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map_with_path
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from ..commands import Output, check_strings, make_parser, memory, read
 from .check import check
@@ -25,24 +25,38 @@ PACKAGES = sorted({row.package for row in ROWS})
 COMMAND = "python -m mhc_mlx.models"
 
 
-def _random_model(family: Family, d: int, layers: int) -> nn.Module:
-    """Make a small random model with 4-bit weights and bfloat16 activations."""
-    model = family.new_model(d, layers)
+def _random_model(family: Family, kind: str, d: int, layers: int) -> nn.Module:
+    """Make a small random model with 4-bit weights and bfloat16 activations.
+
+    Matrices that the package starts as zeros are drawn, so that every part of the model shows.
+    """
+    model = family.new_model(d, layers, kind)
+    drawn = []
+    leaves: list[Any] = list(tree_flatten(model.parameters()))
+    for k, (name, a) in enumerate(leaves):
+        if a.ndim > 1 and mx.issubdtype(a.dtype, mx.floating) and not a.any():
+            noise = mx.random.normal(a.shape, a.dtype, key=mx.random.key(1000 + k))
+            drawn.append((name, noise * a.shape[-1] ** -0.5))
+    model.update(tree_unflatten(drawn))
     for k, site in enumerate(family.sites(model)):
         fn, base, scale = site.arrays
         kf, kb, ks = mx.random.split(mx.random.key(k), 3)
         site.hc[site.prefix + "fn"] = mx.random.normal(fn.shape, key=kf) * fn.shape[1] ** -0.5
         site.hc[site.prefix + "base"] = mx.random.normal(base.shape, key=kb)
         site.hc[site.prefix + "scale"] = mx.random.uniform(0.5, 1.5, scale.shape, key=ks)
-    cast = family.text(model).cast_predicate
+    cast = getattr(family.text(model), "cast_predicate", lambda name: "hc_" not in name)
 
     def bfloat16(name: str, a: mx.array) -> mx.array:
-        return a.astype(mx.bfloat16) if cast(name) else a
+        return a.astype(mx.bfloat16) if a.dtype == mx.float32 and cast(name) else a
 
     model.update(tree_map_with_path(bfloat16, model.parameters()))
-    nn.quantize(model, group_size=32, bits=4)
+    nn.quantize(model, group_size=32, bits=4, class_predicate=_quantised)
     mx.eval(model.parameters())
     return model.eval()
+
+
+def _quantised(_name: str, module: nn.Module) -> bool:
+    return hasattr(module, "to_quantized") and module["weight"].shape[-1] % 32 == 0
 
 
 def _check_report(report) -> None:
@@ -92,6 +106,28 @@ def _check_folder(model: str, package: str) -> None:
         raise ValueError(f"--model must be a folder that exists but is {model}")
 
 
+def _kind(args: argparse.Namespace) -> str:
+    """Return the model type of --random."""
+    kinds = next((r.models.split(", ") for r in ROWS if r.file == args.family), [""])
+    if args.kind is not None and args.random is None:
+        raise ValueError("--kind goes with --random alone")
+    if args.kind is not None and args.kind not in kinds:
+        raise ValueError(f"--kind must be one of {', '.join(kinds)} but is {args.kind!r}")
+    return args.kind or kinds[0]
+
+
+def _chain(args: argparse.Namespace) -> int | None:
+    """Return the number of sites of --chain, or None without it."""
+    if args.chain is None:
+        return None
+    if args.sites is None:
+        raise ValueError("--chain goes with --sites alone")
+    numbers = _numbers("--chain", args.chain)
+    if len(numbers) > 1 or numbers[0] < 3:
+        raise ValueError(f"--chain must be one number of at least 3 but is {args.chain!r}")
+    return numbers[0]
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Parse and check the options.
 
@@ -104,8 +140,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     what.add_argument("--model", help="path or name that the package loads")
     parser.add_argument("--package", choices=PACKAGES, default="mlx-lm", help="of --model")
     parser.add_argument("--family", default=ROWS[0].file, help=", ".join(row.file for row in ROWS))
+    parser.add_argument("--kind", help="of --random: a model type of the family; its first without")
     what.add_argument("--random", metavar="D[,LAYERS]", help="a small model of random weights")
     what.add_argument("--sites", metavar="D[,D...]", help="hyper-connections of these sizes alone")
+    parser.add_argument("--chain", metavar="N", help="how many of --sites run in a row: 122")
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--check", action="store_true", help="errors and times of each site, alone")
     part.add_argument("--bench", action="store_true", help="prefill and decode, alone")
@@ -124,6 +162,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             raise ValueError("--prompt needs the tokenizer of --model")
         if args.model is None:
             args.of = named("models", args.family)
+        args.kind = _kind(args)
+        args.count = _chain(args)
         if args.sites is not None:
             if args.check or args.bench or args.no_verify or args.random_prompts:
                 must = "are of a model: they go not with --sites"
@@ -133,8 +173,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             args.sizes = _numbers("--random", args.random)
             if len(args.sizes) > 2:
                 raise ValueError(f"--random must be D or D,LAYERS but is {args.random}")
-            if type(args.of).new_model is Family.new_model:
-                raise ValueError(f"--random must be of lm_deepseek_v41 but is of {args.family}")
             if args.sizes[0] % 32:
                 raise ValueError(f"--random must have D a multiple of 32 but has {args.sizes[0]}")
         else:
@@ -151,7 +189,7 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, Any]:
     """Return the model, and a tokenizer or None."""
     if args.random is not None:
         d, layers = (*args.sizes, 3)[:2]
-        return _random_model(args.of, d, layers), None
+        return _random_model(args.of, args.kind, d, layers), None
     try:
         package: Any = importlib.import_module(args.package.replace("-", "_"))
         return package.load(args.model)
@@ -177,7 +215,10 @@ def _measures(args: argparse.Namespace):
     if args.sites is not None:
         for d in args.sizes:
             lengths = args.lengths or (1, 8, 512, 2048)
-            yield "per sublayer", functools.partial(bench_sites, d, lengths, family=args.family)
+            yield (
+                "per sublayer",
+                functools.partial(bench_sites, d, lengths, family=args.family, count=args.count),
+            )
         return
     model, tokenizer = _load(args)
     prompts = _prompts(args, model, tokenizer)

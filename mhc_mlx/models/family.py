@@ -169,9 +169,19 @@ class Family:
         """Return a site of its own of hidden size d, with a norm, as the package starts it."""
         raise NotImplementedError
 
-    def new_model(self, d: int, layers: int) -> nn.Module:
-        """Return a small model of hidden size d with 8 experts, as the package starts it."""
-        raise ValueError(f"[models] --random has no small model of {type(self).__name__} yet.")
+    def new_model(self, d: int, layers: int, kind: str) -> nn.Module:
+        """Return a small model with hidden size d and 8 experts, as the package starts it.
+
+        kind is one of the family's model types; all other sizes are multiples of 32.
+        """
+        raise NotImplementedError
+
+    def metal_kernels(self) -> list[tuple[Any, str, Any]]:
+        """Return what the package runs as one kernel on Metal, for counts of dispatches there.
+
+        Each is a module, the name of a function in it, and a function that is one primitive.
+        """
+        return []
 
     # ---- the whole model, for `check` and `bench`
 

@@ -12,6 +12,12 @@ from .family import Options, Settings
 
 FEW = 8  # up to this number of tokens mlx-vlm's results do not depend on the number
 
+# Backends on which sites are compiled. What decides is a measurement: `python -m mhc_mlx.models
+# --sites` times "patched" beside "patched, not compiled" there, and `python -m benchmarks.sites`
+# has both in its table. No Mac has measured it yet: Metal is here because compiling dispatches
+# less, and goes if it measures slower at one token.
+COMPILED = frozenset({"cuda", "metal"})
+
 # While `activations` runs in this thread, it has x and y by a site's module and prefix.
 _seen: ContextVar[dict | None] = ContextVar("seen", default=None)
 
@@ -41,7 +47,8 @@ def _recurs(length: int) -> bool:
 def _backend(x: mx.array, options: Options) -> str | None:
     """Return the backend for which a site is compiled: None where it is not."""
     compiles = options.use_metal and not options.differentiable and x.size > 0
-    return launch.backend() if compiles and _recurs(x.shape[-3]) else None
+    found = launch.backend() if compiles and _recurs(x.shape[-3]) else None
+    return found if found in COMPILED else None
 
 
 def _mixed(x, y, h_post, h_res, settings: Settings, options: Options) -> mx.array:

@@ -17,8 +17,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import launch
+from ..device_report.timing import CACHE
 from ..layers import check_sizes
 from ..ops.checks import FLOATS, fail
+from . import graph
 from .exact import random_inputs, site_errors
 from .families import ROWS, family_of, named
 from .family import Family, Options, Settings, Site
@@ -26,6 +28,10 @@ from .patching import as_stock, enable, is_patched
 from .verify import LEAST, too_large
 
 SITES = 122  # DeepSeek V4.1 has 61 layers with two sites each
+UNCOMPILED = "patched, not compiled"
+# Streams of more bytes than this meet cold caches when they are timed, as after a sublayer, whose
+# weights are larger than a cache. Those of few tokens have just been written, there too.
+SMALL = 1 << 20
 
 
 def check_counts(op: str, **counts: tuple[int, ...]) -> None:
@@ -68,6 +74,24 @@ def _seconds(run: Callable) -> float:
     return statistics.median(times)
 
 
+def _seconds_beyond(run: Callable, alone: Callable) -> tuple[float, float]:
+    """Return the median time of ``alone``, and by how much ``run`` takes longer, in seconds.
+
+    Both run in turn, so that the clocks of one moment serve both.
+    """
+    times: list[tuple[float, float]] = []
+    for k in range(9):
+        pair = []
+        for f in (alone, run):
+            start = time.perf_counter()
+            mx.eval(f())
+            pair.append(time.perf_counter() - start)
+        if k >= 2:
+            times.append((pair[0], pair[1] - pair[0]))
+    own, longer = zip(*times, strict=True)
+    return statistics.median(own), statistics.median(longer)
+
+
 @functools.cache
 def _compiled_stock(settings: Settings, kind: str, eps: float) -> tuple[list[Site], Callable]:
     """Return the package's code of a site, compiled, of (x, y, fn, base, scale, weight).
@@ -96,11 +120,15 @@ def _timed(sites: list[Site]) -> list[Site]:
     return [site for site in sites if type(site.norm) is nn.RMSNorm and site.kind != "head"]
 
 
-def _chains(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict[str, Callable]:
-    """Return functions that run all sites one after the other; the sublayers are the identity.
+def _chains(
+    sites: list[Site], dtype: mx.Dtype, tokens: int, sublayer: Callable | None = None
+) -> dict[str, Callable]:
+    """Return functions that run all sites one after the other, queued in one evaluation.
 
-    "patched" runs them as a patched model does, which compiles each; the package's name as its own
-    model does; with ", compiled" the package's code of each site is compiled.
+    Each site gets the streams that the last one wrote, and its sublayer is the identity.
+    "patched" runs them as a patched model does, which compiles each; "patched, not compiled" is
+    there where that differs; the package's name runs them as its own model does; with ", compiled"
+    the package's code of each site is compiled.
     """
     sites = _timed(sites)
     first, package = sites[0], sites[0].family.package
@@ -114,12 +142,23 @@ def _chains(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict[str, Callab
             streams, u = x, y
             for site in sites[:count]:
                 streams, u = step(site, streams, u)
+                u = u if sublayer is None else sublayer(u)
             return streams, u
 
         return run
 
+    patched = chain(lambda site, x, y: _step(site, site.options, x, y))
+
+    def not_compiled(count: int = len(sites)):
+        mx.disable_compile()
+        try:
+            return patched(count)
+        finally:
+            mx.enable_compile()
+
     return {
-        "patched": chain(lambda site, x, y: _step(site, site.options, x, y)),
+        "patched": patched,
+        **({UNCOMPILED: not_compiled} if launch.backend() else {}),
         package: chain(lambda site, x, y: _step(site, None, x, y)),
         f"{package}, compiled": chain(
             lambda site, x, y: compiled(x, y, *site.arrays, site.norm.weight)
@@ -127,11 +166,59 @@ def _chains(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict[str, Callab
     }
 
 
+class _Spacer:
+    """A sublayer that returns what it gets, after it has read and written CACHE bytes.
+
+    All of that waits for what it gets, and the next site for all of that: so no two sites overlap.
+    """
+
+    def __init__(self) -> None:
+        self._start = mx.full((CACHE // 8,), -1e30, mx.float32)
+        mx.eval(self._start)
+        self.reset()
+
+    def reset(self) -> None:
+        self._large = self._start
+
+    def __call__(self, u: mx.array) -> mx.array:
+        self._large = mx.minimum(self._large, u[0, 0, 0].astype(mx.float32))
+        return mx.maximum(u, self._large[0].astype(u.dtype))
+
+
 def site_times(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict[str, Any]:
-    """Return the number of tokens, and the seconds per site of each function of `_chains`."""
-    count = len(_timed(sites))
-    chains = _chains(sites, dtype, tokens)
-    return {"tokens": tokens} | {k: _seconds(run) / count for k, run in chains.items()}
+    """Return the number of tokens, and the seconds per site of each function of `_chains`.
+
+    Where streams are larger than SMALL, caches are cold: between two sites a stand-in for the
+    sublayer streams as many bytes as fill them, and its own time, measured alone, is taken off.
+    """
+    timed = _timed(sites)
+    x, y = random_inputs(timed[0], dtype, tokens)
+    if x.nbytes <= SMALL:
+        chains = _chains(sites, dtype, tokens)
+        return {"tokens": tokens} | {k: _seconds(run) / len(timed) for k, run in chains.items()}
+    spacer = _Spacer()
+
+    def alone() -> mx.array:
+        spacer.reset()
+        u = y
+        for _ in timed:
+            u = spacer(u)
+        return u
+
+    def spaced(run: Callable) -> Callable:
+        def fresh():
+            spacer.reset()
+            return run()
+
+        return fresh
+
+    mx.eval(y)
+    found: dict[str, Any] = {"tokens": tokens}
+    for k, run in _chains(sites, dtype, tokens, spacer).items():
+        own, longer = _seconds_beyond(spaced(run), alone)
+        found |= {"stand-in": own / len(timed), k: longer / len(timed)}
+    spacer.reset()
+    return found
 
 
 def time_line(t: dict, package: str) -> str:
@@ -140,15 +227,30 @@ def time_line(t: dict, package: str) -> str:
     return (
         f"{t['tokens']:5} tokens: {ours * 1e6:.0f} us per sublayer, {package} {theirs * 1e6:.0f} "
         f"us ({theirs / ours:.1f} x), compiled {compiled * 1e6:.0f} us ({compiled / ours:.1f} x)"
+        + (f"; {UNCOMPILED} {t[UNCOMPILED] * 1e6:.0f} us" if UNCOMPILED in t else "")
     )
 
 
-def _dispatches(run: Callable) -> dict[str, Any]:
-    """Return the numbers of primitives, and of launches, that the third site adds to a graph."""
-    added = launch.primitives(*run(3))
-    added.subtract(launch.primitives(*run(2)))
-    launching = sum(count for name, count in added.items() if name not in launch.VIEWS)
-    return {"primitives": sum(added.values()), "dispatches": launching}
+def _metal_dispatches(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict[str, Any]:
+    """Return what a site would dispatch on Metal, where the package may have kernels of its own.
+
+    Patched it differs in its kernels alone, so that is there where kernels run.
+    """
+    _compiled_stock.cache_clear()  # it may hold a trace of other functions
+    package = sites[0].family.package
+    try:
+        with graph.metal_form(sites[0].family):
+            chains = _chains(sites[:3], dtype, tokens)
+            counts = {k: graph.dispatches(chains[k]) for k in (package, f"{package}, compiled")}
+    finally:
+        _compiled_stock.cache_clear()
+    found = {k: v["dispatches"] for k, v in counts.items()}
+    kernels = len(graph.launched(sites[0], dtype, tokens, "metal"))
+    found["patched, kernels"] = kernels
+    if launch.backend():
+        here = graph.dispatches(_chains(sites[:3], dtype, tokens)["patched"])
+        found["patched"] = here["dispatches"] - here["kernels"] + kernels
+    return found
 
 
 def _peak(run: Callable) -> int:
@@ -167,6 +269,7 @@ def random_sites(d: int, count: int, family: Family) -> list[Site]:
     sites = []
     for k in range(count):
         site = family.new_site(d)
+        site.hc.eval()  # as in a model that is loaded: some packages run other code in training
         (fn, base, scale), norm = site.arrays, site.norm
         kf, kb, ks = mx.random.split(mx.random.key(k), 3)
         fn = mx.random.normal(fn.shape, key=kf) * fn.shape[1] ** -0.5
@@ -184,14 +287,17 @@ def bench_sites(
     tokens: tuple[int, ...] = (1, 8, 512, 2048),
     dtype: mx.Dtype = mx.bfloat16,
     family: str = "lm_deepseek_v41",
+    count: int | None = None,
 ) -> dict[str, Any]:
     """Measure random hyper-connections of a hidden size, patched and by the package's code.
 
     A call runs 122 sites one after the other, as many as DeepSeek V4.1 has (their weights are
-    larger than a cache); the sublayers between them are the identity. Measured are the time per
-    site of the patched sites, which are compiled, of the package's code and of that code compiled;
-    the dispatches of a site in MLX's graph; and the peak memory of two sites at the largest number
-    of tokens. Errors are measured first, at 24 sites with 4 tokens and at the first site with each
+    larger than a cache); the sublayers between them are the identity, and where streams are larger
+    than 1 MiB caches are cold. Measured are the time per site of the patched sites, which are
+    compiled, and on a GPU of these without `mx.compile`; of the package's code and of that code
+    compiled; the dispatches of a site in MLX's graph, here and in Metal's form; the rows of C that
+    a site reads and writes per token; and the peak memory of two sites at the largest number of
+    tokens. Errors are measured first, at 24 sites with 4 tokens and at the first site with each
     number of tokens. If one is larger than `patch` allows, nothing is timed.
 
     Args:
@@ -199,6 +305,7 @@ def bench_sites(
         tokens: The numbers of tokens in one call.
         dtype: The dtype of x and y.
         family: Of which family, by the name of its file in `mhc_mlx.models.families`.
+        count: The number of sites, at least 3; 122 without.
 
     Returns:
         Numbers by name, in seconds, bytes, and units in the last place; ``ok`` tells whether the
@@ -206,55 +313,102 @@ def bench_sites(
 
     Raises:
         TypeError: An argument has another type.
-        ValueError: A number is not positive, tokens is empty, or there is no such family here.
+        ValueError: A number is not positive, tokens is empty, count is less than 3, or there is no
+            such family here.
     """
-    check_sizes("bench_sites", d=(d, math.inf))
+    count = SITES if count is None else count
+    check_sizes("bench_sites", d=(d, math.inf), count=(count, math.inf))
+    if count < 3:
+        raise ValueError(fail("bench_sites", "count", "be at least 3", count))
     check_counts("bench_sites", tokens=tokens)
     if not tokens:
         raise ValueError(fail("bench_sites", "tokens", "have at least one number", "none"))
     if not isinstance(dtype, mx.Dtype) or dtype not in FLOATS:
         raise TypeError(fail("bench_sites", "dtype", "be float32, float16 or bfloat16", dtype))
+    from tqdm import tqdm  # both packages need it
+
     of = named("bench_sites", family)
-    sites, package = random_sites(d, SITES, of), of.package
-    errors = [
-        _largest(site, *random_inputs(site, dtype, 4, k)) for k, site in enumerate(sites[:24])
-    ]
-    for count in tokens:
-        distinct = math.gcd(4, count)  # these tokens are repeated, because float64 is slow
-        inputs = random_inputs(sites[0], dtype, distinct)
-        errors.append(_largest(sites[0], *inputs, count // distinct))
+    sites, package = random_sites(d, count, of), of.package
     report = {
+        "family": family,
         "d": d,
         "n": sites[0].size[0],
         "dtype": str(dtype).split(".")[-1],
         "sites": len(sites),
     }
-    print(f"d = {d}, {report['dtype']}")
-    report["errors"] = {"patched": max(e for e, _ in errors), package: max(e for _, e in errors)}
-    worst = ", ".join(f"{k} {v:.2f}" for k, v in report["errors"].items())
-    print(f"largest error against float64, units in the last place: {worst}")
-    limits = [max(theirs, LEAST) for _, theirs in errors]
-    pairs = zip(errors, limits, strict=True)
-    wrong = [e for (e, _), most in pairs if too_large(e, most) or not math.isfinite(e)]
-    report["times"], report["ok"] = [], not wrong
-    if not report["ok"]:
-        print("parity FAILS: nothing is timed", flush=True)
-        return report
-    for count in tokens:
-        report["times"].append(site_times(sites, dtype, count))
-        print(time_line(report["times"][-1], package), flush=True)
-    report["graph"] = {
-        str(count): {k: _dispatches(run) for k, run in _chains(sites, dtype, count).items()}
-        for count in (1, max(tokens))
-    }
-    peaks = {k: _peak(run) for k, run in _chains(sites, dtype, max(tokens)).items()}
-    report["peak bytes"] = {"tokens": max(tokens)} | peaks
-    for count, graph in report["graph"].items():
-        counts = ", ".join(f"{k} {v['dispatches']}" for k, v in graph.items())
-        print(f"{count:>5} tokens: dispatches per sublayer: {counts}")
-    memory = ", ".join(f"{k} {v >> 20} MiB" for k, v in peaks.items())
-    print(f"{max(tokens):5} tokens: most memory: {memory}", flush=True)
+    print(f"{family}, d = {d}, {report['dtype']}", flush=True)
+    steps = len(sites[:24]) + 3 * len(tokens) + 1
+    with tqdm(total=steps, desc=f"sites of {d}", leave=False) as bar:
+        report["errors"], report["ok"] = _site_errors(sites, dtype, tokens, bar)
+        worst = ", ".join(f"{k} {v:.2f}" for k, v in report["errors"].items())
+        bar.write(f"largest error against float64, units in the last place: {worst}")
+        report["times"] = []
+        if not report["ok"]:
+            bar.write("parity FAILS: nothing is timed")
+            return report
+        for length in tokens:
+            report["times"].append(site_times(sites, dtype, length))
+            bar.write(time_line(report["times"][-1], package))
+            bar.update()
+        report |= _site_counts(sites, dtype, tokens, bar)
+    _print_counts(report)
     return report
+
+
+def _site_errors(
+    sites: list[Site], dtype: mx.Dtype, tokens: tuple[int, ...], bar: Any
+) -> tuple[dict[str, float], bool]:
+    """Return the largest errors, and whether each is as small as `patch` wants."""
+    errors = []
+    for k, site in enumerate(sites[:24]):
+        errors.append(_largest(site, *random_inputs(site, dtype, 4, k)))
+        bar.update()
+    for count in tokens:
+        distinct = math.gcd(4, count)  # these tokens are repeated, because float64 is slow
+        inputs = random_inputs(sites[0], dtype, distinct)
+        errors.append(_largest(sites[0], *inputs, count // distinct))
+        bar.update()
+    right = [
+        math.isfinite(ours) and not too_large(ours, max(theirs, LEAST)) for ours, theirs in errors
+    ]
+    package = sites[0].family.package
+    return {"patched": max(e for e, _ in errors), package: max(e for _, e in errors)}, all(right)
+
+
+def _site_counts(
+    sites: list[Site], dtype: mx.Dtype, tokens: tuple[int, ...], bar: Any
+) -> dict[str, Any]:
+    """Return dispatches, rows of C and memory of sites."""
+    counts, metal, largest = {}, {}, max(tokens)
+    for length in tokens:
+        chains = _chains(sites[:3], dtype, length)
+        counts[str(length)] = {k: graph.dispatches(run) for k, run in chains.items()}
+        metal[str(length)] = _metal_dispatches(sites, dtype, length)
+        bar.update()
+    of_package = graph.rows_of_package(sites[0], dtype)
+    rows = {"patched": graph.rows_of_kernels(sites[0], dtype)} | {
+        f"{sites[0].family.package}, {k}": v for k, v in of_package.items()
+    }
+    peaks = {k: _peak(run) for k, run in _chains(sites, dtype, largest).items()}
+    bar.update()
+    return {
+        "graph": counts,
+        "Metal's form": metal,
+        "rows of C": rows,
+        "peak bytes": {"tokens": largest} | peaks,
+    }
+
+
+def _print_counts(report: dict[str, Any]) -> None:
+    for length, here in report["graph"].items():
+        counts = ", ".join(f"{k} {v['dispatches']}" for k, v in here.items())
+        metal = ", ".join(f"{k} {v}" for k, v in report["Metal's form"][length].items())
+        print(f"{length:>5} tokens: dispatches per sublayer: {counts}; on Metal: {metal}")
+    print("rows of C per token: " + ", ".join(f"{k} {v:g}" for k, v in report["rows of C"].items()))
+    peaks = dict(report["peak bytes"])
+    largest = peaks.pop("tokens")
+    memory = ", ".join(f"{k} {v >> 20} MiB" for k, v in peaks.items())
+    print(f"{largest:5} tokens: most memory: {memory}", flush=True)
 
 
 def _largest(site: Site, x: mx.array, y: mx.array, repeats: int = 1) -> tuple[float, float]:

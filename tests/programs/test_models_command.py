@@ -57,6 +57,12 @@ def test_options_of_the_models_command(tmp_path, capsys, command, monkeypatch):
         "--model bad": "--model must be a model's folder: its config.json must be a file of JSON",
         "--model list": "but list is None",
         "--model llama": "but llama is llama",
+        "--sites 64 --chain 2": "--chain must be one number of at least 3 but is '2'",
+        "--sites 64 --chain 3,4": "--chain must be one number of at least 3 but is '3,4'",
+        "--random 64 --chain 3": "--chain goes with --sites alone",
+        "--sites 64 --kind deepseek_v41": "--kind goes with --random alone",
+        "--random 64 --kind hy_v4": "--kind must be one of deepseek_v41 but is 'hy_v4'",
+        "--random 48": "--random must have D a multiple of 32 but has 48",
         "--sites 64 --no-verify": "they go not with --sites",
         "--tokens 8": "one of the arguments --model --random --sites is required",
         "--model good --random 64": "--random: not allowed with argument --model",
@@ -89,8 +95,8 @@ def test_parts_are_written_as_they_are_measured(tmp_path, command, monkeypatch, 
     file = tmp_path / "a.json"
     file.write_text(json.dumps(REPORT))
 
-    def bench_sites(d, tokens, family):
-        assert family == "lm_deepseek_v41"
+    def bench_sites(d, tokens, family, count):
+        assert (family, count) == ("lm_deepseek_v41", None)
         if d == 96:
             raise KeyboardInterrupt
         if d == 64:  # the part before is there: a kill loses nothing
@@ -117,7 +123,7 @@ def test_parts_are_written_as_they_are_measured(tmp_path, command, monkeypatch, 
     assert report["per sublayer"][0]["tokens"] == (1, 8, 512, 2048)
 
     patched, model = [], object()
-    monkeypatch.setattr(command, "_random_model", lambda of, d, layers: (d, layers, model))
+    monkeypatch.setattr(command, "_random_model", lambda of, kind, d, layers: (d, layers, model))
     monkeypatch.setattr(command, "patch", lambda model, verify: patched.append((model, verify)))
     monkeypatch.setattr(
         command, "check", lambda model, p, times: {"check of": model, "times": times}
@@ -207,14 +213,13 @@ def test_times_of_sites(dtype, times, monkeypatch):
 
 def test_sites_that_fail_are_not_timed(times, monkeypatch):
     """This holds at any number of tokens that is timed, and for infinite errors of both."""
-    monkeypatch.setattr(times, "SITES", 2)
     monkeypatch.setattr(times, "_peak", lambda run: 1 << 20)
     timed = []
     monkeypatch.setattr(times, "_seconds", lambda run: timed.append(1) or 1e-6)
     from mhc_mlx.models import exact
 
     right = times.site_errors
-    report = times.bench_sites(32, (1, 6))
+    report = times.bench_sites(32, (1, 6), count=3)
     assert report["ok"] and len(report["times"]) == 2 and len(timed) == 6
     for wrong in (1, 6):
         for errors in ((5.0, 2.5), (math.inf, math.inf)):
@@ -226,7 +231,7 @@ def test_sites_that_fail_are_not_timed(times, monkeypatch):
                 return right(site, options, x, y, repeats)
 
             monkeypatch.setattr(times, "site_errors", failing)
-            report = times.bench_sites(32, (1, 6))
+            report = times.bench_sites(32, (1, 6), count=3)
             assert not report["ok"] and report["times"] == [] and len(timed) == 6
 
 

@@ -11,7 +11,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import deepseek_v41 as stock
 
 from ...conventions import DEEPSEEK_V4
-from .. import gradients, run
+from .. import gradients, graph, run
 from ..family import Family, Options, Outputs, Owner, Patched, Settings, Site
 
 
@@ -168,7 +168,7 @@ class DeepseekV41(Family):
         norm = nn.RMSNorm(d, eps=args.rms_norm_eps)
         return Site(self, "new", stock.HyperConnection(args), norm, kind="lagged")
 
-    def new_model(self, d: int, layers: int) -> nn.Module:
+    def new_model(self, d: int, layers: int, kind: str) -> nn.Module:
         later = tuple(range(1, layers))
         sizes: dict[str, Any] = {
             "vocab_size": 1024,
@@ -182,6 +182,9 @@ class DeepseekV41(Family):
         sizes |= {"index_source_layer_ids": later, "index_n_heads": 4, "index_head_dim": 64}
         args = stock.ModelArgs(hidden_size=d, num_hidden_layers=layers, **sizes)
         return stock.Model(args)
+
+    def metal_kernels(self) -> list[tuple[Any, str, Any]]:
+        return [(stock, "_sinkhorn", lambda comb, iters, eps: graph.one_primitive(comb))]
 
     def prepare(self, model: Any) -> None:
         for layer in self.stage(model):

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...conventions import DEEPSEEK_V4
-from .. import gradients, run
+from .. import gradients, graph, run
 from ..family import Family, Options, Outputs, Settings, Site
 
 V4 = "mlx_vlm.models.deepseek_v4"
@@ -166,6 +166,40 @@ class DeepseekV4(Family):
         config = language.ModelConfig(hidden_size=d, num_hidden_layers=1)
         norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
         return Site(self, "new", stock.HyperConnection(config), norm)
+
+    def new_model(self, d: int, layers: int, kind: str) -> nn.Module:
+        sizes: dict[str, Any] = {"hidden_size": d, "num_hidden_layers": layers}
+        sizes |= {"vocab_size": 1024, "num_attention_heads": 8, "q_lora_rank": 256}
+        sizes |= {"moe_intermediate_size": 256, "n_routed_experts": 8, "num_experts_per_tok": 2}
+        sizes |= {"index_n_heads": 4, "index_head_dim": 64}
+        if kind == "glm5_next":
+            kinds = ["linear_attention", "deepseek_sparse_attention"]
+            sizes |= {"layer_types": [kinds[k % 2] for k in range(layers)]}
+            sizes |= {"num_key_value_heads": 8, "kv_lora_rank": 128, "v_head_dim": 64}
+            sizes |= {"qk_nope_head_dim": 64, "qk_head_dim": 64, "intermediate_size": 512}
+            sizes |= {"linear_head_dim": 64, "linear_num_heads": 8, "first_k_dense_replace": 1}
+            return glm.LanguageModel(glm.TextConfig(**sizes))
+        sizes |= {"head_dim": 128, "qk_rope_head_dim": 32, "o_groups": 4, "o_lora_rank": 128}
+        sizes |= {"num_hash_layers": 0, "compress_ratios": [0, *[4] * (layers - 1)]}
+        return language.LanguageModel(language.ModelConfig(**sizes))
+
+    def metal_kernels(self) -> list[tuple[Any, str, Any]]:
+        """Of 2 to 8 tokens, with C up to 4096, mlx-vlm's kernel norms too: one dispatch less."""
+
+        def collapse(x, y, mixes, scale, base, n, iters, eps):
+            *batch, _, C = x.shape
+            outputs = [((*batch, C), x.dtype), ((*batch, n), mx.float32)]
+            outputs.append(((*batch, n, n), mx.float32))
+            return graph.kernel_like([x, mixes, scale, base], outputs)
+
+        usual = stock.hc_expand
+
+        def expand(y, x, post, comb, **options):
+            if 1 < y.shape[1] <= run.FEW:
+                return graph.kernel_like([x, y, post, comb], [(x.shape, x.dtype)])[0]
+            return usual(y, x, post, comb, **options)
+
+        return [(stock, "_hc_ops", collapse), (stock, "hc_expand", expand)]
 
     def text(self, model: Any) -> Any:
         return getattr(model, "language_model", model)

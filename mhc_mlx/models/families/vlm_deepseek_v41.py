@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...conventions import DEEPSEEK_V4
-from .. import gradients, run
+from .. import gradients, graph, run
 from ..family import Family, Options, Outputs, Owner, Settings, Site
 
 stock: Any = importlib.import_module("mlx_vlm.models.deepseek_v41.language")
@@ -157,6 +157,27 @@ class DeepseekV41(Family):
         sizes |= {"n_routed_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
         block = stock.DeepseekV41Block(stock.ModelConfig(**sizes), 0)
         return Site(self, "new", block, block.ffn_norm, ATTN, "lagged")
+
+    def new_model(self, d: int, layers: int, kind: str) -> nn.Module:
+        later = list(range(1, layers))  # layers that see compressed tokens, too
+        sizes: dict[str, Any] = {"vocab_size": 1024, "num_attention_heads": 8, "head_dim": 128}
+        sizes |= {"q_lora_rank": 256, "qk_rope_head_dim": 32, "o_groups": 4, "o_lora_rank": 128}
+        sizes |= {"moe_intermediate_size": 256, "n_routed_experts": 8, "num_experts_per_tok": 2}
+        sizes |= {"compress_ratios": [0, *[4] * (layers - 1)], "kv_source_layer_ids": later}
+        sizes |= {"index_source_layer_ids": later, "index_n_heads": 4, "index_head_dim": 64}
+        sizes |= {"candidate_source_layer_id": 1, "engram_layer_ids": []}
+        config = stock.ModelConfig(hidden_size=d, num_hidden_layers=layers, **sizes)
+        return stock.LanguageModel(config)
+
+    def metal_kernels(self) -> list[tuple[Any, str, Any]]:
+        def hc_mix_coeffs(x, fn, scale, base, n, iters, hc_eps, norm_eps):
+            flat = x.flatten(-2).astype(mx.float32)
+            mixes = mx.fast.rms_norm(flat, None, norm_eps) @ fn.T
+            shapes = [(*x.shape[:2], *k) for k in ((n,), (n,), (n, n))]
+            outputs = [(shape, mx.float32) for shape in shapes]
+            return graph.kernel_like([mixes, scale, base], outputs)
+
+        return [(stock, "hc_mix_coeffs", hc_mix_coeffs)]
 
     def prepare(self, model: nn.Module) -> None:
         text = self.text(model)

@@ -133,6 +133,16 @@ class HyV4(Family):
         norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
         return Site(self, "new.hc", stock.IdentityHyperConnectionPre(config), norm, PREFIX)
 
+    def new_model(self, d: int, layers: int, kind: str) -> nn.Module:
+        sizes: dict[str, Any] = {"hidden_size": d, "num_hidden_layers": layers}
+        sizes |= {"vocab_size": 1024, "num_attention_heads": 8, "q_lora_rank": 256}
+        sizes |= {"moe_intermediate_size": 256, "n_routed_experts": 8, "num_experts_per_tok": 2}
+        sizes |= {"kv_lora_rank": 128, "v_head_dim": 64, "qk_nope_head_dim": 64}
+        sizes |= {"qk_rope_head_dim": 32, "index_n_heads": 4, "index_head_dim": 64}
+        sizes |= {"intermediate_size": 512, "first_k_dense_replace": 1}
+        sizes |= {"indexer_types": ["full"] * layers}
+        return language.LanguageModel(language.ModelConfig(**sizes))
+
     def text(self, model: Any) -> Any:
         return getattr(model, "language_model", model)
 

@@ -114,6 +114,15 @@ class Xing(Family):
         norm = nn.RMSNorm(d, eps=sizes.rms_norm_eps)
         return Site(self, "new.hc", stock.HyperConnection(sizes), norm, PREFIX)
 
+    def new_model(self, d: int, layers: int, kind: str) -> nn.Module:
+        sizes: dict[str, Any] = {"hidden_size": d, "num_hidden_layers": layers}
+        sizes |= {"vocab_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
+        sizes |= {"moe_intermediate_size": 256, "n_routed_experts": 8, "num_experts_per_tok": 2}
+        sizes |= {"q_lora_rank": 256, "kv_lora_rank": 128, "v_head_dim": 64}
+        sizes |= {"qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "intermediate_size": 512}
+        sizes |= {"first_k_dense_replace": 1}
+        return stock.LanguageModel(config.ModelConfig(**sizes))
+
     def text(self, model: Any) -> Any:
         return getattr(model, "language_model", model)
 
