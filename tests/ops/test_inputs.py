@@ -341,6 +341,7 @@ DEFAULTS = {
     **{"subtract_input": False, "how": "mean", "reduce": "mean", "layers": None, "dim": None},
     **{"example": (), "in_axes": 0, "out_axes": 0, "logs": None, "column": "bits_per_byte"},
     **{"gradient_norms": None, "loss": None, "loss_fn": None, "before": None, "name": "eps"},
+    **{"source": None, "leave": ()},
 }
 USUAL = {"sinkhorn_knopp": m.ROW_FIRST, "mhc_layer": m.ROW_FIRST, "MHCLayer": m.ROW_FIRST}
 USUAL |= {"mhc_single_pass": m.DEEPSEEK_V4}  # others have PAPER
