@@ -29,7 +29,7 @@ def _float64(a: mx.array) -> np.ndarray:
 
 
 def _sigmoid(z: np.ndarray) -> np.ndarray:
-    return 0.5 * (1 + np.tanh(z / 2))
+    return np.exp(-np.logaddexp(0.0, -z))  # near 0 the form with tanh has only absolute precision
 
 
 def _mixing(z: np.ndarray, c: Convention) -> np.ndarray:

@@ -73,9 +73,11 @@ def patch(
             random streams of 1, 8 and 512 tokens. First in float32, with scales at which logits
             deviate by 6: the median error of each output over tokens must be at most twice that of
             the package's code, or 4 units in the last place, and the largest at most 16 times
-            these. Then in the model's dtype with the site's own scales: the largest must be at most
-            that of the package's code, or 2 units. Each site decides alone. A warning names the
-            others with both errors and the limit; they keep the package's code.
+            these. Then, where a site has an h_res, with logits that deviate by 24: the ninth decile
+            must be at most twice that of the package's code, or 128 units. Last in the model's
+            dtype with the site's own scales: the largest must be at most that of the package's
+            code, or 2 units. Each site decides alone. A warning names the others with both errors
+            and the limit; they keep the package's code.
         use_metal: Run the kernels where the default device has them; otherwise the reference runs.
 
     Returns:

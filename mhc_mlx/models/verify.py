@@ -1,6 +1,8 @@
 """Which sites `patch` keeps: those whose errors against float64 are small enough."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -10,10 +12,25 @@ from .family import Options, Site
 
 TOKENS = (1, 8, 512)  # the number of tokens decides which kernels run
 DRAWN = (16, 64)  # random tokens for each of these: draws of few, or copies (float64 is slow)
-DEVIATION = 6.0  # of float32 logits: a wrong eps, order or orientation shows there
-LEAST_FLOAT32, LEAST = 4.0, 2.0  # units in the last place that are never too many
-# The largest error is a matter of luck, so its bound is loose. It finds what few tokens have wrong.
-LOOSE = 16
+LEAST = 2.0  # units in the last place that are never too many in the model's dtype
+
+
+class Bound(NamedTuple):
+    """Our errors must be at most factor times the package's by this statistic, or least units."""
+
+    name: str  # what stands before the output's name in a message
+    statistic: Callable[[np.ndarray], Any]
+    factor: float
+    least: float
+
+
+# Bounds by the deviation of logits. The largest error is a matter of luck, so its bound is loose:
+# it finds what few tokens have wrong. The ninth decile is steady: two bad tokens of 16 or seven of
+# 64 raise it, and fewer do not.
+BOUNDS = {
+    6.0: (Bound("median of ", np.median, 2, 4.0), Bound("", np.max, 16, 64.0)),
+    24.0: (Bound("ninth decile of ", partial(np.quantile, q=0.9, method="higher"), 2, 128.0),),
+}
 
 
 class Failure(NamedTuple):
@@ -39,22 +56,30 @@ def too_large(ours: float, limit: float) -> bool:
 
 
 def _in_float32(site: Site, options: Options, seed: int) -> Failure | None:
-    """Compare the medians over draws and tokens, and loosely the largest errors."""
-    large, found = spread(site, DEVIATION), None
-    for tokens in TOKENS:
-        for k, drawn in enumerate(DRAWN):  # a failure of few tokens may be luck: more decide
-            found = _of_tokens(site, large, options, tokens, drawn, 1000 * seed + 100 * k)
-            if found is None:
-                break
-        else:
-            return found
+    """Compare errors for each deviation of logits; the larger one is for h_res alone."""
+    mixes = site.kind != "head" and site.settings.convention.res_size(site.size[0])
+    for j, deviation in enumerate(BOUNDS if mixes else list(BOUNDS)[:1]):
+        large, found = spread(site, deviation), None
+        for tokens in TOKENS:
+            where = f"float32, logits of deviation {deviation:g}, {tokens} tokens"
+            for k, drawn in enumerate(DRAWN):  # few tokens may fail by luck: more others decide
+                first = 1000 * seed + 500 * j + 100 * k
+                errors = _errors(large, options, tokens, drawn, first)
+                found = _beyond(site, BOUNDS[deviation], errors, where)
+                if found is None:
+                    break
+            else:
+                return found
     return None
 
 
-def _of_tokens(
-    site: Site, large: Site, options: Options, tokens: int, drawn: int, seed: int
-) -> Failure | None:
-    """Compare errors of calls with this number of tokens, of which so many are drawn."""
+def _errors(
+    large: Site, options: Options, tokens: int, drawn: int, seed: int
+) -> dict[str, list[np.ndarray]]:
+    """Return our errors and the package's by output, in calls with this number of tokens.
+
+    So many different tokens are drawn in all.
+    """
     distinct = min(tokens, drawn)
     draws = [
         site_token_errors(
@@ -65,17 +90,22 @@ def _of_tokens(
         )
         for k in range(drawn // distinct)
     ]
-    for output in draws[0][0]:
-        both = [np.concatenate([draw[k][output] for draw in draws]) for k in (0, 1)]
-        for name, statistic, factor, least in (
-            ("median of ", np.median, 2, LEAST_FLOAT32),
-            ("", np.max, LOOSE, LOOSE * LEAST_FLOAT32),
-        ):
-            ours, theirs = (float(statistic(errors)) for errors in both)
-            limit = max(factor * theirs, least)
+    return {
+        output: [np.concatenate([draw[k][output] for draw in draws]) for k in (0, 1)]
+        for output in draws[0][0]
+    }
+
+
+def _beyond(
+    site: Site, bounds: tuple[Bound, ...], errors: dict[str, list[np.ndarray]], where: str
+) -> Failure | None:
+    """Return the first output with an error beyond a bound."""
+    for output, both in errors.items():
+        for bound in bounds:
+            ours, theirs = (float(bound.statistic(e)) for e in both)
+            limit = max(bound.factor * theirs, bound.least)
             if too_large(ours, limit):
-                what = f"{name}{output}, float32, {tokens} tokens"
-                return Failure(site, what, ours, theirs, limit)
+                return Failure(site, f"{bound.name}{output}, {where}", ours, theirs, limit)
     return None
 
 
@@ -98,11 +128,17 @@ def failure(site: Site, options: Options, dtype: mx.Dtype, seed: int) -> Failure
 
     In float32, with logits of deviation 6, the median error of an output over random tokens must
     be at most twice that of the package's code, or 4 units in the last place; its largest error at
-    most 16 times these (the error of a token is that of its worst element). These are 16 tokens for
-    each number of tokens in a call; if an error is too large, 64 others decide. Then, in
-    the model's dtype and with the site's own scales, the largest error must be at most that of the
-    package's code, or 2 units. (In float32 the first rule is the only one: the second would compare
-    two roundings.)
+    most 16 times these (the error of a token is that of its worst element). With logits of
+    deviation 24, where eps and a clamp decide many matrices, the ninth decile of an output must be
+    at most twice the package's, or 128 units. These are 16 tokens for each number of tokens in a
+    call; if an error is too large, 64 others decide.
+
+    Measured at deviation 24 on tiny models of all families, in 200 draws each: of 64 tokens the
+    ninth decile of every output was at most 44 units; of 16 it was at least 1000 where the
+    sites had another eps, start, order, transpose, clamp or number of iterations.
+
+    Then, in the model's dtype and with the site's own scales, the largest error must be at most
+    that of the package's code, or 2 units. (In float32 it would compare two roundings.)
     """
     found = _in_float32(site, options, seed)
     if found is None and dtype != mx.float32:

@@ -82,7 +82,8 @@ def test_a_wrong_site_stays_as_it_was(trainable, monkeypatch, launched):
     model, prompt = tiny(kind="4-bit"), tokens(9)
     want, base = model(prompt), model.layers[2].attn_hc.base
     planted(monkeypatch, lambda x, hc: mx.array_equal(hc.base, base).item())
-    numbers = r"\(median of out, float32, 1 tokens: \S+ units, mlx-lm \S+, limit \S+\)"
+    where = "median of out, float32, logits of deviation 6, 1 tokens"
+    numbers = rf"\({where}: \S+ units, mlx-lm \S+, limit \S+\)"
     message = rf"1 of 8 .* keep mlx-lm's code.*: model.layers.2.attn_hc {numbers}\.$"
     with pytest.warns(UserWarning, match=message) as warned:
         adapter.patch(model, trainable=trainable)

@@ -160,7 +160,7 @@ def fed(monkeypatch, at, ours, theirs):
 @pytest.mark.parametrize("output", ["out", "u", "h_pre"])
 def test_the_rule(output, count, monkeypatch):
     """Each number that `patch` promises: in float32 twice the stock's median or 4 units, 16 times
-    these at most; in bfloat16 the stock's largest or 2 units."""
+    these at most; in bfloat16 the stock's largest or 2 units. (Deviation 24: test_verify.py.)"""
     site, options = find_sites(tiny(layers=1))[0], Options(True, False)
     f32, bf16 = ((dtype, count, output) for dtype in (mx.float32, mx.bfloat16))
     for at, ours, theirs, limit in (
@@ -194,7 +194,7 @@ def test_verification_is_of_the_model(monkeypatch):
                 assert {n for _, n in of} == {1, 8, 512} and all(x.dtype == dtype for x, _ in of)
         assert {x.dtype for _, x, _, _ in asked} == dtypes
         drawn = [x for name, x, _, n in asked if n == 1 and x.dtype == mx.float32]
-        assert len(drawn) == 16 * 4
+        assert len(drawn) == 2 * 16 * 4
         for k, x in enumerate(drawn):
             assert not any(mx.array_equal(other, x).item() for other in drawn[:k])
 
@@ -229,7 +229,8 @@ def test_more_tokens_decide(monkeypatch):
         asked.clear()
         found = verify.failure(site, options, mx.float32, 0)
         assert asked[:80] == 80 * [(1, 1)] and (found is None) == right
-        assert asked[80:] == ([(8, 1), (8, 1), (16, 32)] if right else [])
+        larger = [*16 * [(1, 1)], (8, 1), (8, 1), (16, 32)]  # at logits of deviation 24
+        assert asked[80:] == ([(8, 1), (8, 1), (16, 32), *larger] if right else [])
 
 
 # ---- the command
