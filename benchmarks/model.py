@@ -1,6 +1,6 @@
 """Say how long a launch takes on a GPU, of what it counts and of published rates, and what binds.
 
-A threadgroup of the launch is run on the CPU (benchmarks/ptx.py), from the PTX that the launch
+A threadgroup of the launch is run on the CPU (benchmarks/threadgroup.py), from the PTX that the launch
 compiles to (benchmarks/listings.py). It gives instructions by kind, sectors by buffer and cache,
 and the clocks of a threadgroup that is alone. With the rates of benchmarks/rates.py
 
@@ -24,7 +24,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from benchmarks import listings, ptx
+from benchmarks import listings, ptx, threadgroup
 from benchmarks.rates import Rates, Unit
 from mhc_mlx import launch, ops
 from mhc_mlx.device_report.measure import count_inputs
@@ -156,11 +156,13 @@ def resident(rates: Rates, threads: int, registers: int, memory: int) -> int:
     return max(1, min(limits))
 
 
-def run_group(call: Launch, listing: listings.Listing, rates: Rates, steps: int) -> ptx.Work:
+def run_group(
+    call: Launch, listing: listings.Listing, rates: Rates, steps: int
+) -> threadgroup.Work:
     """Run the first threadgroup.
 
     Raises:
-        ptx.Stopped: It takes more steps than that.
+        threadgroup.Stopped: It takes more steps than that.
     """
     program = _program(listing.ptx)
     given = {**call.inputs, **call.outputs}
@@ -178,13 +180,13 @@ def run_group(call: Launch, listing: listings.Listing, rates: Rates, steps: int)
         elif name.endswith("_shape"):
             dims = np.array([*given[name[:-6]][0], *[0] * 10], np.int32)
             if listing.names[0] == "groups":  # on Metal it is a buffer
-                arguments.append(ptx.buffer_of(name, buffers, dims.nbytes, 0, dims))
+                arguments.append(threadgroup.buffer_of(name, buffers, dims.nbytes, 0, dims))
                 buffers += 1
             else:
                 arguments.append(dims.view(np.uint32))
         else:
             fill = 0x3F800000 if given[name][1].size == 4 else 0x3F803F80
-            arguments.append(ptx.buffer_of(name, buffers, size_of(given[name]), fill))
+            arguments.append(threadgroup.buffer_of(name, buffers, size_of(given[name]), fill))
             buffers += 1
     l1 = rates.l1_bytes
     if rates.backend == "cuda":  # threadgroup memory is a part of it
@@ -200,7 +202,7 @@ def run_group(call: Launch, listing: listings.Listing, rates: Rates, steps: int)
     # Threadgroups of a core run the same text at the same time, and share its schedulers.
     together = min(held, math.ceil(call.groups / rates.cores))
     issue = max(1.0, together * call.threads / ptx.WARP / rates.schedulers)
-    group = ptx.Threadgroup(
+    group = threadgroup.Threadgroup(
         program, arguments, call.threads, 0, call.groups, costs(rates), latency, issue, steps
     )
     return group.run()
@@ -250,7 +252,7 @@ def _whole(call: Launch, listing: listings.Listing, rates: Rates, steps: int) ->
         try:
             found = _numbers(run_group(with_tokens(call, some), listing, rates, steps))
             break
-        except ptx.Stopped:
+        except threadgroup.Stopped:
             cut *= 2
             if cut > tokens:
                 return _whole(call, listing, rates, 2 * steps)
@@ -265,7 +267,7 @@ def _whole(call: Launch, listing: listings.Listing, rates: Rates, steps: int) ->
     return Counter({k: found[k] + scale * max(0.0, found[k] - below[k]) for k in keys})
 
 
-def _numbers(work: ptx.Work) -> Counter:
+def _numbers(work: threadgroup.Work) -> Counter:
     """All numbers of what a threadgroup does, by name, so that they can be scaled."""
     found: Counter = Counter({("chain",): work.chain, ("steps",): work.steps})
     for part in ("instructions", "clocks"):

@@ -11,7 +11,7 @@ import pytest
 from cases import Case
 from proof import executor, results, simulator
 
-from benchmarks import listings, model, predictions, ptx, published, what_if
+from benchmarks import listings, model, predictions, ptx, published, threadgroup, what_if
 from benchmarks.rates import DEVICES, H100, MACS, SOURCES
 from mhc_mlx import PAPER, launch, ops
 from mhc_mlx.conventions import ROW_FIRST
@@ -58,10 +58,10 @@ def unit(op: str) -> ptx.Cost:
     return ptx.Cost(kind, "issue", clocks, clocks, {"barrier": 10.0}.get(kind, 4.0 * clocks))
 
 
-def run_text(turns: int, latency: float) -> ptx.Work:
+def run_text(turns: int, latency: float) -> threadgroup.Work:
     shape = np.array([1, 1, turns, *[0] * 7], np.uint32)
-    arguments = [ptx.buffer_of("x", 0, 1 << 20, 0x3F800000), shape]
-    group = ptx.Threadgroup(
+    arguments = [threadgroup.buffer_of("x", 0, 1 << 20, 0x3F800000), shape]
+    group = threadgroup.Threadgroup(
         ptx.parse(TEXT), arguments, 64, 0, 1, unit, lambda *_: (False, latency), most_steps=10_000
     )
     return group.run()
@@ -87,7 +87,7 @@ def test_a_chain_waits_for_what_it_needs():
 
 
 def test_a_threadgroup_that_takes_too_long_is_stopped():
-    with pytest.raises(ptx.Stopped):
+    with pytest.raises(threadgroup.Stopped):
         run_text(5000, 1.0)
 
 
