@@ -1,8 +1,8 @@
 """Say how long a launch takes on a GPU, of what it counts and of published rates, and what binds.
 
-A threadgroup of the launch is run on the CPU (benchmarks/threadgroup.py), from the PTX that the launch
-compiles to (benchmarks/listings.py). It gives instructions by kind, sectors by buffer and cache,
-and the clocks of a threadgroup that is alone. With the rates of benchmarks/rates.py
+A threadgroup of the launch is run on the CPU (benchmarks/threadgroup.py), from the PTX that the
+launch compiles to (benchmarks/listings.py). It gives instructions by kind, sectors by buffer and
+cache, and the clocks of a threadgroup that is alone. With the rates of benchmarks/rates.py
 
     time = launch + max(DRAM, last cache, L2, issue, each pipe, latency)
 

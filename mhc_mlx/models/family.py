@@ -186,8 +186,8 @@ class Family:
     # ---- the whole model, for `check` and `bench`
 
     def text(self, model: Any) -> Any:
-        """Return the module that takes tokens and a cache."""
-        return model
+        """Return the module that takes tokens and a cache; mlx-vlm has one for text in a model."""
+        return getattr(model, "language_model", model)
 
     def logits(self, model: Any, tokens: mx.array, cache: Any) -> mx.array:
         """Return logits ``[batch, length, vocabulary]`` of tokens ``[batch, length]``."""

@@ -48,11 +48,12 @@ def kernel_like(inputs: list[Any], outputs: list[tuple[tuple[int, ...], mx.Dtype
     return [mx.as_strided(mx.view(first, dtype), shape) for shape, dtype in outputs]
 
 
+NORM = (mx.fast, "rms_norm", lambda x, weight, eps: one_primitive(x))  # one kernel on a GPU
+
+
 @contextlib.contextmanager
-def metal_form(family: Family) -> Iterator[None]:
-    """Replace the package's functions that are kernels on Metal by functions of one primitive."""
-    swaps = [(mx.fast, "rms_norm", lambda x, weight, eps: one_primitive(x))]
-    swaps += family.metal_kernels()
+def replaced(*swaps: tuple[Any, str, Callable]) -> Iterator[None]:
+    """Replace functions, each by its module and name, until the context ends."""
     usual = [(module, name, getattr(module, name)) for module, name, _ in swaps]
     try:
         for module, name, f in swaps:
@@ -61,6 +62,11 @@ def metal_form(family: Family) -> Iterator[None]:
     finally:
         for module, name, f in usual:
             setattr(module, name, f)
+
+
+def metal_form(family: Family) -> contextlib.AbstractContextManager[None]:
+    """Replace the package's functions that are kernels on Metal by functions of one primitive."""
+    return replaced(NORM, *family.metal_kernels())
 
 
 def launched(site: Site, dtype: mx.Dtype, tokens: int, backend: str) -> list[launch.Launch]:
@@ -176,12 +182,8 @@ def package_trace(site: Site, dtype: mx.Dtype, tokens: int = TOKENS) -> Trace:
         outputs = site.outputs(None, x, y if site.kind == "lagged" else None)
         return outputs["out"], outputs["u"]
 
-    usual = mx.fast.rms_norm
-    mx.fast.rms_norm = lambda x, weight, eps: one_primitive(x)  # one kernel on a GPU
-    try:
+    with replaced(NORM):
         return Trace(step, x, y)
-    finally:
-        mx.fast.rms_norm = usual
 
 
 def rows_of_package(site: Site, dtype: mx.Dtype) -> dict[str, float]:

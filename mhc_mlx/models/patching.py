@@ -61,9 +61,10 @@ def patch(
     With ``trainable=True`` the model gets a gradient, which most of these models do not have.
     Hyper-connections have the gradient of these ops. The choice of experts and of compressed keys
     passes no gradient, so an indexer, which serves that choice alone, does not learn. Simulated
-    quantisation has the gradient of the identity. The results of the model stay the same. A call of
-    mlx-lm's deepseek_v41 under ``grad_checkpoint`` raises ValueError, because that breaks the
-    arrays that the layers of this model share.
+    quantisation has the gradient of the identity. A table of experts by token has integers and
+    stays frozen, after `unpatch` too. The results of the model stay the same. A call of
+    deepseek_v41 under ``grad_checkpoint`` raises ValueError, because that breaks the arrays that
+    the layers of this model share.
 
     Args:
         model: A model of one of the families, or a drafter of one, evaluated or not. On a pipeline

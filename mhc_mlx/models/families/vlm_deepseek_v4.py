@@ -201,8 +201,5 @@ class DeepseekV4(Family):
 
         return [(stock, "_hc_ops", collapse), (stock, "hc_expand", expand)]
 
-    def text(self, model: Any) -> Any:
-        return getattr(model, "language_model", model)
-
 
 FAMILY = DeepseekV4()

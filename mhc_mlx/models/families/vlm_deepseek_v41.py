@@ -188,8 +188,5 @@ class DeepseekV41(Family):
         if isinstance(module, SinglePassBlock):
             del module._owner
 
-    def text(self, model: Any) -> Any:
-        return getattr(model, "language_model", model)
-
 
 FAMILY = DeepseekV41()

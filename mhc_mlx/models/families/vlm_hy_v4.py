@@ -143,8 +143,5 @@ class HyV4(Family):
         sizes |= {"indexer_types": ["full"] * layers}
         return language.LanguageModel(language.ModelConfig(**sizes))
 
-    def text(self, model: Any) -> Any:
-        return getattr(model, "language_model", model)
-
 
 FAMILY = HyV4()

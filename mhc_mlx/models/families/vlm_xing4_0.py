@@ -123,8 +123,5 @@ class Xing(Family):
         sizes |= {"first_k_dense_replace": 1}
         return stock.LanguageModel(config.ModelConfig(**sizes))
 
-    def text(self, model: Any) -> Any:
-        return getattr(model, "language_model", model)
-
 
 FAMILY = Xing()
