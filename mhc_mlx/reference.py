@@ -416,7 +416,7 @@ def mhc_coefficients(
         phi: ``[2n + R, n*C]``, R = ``convention.res_size(n)``. A model whose norm of vec(x) has a
             weight ``[n*C]`` passes ``phi * weight``.
         bias: ``[2n + R]``.
-        alpha: ``[3]``, or ``[2]`` where R is 0.
+        alpha: ``[3]``, or ``[2]`` where R is 0; a third has no effect there.
         convention: How coefficients are made from logits; not ADDITIVE, whose gates take none.
         norm_eps: Added to the mean square of the n*C elements of a token, above 0.
 

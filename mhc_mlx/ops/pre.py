@@ -71,7 +71,8 @@ def mhc_coefficients(
         phi: ``[2n + R, n*C]``, R = ``convention.res_size(n)``, of any of these dtypes; a norm
             weight of ``[n*C]`` folds into it: ``phi * weight``.
         bias: ``[2n + R]``, of any of these dtypes.
-        alpha: ``[3]``, or ``[2]`` where R is 0, of any of these dtypes.
+        alpha: ``[3]``, or ``[2]`` where R is 0, of any of these dtypes; a third has no effect
+            there.
         convention: How coefficients are made; not ADDITIVE, whose gates take no logits.
         norm_eps: Added to the mean square of the n*C elements, above 0.
         use_metal: Run the kernels where the default device has them; otherwise the reference runs.
