@@ -18,6 +18,7 @@ from .launch import backend
 from .layers import HyperConnection, HyperHead, MHCBlock, MHCLayer, MHCLiteBlock
 from .loading import load
 from .ops import (
+    gate_mix,
     mhc_coefficients,
     mhc_head,
     mhc_layer,
@@ -32,6 +33,7 @@ from .ops import (
     stream_distribute,
     stream_mix,
     stream_mix_add,
+    stream_norm,
     vmap,
 )
 from .streams import expand_streams, merge_streams, reduce_streams, split_streams
@@ -57,6 +59,7 @@ __all__ = [
     "MHCLiteBlock",
     "backend",
     "expand_streams",
+    "gate_mix",
     "load",
     "merge_streams",
     "mhc_coefficients",
@@ -75,6 +78,7 @@ __all__ = [
     "stream_distribute",
     "stream_mix",
     "stream_mix_add",
+    "stream_norm",
     "vmap",
     "widen",
 ]

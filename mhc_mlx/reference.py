@@ -13,9 +13,12 @@ import itertools
 
 import mlx.core as mx
 
+from . import stable
 from .conventions import DEEPSEEK_V4, PAPER, ROW_FIRST, SINKHORN, Convention
 
 __all__ = [
+    "gate_mix",
+    "gated_residual",
     "gates",
     "mhc_coefficients",
     "mhc_head",
@@ -32,87 +35,12 @@ __all__ = [
     "stream_distribute",
     "stream_mix",
     "stream_mix_add",
+    "stream_norm",
 ]
 
 
 def _float(*arrays: mx.array) -> list[mx.array]:
     return [a.astype(mx.float32) for a in arrays]
-
-
-def _long_sum(v: mx.array, width: int = 128) -> mx.array:
-    """Return the sum over the last axis, by sums of ``width`` elements, then by sums of these sums.
-
-    MLX on a CPU adds a row in a single chain, whose rounding errors grow with its length.
-    """
-    while v.shape[-1] > width:
-        padding = -v.shape[-1] % width
-        if padding:
-            v = mx.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, padding)])
-        v = v.reshape(*v.shape[:-1], v.shape[-1] // width, width).sum(-1)
-    return v.sum(-1)
-
-
-def _line_sum(p: mx.array, axis: int) -> mx.array:
-    """``p.sum(axis, keepdims=True)`` of matrices, by sums of eight elements.
-
-    In one long chain each small element would be rounded to the last digit of a large one.
-    """
-    if p.shape[-1] <= 8:
-        return p.sum(axis=axis, keepdims=True)
-    total = _long_sum(p if axis == -1 else p.swapaxes(-1, -2), 8)
-    return total[..., None] if axis == -1 else total[..., None, :]
-
-
-def _sigmoid(z: mx.array) -> mx.array:
-    """``1 / (1 + exp(-z))``, whose derivative is ``sigmoid(z) * sigmoid(-z)``.
-
-    The form ``sigmoid(z) * (1 - sigmoid(z))`` loses its digits where the sigmoid is near 1.
-    """
-    t = mx.exp(mx.where(z < 0, z, -z))
-    return mx.where(z < 0, t, 1.0) / (1 + t)
-
-
-def _largest(a: mx.array, axis: int) -> mx.array:
-    """Return a mask of the largest element along axis; of equal ones the first."""
-    index = mx.argmax(mx.stop_gradient(a), axis=axis, keepdims=True)
-    indices = mx.arange(a.shape[axis])
-    return index == (indices if axis == -1 else indices[:, None])
-
-
-def _largest_by_sum(p: mx.array, axis: int, total: mx.array | float = 1.0) -> mx.array:
-    """Return p, whose sum along axis is total, with the largest as total minus all others' sum.
-
-    The value stays the same, but the gradient of each other element becomes a difference from the
-    gradient of the largest. Otherwise ``p * (dp - sum(p * dp))`` loses its digits where the largest
-    is near 1.
-    """
-    largest = _largest(p, axis)
-    remainder = total - _line_sum(mx.where(largest, 0.0, p), axis)
-    return mx.where(largest, mx.stop_gradient(p - remainder) + remainder, p)
-
-
-def _below_largest(a: mx.array, axis: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Return the mask of the largest a along axis, d = a - max(a), and the sum of the other exp(d).
-
-    A softmax and its gradient need these three.
-    """
-    largest = _largest(a, axis)
-    top = mx.where(largest, a, 0.0).sum(axis=axis, keepdims=True)
-    a = a + mx.stop_gradient(mx.maximum(a, top - 3.4e38) - a)  # so that a - top is finite
-    d = mx.where(largest, 0.0, a - top)
-    return largest, d, _line_sum(mx.where(largest, 0.0, mx.exp(d)), axis)
-
-
-def _softmax(a: mx.array) -> mx.array:
-    """Return the softmax along the last axis."""
-    largest, d, sum_of_others = _below_largest(a, -1)
-    return mx.where(largest, 1.0, mx.exp(d)) / (1 + sum_of_others)
-
-
-def _log_softmax(a: mx.array, axis: int) -> mx.array:
-    """``a - logsumexp(a)`` along axis."""
-    _, d, sum_of_others = _below_largest(a, axis)
-    return d - mx.log1p(sum_of_others)
 
 
 def sinkhorn_knopp(logits: mx.array, convention: Convention = ROW_FIRST) -> mx.array:
@@ -140,11 +68,11 @@ def sinkhorn_knopp(logits: mx.array, convention: Convention = ROW_FIRST) -> mx.a
     if convention.clamp is not None:
         p = mx.clip(p, *convention.clamp)
     if convention.in_logs:
-        p, first_step = _log_softmax(_log_softmax(p, axes[0]), axes[1]), 2
+        p, first_step = stable.log_softmax(stable.log_softmax(p, axes[0]), axes[1]), 2
     elif convention.start == "softmax":
-        p, first_step = _softmax(p) + eps, 1
+        p, first_step = stable.softmax(p) + eps, 1
     elif convention.start == "exp_plain":  # exp(l - max(l)), and the first half-step with eps
-        largest, d, sum_of_others = _below_largest(p, axes[0])
+        largest, d, sum_of_others = stable.below_largest(p, axes[0])
         p, first_step = mx.where(largest, 1.0, mx.exp(d)) / (1 + sum_of_others + eps), 1
     else:
         p, first_step = mx.eye(p.shape[-1]) + p, 0
@@ -152,7 +80,7 @@ def sinkhorn_knopp(logits: mx.array, convention: Convention = ROW_FIRST) -> mx.a
     if convention.in_range(p.shape[-1]):
         p = mx.exp(p) if convention.in_logs else p
         for k in range(first_step, half_steps):
-            d = _line_sum(p, axes[k % 2]) + eps
+            d = stable.line_sum(p, axes[k % 2]) + eps
             p, eps_part = p / d, eps / d
     else:
         p = p if convention.in_logs else mx.log(p)
@@ -160,10 +88,10 @@ def sinkhorn_knopp(logits: mx.array, convention: Convention = ROW_FIRST) -> mx.a
         for k in range(first_step, half_steps):
             a = p - log_d[0] - log_d[1]
             m = mx.stop_gradient(a.max(axis=axes[k % 2], keepdims=True))
-            d = _line_sum(mx.exp(a - m), axes[k % 2]) + eps * mx.exp(-m)
+            d = stable.line_sum(mx.exp(a - m), axes[k % 2]) + eps * mx.exp(-m)
             log_d[k % 2], eps_part = log_d[k % 2] + (m + mx.log(d)), eps * mx.exp(-m) / d
         p = mx.exp(p - log_d[0] - log_d[1])
-    p = p if convention.start == "additive" else _largest_by_sum(p, axes[1], 1 - eps_part)
+    p = p if convention.start == "additive" else stable.largest_by_sum(p, axes[1], 1 - eps_part)
     return p.swapaxes(-1, -2) if convention.transposed else p
 
 
@@ -193,7 +121,7 @@ def project(logits: mx.array, n: int, convention: Convention = PAPER) -> mx.arra
     if logits.size == 0:
         return mx.zeros((*lead, n, n))
     if convention.start == "permutations":
-        weights, eye = _largest_by_sum(_softmax(logits), -1), mx.eye(n)
+        weights, eye = stable.largest_by_sum(stable.softmax(logits), -1), mx.eye(n)
         orders = enumerate(itertools.permutations(range(n)))
         terms = (weights[..., k, None, None] * eye[mx.array(order)] for k, order in orders)
         h_res = sum(terms, start=mx.array(0.0))
@@ -201,7 +129,7 @@ def project(logits: mx.array, n: int, convention: Convention = PAPER) -> mx.arra
     h_res = mx.ones((*lead, 1, 1))
     for k in range(0, logits.shape[-1], 2):
         z = logits[..., k] - logits[..., k + 1]
-        p = mx.stack([_sigmoid(z), _sigmoid(-z)], axis=-1)
+        p = mx.stack([stable.sigmoid(z), stable.sigmoid(-z)], axis=-1)
         pair = mx.stack([p, p[..., ::-1]], axis=-2)
         size = 2 * h_res.shape[-1]
         # Each index adds one axis: with two, vmap of MLX 0.32 errs where it maps the last axis.
@@ -224,8 +152,8 @@ def gates(H_pre: mx.array, H_post: mx.array, convention: Convention) -> tuple[mx
     H_pre, H_post = _float(H_pre, H_post)
     if not convention.sigmoid:
         return H_pre, H_post
-    h_post = convention.post_scale * _sigmoid(H_post) + convention.post_eps
-    return _sigmoid(H_pre) + convention.pre_eps, h_post
+    h_post = convention.post_scale * stable.sigmoid(H_post) + convention.post_eps
+    return stable.sigmoid(H_pre) + convention.pre_eps, h_post
 
 
 def stream_aggregate(x: mx.array, h_pre: mx.array) -> mx.array:
@@ -392,8 +320,8 @@ def _logits(x: mx.array, phi: mx.array, norm_eps: float) -> mx.array:
     """``rsqrt(mean(x**2) + norm_eps) * (phi @ vec(x))``: float32, a logit per row of phi."""
     v = x.astype(mx.float32).reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
     (phi,) = _float(phi)
-    phi_product = mx.stack([_long_sum(v * row) for row in phi], axis=-1)
-    return phi_product * mx.rsqrt(_long_sum(v * v)[..., None] / v.shape[-1] + norm_eps)
+    phi_product = mx.stack([stable.long_sum(v * row) for row in phi], axis=-1)
+    return phi_product * mx.rsqrt(stable.long_sum(v * v)[..., None] / v.shape[-1] + norm_eps)
 
 
 def mhc_coefficients(
@@ -568,3 +496,91 @@ def mhc_single_pass(
     """
     h_pre, h_post, h_res = mhc_coefficients(x, phi, bias, alpha, convention, norm_eps)
     return *mhc_seam(x, y, h_pre, h_post, h_res, weight, eps, round_aggregate), h_pre
+
+
+def stream_norm(
+    x: mx.array,
+    weight: mx.array,
+    y: mx.array | None = None,
+    h_post: mx.array | None = None,
+    inject: mx.array | None = None,
+    eps: float = 1e-6,
+) -> tuple[mx.array, mx.array, mx.array | None]:
+    """Normalise each stream by itself, after a write-back if there is one (Qwen's gated residual).
+
+    ``out[j] = x[j] + h_post[j] y``, rounded to x's dtype, or x itself without y;
+    ``s[j] = out[j] * rsqrt(mean(out[j]**2) + eps) * (1 + weight[j])``, rounded to x's dtype;
+    ``next_post = 2 sigmoid(inject @ vec(s) / n)``, the h_post of the next write-back.
+
+    Args:
+        x: ``[..., n, C]``.
+        weight: ``[n, C]``, centred at 0.
+        y: ``[..., C]`` in x's dtype, or None for no write-back.
+        h_post: ``[..., n]`` with x's leading axes, or ``[n]``; given with y, None without.
+        inject: ``[n, n*C]``, or None for no next_post.
+        eps: Added to the mean square, above 0.
+
+    Returns:
+        out and s ``[..., n, C]`` in x's dtype, and next_post ``[..., n]`` float32 or None.
+    """
+    n, C = x.shape[-2:]
+    (out,) = _float(x)
+    if y is not None:
+        out = _rounded(stream_mix_add(out, *_float(y), h_post), x.dtype)
+    (weight,) = _float(weight)
+    mean_square = stable.long_sum(out * out)[..., None] / C
+    s = _rounded(out * mx.rsqrt(mean_square + eps) * (1 + weight), x.dtype)
+    next_post = None
+    if inject is not None:
+        v = s.reshape(*s.shape[:-2], n * C)
+        product = mx.stack([stable.long_sum(v * row) for row in _float(inject)[0]], axis=-1)
+        next_post = 2 * stable.sigmoid(product / n)
+    return out.astype(x.dtype), s.astype(x.dtype), next_post
+
+
+def gate_mix(gate_logits: mx.array, s: mx.array) -> mx.array:
+    """Read streams with a gate for each channel: ``u = mean_j sigmoid(gate_logits[j]) s[j]``.
+
+    Args:
+        gate_logits: ``[..., n, C]`` in s's dtype.
+        s: ``[..., n, C]``.
+
+    Returns:
+        u ``[..., C]`` in s's dtype, rounded once.
+    """
+    logits, sf = _float(gate_logits, s)
+    return (stable.sigmoid(logits) * sf).mean(-2).astype(s.dtype)
+
+
+def gated_residual(
+    x: mx.array,
+    weight: mx.array,
+    down: mx.array,
+    up: mx.array,
+    inject: mx.array | None = None,
+    eps: float = 1e-6,
+) -> tuple[mx.array, mx.array | None]:
+    """Read the streams as Qwen's gated residual does; the write-back is ``x[j] + h_post[j] y``.
+
+    s and h_post are those of `stream_norm`, then
+    ``a = silu(down @ vec(s) / n)`` and ``u = gate_mix(up @ a, s)``.
+
+    Args:
+        x: ``[..., n, C]``.
+        weight: ``[n, C]``, centred at 0.
+        down: ``[rank, n*C]``.
+        up: ``[n*C, rank]``.
+        inject: ``[n, n*C]``, or None where nothing is written back, as at the read-out.
+        eps: Added to the mean square, above 0.
+
+    Returns:
+        u ``[..., C]`` in x's dtype; h_post ``[..., n]`` float32 or None. s, a and the gates' logits
+        are rounded to x's dtype, as matrix products of that dtype do.
+    """
+    n, C = x.shape[-2:]
+    _, s, h_post = stream_norm(x, weight, inject=inject, eps=eps)
+    down, up, v = _float(down, up, s.reshape(*s.shape[:-2], n * C))
+    z = _rounded((v[..., None, :] * down).sum(-1), x.dtype) / n
+    a = _rounded(z * stable.sigmoid(z), x.dtype)
+    gate_logits = _rounded((a[..., None, :] * up).sum(-1), x.dtype)
+    return gate_mix(gate_logits.reshape(s.shape).astype(x.dtype), s), h_post

@@ -11,6 +11,7 @@ launches, `autodiff`, `arrays` and `sums`.
                   what the next two share: coefficients that each token makes for itself
     pre           these coefficients, and the read
     seam          write-back and next read
+    gated         Qwen's gated residual: the norm of each stream, and the read by gates
 
 Every fused op takes the positional arguments of its namesake in `reference` and four keywords:
 
@@ -25,6 +26,7 @@ Every fused op takes the positional arguments of its namesake in `reference` and
 from . import autodiff, tiling
 from .autodiff import vmap
 from .checks import MAX_STREAMS, check_convention, check_eps, check_threads
+from .gated import gate_mix, stream_norm
 from .pre import mhc_coefficients, mhc_head, mhc_pre
 from .seam import mhc_seam, mhc_single_pass
 from .sinkhorn import project, sinkhorn_knopp
@@ -37,6 +39,7 @@ __all__ = [
     "check_convention",
     "check_eps",
     "check_threads",
+    "gate_mix",
     "gates",
     "mhc_coefficients",
     "mhc_head",
@@ -53,6 +56,7 @@ __all__ = [
     "stream_distribute",
     "stream_mix",
     "stream_mix_add",
+    "stream_norm",
     "tiling",
     "vmap",
 ]
