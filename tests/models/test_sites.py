@@ -2,6 +2,7 @@
 
 import json
 import types
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -14,6 +15,7 @@ from mhc_mlx.models import __main__ as command
 from mhc_mlx.models import graph, times
 from mhc_mlx.models.families import ROWS, named
 
+ROOT = Path(__file__).parents[2]
 FAMILIES = [row.file for row in ROWS]
 
 
@@ -179,6 +181,23 @@ def test_sites_of_a_family(kind, tmp_path, capsys, monkeypatch):
     assert f"| {name} | 64 | 3 | 333 us | - | 333 us, 1.0 x | 333 us, 1.0 x |" in text
     assert ", ".join(map(str, counts)) in text and "old" not in text
     assert text.count("\n| " + name) == 3
+
+
+def test_the_page_has_the_tables_of_its_reports():
+    files = sorted((ROOT / "benchmarks/results/h200").glob("sites_*.json"))
+    reports = [json.loads(file.read_text()) for file in files]
+    text = (ROOT / "docs/models.md").read_text()
+    assert len(files) == 4 and page.write(text, page.tables(reports)) == text
+    slowdowns = [
+        t["patched, not compiled"] / t["patched"]
+        for report in reports
+        for part in report["per sublayer"]
+        for t in part["times"]
+    ]
+    assert (
+        f"{min(slowdowns):.1f}\n# to {max(slowdowns):.1f} times"
+        in (ROOT / "mhc_mlx/models/run.py").read_text()
+    )
 
 
 def test_tables_are_of_reports_of_sites(tmp_path, capsys):
