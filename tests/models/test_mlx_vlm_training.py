@@ -18,7 +18,7 @@ from mlx_vlm.trainer.vlm.sft import trainer  # noqa: E402
 from mhc_mlx import launch  # noqa: E402
 from mhc_mlx import models as adapter  # noqa: E402
 from models import modules  # noqa: E402
-from models.tiny_vlm import MODELS, VOCABULARY, tokens, whole  # noqa: E402
+from models.tiny_vlm import MODELS, VOCABULARY, quantised, tokens, whole  # noqa: E402
 
 launched = modules.launched
 families = pytest.mark.parametrize("name", MODELS)
@@ -55,9 +55,12 @@ def unfreeze_connections(model):
 
 
 def ready(name: str, how: str, **others):
-    """Of the whole language model, or LoRA layers of mlx-vlm's choice and all connections."""
+    """Of the whole language model, or LoRA layers of mlx-vlm's choice and all connections; "QLoRA"
+    are those of a model whose weights have 4 bits."""
     model = whole(name, **others)
-    if how == "LoRA":
+    if how == "QLoRA":
+        nn.quantize(model.language_model, 32, 4, class_predicate=quantised)
+    if "LoRA" in how:
         mx.random.seed(3)
         get_peft_model(model, rank=4, alpha=8, dropout=0.0, verbose=False)
         return unfreeze_connections(model)
@@ -106,6 +109,16 @@ def connections(model, names) -> set[str]:
 @kinds
 def test_gradients_of_the_trainers_loss(name, how, launched):
     """One step, on a padded batch. The rows that only choose learn nothing, in both."""
+    check_gradients(name, how)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v41", "hy_v4"])
+def test_gradients_of_a_quantised_model(name, kernels):
+    """The same of LoRA layers on weights of 4 bits."""
+    check_gradients(name, "QLoRA")
+
+
+def check_gradients(name: str, how: str) -> None:
     want_value, want = gradients(mended(shaken(ready(name, how))))
     model = trainable(shaken(ready(name, how)))
     value, got = gradients(model)
@@ -115,7 +128,9 @@ def test_gradients_of_the_trainers_loss(name, how, launched):
     assert len(learn) == 3 * len(adapter.family_of("test", model).sites(model))
     assert not learn & silent(got)
     lora = {k.rsplit(".", 1)[1] for k in got} & {"lora_a", "lora_b"}
-    assert lora == ({"lora_a", "lora_b"} if how == "LoRA" else set())
+    assert lora == ({"lora_a", "lora_b"} if "LoRA" in how else set())
+    scales = [k for k, _ in tree_flatten(model.parameters()) if k.endswith("linear.scales")]
+    assert bool(scales) == (how == "QLoRA")
 
 
 def losses_of(model, monkeypatch, folder, optimizer, iters: int = 4, **options) -> list[float]:
