@@ -73,6 +73,9 @@ class Device:
     partial_logits_tokens: int = 16
     # Up to here every threadgroup of `mhc_layer` projects H_res itself.
     one_launch_tokens: int = 1024
+    # From here a threadgroup of `stream_norm` takes two tokens, which share loads of inject: then
+    # they are enough for four threadgroups on each multiprocessor of an H100.
+    norm_tile_tokens: int = 2 * 132 * 4
     # From this n * C on 16 slices share a row: at (2048, 4, 4096) they take 35 us, 8 slices 43 us.
     long_row: int = 1 << 14
 

@@ -54,6 +54,8 @@ class Case:
     rounded: bool = False  # round_aggregate
     norm_eps: float = 1e-6
     parts: int = 3  # of alpha; 2 where no logit is of h_res
+    write_back: bool = True  # stream_norm has y and h_post
+    inject: bool = True  # stream_norm makes next_post
     layouts: tuple[tuple[str, int], ...] = ()  # per array, in turn: see laid_out
 
     def __str__(self) -> str:
@@ -70,6 +72,7 @@ class Case:
         marks += [f"phi-{self.phi}"] * (self.phi != "float32") + ["plain"] * (not self.norm)
         marks += ["rounded"] * self.rounded + ["parts2"] * (self.parts == 2)
         marks += [f"scale{self.scale:g}"] * (self.scale != 2.0)
+        marks += ["alone"] * (not self.write_back) + ["no-inject"] * (not self.inject)
         marks += ["".join(f"{name[0]}{offset}" for name, offset in self.layouts)]
         marks = [mark for mark in marks if mark]
         lead = "x".join(map(str, self.lead)) or "one"
@@ -95,7 +98,9 @@ class Case:
     def absent(self) -> list[int]:
         """Which of the arrays are None."""
         gone = {name: self.identity for name in self.row.optional}
-        gone |= {"weight": not self.norm} if "weight" in gone else {}
+        given = {"weight": self.norm, "inject": self.inject}
+        given |= dict.fromkeys(("y", "h_post"), self.write_back)
+        gone |= {name: not here for name, here in given.items() if name in gone}
         return [k for k, name in enumerate(self.row.arrays) if gone.get(name)]
 
     def arrays(self, seed: int = 0) -> list[mx.array | None]:

@@ -29,9 +29,9 @@ GRADIENT = 4e-6  # times sqrt(tokens) times the largest gradient, in float32
 REFERENCE = 3  # times that for the reference: MLX's plain sums over a row are less exact
 HALF_GRADIENT_ULPS = 1  # more, where the gradient itself is float16 or bfloat16
 AT_SCALE = ((0.1, 1e-5), (1.0, 1e-5), (5.0, 1e-5), (30.0, 1e-3))  # of logits; largest gradients
-# Of COVERING, DYNAMIC, SINGLE, UNUSUAL and STANDARD. A Mac adds few rows in one more form.
+# Of COVERING, DYNAMIC, SINGLE, GATED, UNUSUAL and STANDARD. A Mac adds few rows in one more form.
 # 57 are of XING and HUNYUAN_V4: a start and a clamp are template arguments.
-MAX_VARIANTS = (162, 232, 100, 108, 100)
+MAX_VARIANTS = (162, 232, 100, 45, 111, 100)
 
 
 # ---- the ops
@@ -95,6 +95,13 @@ OPS = {
         "x y phi bias alpha weight?",
         lambda n: (2 * n + 1, n + 1, 3 * n + 2, n + 1),
         "convention norm_eps eps rounded",
+    ),
+    "stream_norm": op(
+        "x weight y? h_post? inject?",
+        lambda n: (n + 1, 2 * n, 5 * n + 1, n + 1),  # sums over tokens need out and ds once more
+        "eps",
+        weight=Array("n C", uniform(-0.5), "other_weights"),
+        inject=Array("n K", normal(lambda case: case.C**-0.5)),
     ),
 }
 FUSED = tuple(name for name in OPS if name in FUSED_OPS)
@@ -304,6 +311,35 @@ def single() -> list[Case]:
 SINGLE = single()
 
 
+def gated() -> list[Case]:
+    """The ops of gated residuals: every dtype and n, with and without y and inject, h_post shared
+    and per token, one pass of channels and several, in registers and not."""
+    f32, f16, bf16 = DTYPES
+    two, few, axes = (2,), (5,), (2, 3)
+    each, alone, last = {"per_token": (True, False)}, {"write_back": False}, {"inject": False}
+    norm = [
+        ((), 4, 2560, bf16, each | {"weights": bf16}),  # decoding: the widths of the model
+        (few, 4, 64, f32, each),
+        ((7,), 4, 129, bf16, alone | {"offset": 1}),  # three tiles of two tokens, one of one
+        (few, 3, 31, f16, {"offset": 1}),
+        (few, 4, 64, bf16, each | last),  # the read-out
+        (two, 1, 8, f32, alone | last),
+        (few, 1, 31, bf16, {"weights": "mixed"}),
+        (axes, 2, 40, f16, each | {"weights": f16}),
+        (two, 8, 264, bf16, each),
+        (two, 8, 2564, f32, {}),  # forward and backward read a token twice
+        (few, 12, 24, f32, each),
+        (two, 16, 31, bf16, {}),
+        (two, 33, 8, f16, alone),
+        (two, 64, 8, f32, each | last),
+        ((0,), 4, 8, f32, each),
+    ]
+    return [Case("stream_norm", *shape, **special) for *shape, special in norm]
+
+
+GATED = gated()
+
+
 def unusual() -> list[Case]:
     """Each constant at a value that no preset and no default has, and that shows in the results: if
     one is left out, taken for another or taken from a preset, the results are far off."""
@@ -357,6 +393,7 @@ def unusual() -> list[Case]:
         ("mhc_seam", few, 4, 64, f32, None, {"eps": 0.5, "per_token": (True, True)}),
         ("mhc_seam", two, 12, 64, f32, None, {"eps": 0.5, "per_token": (True, True)}),
         ("mhc_seam", two, 12, 64, bf16, None, {"eps": 0.5, "rounded": True}),  # n > 8
+        ("stream_norm", few, 4, 64, f32, None, {"eps": 0.5, "per_token": (True, False)}),
         ("mhc_single_pass", few, 4, 64, bf16, rows, norms),
         ("mhc_single_pass", two, 12, 64, f16, columns, norms | {"rounded": True}),
         ("mhc_single_pass", two, 4, 64, f32, convention(first="columns", **small), norms),
@@ -403,7 +440,7 @@ def standard() -> list[Case]:
         ((0,), 4, 8, f32, {}),
         ((5,), 4, 64, f32, {"eps": 0.5, "norm_eps": 0.25}),
     ]
-    listed = {c.op for cases in (COVERING, DYNAMIC, SINGLE) for c in cases}
+    listed = {c.op for cases in (COVERING, DYNAMIC, SINGLE, GATED) for c in cases}
     return [
         Case(name, lead, n, C, dtype, PAPER if "convention" in row.statics else None, **special)
         for name, row in OPS.items()
@@ -413,4 +450,4 @@ def standard() -> list[Case]:
 
 
 STANDARD = standard()
-CASES = COVERING + DYNAMIC + SINGLE + STANDARD  # these launch every body
+CASES = COVERING + DYNAMIC + SINGLE + GATED + STANDARD  # these launch every body

@@ -1,8 +1,14 @@
 """Qwen's gated residual: a norm of each stream, and a read with a gate for each channel."""
 
+import math
+from dataclasses import dataclass
+
 import mlx.core as mx
 
-from .. import reference
+from .. import launch, reference
+from . import tiling
+from .arrays import body_params, flat
+from .autodiff import FusedOp, Options
 from .checks import (
     check_array,
     check_bools,
@@ -12,8 +18,129 @@ from .checks import (
     check_threads,
     fail,
 )
+from .streams import TokenBody, token_arguments
+from .sums import sum_partials
 
 __all__ = ["gate_mix", "stream_norm"]
+
+# ---- stream_norm
+
+
+@dataclass(frozen=True)
+class StreamNormBackwardBody(TokenBody):
+    name = "stream_norm_backward"
+    PASSES: int
+    CACHED: bool
+    BLOCK: int
+    WRITE_BACK: bool
+    POST_PER_TOKEN: bool
+    INJECT: bool
+
+
+@dataclass(frozen=True)
+class StreamNormBody(StreamNormBackwardBody):
+    name = "stream_norm"
+    TILE: int
+
+
+@dataclass(frozen=True)
+class StreamNormBackwardWeightsBody(TokenBody):
+    name = "stream_norm_backward_weights"
+    ROWS: int
+    INJECT: bool
+
+
+@dataclass(frozen=True)
+class StreamNorm(FusedOp):
+    eps: float
+    has_inject: bool  # otherwise next_post is None
+
+    name = "stream_norm"
+    shared_ndim = (None, 2, None, 1, 2)
+    num_results = 3
+    saves = True
+
+    def absent_result(self, n: int) -> int | None:
+        return None if self.has_inject else 2
+
+    def fallback(self, x, weight, y, h_post, inject):
+        return reference.stream_norm(x, weight, y, h_post, inject, self.eps)
+
+    def arguments(self, x, t, h_post):
+        """The template arguments of both bodies."""
+        n = x.shape[-2]
+        return {
+            **token_arguments(x.dtype, n, t),
+            "PASSES": t.passes,
+            "CACHED": t.cached,
+            "BLOCK": tiling.streams_at_once(n),
+            "WRITE_BACK": h_post is not None,
+            "POST_PER_TOKEN": h_post is not None and h_post.ndim > 1,
+            "INJECT": self.has_inject,
+        }
+
+    def forward(self, x, weight, y, h_post, inject, save=False):
+        """out, s, next_post; what is saved is out, and what the norm and the gates were made of."""
+        flat_x, threads, device = flat(x, 3), self.options.threads_per_group, launch.device()
+        tokens, n, C = flat_x.shape
+        t = tiling.seam_tiling(tiling.streams_at_once(n), C, x.dtype.size, threads, device)
+        params = body_params(None, eps=self.eps)
+        inputs = {"x": flat_x, "y": y, "h_post": h_post, "weight": weight, "inject": inject}
+        outputs = {
+            "out": None if y is None else (x.shape, x.dtype),
+            "s": (x.shape, x.dtype),
+            "next_post": (x.shape[:-1], mx.float32) if self.has_inject else None,
+            "roots": ((tokens, n), mx.float32),
+            "post_logits": ((tokens, n), mx.float32) if self.has_inject else None,
+        }
+        tile = tiling.norm_tile(t, n, x.dtype.size, tokens, self.has_inject, device)
+        body = StreamNormBody(**self.arguments(x, t, h_post), TILE=tile)
+        groups = tiling.many_groups(math.ceil(tokens / tile), device)
+        d = launch.launch(body, inputs | {"params": params}, outputs, groups, self.options)
+        out = d.get("out", x)
+        return (out, d["s"], d.get("next_post")), (out, d["roots"], d.get("post_logits"))
+
+    def backward(self, arrays, cotangents, saved):
+        (x, weight, y, h_post, inject), (dout, ds, dnext_post) = arrays, cotangents
+        (out, roots, *post_logits), options = saved, self.options
+        flat_out, device = flat(out, 3), launch.device()
+        tokens, n, C = flat_out.shape
+        t = tiling.norm_backward_tiling(n, C, x.dtype.size, options.threads_per_group, device)
+        body = StreamNormBackwardBody(**self.arguments(x, t, h_post))
+        groups, shared = tiling.many_groups(tokens, device), body.WRITE_BACK != body.POST_PER_TOKEN
+        if shared:
+            groups = tiling.backward_groups(tokens, t.threads, device)
+        norm = {"x": flat_out, "roots": roots, "ds": ds, "weight": weight, "inject": inject}
+        inputs = norm | {"dout": dout, "y": y, "h_post": h_post, "dnext_post": dnext_post}
+        inputs["post_logits"] = post_logits[0] if post_logits else None
+        outputs = {
+            "dx": (x.shape, x.dtype),
+            "dy": None if y is None else (y.shape, x.dtype),
+            "dh_post": (h_post.shape, mx.float32) if body.POST_PER_TOKEN else None,
+            "partial": ((groups, n), mx.float32) if shared else None,
+            "dlogits": ((tokens, n), mx.float32) if self.has_inject else None,
+        }
+        d = launch.launch(body, inputs, outputs, groups, options)
+        dh_post = sum_partials(d["partial"], options) if shared else d.get("dh_post")
+        dweight, dinject = self.weight_gradients(norm | {"dlogits": d.get("dlogits")})
+        return d["dx"], dweight, d.get("dy"), dh_post, dinject
+
+    def weight_gradients(self, norm):
+        """The gradients of weight and inject, which is None where there is no inject."""
+        x, threads, device = norm["x"], self.options.threads_per_group, launch.device()
+        tokens, n, C = x.shape
+        rows = tiling.streams_at_once(n) if self.has_inject else 0
+        t = tiling.norm_weights_tiling(n, C, rows, tokens, threads, device)
+        arguments = token_arguments(x.dtype, n, t)
+        body = StreamNormBackwardWeightsBody(**arguments, ROWS=rows, INJECT=self.has_inject)
+        inputs = norm | {"weight": norm["weight"] if self.has_inject else None}
+        blocks = n // rows if rows else 1
+        outputs = {"partial": ((t.chunks, blocks * (1 + rows) * n * C), mx.float32)}
+        groups = t.chunks * t.groups_per_chunk
+        partial = launch.launch(body, inputs, outputs, groups, self.options)["partial"]
+        sums = sum_partials(partial, self.options, shape=(blocks, 1 + rows, n, C))
+        dweight = sums[:, 0].sum(0) if blocks > 1 else sums[0, 0]
+        return dweight, sums[:, 1:].reshape(norm["inject"].shape) if rows else None
 
 
 def stream_norm(
@@ -67,9 +194,12 @@ def stream_norm(
     if inject is not None:
         check_array(op, "inject", inject, ("n", "n*C"), (n, n * C))
     check_eps(op, eps)
-    check_threads(op, threads_per_group)
-    check_bools(op, use_metal=use_metal, verbose=verbose, differentiable=differentiable)
-    return reference.stream_norm(x, weight, y, h_post, inject, eps)
+    fused = StreamNorm(Options(threads_per_group, verbose), eps, inject is not None)
+    arrays = (x, weight, y, h_post, inject)
+    return fused(*arrays, use_metal=use_metal, differentiable=differentiable)
+
+
+# ---- gate_mix
 
 
 def gate_mix(

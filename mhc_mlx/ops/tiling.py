@@ -99,6 +99,44 @@ def seam_backward_tiling(
     return TokenTiling(vec, threads, passes, passes == 1)
 
 
+def streams_at_once(n: int) -> int:
+    """How many streams of a token `stream_norm` takes at once: n, or for n > 8 its largest divisor
+    up to 8."""
+    return max(k for k in range(1, 9) if n % k == 0)
+
+
+def norm_tile(t: TokenTiling, n: int, size: int, tokens: int, inject: bool, device: Device) -> int:
+    """How many tokens a threadgroup of `stream_norm` takes at once: they share loads of inject,
+    n times as long as a token: two where they lie in 128 bytes of a thread's registers and fill a
+    GPU. clang-19: at n = 4, C = 2560 a thread then has 127; in float32 some would spill."""
+    few = tokens < device.norm_tile_tokens or not (inject and t.cached and n <= 8)
+    return 1 if few or 2 * t.passes * n * t.vec * size > 128 else 2
+
+
+# Channels of all streams, of which a thread of `stream_norm_backward` keeps floats in registers: at
+# n = 4 a token of C = 2560 then takes 320 threads.
+NORM_FLOATS = 32
+
+
+@functools.cache
+def norm_backward_tiling(
+    n: int, C: int, size: int, threads_per_group: int | None, device: Device
+) -> TokenTiling:
+    """How a threadgroup takes a token in `stream_norm_backward`."""
+    vec = math.gcd(C, 16 // size)
+    while streams_at_once(n) * vec > NORM_FLOATS:
+        vec //= 2
+    packs = C // vec
+
+    def of_threads(most: int) -> TokenTiling:
+        threads = threads_per_group or even_threads(packs, most)
+        passes = math.ceil(packs / threads)
+        return TokenTiling(vec, threads, passes, n <= 8 and passes * n * vec <= NORM_FLOATS)
+
+    tiling = of_threads(SEAM_THREADS)
+    return tiling if tiling.cached else of_threads(device.uncached_backward_threads)
+
+
 def even_groups(count: int, most: int) -> int:
     """At most ``most`` threadgroups, each with as many turns."""
     return math.ceil(count / max(1, math.ceil(count / most)))
@@ -395,3 +433,15 @@ def phi_gradient_tiling(
     parts = math.ceil(K / (threads * vec)) * math.ceil(num_logits / logits)
     chunks = max(1, min(math.ceil(device.phi_gradient_groups / parts), math.ceil(tokens / 64)))
     return PhiGradientTiling(threads, vec, logits, chunks, parts)
+
+
+@functools.cache
+def norm_weights_tiling(
+    n: int, C: int, rows: int, tokens: int, threads: int | None, device: Device
+) -> PhiGradientTiling:
+    """How `stream_norm_backward_weights` shares its work: each thread has ``rows`` rows of inject,
+    or none, and there are enough threadgroups to fill a GPU."""
+    vec, threads = math.gcd(C, 4 if rows <= 4 else 2), threads or 128
+    parts = math.ceil(n * C / (threads * vec)) * (n // rows if rows else 1)
+    chunks = max(1, min(math.ceil(device.phi_gradient_groups / parts), math.ceil(tokens / 64)))
+    return PhiGradientTiling(threads, vec, rows, chunks, parts)

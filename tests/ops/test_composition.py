@@ -182,6 +182,11 @@ def calls(lead=LEAD, dtype=mx.float32):
         if c in (DEEPSEEK_V4, XING, MHC_LITE, IDENTITY):
             made[f"single pass {c.name}"] = ("mhc_single_pass", [x, y, phi, bias, alpha, weight], c)
     made["head"] = ("mhc_head", [x, phi[:N], bias[:N], alpha[:1]], DEEPSEEK_V4)
+    centred = mx.random.normal((N, C))
+    made["norm"] = ("stream_norm", [x, centred])
+    made["norm after a write-back"] = ("stream_norm", [x, centred, y, post])
+    case = Case("stream_norm", lead, N, C, str(dtype).split(".")[-1], per_token=(True, True))
+    made["norm and inject"] = ("stream_norm", case.arrays())
     for op in [op for op in FUSED if op not in {name for name, *_ in made.values()}]:
         c = [PAPER] if "convention" in OPS[op].statics else []
         case = Case(op, lead, N, C, str(dtype).split(".")[-1], *c, per_token=(True, True))

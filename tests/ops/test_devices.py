@@ -29,6 +29,7 @@ def test_numbers_of_devices():
         "few_tokens": 1024,
         "few_backward_tokens": 1024,
         "long_row": 16384,
+        "norm_tile_tokens": 1056,
         "forward_register_bytes": 256,
         "threadgroup_memory": 32 << 10,
     }

@@ -14,6 +14,7 @@ from cases import (
     DYNAMIC,
     EXACT,
     FUSED,
+    GATED,
     MAX_VARIANTS,
     OF_LOGITS,
     OPS,
@@ -32,7 +33,7 @@ from proof.compare import check_bounds, doubles, several
 from mhc_mlx import PAPER, ops, reference
 from mhc_mlx.conventions import SINKHORN
 
-LISTS = (COVERING, DYNAMIC, SINGLE, UNUSUAL, STANDARD)
+LISTS = (COVERING, DYNAMIC, SINGLE, GATED, UNUSUAL, STANDARD)
 CASES = [case for cases in LISTS for case in cases]
 # The smallest call of each op that has several tokens, streams and channels: pytest -m quick.
 QUICK = [
@@ -238,6 +239,17 @@ def test_bits_do_not_depend_on_the_size_of_a_tile(need):
         many = ops.mhc_pre(x, *rest, *case.statics)
         few = ops.mhc_pre(x[4:7], *rest, *case.statics)
     assert all(mx.array_equal(a[4:7], b) for a, b in zip(many, few, strict=True))
+
+
+def test_bits_of_stream_norm_do_not_depend_on_the_size_of_a_tile(need):
+    need("simulator")
+    case = Case("stream_norm", (9,), 4, 264, "bfloat16", per_token=(True, False))
+    x, weight, y, h_post, inject = case.arrays()
+    with executor("simulator") as launched:  # nine tokens take tiles of two, two tokens of one
+        many = ops.stream_norm(x, weight, y, h_post, inject)
+        few = ops.stream_norm(x[4:6], weight, y[4:6], h_post[4:6], inject)
+    assert {dict(template)["TILE"] for _, _, template, _ in launched} == {1, 2}
+    assert all(mx.array_equal(a[4:6], b) for a, b in zip(many, few, strict=True))
 
 
 def test_a_part_of_alpha_that_overflows_alone(need):

@@ -15,7 +15,7 @@ from proof import executor, results, simulator
 from mhc_mlx import PAPER, ROW_FIRST, ops
 from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE
 
-STREAMS = ("x", "y", "dout", "out", "dx", "dy", "u", "du", "dx_out")
+STREAMS = ("x", "y", "dout", "out", "dx", "dy", "u", "du", "dx_out", "s", "ds")
 SCALARS = ("params", "alpha", "rows", "_shape")  # a few numbers in registers
 HERE = {"lead": (5,), "n": 4, "C": 64}  # one pass, a token in registers
 WIDE = {"lead": (2,), "n": 8, "C": 4096, "dtype": "float16"}  # backward: not in registers
@@ -176,6 +176,31 @@ COUNTS = [
     "mhc_seam: x 1, y 1, out 1, u 1; h_pre 1, h_post 1, h_res 1, weight 2",
     "mhc_seam_backward: x 2, y 2, dout 1, du 2, dx 1, dy 1; h_pre 1, h_post 1, h_res 1, weight "
     "4, dh_pre 1, dh_post 1, dh_res 1, partial 2 and 1280 loads",
+    Case("stream_norm", **HERE, **TOKENS),  # 16 threads: each reads its token's h_post and roots
+    "stream_norm: x 1, y 1, out 1, s 1; h_post 16, weight 5, inject 5, next_post 1, roots 1, "
+    "post_logits 1",
+    "stream_norm_backward: x 1, ds 1, dout 1, y 1, dx 1, dy 1; roots 16, weight 5, inject 5, "
+    "h_post 16, dnext_post 1, post_logits 1, dh_post 1, dlogits 1",
+    "stream_norm_backward_weights: x 1, ds 1; roots 16, weight 1, inject 1, dlogits 64, partial 1",
+    # Tiles of two tokens share weight and inject. The last token fills a tile alone: it is read in
+    # both places.
+    Case("stream_norm", **HERE | {"lead": (7,), "dtype": "bfloat16"}, **TOKENS),
+    "stream_norm: x 2048 in all, y 512 in all, out 1, s 1; h_post 256 in all, weight 4, inject 4, "
+    "next_post 1, roots 1, post_logits 1",
+    "stream_norm_backward: x 1, ds 1, dout 1, y 1, dx 1, dy 1; roots 8, weight 7, inject 7, "
+    "h_post 8, dnext_post 1, post_logits 1, dh_post 1, dlogits 1",
+    "stream_norm_backward_weights: x 1, ds 1; roots 16, weight 1, inject 1, dlogits 64, partial 1",
+    Case("stream_norm", **HERE, write_back=False, inject=False),
+    "stream_norm: x 1, s 1; weight 5, roots 1",
+    "stream_norm_backward: x 1, ds 1, dout 1, dx 1; roots 16, weight 5",
+    "stream_norm_backward_weights: x 1, ds 1; roots 16, partial 1",
+    Case("stream_norm", **TILED),  # two blocks of six streams
+    "stream_norm: x 1, y 2, out 1, s 1; h_post 80, weight 5, inject 5, next_post 1, roots 1, "
+    "post_logits 1",
+    "stream_norm_backward: x 2, ds 2, dout 1, y 1, dx 1, dy 1; roots 16, weight 10, inject 10, "
+    "h_post 80, dnext_post 1, post_logits 1, partial 1, dlogits 1",
+    "sum_partials: out 1; partial 1",
+    "stream_norm_backward_weights: x 2, ds 2; roots 64, weight 2, inject 1, dlogits 384, partial 1",
     # Two tokens, a threadgroup each. Last, without a gradient: a sublayer in two launches.
     Case("mhc_pre", **TILES | {"lead": (2,)}, norm=False),
     "mhc_pre_partial_logits: x 2048 in all; phi 1, partial_logits 1",

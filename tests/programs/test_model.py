@@ -98,7 +98,7 @@ COUNTED = [
     Case("mhc_seam", (4,), 4, 1280, "bfloat16", per_token=(True, True)),
     Case("mhc_layer", (6,), 2, 64, "float32", ROW_FIRST),
 ]
-STREAMS = ("x", "y", "dout", "out", "dx", "dy", "u", "du", "dx_out")
+STREAMS = ("x", "y", "dout", "out", "dx", "dy", "u", "du", "dx_out", "s", "ds")
 
 
 @functools.cache

@@ -81,12 +81,14 @@ def rounded(case):
 def exact(case, wide, cotangent, got=None) -> list[np.ndarray]:
     """Return the outputs and gradients by the oracle, for arrays in float64.
 
-    The oracle of a seam reads the rounded streams of ``got``: a tie that was rounded to the other
-    side is then no error of u and of the gradients.
+    The oracle of a seam reads the rounded streams of ``got``, and that of stream_norm also its
+    rounded s: a tie that was rounded to the other side is then no error of u and of the gradients.
     """
     f, options = getattr(oracle, case.op), {}
     if case.op in SEAMS and got is not None:
         options = {"out": doubles(got[0]), "rounded": rounded(case)}
+    if case.op == "stream_norm" and got is not None:
+        options = {"out": doubles(got[0]), "s_read": doubles(got[1])}
     out, backward = f(*case_arrays(case, wide), *case.statics, **options)
     gradients = backward(cotangent)
     return [*several(out), *several(gradients)]
@@ -223,6 +225,8 @@ def evaluated(case, got, kernels, gradients) -> list[Bounded]:
     wide = [None if a is None else Bounded(doubles(a)) for a in arrays]
     if case.op in SEAMS:
         options = {"out": doubles(got[0]), "rounded": rounding(rounded(case))}
+    if case.op == "stream_norm":
+        options = {"out": doubles(got[0]), "s_read": doubles(got[1])}
     with evaluate(32 if kernels else 1, **(roundings(case) if kernels else {})):
         out, backward = getattr(oracle, case.op)(*wide, *case.statics, **options)
         wants = list(several(out))

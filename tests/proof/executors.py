@@ -23,7 +23,7 @@ FEW_GROUPS = {"forward_groups": 2, "many_groups": 2, "backward_threads": 64}
 FEW_GROUPS |= {"coefficient_gradient_simdgroups": 4}
 # The limits are so low that cases have tokens, and rows of sums, on both sides of them.
 FEW_TOKENS = {"few_tokens": 6, "few_backward_tokens": 6, "partial_logits_tokens": 2}
-FEW_TOKENS |= {"one_thread_rows": 2}
+FEW_TOKENS |= {"one_thread_rows": 2, "norm_tile_tokens": 6}
 
 
 @functools.cache

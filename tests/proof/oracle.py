@@ -117,7 +117,7 @@ def rms_norm(u, weight, eps, rounded=lambda a: a):
     def backward(dy):
         g = dy * weight
         du = r * g - r**3 * u * (g * u).mean(axis=-1, keepdims=True)
-        return du, over_tokens(dy * unit, 1)
+        return du, over_tokens(dy * unit, weight.ndim)
 
     return unit * weight, backward
 
@@ -349,3 +349,35 @@ def mhc_single_pass(
         return dx + dx_made, dy, *dmade, *dweight
 
     return (*made, h_pre), backward
+
+
+def stream_norm(x, weight, y, h_post, inject, eps=1e-6, out=None, s_read=None):
+    """out, s and, with inject, next_post; backward takes a tuple of as many.
+
+    The norm reads the argument ``out``, and the product with inject ``s_read``, the rounded arrays,
+    if they are there.
+    """
+    n, C = x.shape[-2:]
+    made, write_back = (x, lambda g: (g,)) if y is None else stream_mix_add(x, y, h_post)
+    s, norm_back = rms_norm(made if out is None else out, 1 + weight, eps)
+    next_post, gate_back = None, None
+    if inject is not None:
+        v = (s if s_read is None else s_read).reshape(*x.shape[:-2], n * C)
+        z = (v @ inject.T) / n
+        next_post = 2 * sigmoid(z)
+
+        def gate_back(g):
+            dz = g * 2 * sigmoid(z) * sigmoid(-z) / n
+            return (dz @ inject).reshape(x.shape), dz.reshape(-1, n).T @ v.reshape(-1, n * C)
+
+    def backward(g):
+        dout, ds, *dnext_post = g
+        dinject = []
+        if gate_back:
+            dgate, *dinject = gate_back(*dnext_post)
+            ds = ds + dgate
+        dnormed, dweight = norm_back(ds)
+        dx, *dwritten = write_back(dout + dnormed)
+        return dx, dweight, *dwritten, *dinject
+
+    return (made, s, next_post), backward

@@ -23,10 +23,15 @@ from mhc_mlx.ops.autodiff import FUSED_OPS
 from proof.compare import several
 
 LOWER = {k: a for k, a in ARRAYS.items() if k.islower()}
-SAME = {"x", "y", "dout", "du", "dx_out", "partial"}  # of dtype T
+SAME = {"x", "y", "dout", "du", "ds", "dx_out", "partial"}  # of dtype T
 STARTS = {code: start for start, code in START_CODES.items()}
 FLOAT32 = {"params", "l", "dz_res", "dp", "partial_logits", "token_factors"}
-FLOAT32 |= {"dh_pre", "dh_post"}
+FLOAT32 |= {"dh_pre", "dh_post", "post_logits", "dnext_post", "roots", "dlogits"}
+WRITTEN = {
+    "out": "WRITE_BACK",
+    "next_post": "INJECT",
+    "post_logits": "INJECT",
+}  # which flag says that stream_norm does
 
 
 def opaque(a: mx.array) -> mx.array:
@@ -271,9 +276,53 @@ def mhc_seam(
     return made
 
 
+def stream_norm(t, groups, x, weight, params, y=None, h_post=None, inject=None):
+    streams, eps = [None if a is None else a.astype(t["T"]) for a in (x, y)], Params(*params).eps
+    arrays = (streams[0], weight, streams[1], h_post, inject)
+    out, s, next_post = reference.stream_norm(*arrays, eps)
+    roots = mx.rsqrt(out.astype(mx.float32).square().mean(-1) + eps)
+    made = {"out": out, "s": s, "next_post": next_post, "roots": roots}
+    if inject is not None:
+        made["post_logits"] = s.reshape(len(s), -1).astype(mx.float32) @ inject.T / t["N"]
+    return {k: a for k, a in made.items() if t.get(WRITTEN.get(k), True)}
+
+
+def stream_norm_backward(t, groups, x, roots, dout, ds, weight, y=None, h_post=None, **gate):
+    inject, made = gate.get("inject"), {}
+    if inject is not None:
+        slope = 2 * mx.sigmoid(gate["post_logits"]) * mx.sigmoid(-gate["post_logits"])
+        made["dlogits"] = gate["dnext_post"] * slope / t["N"]
+        ds = ds + (made["dlogits"] @ inject).reshape(ds.shape)
+    g = ds * (1 + weight)
+    mean = (g * x).mean(-1, keepdims=True)
+    made["dx"] = dout + roots[..., None] * g - x * roots[..., None] ** 3 * mean
+    if h_post is not None:
+        write = reference.stream_mix_add
+        dwritten = mx.vjp(lambda *a: write(x, *a), [y, h_post], [made["dx"]])[1]
+        made["dy"], made["dh_post"] = dwritten
+    return made
+
+
+def stream_norm_backward_weights(t, groups, x, roots, ds, dlogits=None, weight=0, inject=None):
+    rows, n, unit = t["ROWS"], t["N"], x * roots[..., None]
+    parts = -(-x[0].size // (t["THREADS"] * t["VEC"])) * (n // rows if rows else 1)
+    if not rows:
+        return {"partial": partials(groups // parts, (ds * unit).sum(0))}
+    s = (unit * (1 + weight)).astype(t["T"]).astype(mx.float32)
+    of_rows = dlogits[:, :, None, None] * inject.reshape(n, *x.shape[1:])
+    blocks = [of_rows[:, k : k + rows].sum(1) for k in range(0, n, rows)]
+    blocks[0] = blocks[0] + ds
+    dinject = (dlogits[:, :, None, None] * s[:, None]).sum(0)
+    sums = []
+    for k, d in enumerate(blocks):
+        sums += [(d * unit).sum(0), dinject[k * rows : (k + 1) * rows]]
+    return {"partial": partials(groups // parts, *sums)}
+
+
 BODIES = (mhc_fused, mhc_fused_backward, sum_partials, mixing_matrix, mixing_matrix_backward)
 BODIES += (mhc_pre, mhc_pre_backward_coefficients, mhc_pre_backward_generic, mhc_pre_backward_phi)
 BODIES += (mhc_pre_backward_projection, mhc_pre_partial_logits, mhc_seam)
+BODIES += (stream_norm, stream_norm_backward, stream_norm_backward_weights)
 BODIES = {f.__name__: f for f in BODIES} | {
     "mhc_fused_backward_wide": mhc_fused_backward,
     "mhc_pre_backward_coefficients_norm": mhc_pre_backward_coefficients,
@@ -331,7 +380,9 @@ def promised(t: dict, given: dict, row: dict) -> dict:
     shapes = {k: a.shape(lead(k), sizes.get) for k, a in row.items()}
     each = {"dp": (L,), "token_factors": (n + 1,), "l": (L + 1,), "dz_res": (L - gates,)}
     each |= {"partial_logits": (-(-n * C // 32), L + 4), "dx_out": (n, C), "du": (C,)}
-    each |= {"dout": (n, C) if t.get("MIX") or seam else (C,), "partial": (C,)}
+    norm = "INJECT" in t
+    each |= {"dout": (n, C) if t.get("MIX") or seam or norm else (C,), "partial": (C,)}
+    each |= {"ds": (n, C)} | dict.fromkeys(("roots", "dlogits", "post_logits", "dnext_post"), (n,))
     each |= {"dh_pre": (n,), "dh_post": (n,), "dh_res": (n, n)} | ({"logits": (L,)} if L else {})
     shapes |= {k: (tokens, *last) for k, last in each.items()}
     clamped = t.get("CLAMP", False)
@@ -369,7 +420,8 @@ def run(name, inputs, outputs, groups, threads, template, verbose=False) -> list
     if name in BODIES:
         same = {k: template["T"] for k in given.keys() & SAME}
         same |= {"du": template["DU_T"]} if "du" in same and "DU_T" in template else {}
-        given = checked(name, given, promised(template, given, LOWER), same)
+        own = OPS["stream_norm"].arrays if name.startswith("stream_norm") else {}
+        given = checked(name, given, promised(template, given, LOWER | own), same)
         made = BODIES[name](template, groups, **{k: a.astype(mx.float32) for k, a in given.items()})
     else:
         made = of_op(name, template, given, wanted)

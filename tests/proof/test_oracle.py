@@ -42,6 +42,8 @@ def cases() -> list[Case]:
         for post in (False, True):
             for res in (False, True):
                 found.append(Case("stream_mix_add", (2, 2), n, 3, per_token=(post, res)))
+                gated = {"write_back": post, "inject": res, "per_token": (n % 2 > 0, False)}
+                found.append(Case("stream_norm", (2,), n, 3, eps=EPS, **gated))
                 found.append(
                     Case("mhc_seam", (2,), n, 3, norm=post, eps=EPS, per_token=(post, res))
                 )
@@ -162,6 +164,11 @@ def test_gradients_are_central_differences(case):
         ("mhc_single_pass", "dx_made, dy"),
         ("mhc_single_pass", "dpre + dh_pre"),
         ("mhc_single_pass", "dpost, *dres"),
+        ("stream_norm", "dout + dnormed"),
+        ("stream_norm", "dnormed)\n"),
+        ("stream_norm", "dweight, *dwritten"),
+        ("stream_norm", "(dz @ inject)"),
+        ("stream_norm", "dz.reshape(-1, n).T"),
         ("mhc_static", "dx_read, dh_pre, dh_post"),
         ("mhc_layer", "dpre * slope_pre"),
         ("mhc_layer", "dpost * c.post_scale * slope_post"),

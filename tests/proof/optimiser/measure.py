@@ -20,7 +20,7 @@ from proof.optimiser import llvm, opencl
 REGISTERS = 128  # of a thread on Apple's GPUs, where 384 threads share a core
 KINDS = ("load", "store")
 NARROWEST = 8  # bytes that a load or store of a stream must move
-STREAMS = frozenset("x y out u dout dx_out du dread dx dy".split())  # rows of C channels
+STREAMS = frozenset("x y out s u dout dx_out ds du dread dx dy".split())  # rows of C channels
 CACHE = Path(tempfile.gettempdir(), simulator.CACHE.name.replace("simulator", "optimiser"))
 
 

@@ -39,6 +39,7 @@ def main_cases(n: int, C: int, T: int, dtype: str) -> list[Case]:
         Case("mhc_layer", *shape, PAPER),
         Case("mhc_static", *shape),
         Case("mhc_head", *shape, DEEPSEEK_V4),
+        Case("stream_norm", *shape, **each),
     ]
 
 
