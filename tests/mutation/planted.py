@@ -118,6 +118,9 @@ PLAIN = replace(XING, eps=0.1, iters=2, clamp=(-1.5, 1.0))  # cuts logits at eit
 CUT = replace(SINKHORN_3, convention=PLAIN)
 READ = Case("stream_aggregate", (5,), 4, 64)
 READ_EACH = Case("stream_aggregate", (5,), 3, 129, per_token=(True, False))
+NORM = Case("stream_norm", (5,), 4, 64, "bfloat16", per_token=(True, False))
+NORM_7 = replace(NORM, lead=(7,))  # the last tile of two tokens has one
+NORM_12 = replace(NORM, n=12)  # two blocks of six streams, and of six rows of inject
 # mhc_pre, in float32 and by products of matrices.
 PRE = Case("mhc_pre", (5,), 4, 64, convention=PAPER)
 PRE_4 = replace(PRE, C=31)  # aligned, but no whole runs
@@ -225,6 +228,21 @@ TABLE = {
     ],
     "stream_aggregate_backward": [
         (READ, "du of the first token", f"{WRONG}; {MOVED}", "du + size_t(t) * size_t(C)", "du"),
+    ],
+    "stream_norm": [
+        (NORM, "a mean over all streams", WRONG, "squares[a] / static_cast<float>(C)",
+         "squares[a] / static_cast<float>(N * C)"),
+        (NORM_7, "s of a token past the last", OUTSIDE, "if (t0 + q < tokens)", "if (true)"),
+        (NORM, "no barrier before products are added", RACE, BARRIER, ""),
+    ],
+    "stream_norm_backward": [
+        (NORM, "the norm's slope dropped", WRONG,
+         "- mhc::float_of(streams[at + j], e) * slope", ""),
+        (NORM, "dh_post of all tokens so far", WRONG, "POST_PER_TOKEN || is_first_token",
+         "is_first_token"),
+    ],
+    "stream_norm_backward_weights": [
+        (NORM_12, "ds in each block of rows", WRONG, "row_block == 0 ?", "true ?"),
     ],
     "mixing_matrix": [
         (TRANSPOSED, "transposes by rows", WRONG, "TRANSPOSED ?", "false ?"),
