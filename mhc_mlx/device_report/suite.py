@@ -26,6 +26,8 @@ def rows_of_phi(shape: tuple[int, int]) -> mx.array:
 ARRAYS = {
     "x": ("B n C", mx.random.normal),
     "logits": ("B n C", mx.random.normal),
+    "gate_logits": ("B n C", mx.random.normal),
+    "s": ("B n C", mx.random.normal),
     "y": ("B C", mx.random.normal),
     "weight": ("C", uniform(0.5, 1.5)),
     "h_res": ("n n", lambda shape: mx.softmax(mx.random.normal(shape), axis=-1)),
@@ -129,7 +131,7 @@ def make_array(op: Op, name: str, shape: tuple[int, int, int], dtype: mx.Dtype) 
     """Draw one array; streams and y have that dtype."""
     draw = ARRAYS[name][1] if name in ARRAYS else uniform(0.1, 1.0)
     a = draw(shape_of(op, name, shape))
-    return a.astype(dtype) if name in ("x", "y", "logits") else a
+    return a.astype(dtype) if name in ("x", "y", "logits", "gate_logits", "s") else a
 
 
 def make_inputs(op: str, shape: tuple[int, int, int], dtype: mx.Dtype) -> list[mx.array]:

@@ -118,6 +118,9 @@ PLAIN = replace(XING, eps=0.1, iters=2, clamp=(-1.5, 1.0))  # cuts logits at eit
 CUT = replace(SINKHORN_3, convention=PLAIN)
 READ = Case("stream_aggregate", (5,), 4, 64)
 READ_EACH = Case("stream_aggregate", (5,), 3, 129, per_token=(True, False))
+GATES = Case("gate_mix", (2,), 4, 2000, "bfloat16")  # four threadgroups share a token
+GATES_RAGGED = Case("gate_mix", (5,), 3, 129)
+SATURATED = Case("gate_mix", (5,), 4, 64, "bfloat16", scale=30.0)
 # mhc_pre, in float32 and by products of matrices.
 PRE = Case("mhc_pre", (5,), 4, 64, convention=PAPER)
 PRE_4 = replace(PRE, C=31)  # aligned, but no whole runs
@@ -225,6 +228,15 @@ TABLE = {
     ],
     "stream_aggregate_backward": [
         (READ, "du of the first token", f"{WRONG}; {MOVED}", "du + size_t(t) * size_t(C)", "du"),
+    ],
+    "gate_mix": [
+        (GATES, "the first part of a token by all", TWO, "group % parts *", "0 *"),
+        (GATES_RAGGED, "the sum for the mean", WRONG, "acc[e] / float(N)", "acc[e]"),
+    ],
+    "gate_mix_backward": [
+        (SATURATED, "a slope that loses its digits", "parity: times what",
+         "high * low *", "high * (1.0f - high) *"),
+        (GATES_RAGGED, "channels past the last", TWO, " && c < C", ""),
     ],
     "mixing_matrix": [
         (TRANSPOSED, "transposes by rows", WRONG, "TRANSPOSED ?", "false ?"),

@@ -13,7 +13,14 @@ from mhc_mlx import launch, ops, reference
 from mhc_mlx.ops.autodiff import FUSED_OPS
 
 BODIES = {p.stem for p in launch._FOLDERS[1].glob("*.metal")}
-WITHOUT_KERNELS = ("gates", "project", "rms_norm", "stream_distribute", "stream_mix")
+WITHOUT_KERNELS = (
+    "gated_residual",
+    "gates",
+    "project",
+    "rms_norm",
+    "stream_distribute",
+    "stream_mix",
+)
 PLACES = {  # where each op is: its name is there
     "tests/cases.py": cases.OPS,
     "a list of tests/cases.py": {case.op for case in cases.CASES},
