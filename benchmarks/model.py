@@ -122,7 +122,7 @@ def costs(rates: Rates):
 
 def tokens_of(call: Launch) -> int:
     """Tokens (or rows) of a launch: the first axis of the array that its body takes them from."""
-    for name in ("x", "partial", "logits"):
+    for name in ("x", "s", "partial", "logits"):
         if spec := call.inputs.get(name):
             return spec[0][0]
     raise ValueError(f"[model] {call.name} has no tokens")

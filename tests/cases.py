@@ -77,6 +77,12 @@ OPS = {
         "x H_pre H_post H_res weight", lambda n: (n, n, 2 * n, n), "convention eps", also="h_res"
     ),
     "stream_aggregate": op("x h_pre", lambda n: (n, 1, n + 1, n), h_pre=ARRAYS["h_post"]),
+    "gate_mix": op(
+        "gate_logits s",
+        lambda n: (2 * n, 1, 2 * n + 1, 2 * n),
+        gate_logits=Array("n C", scaled, "dtype", always),
+        s=ARRAYS["x"],
+    ),
     "mhc_coefficients": op("x phi bias alpha", lambda n: (n, 0, n, n), "convention norm_eps"),
     "mhc_pre": op(
         "x phi bias alpha weight?", lambda n: (n, 1, 2 * n + 1, n), "convention norm_eps eps"
@@ -240,9 +246,21 @@ def dynamic() -> list[Case]:
         ((), 12, 31, f32, None, {"offset": 1}),
         (few, 32, 64, bf16, None, {"per_token": (True, False), "weights": bf16}),
     ]
+    gates = [
+        (few, 1, 1, f32, None, {}),
+        (axes, 2, 129, bf16, None, {"offset": 1}),
+        ((), 4, 2000, bf16, None, {}),  # four threadgroups share a token, 250 packs
+        (few, 4, 64, f32, None, {"scale": 30.0}),  # sigmoids of 0 and 1, and what is between
+        (many, 4, 64, f16, None, {"offset": 1}),
+        (axes, 5, 8, f16, None, {}),
+        (few, 8, 64, f32, None, {}),
+        (two, 12, 31, f32, None, {"offset": 1}),
+        (two, 17, 8, bf16, None, {}),  # a stream at a time
+        (two, 32, 64, bf16, None, {}),
+    ]
     cases = []
-    names = ("mhc_pre", "mhc_coefficients", "mhc_head", "stream_aggregate")
-    for op, rows in zip(names, (pre, made, head, read), strict=True):
+    names = ("mhc_pre", "mhc_coefficients", "mhc_head", "stream_aggregate", "gate_mix")
+    for op, rows in zip(names, (pre, made, head, read, gates), strict=True):
         for lead, n, C, dtype, convention, special in rows:
             # scale-free otherwise: see covering()
             eps = 0.5 if C == 1 else 1e-5
@@ -260,6 +278,7 @@ def dynamic() -> list[Case]:
         Case("mhc_coefficients", (2, 0), 4, 8, convention=MHC_LITE),
         Case("mhc_head", (0,), 4, 8, convention=PAPER),
         Case("stream_aggregate", (0,), 4, 8),
+        Case("gate_mix", (2, 0), 4, 8),
     ]
 
 

@@ -13,6 +13,8 @@ TABLE: dict[str, list[Shape]] = {
     "sinkhorn_knopp": [(65536, 4, 4)],
     **dict.fromkeys((*TARGETS, "mhc_pre_norm"), LARGE),
 }
+QWEN: list[Shape] = [(T, 4, 2560) for T in (1, 8, 512, 2048, 8192)]
+TABLE |= dict.fromkeys(("stream_norm", "stream_norm_write_back", "gate_mix"), QWEN)
 TABLE |= {op: USUAL for op in OPS if op not in TABLE}
 FLOAT32_TOO = ("mhc_static",)  # the table has float32 of these
 DECODE: list[Shape] = [(T, 4, C) for C in (4096, 5120, 7168) for T in (1, 2, 4, 8, 16)]

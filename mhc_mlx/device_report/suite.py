@@ -26,11 +26,14 @@ def rows_of_phi(shape: tuple[int, int]) -> mx.array:
 ARRAYS = {
     "x": ("B n C", mx.random.normal),
     "logits": ("B n C", mx.random.normal),
+    "gate_logits": ("B n C", mx.random.normal),
+    "s": ("B n C", mx.random.normal),
     "y": ("B C", mx.random.normal),
     "weight": ("C", uniform(0.5, 1.5)),
     "h_res": ("n n", lambda shape: mx.softmax(mx.random.normal(shape), axis=-1)),
     "H_res": ("n n", mx.random.normal),
     "phi": ("L K", rows_of_phi),
+    "inject": ("n K", rows_of_phi),
     "bias": ("L", mx.random.normal),
     "alpha": ("P", uniform(0.5, 1.5)),
 }
@@ -53,6 +56,12 @@ def dynamic_layer(module, *arrays, **options):
     """Run the dynamic layer of mHC.cu, whose F is the RMSNorm."""
     u, h_post, h_res, x = module.mhc_pre(*arrays, ROW_FIRST, **options)
     return module.stream_mix_add(x, u, h_post, h_res, **options)
+
+
+def norm(module, x, weight, y=None, h_post=None, inject=None, **options):
+    """Run stream_norm; return what there is."""
+    made = module.stream_norm(x, weight, y, h_post, inject, **options)
+    return tuple(a for a in made if a is not None)
 
 
 class Op(NamedTuple):
@@ -94,6 +103,13 @@ def composed(call: Callable, arrays: str) -> Op:
     return Op({k: axes(k, None) for k in names}, names, (), call, True, ((3, 2), (6, 3)))
 
 
+def normed(names: str, rows: tuple) -> Op:
+    """Return what is timed of stream_norm, by the names of its arrays."""
+    of_name = {"x": "B n C", "weight": "n C", "y": "B C", "h_post": "B n", "inject": "n K"}
+    of_name = {k: of_name[k] for k in names.split()}
+    return Op(of_name, tuple(of_name), (), norm, True, rows)
+
+
 V4, SINGLE_PASS = (DEEPSEEK_V4,), (DEEPSEEK_V4, 1e-6, 1e-6, True)
 SPECIAL = {  # unlike the defaults, or several under names of their own
     "mhc_layer": fused("mhc_layer", drawn="x H_pre H_post h_res H_res weight"),
@@ -110,9 +126,12 @@ SPECIAL = {  # unlike the defaults, or several under names of their own
     ),
     "single_pass": fused("mhc_single_pass", statics=SINGLE_PASS, rows=((3, 2), (4, 3))),
     "mhc_dynamic": composed(dynamic_layer, "x phi bias alpha weight"),
+    # The sums over tokens for the gradients of weight and inject read out and ds once more.
+    "stream_norm": normed("x weight", ((2, 0), (6, 0))),
+    "stream_norm_write_back": normed("x weight y h_post inject", ((3, 1), (6, 2))),
 }
 TIMED = {op.call for op in SPECIAL.values()}
-OPS = {name: fused(name) for name in FUSED_OPS if name not in TIMED} | SPECIAL
+OPS = {k: fused(k) for k in FUSED_OPS if k not in TIMED and k not in SPECIAL} | SPECIAL
 
 TARGETS = ("stream_mix_add_per_token", "stream_aggregate", "mhc_pre", "sublayer")
 LARGE = [(65536, 4, 1024), (16384, 4, 4096)]
@@ -129,7 +148,7 @@ def make_array(op: Op, name: str, shape: tuple[int, int, int], dtype: mx.Dtype) 
     """Draw one array; streams and y have that dtype."""
     draw = ARRAYS[name][1] if name in ARRAYS else uniform(0.1, 1.0)
     a = draw(shape_of(op, name, shape))
-    return a.astype(dtype) if name in ("x", "y", "logits") else a
+    return a.astype(dtype) if name in ("x", "y", "logits", "gate_logits", "s") else a
 
 
 def make_inputs(op: str, shape: tuple[int, int, int], dtype: mx.Dtype) -> list[mx.array]:

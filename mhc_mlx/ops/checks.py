@@ -67,16 +67,16 @@ def check_rows(op: str, name: str, a: mx.array) -> tuple[tuple[int, ...], int]:
     return tuple(a.shape[:-1]), a.shape[-1]
 
 
-def check_streams(op: str, x: mx.array) -> tuple[tuple[int, ...], int, int]:
-    """Leading axes, n and C of x."""
-    check_floats(op, "x", x)
+def check_streams(op: str, x: mx.array, name: str = "x") -> tuple[tuple[int, ...], int, int]:
+    """Leading axes, n and C of streams."""
+    check_floats(op, name, x)
     if x.ndim < 2:
-        raise ValueError(fail(op, "x", "have shape [..., n, C]", list(x.shape)))
+        raise ValueError(fail(op, name, "have shape [..., n, C]", list(x.shape)))
     *lead, n, C = x.shape
     if not 1 <= n <= MAX_STREAMS or C < 1:
         must = f"have shape [..., n, C] with n from 1 to {MAX_STREAMS} and C at least 1"
-        raise ValueError(fail(op, "x", must, list(x.shape)))
-    check_most(op, "x", "n * C", n * C, MAX_TOKEN)
+        raise ValueError(fail(op, name, must, list(x.shape)))
+    check_most(op, name, "n * C", n * C, MAX_TOKEN)
     return tuple(lead), n, C
 
 

@@ -202,6 +202,48 @@ def stream_norm(
 # ---- gate_mix
 
 
+@dataclass(frozen=True)
+class GateMixBody(launch.Body):
+    name = "gate_mix"
+    T: mx.Dtype
+    N: int
+    VEC: int
+    THREADS: int
+
+
+@dataclass(frozen=True)
+class GateMixBackwardBody(GateMixBody):
+    name = "gate_mix_backward"
+
+
+@dataclass(frozen=True)
+class GateMix(FusedOp):
+    name = "gate_mix"
+    shared_ndim = (None, None)
+
+    def fallback(self, gate_logits, s):
+        return reference.gate_mix(gate_logits, s)
+
+    def launched(self, record, inputs, outputs):
+        tokens, n, C = inputs["s"].shape
+        dtype, threads = inputs["s"].dtype, self.options.threads_per_group
+        t = tiling.gate_tiling(tokens, C, dtype.size, threads, launch.device())
+        body = record(T=dtype, N=n, VEC=t.vec, THREADS=t.threads)
+        return launch.launch(body, inputs, outputs, t.groups, self.options)
+
+    def forward(self, gate_logits, s):
+        inputs = {"gate_logits": flat(gate_logits, 3), "s": flat(s, 3)}
+        u = (*s.shape[:-2], s.shape[-1])
+        return self.launched(GateMixBody, inputs, {"u": (u, s.dtype)})["u"]
+
+    def backward(self, arrays, cotangents, saved):
+        (gate_logits, s), (du,) = arrays, cotangents
+        inputs = {"gate_logits": flat(gate_logits, 3), "s": flat(s, 3), "du": du}
+        outputs = {"dgate_logits": (s.shape, s.dtype), "ds": (s.shape, s.dtype)}
+        d = self.launched(GateMixBackwardBody, inputs, outputs)
+        return d["dgate_logits"], d["ds"]
+
+
 def gate_mix(
     gate_logits: mx.array,
     s: mx.array,
@@ -229,12 +271,11 @@ def gate_mix(
         TypeError: Where a dtype or a type does not.
     """
     op = "gate_mix"
-    lead, n, C = check_streams(op, s)
+    lead, n, C = check_streams(op, s, "s")
     check_array(op, "gate_logits", gate_logits, ("",) * len(lead) + ("n", "C"), (*lead, n, C))
     if gate_logits.dtype != s.dtype:
         raise TypeError(
             fail(op, "gate_logits", f"have the dtype {s.dtype} of s", gate_logits.dtype)
         )
-    check_threads(op, threads_per_group)
-    check_bools(op, use_metal=use_metal, verbose=verbose, differentiable=differentiable)
-    return reference.gate_mix(gate_logits, s)
+    fused = GateMix(Options(threads_per_group, verbose))
+    return fused(gate_logits, s, use_metal=use_metal, differentiable=differentiable)

@@ -152,6 +152,27 @@ def backward_groups(tokens: int, threads: int, device: Device) -> int:
     return min(tokens, max(1, device.backward_threads // threads))
 
 
+# Most of `gate_mix` and its gradient, which sum over no channels. Five threadgroups share a token
+# of C = 2560 in bfloat16, each thread with a pack; a single one would leave most of a GPU idle.
+GATE_THREADS = 64
+
+
+class GateTiling(NamedTuple):
+    vec: int
+    threads: int
+    groups: int  # a multiple of those that share a token
+
+
+def gate_tiling(
+    tokens: int, C: int, size: int, threads_per_group: int | None, device: Device
+) -> GateTiling:
+    """How `gate_mix` takes tokens: a thread takes a pack of up to 16 bytes of each stream."""
+    vec = math.gcd(C, 16 // size)
+    threads = threads_per_group or even_threads(C // vec, GATE_THREADS)
+    parts = math.ceil(C // vec / threads)
+    return GateTiling(vec, threads, parts * min(tokens, max(1, device.many_groups // parts)))
+
+
 def threads_per_column(rows: int, columns: int, device: Device) -> int:
     """Threads that share a column in `sum_partials`: many only where there are few columns, and no
     more in all than MLX holds in 32 bits with a sign."""

@@ -121,6 +121,9 @@ READ_EACH = Case("stream_aggregate", (5,), 3, 129, per_token=(True, False))
 NORM = Case("stream_norm", (5,), 4, 64, "bfloat16", per_token=(True, False))
 NORM_7 = replace(NORM, lead=(7,))  # the last tile of two tokens has one
 NORM_12 = replace(NORM, n=12)  # two blocks of six streams, and of six rows of inject
+GATES = Case("gate_mix", (2,), 4, 2000, "bfloat16")  # four threadgroups share a token
+GATES_RAGGED = Case("gate_mix", (5,), 3, 129)
+SATURATED = Case("gate_mix", (5,), 4, 64, "bfloat16", scale=30.0)
 # mhc_pre, in float32 and by products of matrices.
 PRE = Case("mhc_pre", (5,), 4, 64, convention=PAPER)
 PRE_4 = replace(PRE, C=31)  # aligned, but no whole runs
@@ -243,6 +246,15 @@ TABLE = {
     ],
     "stream_norm_backward_weights": [
         (NORM_12, "ds in each block of rows", WRONG, "row_block == 0 ?", "true ?"),
+    ],
+    "gate_mix": [
+        (GATES, "the first part of a token by all", TWO, "group % parts *", "0 *"),
+        (GATES_RAGGED, "the sum for the mean", WRONG, "acc[e] / float(N)", "acc[e]"),
+    ],
+    "gate_mix_backward": [
+        (SATURATED, "a slope that loses its digits", "parity: times what",
+         "high * low *", "high * (1.0f - high) *"),
+        (GATES_RAGGED, "channels past the last", TWO, " && c < C", ""),
     ],
     "mixing_matrix": [
         (TRANSPOSED, "transposes by rows", WRONG, "TRANSPOSED ?", "false ?"),

@@ -27,6 +27,8 @@ CALLS = {
         (Case("stream_mix_add", (2,), 4, 8, "bfloat16", **EACH), None),
         (Case("stream_mix_add", (2,), 4, 8, "bfloat16", **EACH, weights="bfloat16"), None),
         (Case("stream_aggregate", (2,), 4, 8, "bfloat16"), None),
+        (Case("gate_mix", (2,), 4, 8, "bfloat16"), None),
+        (Case("gate_mix", (2,), 4, 8), None),
         (Case("mhc_pre", (7,), 4, 8, convention=PAPER), None),
         (Case("mhc_pre", (7,), 4, 8, "bfloat16", PAPER, weights="bfloat16"), None),
         (Case("mhc_pre", (7,), 4, 8, "bfloat16", PAPER, norm=False), None),
@@ -122,6 +124,7 @@ MISTAKES = [
     ("mhc_fused_backward", " && mhc::is_aligned<VEC>(dout)", "", CALLS["simulator"][0]),
     ("mhc_seam_backward", " && mhc::is_aligned<VEC>(du)", "", CALLS["simulator"][-1]),
     ("stream_mix_add", "+ c, y_aligned)", "+ c, x_aligned)", CALLS["simulator"][2]),
+    ("gate_mix", " && mhc::is_aligned<VEC>(s)", "", CALLS["simulator"][5]),
 ]
 
 

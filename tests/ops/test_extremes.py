@@ -343,6 +343,7 @@ NAN_CASES = [  # bodies that read x; each forward and backward: templates of tes
     ("mhc_pre", (5,), False),
     ("mhc_coefficients", (2, 3), True),
     ("mhc_seam", (5,), False),
+    ("gate_mix", (5,), False),
 ]
 
 

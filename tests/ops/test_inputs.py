@@ -26,6 +26,7 @@ RIGHT_ARGUMENTS = {  # of functions and modules, by their names, where a row say
     **{"x": x, "y": y, "u": y, "weight": mx.ones(8), "logits": mx.zeros((4, 4)), "dim": 8},
     **{"h_pre": gate, "h_post": gate, "h_res": mix, "H_pre": gate, "H_post": gate, "H_res": mix},
     **{"phi": mx.zeros((24, 32)), "bias": mx.zeros(24), "alpha": mx.zeros(3)},
+    **{"gate_logits": x, "s": x},
 }
 OF_HEAD = {"phi": zeros(4, 32), "bias": gate, "alpha": zeros(1)}
 BAD_VALUES = [  # what is called, what it says, and the wrong arguments
@@ -115,6 +116,12 @@ BAD_VALUES = [  # what is called, what it says, and the wrong arguments
         {"h_pre": zeros(5)},
     ),
     ("stream_aggregate", r"h_pre must have .* but got \[3, 4\]", {"h_pre": zeros(3, 4)}),
+    ("gate_mix", r"s must have shape \[\.\.\., n, C\] but got \[8\]", {"s": zeros(8)}),
+    ("gate_mix", ".*n from 1 to 64", {"s": zeros(2, 65, 8)}),
+    (
+        *("gate_mix", r"gate_logits must have shape \[2, n=4, C=8\] but got \[2, 8, 4\]"),
+        {"gate_logits": zeros(2, 8, 4)},
+    ),
     ("Convention", "iters must be at least 1", {"name": "X", "iters": 0}),
     ("Convention", "eps must be finite and at least 0", {"name": "X", "eps": -1e-6}),
     ("Convention", "start must be one of", {"name": "X", "start": "relu"}),

@@ -102,6 +102,7 @@ def called(op, tokens, n, C, dtype, threads=None, norm=True, per_token=True, con
         "mhc_pre": ([x, *made, *last], [convention] if norm else [None, convention]),
         "mhc_head": ([x, *made], [convention]),
         "mhc_seam": ([x, y, gate, gate, mix, *last], []),
+        "gate_mix": ([x, x], []),
         "mhc_single_pass": ([x, y, *made, *last], [convention] if norm else [None, convention]),
     }[op]
 
@@ -278,7 +279,7 @@ def far_apart(form: str, call: tuple) -> None:
 
 
 FAR = [
-    *((op, 4, mx.float32, {}) for op in ("sinkhorn_knopp", "stream_aggregate")),
+    *((op, 4, mx.float32, {}) for op in ("sinkhorn_knopp", "stream_aggregate", "gate_mix")),
     *((op, n, mx.float32, {}) for op in ("stream_mix_add", "mhc_static") for n in (4, 12)),
     ("mhc_coefficients", 4, mx.float32, {"convention": KRONECKER}),
     ("mhc_coefficients", 3, mx.float32, {"convention": MHC_LITE}),
@@ -415,6 +416,7 @@ def test_launches_of_the_largest_arrays(backend):
             for n in (1, 4, 16):
                 for op in ("mhc_static", "stream_aggregate_norm", "stream_mix_add", "mhc_seam"):
                     called(op, tokens, n, long // n, mx.float32)
+                called("gate_mix", tokens, n, long // n, mx.float32)
     for name, _, outputs, groups, threads, _ in launches.calls:
         assert groups * threads < 1 << 31, name
         assert all(size < 1 << 31 for spec in outputs.values() if spec for size in spec[0]), name
@@ -424,6 +426,7 @@ TOO_LARGE = [
     ("mhc_static", "x", "n * C", checks.MAX_TOKEN, (4, (1 << 28) + 1)),
     ("mhc_seam", "x", "n * C", checks.MAX_TOKEN, (2, (1 << 29) + 1)),
     ("stream_aggregate", "x", "n * C", checks.MAX_TOKEN, (1, (1 << 30) + 1)),
+    ("gate_mix", "s", "n * C", checks.MAX_TOKEN, (4, (1 << 28) + 1)),
     ("mhc_head", "x", "n * C", checks.MAX_PHI_ROW, (1, checks.MAX_PHI_ROW + 1)),
     ("mhc_pre", "x", "n * C", checks.MAX_PHI_ROW, (4, checks.MAX_PHI_ROW // 4 + 1)),
     ("mhc_single_pass", "x", "n * C", checks.MAX_PHI_ROW, (2, checks.MAX_PHI_ROW // 2 + 1)),

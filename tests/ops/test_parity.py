@@ -49,7 +49,8 @@ compiled: set = set()  # (rung, list of cases, variant)
 
 def test_dynamic_covers():
     """Each op with every dtype, and over all ops each of what DYNAMIC lists."""
-    seen = {op: {c.dtype for c in DYNAMIC if c.op == op} for op in (*PROJECTED, "stream_aggregate")}
+    names = (*PROJECTED, "stream_aggregate", "gate_mix")
+    seen = {op: {c.dtype for c in DYNAMIC if c.op == op} for op in names}
     assert all(kinds == set(DTYPES) for kinds in seen.values()), seen
     assert {c.convention.name for c in DYNAMIC if c.convention} == {*CONVENTIONS, *EXACT}
     assert {c.n for c in DYNAMIC} == {1, 2, 3, 4, 5, 8, 12, 16, 17, 32, 33}

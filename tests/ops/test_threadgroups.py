@@ -25,6 +25,7 @@ LAUNCHES = {
     ("mhc_layer", 12): PROJECTED | {"mhc_fused": 4096, "mhc_fused_backward_wide": 264},
     ("stream_aggregate", 4): {"stream_aggregate": 65536, "stream_aggregate_backward": 2112},
     ("stream_aggregate", 12): {"stream_aggregate": 65536, "stream_aggregate_backward": 2112},
+    ("gate_mix", 4): {"gate_mix": 65536, "gate_mix_backward": 65536},
     ("mhc_pre", 4): {"mhc_pre": 16384, "mhc_pre_backward_coefficients_norm": 2112}
     | {"mhc_pre_backward_projection": 528},
     ("mhc_pre", 12): {"mhc_pre": 16384, "sinkhorn_knopp": 32768, "sinkhorn_knopp_backward": 32768}
@@ -86,6 +87,7 @@ FEW = {
     ("mhc_static", 40, 12, PAPER): {"mhc_fused": 40, "mhc_fused_backward_wide": 40},
     ("mhc_seam", 40, 4, PAPER): {"mhc_seam": 40, "mhc_seam_backward": 40},
     ("stream_aggregate", 40, 4, PAPER): {"stream_aggregate": 40, "stream_aggregate_backward": 40},
+    ("gate_mix", 40, 4, PAPER): {"gate_mix": 40, "gate_mix_backward": 40},
 }
 
 

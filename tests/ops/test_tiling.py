@@ -69,6 +69,25 @@ def test_a_token():
         assert tuple(tiling.token_tiling(*shape)) == want, shape
 
 
+def test_gates_of_channels():
+    """A thread for each pack of 16 bytes, 64 at most; as many threadgroups share a token, and each
+    of 65,536 at most takes tokens in turn."""
+    few = replace(H100, many_groups=12)
+    for shape, want in {
+        (1, 2560, 2, None, H100): (8, 64, 5),
+        (8192, 2560, 2, None, APPLE): (8, 64, 5 * 8192),
+        (1 << 20, 2560, 2, None, H100): (8, 64, 65535),  # 13107 tokens at once
+        (1, 2560, 2, 320, H100): (8, 320, 1),
+        (1, 4096, 4, None, H100): (4, 64, 16),
+        (3, 129, 2, None, H100): (1, 64, 9),  # one channel a load: 3 threadgroups of 64 threads
+        (3, 70, 4, None, H100): (2, 64, 3),  # 35 packs
+        (3, 1, 2, None, APPLE): (1, 32, 3),
+        (7, 2560, 2, None, few): (8, 64, 10),
+        (7, 8192, 2, None, few): (8, 64, 16),  # a token has 16, though the device would have 12
+    }.items():
+        assert tuple(tiling.gate_tiling(*shape)) == want, shape
+
+
 def test_a_seam():
     """Forward up to 320 threads if none are asked for; backward 128 channels a thread in
     all streams, kept only in one pass."""

@@ -15,7 +15,8 @@ from proof import executor, results, simulator
 from mhc_mlx import PAPER, ROW_FIRST, ops
 from mhc_mlx.conventions import IDENTITY, KRONECKER, MHC_LITE
 
-STREAMS = ("x", "y", "dout", "out", "dx", "dy", "u", "du", "dx_out", "s", "ds")
+STREAMS = ("x", "y", "dout", "out", "dx", "dy", "u", "du", "dx_out")
+STREAMS += ("gate_logits", "s", "dgate_logits", "ds")
 SCALARS = ("params", "alpha", "rows", "_shape")  # a few numbers in registers
 HERE = {"lead": (5,), "n": 4, "C": 64}  # one pass, a token in registers
 WIDE = {"lead": (2,), "n": 8, "C": 4096, "dtype": "float16"}  # backward: not in registers
@@ -87,6 +88,12 @@ COUNTS = [
     Case("stream_aggregate", **HERE, per_token=(True, False)),
     "stream_aggregate: x 1, u 1; h_pre 16",
     "stream_aggregate_backward: x 1, du 1, dx 1; h_pre 1, dh_pre 1",
+    Case("gate_mix", **HERE),
+    "gate_mix: gate_logits 1, s 1, u 1; ",
+    "gate_mix_backward: gate_logits 1, s 1, du 1, dgate_logits 1, ds 1; ",
+    Case("gate_mix", **HERE | {"lead": (2,), "C": 2000}),  # eight parts of a token, 500 packs
+    "gate_mix: gate_logits 1, s 1, u 1; ",
+    "gate_mix_backward: gate_logits 1, s 1, du 1, dgate_logits 1, ds 1; ",
     # Sixteen tokens. mhc_pre: two tiles of eight share a fetch of phi. x: for each block of up to
     # 24 outputs, and for u, from the cache: twice with a norm. Rows past the last output or token
     # are the first again. Its backward by products of matrices: x is read for dh_pre, then once for

@@ -54,6 +54,8 @@ def test_shapes_of_the_tables():
     lists |= {"mhc_layer": [(320, 4, 1280)], "sinkhorn_knopp": [(65536, 4, 4)]}
     lists |= dict.fromkeys(suite.TARGETS, [(65536, 4, 1024), (16384, 4, 4096)])
     lists["mhc_pre_norm"] = lists["mhc_pre"]
+    qwen = [(T, 4, 2560) for T in (1, 8, 512, 2048, 8192)]
+    lists |= dict.fromkeys(("stream_norm", "stream_norm_write_back", "gate_mix"), qwen)
     usual = [(16384, 4, 1024)]
     assert {op: lists.get(op, usual) for op in suite.OPS} == cases.TABLE
     seeds = [

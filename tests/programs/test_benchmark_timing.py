@@ -29,6 +29,9 @@ ROWS = {  # forward, backward at n = 4
     "mhc_dynamic": (14, 27),
     "mhc_seam": (10, 15),
     "single_pass": (14, 19),
+    "stream_norm": (8, 24),
+    "stream_norm_write_back": (13, 26),
+    "gate_mix": (9, 17),
 }
 
 

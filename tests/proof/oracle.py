@@ -160,6 +160,16 @@ def stream_mix_add(x, y, h_post, h_res=None):
     return out, backward
 
 
+def gate_mix(gate_logits, s):
+    gate, n = sigmoid(gate_logits), s.shape[-2]
+
+    def backward(du):
+        ds = gate * (du[..., None, :] / n)
+        return ds * sigmoid(-gate_logits) * s, ds
+
+    return (gate * s).mean(axis=-2), backward
+
+
 def mhc_static(x, h_pre, h_post, h_res, weight, eps=1e-5):
     y, norm_back = stream_aggregate_norm(x, h_pre, weight, eps)
     out, mix_back = stream_mix_add(x, y, h_post, h_res)

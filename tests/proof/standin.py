@@ -426,7 +426,7 @@ def run(name, inputs, outputs, groups, threads, template, verbose=False) -> list
     else:
         made = of_op(name, template, given, wanted)
     if "VEC" in template:
-        C, vec = given["x"].shape[2], template["VEC"]
+        C, vec = given["x" if "x" in given else "s"].shape[2], template["VEC"]
         most = threads * vec * template.get("PASSES", C)
         agree(name, {"C % VEC": C % vec, "C": min(C, most)}, {"C % VEC": 0, "C": C})
     if summed := [made.pop(k) for k in list(made) if k not in wanted]:  # gradients, over tokens

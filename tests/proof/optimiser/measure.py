@@ -20,7 +20,8 @@ from proof.optimiser import llvm, opencl
 REGISTERS = 128  # of a thread on Apple's GPUs, where 384 threads share a core
 KINDS = ("load", "store")
 NARROWEST = 8  # bytes that a load or store of a stream must move
-STREAMS = frozenset("x y out s u dout dx_out ds du dread dx dy".split())  # rows of C channels
+# Rows of C channels.
+STREAMS = frozenset("x y out s u dout dx_out ds du dread dx dy gate_logits dgate_logits".split())
 CACHE = Path(tempfile.gettempdir(), simulator.CACHE.name.replace("simulator", "optimiser"))
 
 
@@ -69,7 +70,7 @@ def variant(launch: Launch, origin: str = "", main: bool = False) -> Variant:
     source = simulator.generated(launch.name, given, *launch[2:])
     template = dict(launch.template)
     pack = template["VEC"] * template["T"].size if "VEC" in template else 16
-    pack = pack if "x" in launch.inputs else 0
+    pack = pack if {"x", "s"} & launch.inputs.keys() else 0
     words = ", ".join(f"{k}={str(v).removeprefix('mlx.core.')}" for k, v in template.items())
     return Variant(launch.name, words, source, launch.threads, pack, origin, main)
 

@@ -36,6 +36,7 @@ def main_cases(n: int, C: int, T: int, dtype: str) -> list[Case]:
         Case("mhc_single_pass", *shape, DEEPSEEK_V4, rounded=True),
         Case("stream_mix_add", *shape, **each),
         Case("stream_aggregate", *shape, per_token=(True, False)),
+        Case("gate_mix", *shape),
         Case("mhc_layer", *shape, PAPER),
         Case("mhc_static", *shape),
         Case("mhc_head", *shape, DEEPSEEK_V4),
