@@ -39,11 +39,7 @@ def _random_model(family: Family, kind: str, d: int, layers: int) -> nn.Module:
             drawn.append((name, noise * a.shape[-1] ** -0.5))
     model.update(tree_unflatten(drawn))
     for k, site in enumerate(family.sites(model)):
-        fn, base, scale = site.arrays
-        kf, kb, ks = mx.random.split(mx.random.key(k), 3)
-        site.hc[site.prefix + "fn"] = mx.random.normal(fn.shape, key=kf) * fn.shape[1] ** -0.5
-        site.hc[site.prefix + "base"] = mx.random.normal(base.shape, key=kb)
-        site.hc[site.prefix + "scale"] = mx.random.uniform(0.5, 1.5, scale.shape, key=ks)
+        site.draw(k)
     cast = getattr(family.text(model), "cast_predicate", lambda name: "hc_" not in name)
 
     def bfloat16(name: str, a: mx.array) -> mx.array:

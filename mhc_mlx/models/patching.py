@@ -77,7 +77,7 @@ def patch(
             these. Then, where a site has an h_res, with logits that deviate by 24: the ninth decile
             must be at most twice that of the package's code, or 128 units. Last in the model's
             dtype with the site's own scales: the largest must be at most that of the package's
-            code, or 2 units. Each site decides alone. A warning names the others with both errors
+            code (of a gated residual twice that), or 2 units. Each site decides alone. A warning names the others with both errors
             and the limit; they keep the package's code.
         use_metal: Run the kernels where the default device has them; otherwise the reference runs.
 
