@@ -17,6 +17,7 @@ MODELS = {
     "vlm_deepseek_v4": "V4, GLM-5.3",
     "vlm_hy_v4": "Hy4",
     "vlm_xing4_0": "Xing 4",
+    "vlm_qwen4_exp": "Qwen 3.8",
 }
 
 

@@ -85,7 +85,7 @@ def xing4_0(**others):
 def qwen4_exp(**others):
     """Linear and sparse attention, experts; layers 1 and 3 add embeddings of hashed n-grams."""
     sizes = {"model_type": "qwen4_exp_text", "hidden_size": 64, "vocab_size": VOCABULARY}
-    sizes |= {"num_hidden_layers": 4, "full_attention_interval": 2, "hc_lowrank": 32}
+    sizes |= {"num_hidden_layers": 3, "full_attention_interval": 2, "hc_lowrank": 32}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
     sizes |= {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 32}
     sizes |= {"linear_value_head_dim": 16, "linear_conv_kernel_dim": 4, "num_experts": 4}
@@ -123,6 +123,8 @@ def drawn(name: str, a: mx.array, random: np.random.Generator, branch: float) ->
         made = random.standard_normal(a.shape)
     else:  # products keep the size of their input; vectors are biases
         made = random.standard_normal(a.shape) * (a.shape[-1] ** -0.5 if a.ndim > 1 else 1)
+    if "mix_weight_down" in name or "block_inject" in name:  # Qwen's, which are divided by n
+        made = 4 * made
     if any(k in name for k in ("wo_b", "o_proj", "down_proj")):
         made = branch * made
     return mx.array(made.astype(np.float32))

@@ -233,6 +233,19 @@ class DifferentiableQwen4ExpAttention(stock.Qwen4ExpAttention):
         return of.__call__(self, *args, **given)
 
 
+class DifferentiableQwen4ExpNGramEmbedding(stock.Qwen4ExpNGramEmbedding):
+    """This is mlx-vlm's embedding of n-grams, whose constants of hashes stay frozen.
+
+    They are integers, which an optimizer would turn into floats.
+    """
+
+    @property
+    def _no_grad(self) -> set[str]:
+        frozen: set[str] = vars(self)["_no_grad"]
+        frozen.update(("layer_multipliers", "ngram_heads_vocab_sizes", "ngram_heads_offsets"))
+        return frozen
+
+
 def stock_read(hc: Any, x: mx.array) -> tuple[mx.array, Any]:
     """Return u and h_post of x ``[B, L, n, C]`` by mlx-vlm's code; h_post is None at a read-out."""
     found = stock.Qwen4ExpGatedResidual.__call__(hc, x.flatten(-2))
@@ -249,6 +262,7 @@ class Qwen4Exp(Family):
     trained = {
         stock.Qwen4ExpQSAIndexer: DifferentiableQwen4ExpQSAIndexer,
         stock.Qwen4ExpAttention: DifferentiableQwen4ExpAttention,
+        stock.Qwen4ExpNGramEmbedding: DifferentiableQwen4ExpNGramEmbedding,
     }
 
     def _body(self, model: nn.Module) -> tuple[str, Any]:
