@@ -54,7 +54,7 @@ def patch(
     The model's family (`mhc_mlx.models.families`) is found by its classes. Only the classes of
     modules change. Parameters keep their names, so checkpoints, quantised models, adapters and
     sharding, before or after, work as they did. A site rounds where the package's code rounds; in
-    16 bits a site of xing4_0 rounds less often. Where kernels run without a gradient it is
+    16 bits a site of xing4_0 or qwen4_exp rounds less often. Where kernels run without a gradient it is
     compiled, with the parameters as arguments. A second call on a patched model applies the new
     options.
 
@@ -77,8 +77,8 @@ def patch(
             these. Then, where a site has an h_res, with logits that deviate by 24: the ninth decile
             must be at most twice that of the package's code, or 128 units. Last in the model's
             dtype with the site's own scales: the largest must be at most that of the package's
-            code (of a gated residual twice that), or 2 units. Each site decides alone. A warning names the others with both errors
-            and the limit; they keep the package's code.
+            code (of a gated residual twice that), or 2 units. Each site decides alone. A warning
+            names the others with both errors and the limit; they keep the package's code.
         use_metal: Run the kernels where the default device has them; otherwise the reference runs.
 
     Returns:

@@ -23,7 +23,7 @@ from ..ops.checks import FLOATS, fail
 from . import graph
 from .exact import random_inputs, site_errors
 from .families import ROWS, family_of, named
-from .family import Family, Options, Settings, Site
+from .family import Family, Options, Site
 from .patching import as_stock, enable, is_patched
 from .verify import own_limit, too_large
 

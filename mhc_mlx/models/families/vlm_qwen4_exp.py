@@ -165,10 +165,8 @@ class InvariantForward(stock.Qwen4ExpBatchInvariantForward):
 
     def _products(self, x: mx.array) -> run.Products:
         # Of one row these are the layers' own.
-        return NORMAL if x.shape[:2] == (1, 1) else self._many
-
-    def __init__(self) -> None:
-        self._many = run.Products(self._linear, self._linear, compiled=False)
+        one_row = x.shape[:2] == (1, 1)
+        return NORMAL if one_row else run.Products(self._linear, self._linear, compiled=False)
 
     def _hyper_connection(self, module: Any, hidden_states: mx.array) -> Any:
         if not isinstance(module, PatchedResidual):
