@@ -54,17 +54,17 @@ def patch(
     The model's family (`mhc_mlx.models.families`) is found by its classes. Only the classes of
     modules change. Parameters keep their names, so checkpoints, quantised models, adapters and
     sharding, before or after, work as they did. A site rounds where the package's code rounds; in
-    16 bits a site of xing4_0 or qwen4_exp rounds less often. Where kernels run without a gradient it is
-    compiled, with the parameters as arguments. A second call on a patched model applies the new
-    options.
+    16 bits a site of xing4_0 or qwen4_exp rounds less often. Where kernels run without a gradient
+    it is compiled, with the parameters as arguments. A second call on a patched model applies the
+    new options.
 
     With ``trainable=True`` the model gets a gradient, which most of these models do not have.
     Hyper-connections have the gradient of these ops. The choice of experts and of compressed keys
     passes no gradient, so an indexer, which serves that choice alone, does not learn. Simulated
-    quantisation has the gradient of the identity. A table of experts by token has integers and
-    stays frozen, after `unpatch` too. The results of the model stay the same. A call of
-    deepseek_v41 under ``grad_checkpoint`` raises ValueError, because that breaks the arrays that
-    the layers of this model share.
+    quantisation has the gradient of the identity. A table of experts by token and the constants of
+    a hash are integers and stay frozen, after `unpatch` too. The results of the model stay the
+    same. A call of deepseek_v41 under ``grad_checkpoint`` raises ValueError, because that breaks
+    the arrays that the layers of this model share.
 
     Args:
         model: A model of one of the families, or a drafter of one, evaluated or not. On a pipeline

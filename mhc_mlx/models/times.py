@@ -23,7 +23,7 @@ from ..ops.checks import FLOATS, fail
 from . import graph
 from .exact import random_inputs, site_errors
 from .families import ROWS, family_of, named
-from .family import Family, Options, Site
+from .family import Family, GatedSite, Options, Site
 from .patching import as_stock, enable, is_patched
 from .verify import own_limit, too_large
 
@@ -260,10 +260,31 @@ def random_sites(d: int, count: int, family: Family, bits: int | None = None) ->
         module = site.hc if site.norm is None else site.norm
         module.set_dtype(mx.bfloat16)
         if bits is not None:
-            nn.quantize(site.hc, 64, bits)
+            nn.quantize(site.hc, GROUP, bits)
         enable(site, Options(True, False))
         sites.append(site)
     return sites
+
+
+BITS = (2, 3, 4, 5, 6, 8)  # to which MLX quantises
+GROUP = 64  # weights that have one scale
+
+
+def check_bits(op: str, bits: Any, d: int, family: Family) -> None:
+    """Raise TypeError or ValueError unless sites of this size can have weights of these bits."""
+    if type(bits) is not int:
+        must = "be an int or None"
+        raise TypeError(fail(op, "bits", must, type(bits).__name__))
+    if bits not in BITS:
+        raise ValueError(fail(op, "bits", f"be one of {BITS}", bits))
+    site = family.new_site(d)
+    if not isinstance(site, GatedSite):
+        must = "be None where sites have no linear layers"
+        raise ValueError(fail(op, "bits", must, bits))
+    n, _ = site.size
+    if n * d % GROUP:
+        must = f"be a multiple of {GROUP // n} with bits"
+        raise ValueError(fail(op, "d", must, d))
 
 
 def bench_sites(
@@ -272,6 +293,7 @@ def bench_sites(
     dtype: mx.Dtype = mx.bfloat16,
     family: str = "lm_deepseek_v41",
     count: int | None = None,
+    bits: int | None = None,
 ) -> dict[str, Any]:
     """Measure random hyper-connections of a hidden size, patched and by the package's code.
 
@@ -290,6 +312,7 @@ def bench_sites(
         dtype: The dtype of x and y.
         family: Of which family, by the name of its file in `mhc_mlx.models.families`.
         count: The number of sites, at least 3; 122 without.
+        bits: Of the quantised linear layers of a gated residual, 2 to 6 or 8; None leaves floats.
 
     Returns:
         Numbers by name, in seconds, bytes, and units in the last place; ``ok`` tells whether the
@@ -297,8 +320,8 @@ def bench_sites(
 
     Raises:
         TypeError: An argument has another type.
-        ValueError: A number is not positive, tokens is empty, count is less than 3, or there is no
-            such family here.
+        ValueError: A number is not positive, tokens is empty, count is less than 3, there is no
+            such family here, or its sites have nothing that is quantised to these bits.
     """
     count = SITES if count is None else count
     check_sizes("bench_sites", d=(d, math.inf), count=(count, math.inf))
@@ -312,15 +335,19 @@ def bench_sites(
     from tqdm import tqdm  # both packages need it
 
     of = named("bench_sites", family)
-    sites, package = random_sites(d, count, of), of.package
+    if bits is not None:
+        check_bits("bench_sites", bits, d, of)
+    sites, package = random_sites(d, count, of, bits), of.package
     report = {
         "family": family,
         "d": d,
         "n": sites[0].size[0],
         "dtype": str(dtype).split(".")[-1],
         "sites": len(sites),
+        **({} if bits is None else {"bits": bits}),
     }
-    print(f"{family}, d = {d}, {report['dtype']}", flush=True)
+    weights = "" if bits is None else f", weights of {bits} bits"
+    print(f"{family}, d = {d}, {report['dtype']}{weights}", flush=True)
     steps = len(sites[:24]) + 3 * len(tokens) + 1
     with tqdm(total=steps, desc=f"sites of {d}", leave=False) as bar:
         report["errors"], report["ok"] = _site_errors(sites, dtype, tokens, bar)

@@ -19,7 +19,7 @@ from mlx_vlm.trainer import get_peft_model  # noqa: E402
 from mhc_mlx import models as adapter  # noqa: E402
 from mhc_mlx.models import exact, graph, times, verify  # noqa: E402
 from mhc_mlx.models.family import DOWN, INJECT, UP, Options  # noqa: E402
-from models.test_mlx_vlm import alike, patched  # noqa: E402
+from models.test_mlx_vlm import alike, generated, own, patched  # noqa: E402
 from models.tiny_vlm import run, tiny, tokens, whole  # noqa: E402
 
 ONE = {"num_hidden_layers": 1, "ple_layer_ids": [1]}
@@ -43,6 +43,40 @@ def calls(monkeypatch, family):
     monkeypatch.setattr(ops, "stream_norm", stream_norm)
     monkeypatch.setattr(ops, "stream_mix_add", lambda *a, **k: found.append("add") or add(*a, **k))
     return found
+
+
+# ---- mistakes
+
+
+def written_back(model) -> list:
+    parts = "attn_hyper_connection", "mlp_hyper_connection"
+    return [layer[part] for layer in model.layers for part in parts]
+
+
+def without_inject(model):
+    """As if h_post were 1 everywhere."""
+    for hc in written_back(model):
+        inject = hc.block_inject_weight
+        inject.weight = mx.zeros_like(inject.weight)
+
+
+def without_ple(model):
+    for layer in model.layers:
+        layer.pop("ple", None)
+
+
+def norms_around_one(model):
+    """As if the norm's weight were the factor."""
+    for hc in written_back(model):
+        hc.hc_norm.weight = hc.hc_norm.weight - 1
+
+
+@pytest.mark.parametrize("mistake", [without_inject, without_ple, norms_around_one])
+def test_mistakes_change_the_tokens(mistake):
+    """So that equal tokens say something."""
+    model = tiny("qwen4_exp")
+    mistake(model)
+    assert generated(model, tokens(7)[0], 32)[0] != own("qwen4_exp", 7)[0][:32]
 
 
 # ---- joined
