@@ -240,18 +240,26 @@ class _Linear(NamedTuple):
     @classmethod
     def of(cls, linear: Any) -> "_Linear | None":
         """Return it for a plain layer, quantised or not; None for an adapted or another one."""
-        if type(linear) not in (nn.Linear, nn.QuantizedLinear):
-            return None
-        names = ("group_size", "bits", "mode") if type(linear) is nn.QuantizedLinear else ()
-        return cls(type(linear), tuple(linear), tuple((k, getattr(linear, k)) for k in names))
+        kind = type(linear)
+        if kind is nn.Linear:  # this is called for each layer of each site
+            return _FLOAT if len(linear) == 1 else cls(kind, tuple(linear), ())
+        if kind is nn.QuantizedLinear:
+            group_size, bits, mode = linear.group_size, linear.bits, linear.mode
+            return cls(
+                kind, tuple(linear), (("group_size", group_size), ("bits", bits), ("mode", mode))
+            )
+        return None
 
-    def make(self, arrays: tuple[mx.array, ...]) -> Any:
+    def make(self, arrays: list[mx.array]) -> Any:
         """Return a layer with these arrays. Its class's own start would draw random numbers."""
         linear = self.kind.__new__(self.kind)
         nn.Module.__init__(linear)
         for name, value in (*self.constants, *zip(self.names, arrays, strict=True)):
             setattr(linear, name, value)
         return linear
+
+
+_FLOAT = _Linear(nn.Linear, ("weight",), ())
 
 
 @functools.cache
@@ -270,13 +278,13 @@ def _pointwise(n: int) -> tuple[Callable, Callable]:
 def _gated_residual(
     state: tuple[Any, Any, Any],
     weight: mx.array,
-    linears: tuple[Any, ...],
+    linears: list[Any],
     settings: GatedSettings,
     options: Options,
     products: Products,
 ) -> tuple[mx.array, mx.array, Any]:
     x, y, h_post = state
-    down, up, inject = linears
+    down, up, inject = [*linears, None][:3]
     n, given = settings.n, options._asdict()
     activation, gate = _pointwise(n)
     fused = type(inject) is nn.Linear and "bias" not in inject
@@ -298,13 +306,13 @@ def _compiled_gated_residual(
     settings: GatedSettings,
     options: Options,
     products: Products,
-    kinds: tuple[_Linear | None, ...],
+    kinds: tuple[_Linear, ...],
 ):
     """Return the function of (state, weight, arrays of each linear layer), compiled."""
 
     def run(state, weight, arrays):
-        made = [k and k.make(a) for k, a in zip(kinds, arrays, strict=True)]
-        return _gated_residual(state, weight, tuple(made), settings, options, products)
+        made = [kind.make(a) for kind, a in zip(kinds, arrays, strict=True)]
+        return _gated_residual(state, weight, made, settings, options, products)
 
     return mx.compile(run)
 
@@ -327,15 +335,16 @@ def gated_residual(
     if y is not None and y.dtype != x.dtype:  # the package's streams take the wider dtype
         dtype = mx.result_type(x, y)
         x, y = x.astype(dtype), y.astype(dtype)
-    weight, linears = hc.hc_norm["weight"], (hc[DOWN], hc[UP], hc.get(INJECT))
+    weight, linears = hc["hc_norm"]["weight"], [hc[DOWN], hc[UP]]
+    inject = hc.get(INJECT)
+    if inject is not None:
+        linears.append(inject)
     backend = _backend(x, options) if products.compiled else None
-    kinds = tuple(_Linear.of(linear) for linear in linears) if backend else ()
-    plain = all(k is not None or a is None for k, a in zip(kinds, linears, strict=False))
-    if backend is None or not plain:
+    kinds = tuple([_Linear.of(linear) for linear in linears]) if backend else (None,)
+    if None in kinds:
         return _gated_residual((x, y, h_post), weight, linears, settings, options, products)
     run = _compiled_gated_residual(backend, settings, options, products, kinds)
-    arrays = tuple(tuple(linear.values()) if linear else () for linear in linears)
-    return run((x, y, h_post), weight, arrays)
+    return run((x, y, h_post), weight, [list(linear.values()) for linear in linears])
 
 
 def clear() -> None:

@@ -281,7 +281,7 @@ class Qwen4Exp(Family):
         return [*found, GatedSite(self, name, body.hyper_connection_mixer, None, kind="head")]
 
     def settings(self, hc: Any) -> GatedSettings:
-        return _settings(hc.hc_count, hc.hc_norm.eps)
+        return _settings(hc.hc_count, hc["hc_norm"].eps)
 
     def outputs(self, site: Site, options: Options | None, x: mx.array, y: Any) -> Outputs:
         def read(x: mx.array) -> dict[str, Any]:
