@@ -1,5 +1,6 @@
 """A site in float64 NumPy, and the errors of the patched site and of the package's against it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -100,35 +101,48 @@ def exact(site: Site, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
     return found | {"out": out}
 
 
-def _matrix(linear: Any, inputs: int) -> np.ndarray:
-    """Return the matrix of a linear layer, which may be quantised or adapted."""
-    if type(linear) is nn.Linear:
-        return _float64(linear["weight"])
-    if type(linear) is nn.QuantizedLinear:
+def _product(linear: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the product of a linear layer, which may be quantised or adapted.
+
+    It is in float64 for MLX's layers, with LoRA or without. Others compute it in float32, here on
+    the CPU, because a GPU may round more in products.
+    """
+    if type(linear) is nn.Linear and "bias" not in linear:
+        matrix = _float64(linear["weight"]).T
+    elif type(linear) is nn.QuantizedLinear and "bias" not in linear:
         scales, biases = (in_float32(linear.get(k)) for k in ("scales", "biases"))
         given = linear.group_size, linear.bits, linear.mode
-        return _float64(mx.dequantize(linear["weight"], scales, biases, *given))
-    if {*linear} == {"linear", "dropout", "lora_a", "lora_b"}:
-        a, b = _float64(linear["lora_a"]), _float64(linear["lora_b"])
-        return _matrix(linear["linear"], inputs) + linear.scale * (a @ b).T
-    with mx.stream(mx.cpu):  # a GPU may round float32 in products
-        return _float64(linear(mx.eye(inputs))).T
+        matrix = _float64(mx.dequantize(linear["weight"], scales, biases, *given)).T
+    elif {*linear} == {"linear", "dropout", "lora_a", "lora_b"}:
+        base, a, b = (
+            _product(linear["linear"]),
+            *map(_float64, (linear["lora_a"], linear["lora_b"])),
+        )
+        return lambda v: base(v) + linear.scale * (v @ a @ b)
+    else:
+
+        def product(v: np.ndarray) -> np.ndarray:
+            with mx.stream(mx.cpu):
+                return _float64(linear(mx.array(v.astype(np.float32))))
+
+        return product
+    return lambda v: v @ matrix
 
 
 def _gated(site: Site, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
     """Return what a gated residual reads, the write-back, and what it reads of the result."""
     hc, (n, C) = site.hc, site.size
     weight = 1 + _float64(hc.hc_norm["weight"]).reshape(n, C)
-    down = _matrix(hc[DOWN], n * C)
-    up, inject = _matrix(hc[UP], len(down)), _matrix(hc[INJECT], n * C) if INJECT in hc else None
+    down, up = _product(hc[DOWN]), _product(hc[UP])
+    inject = _product(hc[INJECT]) if INJECT in hc else None
 
     def read(x: np.ndarray) -> dict[str, np.ndarray]:
         s = x / np.sqrt((x * x).mean(-1, keepdims=True) + site.settings.norm_eps) * weight
         v = s.reshape(*s.shape[:-2], n * C)
-        z = v @ down.T / n
-        gate = _sigmoid((z * _sigmoid(z)) @ up.T).reshape(s.shape)
+        z = down(v) / n
+        gate = _sigmoid(up(z * _sigmoid(z))).reshape(s.shape)
         found = {"u": (gate * s).mean(-2)}
-        return found if inject is None else found | {"h_post": 2 * _sigmoid(v @ inject.T / n)}
+        return found if inject is None else found | {"h_post": 2 * _sigmoid(inject(v) / n)}
 
     found = read(x)
     if inject is None:

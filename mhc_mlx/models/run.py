@@ -254,6 +254,7 @@ class _Linear(NamedTuple):
         """Return a layer with these arrays. Its class's own start would draw random numbers."""
         linear = self.kind.__new__(self.kind)
         nn.Module.__init__(linear)
+        linear.biases = None  # some quantised layers have none
         for name, value in (*self.constants, *zip(self.names, arrays, strict=True)):
             setattr(linear, name, value)
         return linear

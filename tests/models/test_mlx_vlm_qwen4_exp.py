@@ -277,6 +277,41 @@ def test_compiled_sites(bits, family, monkeypatch):
     family.run.clear()
 
 
+class Adapted(nn.Module):
+    """A layer of a class that is none of MLX's."""
+
+    def __init__(self, linear: nn.Module):
+        super().__init__()
+        self.inner = linear
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "nvfp4", "another class", "bias"])
+def test_other_layers(kind, family, monkeypatch):
+    """They are verified, and those of MLX's classes compiled: quantised without biases, or with a
+    bias, which INJECT then adds outside the kernel."""
+    (site,) = times.random_sites(64, 1, family.FAMILY)
+    site.hc.set_dtype(mx.float32)
+    for name in (DOWN, UP, INJECT):
+        linear = site.hc[name]
+        if kind == "another class":
+            site.hc[name] = Adapted(linear)
+        elif kind == "bias":
+            linear.bias = mx.random.normal((linear.weight.shape[0],), key=mx.random.key(1))
+        else:
+            site.hc[name] = linear.to_quantized(mode=kind)
+    assert verify.failure(site, site.options, mx.float32, 0) is None
+    monkeypatch.setattr(family.run, "_backend", lambda x, options: "cuda")
+    family.run.clear()
+    state = mx.random.normal((1, 2, 4, 64)), mx.random.normal((1, 2, 64)), mx.ones((1, 2, 4))
+    for a, b in zip(*(site.step(o, *state) for o in (site.options, None)), strict=True):
+        alike(a, b, 1e-5)
+    assert family.run._compiled_gated_residual.cache_info().currsize == (kind != "another class")
+    family.run.clear()
+
+
 def test_lora_on_quantised_layers(family):
     """As mlx-vlm attaches it: to all three of a site; results and gradients of plain ops."""
 

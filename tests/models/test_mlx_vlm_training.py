@@ -183,11 +183,10 @@ def test_trainer(name, how, kernels, monkeypatch, tmp_path):
 def test_checkpointed_layers(name, kernels, monkeypatch):
     """mlx-vlm's grad_checkpoint leaves gradients as they are. Blocks of deepseek_v41 share arrays
     by a cache that it does not see, so these are refused. In GLM and Hy4 a layer uses the keys
-    that an earlier one has chosen. mlx-vlm's own layers with PLE of Qwen refuse it."""
+    that an earlier one has chosen."""
     kinds = 3 * ["deepseek_sparse_attention"] + ["linear_attention"]
-    others = {"glm5_next": {"layer_types": kinds}, "qwen4_exp": {"ple_layer_ids": []}}
-    others["glm5_next"] |= {"indexer_types": ["full", "full", "shared", "full"]}
-    model = trainable(ready(name, "full", **others.get(name, {})))
+    shared = {"layer_types": kinds, "indexer_types": ["full", "full", "shared", "full"]}
+    model = trainable(ready(name, "full", **shared if name == "glm5_next" else {}))
     cls = type(model.language_model.layers[0])
     _, want = gradients(model) if name != "deepseek_v41" else (0, {})
     monkeypatch.setattr(cls, "__call__", cls.__call__)  # grad_checkpoint changes the class
