@@ -132,8 +132,9 @@ class Site(NamedTuple):
         """Return what the first `step` of a chain of sites takes, of streams and an output."""
         return x, y
 
-    def step(self, options: Options | None, x: mx.array, y: mx.array) -> tuple[Any, ...]:
-        """Run the site between two sublayers, each the identity: return out and u."""
+    def step(self, options: Options | None, *state: mx.array) -> tuple[Any, ...]:
+        """Run the site between two sublayers, each the identity: return out and u, of x and y."""
+        x, y = state
         outputs = self.outputs(options, x, y if self.kind == "lagged" else None)
         return outputs["out"], outputs["u"]
 

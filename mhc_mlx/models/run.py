@@ -233,7 +233,7 @@ class Products(NamedTuple):
 class _Linear(NamedTuple):
     """What a linear layer is beside its arrays: its class, their names, and its constants."""
 
-    kind: type
+    kind: Any
     names: tuple[str, ...]
     constants: tuple[tuple[str, Any], ...]
 
@@ -288,13 +288,11 @@ def _gated_residual(
     down, up, inject = [*linears, None][:3]
     n, given = settings.n, options._asdict()
     activation, gate = _pointwise(n)
-    fused = type(inject) is nn.Linear and "bias" not in inject
-    out, s, next_post = ops.stream_norm(
-        *(x, weight.reshape(n, -1), y, h_post, inject["weight"] if fused else None),
-        **{"eps": settings.norm_eps, **given},
-    )
+    fused = inject["weight"] if type(inject) is nn.Linear and "bias" not in inject else None
+    arrays = (x, weight.reshape(n, -1), y, h_post, fused)
+    out, s, next_post = ops.stream_norm(*arrays, settings.norm_eps, **given)
     v = s.flatten(-2)
-    if inject is not None and not fused:
+    if inject is not None and fused is None:
         next_post = gate(products.inject(inject, v))
     gate_logits = products.low_rank(up, activation(products.low_rank(down, v)))
     u = ops.gate_mix(gate_logits.reshape(s.shape).astype(s.dtype), s, **given)

@@ -86,20 +86,21 @@ def _read(calls: Calls, hc: Any, hidden: mx.array) -> tuple[mx.array, Any]:
 
 
 def _seam(
-    calls: Calls, written: Any, hidden: mx.array, y: mx.array, h_post: mx.array, after: Any
+    calls: Calls, written: Any, hidden: mx.array, y: mx.array, h_post: Any, after: Any
 ) -> tuple[mx.array, Any, Any]:
     """Return the streams after a write-back, and the u and h_post of the site after it, if any."""
-    if not isinstance(written, PatchedResidual):
+    if isinstance(written, PatchedResidual):
+        x = _streams(written, hidden)
+        run.note(written, "", x, y)
+        if isinstance(after, PatchedResidual):
+            out, u, h_post = after.site(calls.products, x, y, h_post)
+            return out.flatten(-2), u, h_post
+        settings, options = FAMILY.settings(written), written._mhc.sites[""]
+        hidden = run.write_back(settings, options, x, y, h_post, None).flatten(-2)
+    else:
         hidden = calls.write_back(y, hidden, h_post)
-        return hidden, *((None, None) if after is None else _read(calls, after, hidden))
-    x = _streams(written, hidden)
-    run.note(written, "", x, y)
-    if isinstance(after, PatchedResidual):
-        out, u, h_post = after.site(calls.products, x, y, h_post)
-        return out.flatten(-2), u, h_post
-    settings, options = FAMILY.settings(written), written._mhc.sites[""]
-    hidden = run.write_back(settings, options, x, y, h_post, None).flatten(-2)
-    return hidden, *((None, None) if after is None else _read(calls, after, hidden))
+    u, h_post = (None, None) if after is None else _read(calls, after, hidden)
+    return hidden, u, h_post
 
 
 def _run_layer(layer: Any, hidden: mx.array, calls: Calls) -> mx.array:
