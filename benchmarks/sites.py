@@ -17,6 +17,7 @@ MODELS = {
     "vlm_deepseek_v4": "V4, GLM-5.3",
     "vlm_hy_v4": "Hy4",
     "vlm_xing4_0": "Xing 4",
+    "vlm_qwen4_exp": "Qwen 3.8",
 }
 
 
@@ -46,6 +47,11 @@ def _package(part: dict) -> str:
     return next(k for k in part["errors"] if k != "patched")
 
 
+def _name(part: dict) -> str:
+    bits = f", {part['bits']} bits" if "bits" in part else ""
+    return MODELS[part["family"]] + bits
+
+
 def _times(parts: list[dict]) -> list[str]:
     lines = _table(
         *("model", "C", "tokens", "patched", "not compiled", "stock", "stock, compiled"),
@@ -63,7 +69,7 @@ def _times(parts: list[dict]) -> list[str]:
             times = [f"{v * 1e6:.0f} us, {v / ours:.1f} x" for v in (theirs, compiled)]
             lines.append(
                 _line(
-                    *(MODELS[part["family"]], part["d"], t["tokens"], f"{ours * 1e6:.0f} us"),
+                    *(_name(part), part["d"], t["tokens"], f"{ours * 1e6:.0f} us"),
                     *("-" if eager is None else f"{eager * 1e6:.0f} us", *times),
                     *(", ".join(map(str, counts)) for counts in (here, there)),
                 )
@@ -85,7 +91,7 @@ def _memory(parts: list[dict]) -> list[str]:
         errors = ", ".join(f"{float(part['errors'][k]):.2f}" for k in names[:2])
         lines.append(
             _line(
-                *(MODELS[part["family"]], part["d"], ", ".join(f"{k:g}" for k in moved)),
+                *(_name(part), part["d"], ", ".join(f"{k:g}" for k in moved)),
                 f"{moved[2] / moved[0]:.1f} x",
                 *(t["tokens"], f"{t[names[2]] / t['patched']:.1f} x"),
                 *(", ".join(f"{peaks[k] / 2**20:.0f}" for k in names), errors),

@@ -19,7 +19,7 @@ from .check import check
 from .families import ROWS, family_of, named, titles
 from .family import Family
 from .patching import patch
-from .times import bench, bench_sites, machine
+from .times import bench, bench_sites, check_bits, machine
 
 PACKAGES = sorted({row.package for row in ROWS})
 COMMAND = "python -m mhc_mlx.models"
@@ -39,11 +39,7 @@ def _random_model(family: Family, kind: str, d: int, layers: int) -> nn.Module:
             drawn.append((name, noise * a.shape[-1] ** -0.5))
     model.update(tree_unflatten(drawn))
     for k, site in enumerate(family.sites(model)):
-        fn, base, scale = site.arrays
-        kf, kb, ks = mx.random.split(mx.random.key(k), 3)
-        site.hc[site.prefix + "fn"] = mx.random.normal(fn.shape, key=kf) * fn.shape[1] ** -0.5
-        site.hc[site.prefix + "base"] = mx.random.normal(base.shape, key=kb)
-        site.hc[site.prefix + "scale"] = mx.random.uniform(0.5, 1.5, scale.shape, key=ks)
+        site.draw(k)
     cast = getattr(family.text(model), "cast_predicate", lambda name: "hc_" not in name)
 
     def bfloat16(name: str, a: mx.array) -> mx.array:
@@ -128,6 +124,20 @@ def _chain(args: argparse.Namespace) -> int | None:
     return numbers[0]
 
 
+def _bits(args: argparse.Namespace) -> int | None:
+    """Return the number of --bits, or None without it."""
+    if args.bits is None:
+        return None
+    if args.sites is None:
+        raise ValueError("--bits goes with --sites alone")
+    (bits, *others), sizes = _numbers("--bits", args.bits), _numbers("--sites", args.sites)
+    if others:
+        raise ValueError(f"--bits must be one number but is {args.bits!r}")
+    for d in sizes:
+        check_bits("--sites", bits, d, args.of)
+    return bits
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Parse and check the options.
 
@@ -144,6 +154,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     what.add_argument("--random", metavar="D[,LAYERS]", help="a small model of random weights")
     what.add_argument("--sites", metavar="D[,D...]", help="hyper-connections of these sizes alone")
     parser.add_argument("--chain", metavar="N", help="how many of --sites run in a row: 122")
+    parser.add_argument("--bits", metavar="N", help="of the linear layers that --sites may have")
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--check", action="store_true", help="errors and times of each site, alone")
     part.add_argument("--bench", action="store_true", help="prefill and decode, alone")
@@ -164,6 +175,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             args.of = named("models", args.family)
         args.kind = _kind(args)
         args.count = _chain(args)
+        args.bits = _bits(args)
         if args.sites is not None:
             if args.check or args.bench or args.no_verify or args.random_prompts:
                 must = "are of a model: they go not with --sites"
@@ -215,10 +227,8 @@ def _measures(args: argparse.Namespace):
     if args.sites is not None:
         for d in args.sizes:
             lengths = args.lengths or (1, 8, 512, 2048)
-            yield (
-                "per sublayer",
-                functools.partial(bench_sites, d, lengths, family=args.family, count=args.count),
-            )
+            options = {"family": args.family, "count": args.count, "bits": args.bits}
+            yield "per sublayer", functools.partial(bench_sites, d, lengths, **options)
         return
     model, tokenizer = _load(args)
     prompts = _prompts(args, model, tokenizer)

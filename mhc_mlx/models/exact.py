@@ -1,5 +1,6 @@
 """A site in float64 NumPy, and the errors of the patched site and of the package's against it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -7,7 +8,7 @@ import mlx.nn as nn
 import numpy as np  # each of these packages needs it
 
 from ..conventions import Convention
-from .family import Options, Outputs, Site
+from .family import DOWN, INJECT, NEXT, UP, GatedSite, Options, Outputs, Site
 
 
 def random_inputs(
@@ -22,6 +23,11 @@ def random_inputs(
     scale = mx.exp(mx.random.normal((1, tokens, n, 1), key=ks))
     x = mx.random.normal((1, tokens, n, C), key=kx) * scale
     return x.astype(dtype), mx.random.normal((1, tokens, C), key=ky).astype(dtype)
+
+
+def in_float32(a: Any) -> Any:
+    """Return floats as float32, and all else as it is."""
+    return a.astype(mx.float32) if a is not None and mx.issubdtype(a.dtype, mx.floating) else a
 
 
 def _float64(a: mx.array) -> np.ndarray:
@@ -65,6 +71,8 @@ def exact(site: Site, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
 
     u is there if it has no norm or the norm is an nn.RMSNorm; of the lagged kind if it has one.
     """
+    if isinstance(site, GatedSite):
+        return _gated(site, x, y)
     settings, (n, _) = site.settings, site.size
     c = settings.convention
     fn, base, scale = map(_float64, site.arrays)
@@ -91,6 +99,56 @@ def exact(site: Site, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
     elif site.norm is None and site.kind != "lagged":
         found["u"] = u
     return found | {"out": out}
+
+
+def _product(linear: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the product of a linear layer, which may be quantised or adapted.
+
+    It is in float64 for MLX's layers, with LoRA or without. Others compute it in float32, here on
+    the CPU, because a GPU may round more in products.
+    """
+    if type(linear) is nn.Linear and "bias" not in linear:
+        matrix = _float64(linear["weight"]).T
+    elif type(linear) is nn.QuantizedLinear and "bias" not in linear:
+        scales, biases = (in_float32(linear.get(k)) for k in ("scales", "biases"))
+        given = linear.group_size, linear.bits, linear.mode
+        matrix = _float64(mx.dequantize(linear["weight"], scales, biases, *given)).T
+    elif {*linear} == {"linear", "dropout", "lora_a", "lora_b"}:
+        base, a, b = (
+            _product(linear["linear"]),
+            *map(_float64, (linear["lora_a"], linear["lora_b"])),
+        )
+        return lambda v: base(v) + linear.scale * (v @ a @ b)
+    else:
+
+        def product(v: np.ndarray) -> np.ndarray:
+            with mx.stream(mx.cpu):
+                return _float64(linear(mx.array(v.astype(np.float32))))
+
+        return product
+    return lambda v: v @ matrix
+
+
+def _gated(site: Site, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
+    """Return what a gated residual reads, the write-back, and what it reads of the result."""
+    hc, (n, C) = site.hc, site.size
+    weight = 1 + _float64(hc.hc_norm["weight"]).reshape(n, C)
+    down, up = _product(hc[DOWN]), _product(hc[UP])
+    inject = _product(hc[INJECT]) if INJECT in hc else None
+
+    def read(x: np.ndarray) -> dict[str, np.ndarray]:
+        s = x / np.sqrt((x * x).mean(-1, keepdims=True) + site.settings.norm_eps) * weight
+        v = s.reshape(*s.shape[:-2], n * C)
+        z = down(v) / n
+        gate = _sigmoid(up(z * _sigmoid(z))).reshape(s.shape)
+        found = {"u": (gate * s).mean(-2)}
+        return found if inject is None else found | {"h_post": 2 * _sigmoid(inject(v) / n)}
+
+    found = read(x)
+    if inject is None:
+        return found
+    out = x + found["h_post"][..., None] * y[..., None, :]
+    return found | {"out": out} | {f"{NEXT}{k}": a for k, a in read(out).items()}
 
 
 def token_errors(got: mx.array, want: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
@@ -138,9 +196,13 @@ def site_errors(
     """Return the largest errors of a site's outputs with these options, and by the package's code.
 
     They are in units in the last place of x's dtype. One call runs ``repeats`` copies of x and y.
+    What a gated residual reads of its own write-back is left out: it depends on how that rounds.
     """
     both = site_token_errors(site, options, x, y, repeats)
-    ours, theirs = (Errors((k, float(a.max())) for k, a in found.items()) for found in both)
+    ours, theirs = (
+        Errors((k, float(a.max())) for k, a in found.items() if not k.startswith(NEXT))
+        for found in both
+    )
     return ours, theirs
 
 
@@ -149,6 +211,8 @@ def spread(site: Site, deviation: float) -> Site:
 
     A part whose fn is zero keeps its scale.
     """
+    if isinstance(site, GatedSite):
+        return _spread_gated(site, deviation)
     fn, base, scale = site.arrays
     n, _ = site.size
     rows = mx.sqrt(mx.square(fn.astype(mx.float32)).sum(-1))  # deviation of a row's phi product
@@ -161,3 +225,31 @@ def spread(site: Site, deviation: float) -> Site:
     fn, base = fn.astype(mx.float32), base.astype(mx.float32)
     weight = None if weight is None else weight.astype(mx.float32)
     return site.with_arrays(fn, base, mx.stack(scales), weight)
+
+
+def _to_deviation(linear: Any, inputs: mx.array, deviation: float) -> mx.array:
+    """Scale a linear layer so that its outputs have this deviation, and return them.
+
+    One that is adapted, or whose scales are no floats, stays as it is.
+    """
+    outputs = linear(inputs)
+    names = {nn.Linear: ["weight"], nn.QuantizedLinear: ["scales", "biases"]}.get(type(linear), [])
+    found = mx.std(outputs)
+    factor = mx.where(found > 0, deviation / mx.maximum(found, 1e-30), 1.0)
+    if not names or any(linear.get(k) is None or linear[k].dtype != mx.float32 for k in names):
+        return outputs
+    for name in names:
+        linear[name] = linear[name] * factor
+    return outputs * factor
+
+
+def _spread_gated(site: GatedSite, deviation: float) -> Site:
+    """As `spread`: logits of gates and of h_post deviate so, and those of the silu by 2."""
+    large, (n, C) = site.with_arrays(*map(in_float32, site.arrays)), site.size
+    hc, random = large.hc, mx.random.normal((64, n * C), key=mx.random.key(0))
+    v = random * (1 + hc.hc_norm["weight"])
+    z = _to_deviation(hc[DOWN], v, 2.0 * n) / n
+    _to_deviation(hc[UP], z * mx.sigmoid(z), deviation)
+    if INJECT in hc:
+        _to_deviation(hc[INJECT], v, deviation * n)
+    return large

@@ -76,17 +76,22 @@ def namespace(
     return names
 
 
-def differentiable(cls: Any, names: dict, module: str) -> type:
-    """Return a subclass of a package's class whose methods have these globals.
+def with_globals(cls: Any, names: dict, module: str, name: str) -> type:
+    """Return a subclass of a package's class, of this name, whose methods have these globals.
 
-    It is called Differentiable and the name of the class, and lies in ``module``.
+    It lies in ``module``.
     """
     methods = {
-        name: _with_globals(f, names)
-        for name, f in vars(cls).items()
-        if isinstance(f, types.FunctionType) and name != "__init__"
+        key: _with_globals(f, names)
+        for key, f in vars(cls).items()
+        if isinstance(f, types.FunctionType) and key != "__init__"
     }
-    return type(f"Differentiable{cls.__name__}", (cls,), methods | {"__module__": module})
+    return type(name, (cls,), methods | {"__module__": module})
+
+
+def differentiable(cls: Any, names: dict, module: str) -> type:
+    """Return the subclass that `with_globals` makes, called Differentiable and the class's name."""
+    return with_globals(cls, names, module, f"Differentiable{cls.__name__}")
 
 
 def choosing(cls: Any, module: str) -> type:

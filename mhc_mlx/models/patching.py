@@ -54,17 +54,17 @@ def patch(
     The model's family (`mhc_mlx.models.families`) is found by its classes. Only the classes of
     modules change. Parameters keep their names, so checkpoints, quantised models, adapters and
     sharding, before or after, work as they did. A site rounds where the package's code rounds; in
-    16 bits a site of xing4_0 rounds less often. Where kernels run without a gradient it is
-    compiled, with the parameters as arguments. A second call on a patched model applies the new
-    options.
+    16 bits a site of xing4_0 or qwen4_exp rounds less often. Where kernels run without a gradient
+    it is compiled, with the parameters as arguments. A second call on a patched model applies the
+    new options.
 
     With ``trainable=True`` the model gets a gradient, which most of these models do not have.
     Hyper-connections have the gradient of these ops. The choice of experts and of compressed keys
     passes no gradient, so an indexer, which serves that choice alone, does not learn. Simulated
-    quantisation has the gradient of the identity. A table of experts by token has integers and
-    stays frozen, after `unpatch` too. The results of the model stay the same. A call of
-    deepseek_v41 under ``grad_checkpoint`` raises ValueError, because that breaks the arrays that
-    the layers of this model share.
+    quantisation has the gradient of the identity. A table of experts by token and the constants of
+    a hash are integers and stay frozen, after `unpatch` too. The results of the model stay the
+    same. A call of deepseek_v41 under ``grad_checkpoint`` raises ValueError, because that breaks
+    the arrays that the layers of this model share.
 
     Args:
         model: A model of one of the families, or a drafter of one, evaluated or not. On a pipeline
@@ -77,8 +77,8 @@ def patch(
             these. Then, where a site has an h_res, with logits that deviate by 24: the ninth decile
             must be at most twice that of the package's code, or 128 units. Last in the model's
             dtype with the site's own scales: the largest must be at most that of the package's
-            code, or 2 units. Each site decides alone. A warning names the others with both errors
-            and the limit; they keep the package's code.
+            code (of a gated residual twice that), or 2 units. Each site decides alone. A warning
+            names the others with both errors and the limit; they keep the package's code.
         use_metal: Run the kernels where the default device has them; otherwise the reference runs.
 
     Returns:

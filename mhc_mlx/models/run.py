@@ -1,14 +1,18 @@
-"""Sites on these kernels: the lagged kind in one op, the other in two, compiled where it pays."""
+"""Sites on these kernels: the lagged kind in one op, the other in two, compiled where it pays.
+
+A gated residual is two ops, and between them the linear layers of its module.
+"""
 
 import functools
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .. import launch, ops
-from .family import Options, Settings
+from .family import DOWN, INJECT, UP, GatedSettings, Options, Settings
 
 FEW = 8  # up to this number of tokens mlx-vlm's results do not depend on the number
 
@@ -52,7 +56,7 @@ def _backend(x: mx.array, options: Options) -> str | None:
     return found if found in COMPILED else None
 
 
-def _mixed(x, y, h_post, h_res, settings: Settings, options: Options) -> mx.array:
+def _mixed(x, y, h_post, h_res, settings: Settings | GatedSettings, options: Options) -> mx.array:
     """Return the write-back, rounded once to the dtype that the package writes."""
     # Where the dtypes of x and y differ, the package rounds only the sum.
     dtype = x.dtype if y.dtype == x.dtype else mx.float32
@@ -170,7 +174,7 @@ def read(
 
 
 @functools.cache
-def _write_back(backend: str | None, settings: Settings, options: Options):
+def _write_back(backend: str | None, settings: Settings | GatedSettings, options: Options):
     def run(x, y, h_post, h_res):
         return _mixed(x, y, h_post, h_res, settings, options)
 
@@ -178,7 +182,12 @@ def _write_back(backend: str | None, settings: Settings, options: Options):
 
 
 def write_back(
-    settings: Settings, options: Options, x: mx.array, y: mx.array, h_post: mx.array, h_res: Any
+    settings: Settings | GatedSettings,
+    options: Options,
+    x: mx.array,
+    y: mx.array,
+    h_post: mx.array,
+    h_res: Any,
 ) -> mx.array:
     """Return out[i] = sum_j h_res[i, j] x[j] + h_post[i] y; h_res may be None, the identity."""
     return _write_back(_backend(x, options), settings, options)(x, y, h_post, h_res)
@@ -206,7 +215,139 @@ def head(hc: Any, prefix: str, settings: Settings, options: Options, x: mx.array
     return run(x, *arrays)
 
 
+# ---- gated residuals: a norm of each stream, two products of low rank, a gate for each channel
+
+
+def call(linear: Any, x: mx.array) -> mx.array:
+    """Return what a linear layer makes of x."""
+    return linear(x)
+
+
+class Products(NamedTuple):
+    """How a package computes the products of linear layers, each a function of (layer, x)."""
+
+    low_rank: Callable[[Any, mx.array], mx.array] = call
+    inject: Callable[[Any, mx.array], mx.array] = call
+    compiled: bool = True  # whether a layer may be a copy, of arrays that are traced
+
+
+class _Linear(NamedTuple):
+    """What a linear layer is beside its arrays: its class, their names, and its constants."""
+
+    kind: Any
+    names: tuple[str, ...]
+    constants: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, linear: Any) -> "_Linear | None":
+        """Return it for a plain layer, quantised or not; None for an adapted or another one."""
+        kind = type(linear)
+        if kind is nn.Linear:  # this is called for each layer of each site
+            return _FLOAT if len(linear) == 1 else cls(kind, tuple(linear), ())
+        if kind is nn.QuantizedLinear:
+            group_size, bits, mode = linear.group_size, linear.bits, linear.mode
+            return cls(
+                kind, tuple(linear), (("group_size", group_size), ("bits", bits), ("mode", mode))
+            )
+        return None
+
+    def make(self, arrays: list[mx.array]) -> Any:
+        """Return a layer with these arrays. Its class's own start would draw random numbers."""
+        linear = self.kind.__new__(self.kind)
+        nn.Module.__init__(linear)
+        linear.biases = None  # some quantised layers have none
+        for name, value in (*self.constants, *zip(self.names, arrays, strict=True)):
+            setattr(linear, name, value)
+        return linear
+
+
+_FLOAT = _Linear(nn.Linear, ("weight",), ())
+
+
+@functools.cache
+def _pointwise(n: int) -> tuple[Callable, Callable]:
+    """Return silu(z / n), rounded once, and 2 sigmoid(z / n) in float32, each one dispatch."""
+
+    def activation(z: mx.array) -> mx.array:
+        return nn.silu(z.astype(mx.float32) / n).astype(z.dtype)
+
+    def gate(z: mx.array) -> mx.array:
+        return 2 * mx.sigmoid(z.astype(mx.float32) / n)
+
+    return mx.compile(activation), mx.compile(gate)
+
+
+def _gated_residual(
+    state: tuple[Any, Any, Any],
+    weight: mx.array,
+    linears: list[Any],
+    settings: GatedSettings,
+    options: Options,
+    products: Products,
+) -> tuple[mx.array, mx.array, Any]:
+    x, y, h_post = state
+    down, up, inject = [*linears, None][:3]
+    n, given = settings.n, options._asdict()
+    activation, gate = _pointwise(n)
+    fused = inject["weight"] if type(inject) is nn.Linear and "bias" not in inject else None
+    arrays = (x, weight.reshape(n, -1), y, h_post, fused)
+    out, s, next_post = ops.stream_norm(*arrays, settings.norm_eps, **given)
+    v = s.flatten(-2)
+    if inject is not None and fused is None:
+        next_post = gate(products.inject(inject, v))
+    gate_logits = products.low_rank(up, activation(products.low_rank(down, v)))
+    u = ops.gate_mix(gate_logits.reshape(s.shape).astype(s.dtype), s, **given)
+    return out, u, next_post
+
+
+@functools.cache
+def _compiled_gated_residual(
+    backend: str,
+    settings: GatedSettings,
+    options: Options,
+    products: Products,
+    kinds: tuple[_Linear, ...],
+):
+    """Return the function of (state, weight, arrays of each linear layer), compiled."""
+
+    def run(state, weight, arrays):
+        made = [kind.make(a) for kind, a in zip(kinds, arrays, strict=True)]
+        return _gated_residual(state, weight, made, settings, options, products)
+
+    return mx.compile(run)
+
+
+def gated_residual(
+    hc: Any,
+    settings: GatedSettings,
+    options: Options,
+    x: mx.array,
+    y: mx.array | None = None,
+    h_post: mx.array | None = None,
+    products: Products = Products(),  # noqa: B008
+) -> tuple[mx.array, mx.array, Any]:
+    """Return out ``[B, L, n, C]``, u ``[B, L, C]`` and h_post ``[B, L, n]`` of a gated residual.
+
+    ``out[j] = x[j] + h_post[j] y``, or x without y. u and the next h_post, which is None without
+    INJECT, are what `reference.gated_residual` makes of out. A float INJECT is part of the norm's
+    kernel; all other products are those of the module's linear layers.
+    """
+    if y is not None and y.dtype != x.dtype:  # the package's streams take the wider dtype
+        dtype = mx.result_type(x, y)
+        x, y = x.astype(dtype), y.astype(dtype)
+    weight, linears = hc["hc_norm"]["weight"], [hc[DOWN], hc[UP]]
+    inject = hc.get(INJECT)
+    if inject is not None:
+        linears.append(inject)
+    backend = _backend(x, options) if products.compiled else None
+    kinds = tuple([_Linear.of(linear) for linear in linears]) if backend else (None,)
+    if None in kinds:
+        return _gated_residual((x, y, h_post), weight, linears, settings, options, products)
+    run = _compiled_gated_residual(backend, settings, options, products, kinds)
+    return run((x, y, h_post), weight, [list(linear.values()) for linear in linears])
+
+
 def clear() -> None:
     """Drop all compiled sites."""
-    for cached in (_single_pass, _read, _write_back, _head):
+    for cached in (_single_pass, _read, _write_back, _head, _compiled_gated_residual):
         cached.cache_clear()

@@ -23,9 +23,9 @@ from ..ops.checks import FLOATS, fail
 from . import graph
 from .exact import random_inputs, site_errors
 from .families import ROWS, family_of, named
-from .family import Family, Options, Settings, Site
+from .family import Family, GatedSite, Options, Site
 from .patching import as_stock, enable, is_patched
-from .verify import LEAST, too_large
+from .verify import own_limit, too_large
 
 SITES = 122  # DeepSeek V4.1 has 61 layers with two sites each
 UNCOMPILED = "patched, not compiled"
@@ -93,31 +93,22 @@ def _seconds_beyond(run: Callable, alone: Callable) -> tuple[float, float]:
 
 
 @functools.cache
-def _compiled_stock(settings: Settings, kind: str, eps: float) -> tuple[list[Site], Callable]:
-    """Return the package's code of a site, compiled, of (x, y, fn, base, scale, weight).
+def _compiled_stock(settings: Any, kind: str, eps: float | None) -> tuple[list[Site], Callable]:
+    """Return the package's step of a site, compiled, of the state and of the parameters.
 
     The list gets the site whose code it is before the first call.
     """
     of: list[Site] = []
 
-    def run(x, y, *arrays):
-        return _step(of[0].with_arrays(*arrays), None, x, y)
+    def run(state, parameters):
+        return of[0].with_arrays(*parameters).step(None, *state)
 
     return of, mx.compile(run)
 
 
-def _step(site: Site, options: Options | None, x: mx.array, y: mx.array) -> tuple:
-    """Run a site whose sublayer is the identity: return its streams and what is read.
-
-    Where sites are not lagged, what is read is what is written back.
-    """
-    outputs = site.outputs(options, x, y if site.kind == "lagged" else None)
-    return outputs["out"], outputs["u"]
-
-
 def _timed(sites: list[Site]) -> list[Site]:
-    """Return the sites that are alike: those with a plain norm and streams as results."""
-    return [site for site in sites if type(site.norm) is nn.RMSNorm and site.kind != "head"]
+    """Return the sites that are alike."""
+    return [site for site in sites if site.timed]
 
 
 def _chains(
@@ -132,22 +123,22 @@ def _chains(
     """
     sites = _timed(sites)
     first, package = sites[0], sites[0].family.package
-    x, y = random_inputs(first, dtype, tokens)
-    of, compiled = _compiled_stock(first.settings, first.kind, first.norm.eps)
+    state = first.start(*random_inputs(first, dtype, tokens))
+    of, compiled = _compiled_stock(first.settings, first.kind, getattr(first.norm, "eps", None))
     of[:] = [first]
-    mx.eval(x, y, [(s.arrays, s.norm.parameters()) for s in sites])
+    mx.eval(state, [s.parameters for s in sites])
 
     def chain(step: Callable) -> Callable:
         def run(count: int = len(sites)):
-            streams, u = x, y
+            after = state
             for site in sites[:count]:
-                site = site if spacer is None else spacer(streams, site)
-                streams, u = step(site, streams, u)
-            return streams, u
+                site = site if spacer is None else spacer(after[0], site)
+                after = step(site, after)
+            return after
 
         return run
 
-    patched = chain(lambda site, x, y: _step(site, site.options, x, y))
+    patched = chain(lambda site, state: site.step(site.options, *state))
 
     def not_compiled(count: int = len(sites)):
         mx.disable_compile()
@@ -159,20 +150,19 @@ def _chains(
     return {
         "patched": patched,
         **({UNCOMPILED: not_compiled} if launch.backend() else {}),
-        package: chain(lambda site, x, y: _step(site, None, x, y)),
-        f"{package}, compiled": chain(
-            lambda site, x, y: compiled(x, y, *site.arrays, site.norm.weight)
-        ),
+        package: chain(lambda site, state: site.step(None, *state)),
+        f"{package}, compiled": chain(lambda site, state: compiled(state, site.parameters)),
     }
 
 
 class _Spacer:
     """It stands for a sublayer's weights: a product with zeros reads CACHE / 2 bytes.
 
-    The product waits for the streams before it, and adds its zero to the ``base`` of the next site,
-    whose coefficients so wait for it. What a site does before these may overlap with it: in the
-    package's code that is x in float32 and its norm; of kernels it is nothing. Nothing large is
-    written, so that no time depends on which memory MLX reuses.
+    The product waits for the streams before it, and adds its zero to a small array of the next
+    site, of an mHC to the ``base``, whose coefficients so wait for it. What a site does before
+    these may overlap with it: in the package's code that is x in float32 and its norm; of kernels
+    it is nothing. A gated residual adds it to the weight of its norm. Nothing large is written, so
+    that no time depends on which memory MLX reuses.
     """
 
     def __init__(self) -> None:
@@ -182,8 +172,9 @@ class _Spacer:
     def __call__(self, before: mx.array, site: Site) -> Site:
         scalar = before.flatten()[0].astype(mx.float32)
         zero = (self._weight @ mx.broadcast_to(scalar, (1024, 1)))[0]
-        fn, base, scale = site.arrays
-        return site.with_arrays(fn, base + zero, scale, site.norm["weight"])
+        parameters = list(site.parameters)
+        parameters[site.waits] = parameters[site.waits] + zero.astype(parameters[site.waits].dtype)
+        return site.with_arrays(*parameters)
 
 
 def site_times(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict[str, Any]:
@@ -202,7 +193,7 @@ def site_times(sites: list[Site], dtype: mx.Dtype, tokens: int) -> dict[str, Any
     def alone() -> mx.array:
         last = x
         for site in timed:
-            last = spacer(last, site).arrays[1]
+            last = spacer(last, site).arrays[site.waits]
         return last
 
     mx.eval(x)
@@ -256,22 +247,44 @@ def _peak(run: Callable) -> int:
     return mx.get_peak_memory() - before
 
 
-def random_sites(d: int, count: int, family: Family) -> list[Site]:
-    """Return patched hyper-connections of hidden size d with random weights."""
+def random_sites(d: int, count: int, family: Family, bits: int | None = None) -> list[Site]:
+    """Return patched hyper-connections of hidden size d with random weights.
+
+    With bits the linear layers that a site has are quantised, in groups of 64.
+    """
     sites = []
     for k in range(count):
-        site = family.new_site(d)
+        site = family.new_site(d)._replace(name=f"random.{k}")
         site.hc.eval()  # as in a model that is loaded: some packages run other code in training
-        (fn, base, scale), norm = site.arrays, site.norm
-        kf, kb, ks = mx.random.split(mx.random.key(k), 3)
-        fn = mx.random.normal(fn.shape, key=kf) * fn.shape[1] ** -0.5
-        base = mx.random.normal(base.shape, key=kb)
-        scale = mx.random.uniform(0.5, 1.5, scale.shape, key=ks)
-        norm.weight = norm.weight.astype(mx.bfloat16)
-        site = site.with_arrays(fn, base, scale, norm.weight)._replace(name=f"random.{k}")
+        site.draw(k)
+        module = site.hc if site.norm is None else site.norm
+        module.set_dtype(mx.bfloat16)
+        if bits is not None:
+            nn.quantize(site.hc, GROUP, bits)
         enable(site, Options(True, False))
         sites.append(site)
     return sites
+
+
+BITS = (2, 3, 4, 5, 6, 8)  # to which MLX quantises
+GROUP = 64  # weights that have one scale
+
+
+def check_bits(op: str, bits: Any, d: int, family: Family) -> None:
+    """Raise TypeError or ValueError unless sites of this size can have weights of these bits."""
+    if type(bits) is not int:
+        must = "be an int or None"
+        raise TypeError(fail(op, "bits", must, type(bits).__name__))
+    if bits not in BITS:
+        raise ValueError(fail(op, "bits", f"be one of {BITS}", bits))
+    site = family.new_site(d)
+    if not isinstance(site, GatedSite):
+        must = "be None where sites have no linear layers"
+        raise ValueError(fail(op, "bits", must, bits))
+    n, _ = site.size
+    if n * d % GROUP:
+        must = f"be a multiple of {GROUP // n} with bits"
+        raise ValueError(fail(op, "d", must, d))
 
 
 def bench_sites(
@@ -280,6 +293,7 @@ def bench_sites(
     dtype: mx.Dtype = mx.bfloat16,
     family: str = "lm_deepseek_v41",
     count: int | None = None,
+    bits: int | None = None,
 ) -> dict[str, Any]:
     """Measure random hyper-connections of a hidden size, patched and by the package's code.
 
@@ -298,6 +312,7 @@ def bench_sites(
         dtype: The dtype of x and y.
         family: Of which family, by the name of its file in `mhc_mlx.models.families`.
         count: The number of sites, at least 3; 122 without.
+        bits: Of the quantised linear layers of a gated residual, 2 to 6 or 8; None leaves floats.
 
     Returns:
         Numbers by name, in seconds, bytes, and units in the last place; ``ok`` tells whether the
@@ -305,8 +320,8 @@ def bench_sites(
 
     Raises:
         TypeError: An argument has another type.
-        ValueError: A number is not positive, tokens is empty, count is less than 3, or there is no
-            such family here.
+        ValueError: A number is not positive, tokens is empty, count is less than 3, there is no
+            such family here, or its sites have nothing that is quantised to these bits.
     """
     count = SITES if count is None else count
     check_sizes("bench_sites", d=(d, math.inf), count=(count, math.inf))
@@ -320,15 +335,19 @@ def bench_sites(
     from tqdm import tqdm  # both packages need it
 
     of = named("bench_sites", family)
-    sites, package = random_sites(d, count, of), of.package
+    if bits is not None:
+        check_bits("bench_sites", bits, d, of)
+    sites, package = random_sites(d, count, of, bits), of.package
     report = {
         "family": family,
         "d": d,
         "n": sites[0].size[0],
         "dtype": str(dtype).split(".")[-1],
         "sites": len(sites),
+        **({} if bits is None else {"bits": bits}),
     }
-    print(f"{family}, d = {d}, {report['dtype']}", flush=True)
+    weights = "" if bits is None else f", weights of {bits} bits"
+    print(f"{family}, d = {d}, {report['dtype']}{weights}", flush=True)
     steps = len(sites[:24]) + 3 * len(tokens) + 1
     with tqdm(total=steps, desc=f"sites of {d}", leave=False) as bar:
         report["errors"], report["ok"] = _site_errors(sites, dtype, tokens, bar)
@@ -361,7 +380,8 @@ def _site_errors(
         errors.append(_largest(sites[0], *inputs, count // distinct))
         bar.update()
     right = [
-        math.isfinite(ours) and not too_large(ours, max(theirs, LEAST)) for ours, theirs in errors
+        math.isfinite(ours) and not too_large(ours, own_limit(sites[0], theirs))
+        for ours, theirs in errors
     ]
     package = sites[0].family.package
     return {"patched": max(e for e, _ in errors), package: max(e for _, e in errors)}, all(right)

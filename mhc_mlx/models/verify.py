@@ -55,10 +55,14 @@ def too_large(ours: float, limit: float) -> bool:
     return not ours <= limit
 
 
+def own_limit(site: Site, theirs: float) -> float:
+    """Return the largest error that a site may have in the model's dtype, in units."""
+    return max(site.own_factor * theirs, LEAST)
+
+
 def _in_float32(site: Site, options: Options, seed: int) -> Failure | None:
     """Compare errors for each deviation of logits; the larger one is for h_res alone."""
-    mixes = site.kind != "head" and site.settings.convention.res_size(site.size[0])
-    for j, deviation in enumerate(BOUNDS if mixes else list(BOUNDS)[:1]):
+    for j, deviation in enumerate(BOUNDS if site.mixes else list(BOUNDS)[:1]):
         large, found = spread(site, deviation), None
         for tokens in TOKENS:
             where = f"float32, logits of deviation {deviation:g}, {tokens} tokens"
@@ -116,7 +120,7 @@ def _in_own_dtype(site: Site, options: Options, dtype: mx.Dtype, seed: int) -> F
         inputs = random_inputs(site, dtype, distinct, seed)
         ours, theirs = site_errors(site, options, *inputs, tokens // distinct)
         for output, error in ours.items():
-            limit = max(theirs[output], LEAST)
+            limit = own_limit(site, theirs[output])
             if too_large(error, limit):
                 what = f"{output}, {name}, {tokens} tokens"
                 return Failure(site, what, error, theirs[output], limit)
@@ -138,7 +142,8 @@ def failure(site: Site, options: Options, dtype: mx.Dtype, seed: int) -> Failure
     sites had another eps, start, order, transpose, clamp or number of iterations.
 
     Then, in the model's dtype and with the site's own scales, the largest error must be at most
-    that of the package's code, or 2 units. (In float32 it would compare two roundings.)
+    that of the package's code, of a gated residual twice that (`GatedSite.own_factor`), or 2 units.
+    (In float32 it would compare two roundings.)
     """
     found = _in_float32(site, options, seed)
     if found is None and dtype != mx.float32:

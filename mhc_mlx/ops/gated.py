@@ -11,11 +11,9 @@ from .arrays import body_params, flat
 from .autodiff import FusedOp, Options
 from .checks import (
     check_array,
-    check_bools,
     check_branch,
     check_eps,
     check_streams,
-    check_threads,
     fail,
 )
 from .streams import TokenBody, token_arguments

@@ -62,6 +62,13 @@ def hy_mtp(text):
     )
 
 
+def qwen_mtp(config):
+    return drafter(
+        *("qwen4_exp_mtp", "Qwen4ExpMTPDraftModel", "Qwen4ExpMTPConfig"),
+        **{"text_config": config.text_config, "block_size": BLOCK},
+    )
+
+
 # Model, drafter, mlx-vlm's name for its kind, sizes of the model. Where Hy4 chooses keys (more than
 # index_topk tokens), mlx-vlm's own tokens after a rejected draft are not those without a drafter.
 DRAFTERS = {
@@ -70,6 +77,7 @@ DRAFTERS = {
     "GLM MTP": ("glm5_next", glm_mtp, "mtp", {}),
     "Hy4 MTP": ("hy_v4", hy_mtp, "mtp", {"index_topk": 64}),
     "Hy4 MTP, chosen keys": ("hy_v4", hy_mtp, "mtp", {}),
+    "Qwen MTP": ("qwen4_exp", qwen_mtp, "mtp", {}),
 }
 drafters = pytest.mark.parametrize("kind", DRAFTERS)
 
@@ -117,9 +125,9 @@ def test_speculative_decoding(kind, launched):
     want, own = by_mlx_vlm(kind)
     model = patched(whole(name, **sizes))
     draft = make(model.language_model.config)
-    if name == "deepseek_v4":
+    if name in ("deepseek_v4", "qwen4_exp"):
         sites = adapter.family_of("test", patched(draft)).sites(draft)
-        assert len(sites) == (3 if kind == "V4 MTP" else 5)
+        assert len(sites) == (5 if kind == "V4 DSpark" else 3)
         assert all(site.options is not None for site in sites)
     else:
         with pytest.raises(ValueError, match="model must be one of these"):

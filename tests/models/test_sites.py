@@ -159,24 +159,32 @@ def test_the_stand_in_is_taken_off(monkeypatch):
     assert calls == ["alone", "run"] * 9
 
 
-@pytest.mark.parametrize("kind", ["vlm_deepseek_v41", "vlm_deepseek_v4", "vlm_hy_v4"])
-def test_sites_of_a_family(kind, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "kind, more",
+    [
+        *((k, []) for k in ("vlm_deepseek_v41", "vlm_deepseek_v4", "vlm_hy_v4", "vlm_qwen4_exp")),
+        ("vlm_qwen4_exp", ["--bits", "4"]),
+    ],
+)
+def test_sites_of_a_family(kind, more, tmp_path, capsys, monkeypatch):
     """Every number of the tables is there, and the tables are made of the file alone."""
     file, markdown = tmp_path / "sites.json", tmp_path / "page.md"
     monkeypatch.setattr(times, "_seconds", lambda run: mx.eval(run()) or 1e-3)
-    options = ["--family", kind, "--chain", "3", "--tokens", "1,3"]
+    options = ["--family", kind, "--chain", "3", "--tokens", "1,3", *more]
     command.main(["--sites", "64", *options, "--json", str(file)])
     errors = capsys.readouterr().err
     assert "sites of 64" in errors, "a bar of progress"
     (part,) = json.loads(file.read_text())["per sublayer"]
     assert part["ok"] and part["sites"] == 3 and part["family"] == kind
+    assert part.get("bits") == (int(more[1]) if more else None)
     assert list(part["graph"]) == list(part["Metal's form"]) == ["1", "3"]
     begin, end = page.MARK.format(name="sites"), "<!-- end of sites -->"
     markdown.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     page.main([str(file), "--markdown", str(markdown)])
     text = markdown.read_text()
     assert text.startswith(f"before\n{begin}\n") and text.endswith(f"{end}\nafter\n")
-    name, counts = page.MODELS[kind], part["graph"]["3"]
+    name = page.MODELS[kind] + (f", {more[1]} bits" if more else "")
+    counts = part["graph"]["3"]
     counts = [counts[k]["dispatches"] for k in ("patched", "mlx-vlm", "mlx-vlm, compiled")]
     assert f"| {name} | 64 | 3 | 333 us | - | 333 us, 1.0 x | 333 us, 1.0 x |" in text
     assert ", ".join(map(str, counts)) in text and "old" not in text
@@ -198,6 +206,20 @@ def test_the_page_has_the_tables_of_its_reports():
         f"{min(slowdowns):.1f}\n# to {max(slowdowns):.1f} times"
         in (ROOT / "mhc_mlx/models/run.py").read_text()
     )
+
+
+def test_bits_are_of_linear_layers(capsys):
+    """Which mHC has none of; MLX quantises to some numbers of bits, and whole groups of weights."""
+    for options, message in (
+        ("--sites 64 --family vlm_hy_v4 --bits 4", "be None where sites have no linear layers"),
+        ("--sites 64,66 --family vlm_qwen4_exp --bits 4", "d must be a multiple of 16 with bits"),
+        ("--sites 64 --family vlm_qwen4_exp --bits 7", "must be one of (2, 3, 4, 5, 6, 8) but"),
+        ("--sites 64 --family vlm_qwen4_exp --bits 2,4", "--bits must be one number but is '2,4'"),
+        ("--random 64 --bits 4", "--bits goes with --sites alone"),
+    ):
+        assert message in refused(command.main, options.split(), capsys)
+    with pytest.raises(TypeError, match=r"\[bench_sites\] bits must be an int or None but got str"):
+        times.bench_sites(64, family="vlm_qwen4_exp", bits="4")
 
 
 def test_tables_are_of_reports_of_sites(tmp_path, capsys):
@@ -223,7 +245,8 @@ def test_random_models(family, kind):
     assert len([s for s in of.sites(model) if s.kind != "head"]) == 4
     assert of.dtype(model) == mx.bfloat16
     assert any("Quantized" in type(m).__name__ for m in model.modules())
-    dtype = mx.bfloat16 if family == "vlm_xing4_0" else mx.float32  # mlx-vlm casts Xing's
+    cast = family in ("vlm_xing4_0", "vlm_qwen4_exp")  # mlx-vlm casts these
+    dtype = mx.bfloat16 if cast else mx.float32
     assert {site.arrays[0].dtype for site in of.sites(model)} == {dtype}
     logits = of.logits(model, mx.array([[1, 2, 3]]), of.cache(model)).astype(mx.float32)
     assert logits.shape == (1, 3, of.vocabulary(model))

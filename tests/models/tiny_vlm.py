@@ -82,34 +82,61 @@ def xing4_0(**others):
     return language("xing4_0").LanguageModel(module.ModelConfig(**sizes | others))
 
 
+def qwen4_exp(**others):
+    """Linear and sparse attention, experts; layers 1 and 3 add embeddings of hashed n-grams."""
+    sizes = {"model_type": "qwen4_exp_text", "hidden_size": 64, "vocab_size": VOCABULARY}
+    sizes |= {"num_hidden_layers": 3, "full_attention_interval": 2, "hc_lowrank": 32}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    sizes |= {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 32}
+    sizes |= {"linear_value_head_dim": 16, "linear_conv_kernel_dim": 4, "num_experts": 4}
+    sizes |= {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "rms_norm_eps": 1e-6}
+    sizes |= {"shared_expert_intermediate_size": 32, "max_position_embeddings": 4096}
+    sizes |= {"ple_layer_ids": [1, 3], "ple_embed_dim": 64, "heads_per_ngram": 2, "seed": 7}
+    sizes |= {"ngram_vocab_size_base": 50, "make_ngram_vocab_size_divisible_by": 8}
+    sizes |= {"split_ngram_parts": 3, "eos_token_id": 5, "indexer_n_heads": 2}
+    sizes |= {"indexer_head_dim": 32, "indexer_budget": 8, "indexer_compress_ratio": 2}
+    config = importlib.import_module("mlx_vlm.models.qwen4_exp.config")
+    rope = {"type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e6}
+    rope |= {"partial_rotary_factor": 0.25}
+    text = config.TextConfig(**sizes | {"rope_parameters": rope} | others)
+    vision = config.VisionConfig(depth=1, hidden_size=32, intermediate_size=32, num_heads=2)
+    whole = config.ModelConfig(text, vision, "qwen4_exp")
+    return language("qwen4_exp").LanguageModel(text, whole)
+
+
 MODELS = {
     "deepseek_v41": deepseek_v41,
     "deepseek_v4": deepseek_v4,
     "glm5_next": glm5_next,
     "hy_v4": hy_v4,
     "xing4_0": xing4_0,
+    "qwen4_exp": qwen4_exp,
 }
 
 
 def drawn(name: str, a: mx.array, random: np.random.Generator, branch: float) -> mx.array:
-    if "norm" in name or name.endswith(("scale", "q_weight", "k_weight")):
+    if "hc_norm" in name:  # centred at 0
+        made = random.uniform(-0.5, 0.5, a.shape)
+    elif "norm" in name or name.endswith(("scale", "q_weight", "k_weight")):
         made = random.uniform(0.5, 1.5, a.shape)
     elif "embed" in name and name.endswith("weight"):
         made = random.standard_normal(a.shape)
     else:  # products keep the size of their input; vectors are biases
         made = random.standard_normal(a.shape) * (a.shape[-1] ** -0.5 if a.ndim > 1 else 1)
+    if "mix_weight_down" in name or "block_inject" in name:  # Qwen's, which are divided by n
+        made = 4 * made
     if any(k in name for k in ("wo_b", "o_proj", "down_proj")):
         made = branch * made
     return mx.array(made.astype(np.float32))
 
 
 def randomised(model: nn.Module, seed: int = 0, branch: float = 1.0) -> nn.Module:
-    """The model with random floats; tables of experts get random rows."""
+    """The model with random floats; tables of experts get random rows; hashes stay."""
     random, made = np.random.default_rng(seed), []
     for name, a in tree_flatten(model.parameters()):
         if mx.issubdtype(a.dtype, mx.floating):
             made.append((name, drawn(name, a, random, branch)))
-        else:
+        elif "ple_embedding" not in name:
             made.append((name, mx.array(random.integers(0, 4, a.shape), a.dtype)))
     model.update(tree_unflatten(made))
     mx.eval(model.parameters())

@@ -48,6 +48,11 @@ ROWS = (
     ),
     Row(*("hy_v4", *VLM), "mlx_vlm.models.hy_v4.language.HyV4Model", "vlm_hy_v4"),
     Row(*("xing4_0", *VLM), "mlx_vlm.models.xing4_0.language.Xing4_0Model", "vlm_xing4_0"),
+    Row(
+        *("qwen4_exp", *VLM),
+        "mlx_vlm.models.qwen4_exp.language.Qwen4ExpGatedResidual",
+        "vlm_qwen4_exp",
+    ),
 )
 
 
