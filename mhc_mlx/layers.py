@@ -17,9 +17,14 @@ from .ops.checks import check_bools, check_dtype, check_number, check_sizes, che
 __all__ = ["HyperConnection", "HyperHead", "MHCBlock", "MHCLayer", "MHCLiteBlock"]
 
 
-def check_options(op: str, options: dict[str, Any], *excluded: str) -> None:
-    """Raise TypeError for an option that is no keyword of `HyperConnection`, or is excluded."""
-    parameters = inspect.signature(HyperConnection.__init__).parameters.values()
+def check_options(
+    op: str, options: dict[str, Any], *excluded: str, of: type[nn.Module] | None = None
+) -> None:
+    """Raise TypeError for an option that is no keyword of ``of``, or is excluded.
+
+    None stands for `HyperConnection`.
+    """
+    parameters = inspect.signature((of or HyperConnection).__init__).parameters.values()
     keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in excluded]
     for name in options:
         if name not in keywords:

@@ -220,6 +220,7 @@ class Residual(nn.Module):
 WIDEN = {k: v for k, v in WRONG.items() if k != "layer_idx"}
 WIDEN |= {"model": (3, "model", mx.tanh), "reduce": ("max", None, 1, ["mean"])}
 WIDEN |= {"layers": (3, "abc", Residual(), [], [None], [mx.tanh], [Residual, 3], (nn.Module(),))}
+WIDEN |= {"connection": ("mhc", None, 3, ["gated"], True)}
 WIDEN |= {"example": (None, 3, [1], "ab", (1, 2), {"x": 1, "scales": 2}), "dim": WRONG["dim"]}
 RIGHT = {
     m.HyperConnection: {"dim": 8},
@@ -343,6 +344,7 @@ DEFAULTS = {
     **{"use_metal": True, "threads_per_group": None, "verbose": False, "differentiable": True},
     **{"num_streams": 4, "layer_idx": 0, "sinkhorn_iters": None, "init_scale": 0.01, "norm": None},
     **{"subtract_input": False, "how": "mean", "reduce": "mean", "layers": None, "dim": None},
+    **{"connection": "hyper"},
     **{"example": (), "in_axes": 0, "out_axes": 0, "logs": None, "column": "bits_per_byte"},
     **{"gradient_norms": None, "loss": None, "loss_fn": None, "before": None, "name": "eps"},
     **{"source": None, "leave": (), "rank": None, "y": None, "h_post": None, "inject": None},
