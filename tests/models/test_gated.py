@@ -106,16 +106,16 @@ def test_every_gradient_is_that_of_the_reference():
 
 @pytest.mark.parametrize("n", [1, 4])
 def test_start(n):
-    """u is half the mean of the normalised streams, h_post is 1, and nothing is without a gradient:
-    streams that start as copies differ after steps."""
+    """u is half the mean of the normalised streams, h_post is about 1, nothing is without a
+    gradient, and streams that start as copies differ."""
     module, h = m.GatedResidual(C, n), mx.random.normal((64, C))
     x = 3 * mx.random.normal((64, n, C))
     assert module.rank == max(1, n * C // 32) and module.down.weight.shape == (module.rank, n * C)
     assert mx.array_equal(module.weight, mx.zeros((n, C)))
     s = x * mx.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
-    u, add_residual = module(x)
-    close(u, s.mean(-2) / 2, 0.01)
-    close(add_residual(u), x + u[..., None, :], 0.05)
+    close(module(x)[0], s.mean(-2) / 2, 0.01)
+    h_post = module.coefficients(x)[1]
+    assert abs(h_post.mean().item() - 1) < 0.1 and 0.15 < h_post.var().item() ** 0.5 < 0.35
     optimizer = optim.Adam(1e-2)
 
     def out(module):
@@ -131,7 +131,7 @@ def test_start(n):
         assert not silent, (k, silent)
         optimizer.update(module, gradients)
     apart = mx.abs(out(module) - out(module)[..., :1, :]).max().item()
-    assert (apart > 1e-3) == (n > 1)
+    assert (apart > 1e-2) == (n > 1)
 
 
 def test_products_may_be_quantised_or_adapted():
