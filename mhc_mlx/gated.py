@@ -101,7 +101,7 @@ class GatedResidual(_GatedRead):
     float32. ``h_res`` is the identity.
 
     The starting values: weight is 0 and down is that of `nn.Linear`. up is normal with deviation
-    0.02 / sqrt(rank), so that the gates are 1/2 but for a noise of 0.001, u is half the mean of the
+    0.02 / sqrt(rank), so that the gates are 1/2 within about 0.001, u is half the mean of the
     normalised streams, and down has a gradient at once. inject is normal with deviation
     n / (2 sqrt(n*C)), so that h_post is 1 with a deviation of 1/4 over tokens and streams: streams
     that start as copies must differ soon, because equal streams train alike. (The trainer's
