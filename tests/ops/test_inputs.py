@@ -344,7 +344,7 @@ DEFAULTS = {
     **{"use_metal": True, "threads_per_group": None, "verbose": False, "differentiable": True},
     **{"num_streams": 4, "layer_idx": 0, "sinkhorn_iters": None, "init_scale": 0.01, "norm": None},
     **{"subtract_input": False, "how": "mean", "reduce": "mean", "layers": None, "dim": None},
-    **{"connection": "hyper"},
+    **{"connection": "hyper", "gate_min": None, "gate_max": None},
     **{"example": (), "in_axes": 0, "out_axes": 0, "logs": None, "column": "bits_per_byte"},
     **{"gradient_norms": None, "loss": None, "loss_fn": None, "before": None, "name": "eps"},
     **{"source": None, "leave": (), "rank": None, "y": None, "h_post": None, "inject": None},
