@@ -146,6 +146,23 @@ def test_llama_keeps_its_logits_and_trains(tmp_path):
         load_adapters(start, tmp_path)
 
 
+@pytest.mark.parametrize("kind", [m.GatedResidual, m.GatedHead])
+def test_adapters_know_a_frozen_connection(kind, tmp_path):
+    """Its eps is no parameter, and nothing of it is saved."""
+
+    def model(eps):
+        mx.random.seed(0)
+        made = nn.Module()
+        made.connection, made.mlp = kind(C, N, eps=eps), nn.Linear(C, C)
+        made.connection.freeze()
+        return made
+
+    save_adapters(model(1e-6), tmp_path)
+    load_adapters(model(1e-6), tmp_path)
+    with pytest.raises(ValueError, match="must have connection.eps = 1e-06"):
+        load_adapters(model(1e-5), tmp_path)
+
+
 def test_llama_in_16_bits_generates_with_a_cache():
     from mlx_lm.models.cache import make_prompt_cache
 
