@@ -37,7 +37,7 @@ from mhc_mlx.commands import Output, make_parser, read
 from mhc_mlx.diagnostics import StabilityReport, plot
 
 COMMAND = "python -m benchmarks.experiment"
-CONNECTIONS = ("plain", "hc", "mhc", "mhc-lite", "identity")
+CONNECTIONS = ("plain", "hc", "mhc", "mhc-lite", "identity", "gated")
 # This program sets these for every run, or they would make runs write to the same files.
 SET_HERE = ("connection", "seed", "mlp", "log", "sample", "seconds", "plot", "checkpoint", "resume")
 # A table needs these of a run's record.
@@ -48,9 +48,9 @@ OPTIONAL = ("bits_per_byte", "validation", "similarity", "report")
 
 
 def supports(connection: str, streams: int) -> bool:
-    """Tell whether a connection can have so many streams; a residual takes no notice."""
+    """Tell whether a connection can have so many streams; one without a convention can."""
     try:
-        if connection != "plain":
+        if connection in CONVENTIONS:
             CONVENTIONS[connection].check_streams("supports", streams)
     except ValueError:
         return False
@@ -256,9 +256,10 @@ def parse(command: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Return this program's options, checked, and the trainer's."""
     epilog = "Other options are those of examples/train_lm."
     parser = make_parser(COMMAND, __doc__, epilog=epilog)
-    every = [*CONVENTIONS, "plain"]
     parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--connections", nargs="+", choices=every, default=CONNECTIONS)
+    parser.add_argument(
+        "--connections", nargs="+", choices=options.CONNECTIONS, default=CONNECTIONS
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--summary", action="store_true", help="of the runs there, no new ones")
     args, trainer_options = parser.parse_known_args(command)

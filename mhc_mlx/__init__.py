@@ -14,6 +14,7 @@ from .conventions import (
     XING,
     Convention,
 )
+from .gated import GatedHead, GatedResidual
 from .launch import backend
 from .layers import HyperConnection, HyperHead, MHCBlock, MHCLayer, MHCLiteBlock
 from .loading import load
@@ -52,6 +53,8 @@ __all__ = [
     "UNCONSTRAINED",
     "XING",
     "Convention",
+    "GatedHead",
+    "GatedResidual",
     "HyperConnection",
     "HyperHead",
     "MHCBlock",

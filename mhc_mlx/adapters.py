@@ -20,6 +20,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .conventions import Convention
+from .gated import GatedHead, GatedResidual
 from .layers import HyperConnection, HyperHead
 from .ops.checks import fail
 from .widening import WidenedBlock
@@ -138,7 +139,7 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 def _connections(model: nn.Module, trained: set[str]) -> dict[str, dict[str, Any]]:
     """Return the constants of each connection, and of each other module with trained parameters."""
     owners = {name.rpartition(".")[0] for name in trained}
-    ours = (HyperConnection, HyperHead, WidenedBlock)
+    ours = (HyperConnection, HyperHead, GatedResidual, GatedHead, WidenedBlock)
     modules = model.named_modules()
     return {k: _settings(x) for k, x in sorted(modules) if k in owners or isinstance(x, ours)}
 

@@ -17,16 +17,21 @@ from .ops.checks import check_bools, check_dtype, check_number, check_sizes, che
 __all__ = ["HyperConnection", "HyperHead", "MHCBlock", "MHCLayer", "MHCLiteBlock"]
 
 
-def check_options(op: str, options: dict[str, Any], *excluded: str) -> None:
-    """Raise TypeError for an option that is no keyword of `HyperConnection`, or is excluded."""
-    parameters = inspect.signature(HyperConnection.__init__).parameters.values()
+def check_options(
+    op: str, options: dict[str, Any], *excluded: str, of: type[nn.Module] | None = None
+) -> None:
+    """Raise TypeError for an option that is no keyword of ``of``, or is excluded.
+
+    None stands for `HyperConnection`.
+    """
+    parameters = inspect.signature((of or HyperConnection).__init__).parameters.values()
     keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in excluded]
     for name in options:
         if name not in keywords:
             raise TypeError(f"[{op}] options must be of {', '.join(keywords)} but got {name}.")
 
 
-def _check_input(module: nn.Module, x: mx.array, n: int, C: int) -> None:
+def check_input(module: nn.Module, x: mx.array, n: int, C: int) -> None:
     op = type(module).__name__
     check_dtype(op, x=x)
     if x.shape[-2:] != (n, C):
@@ -84,23 +89,20 @@ observer: ContextVar[Callable[..., mx.array]] = ContextVar(
 )
 
 
-class _StreamModule(nn.Module):
-    """`HyperConnection` and `HyperHead` share these options of ops."""
+class StreamModule(nn.Module):
+    """Modules that read streams share these options of ops."""
 
-    norm_eps: float
     use_metal: bool
     threads_per_group: int | None
     differentiable: bool
 
-    def _set_options(self, init_scale, norm_eps, use_metal, threads_per_group, differentiable):
-        """Check these arguments of a constructor, and keep all but init_scale as attributes."""
+    def _set_options(self, use_metal, threads_per_group, differentiable):
+        """Check these arguments of a constructor, and keep them as attributes."""
         op = type(self).__name__
-        check_number(op, "init_scale", init_scale)
-        ops.check_eps(op, norm_eps, "norm_eps")
         ops.check_threads(op, threads_per_group)
         check_bools(op, use_metal=use_metal, differentiable=differentiable)
-        self.norm_eps, self.use_metal = norm_eps, use_metal
         self.threads_per_group, self.differentiable = threads_per_group, differentiable
+        self.use_metal = use_metal
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -110,7 +112,7 @@ class _StreamModule(nn.Module):
         return options | {"threads_per_group": self.threads_per_group}  # ops check this one
 
 
-class HyperConnection(_StreamModule):
+class HyperConnection(StreamModule):
     """Reads the streams for a sublayer and writes the sublayer's output back to them.
 
         u, add_residual = connection(x)  # u = sum_j h_pre[j] x[j]
@@ -167,6 +169,7 @@ class HyperConnection(_StreamModule):
     dim: int
     num_streams: int
     dynamic: bool
+    norm_eps: float
     phi: mx.array
     bias: mx.array
     alpha: mx.array
@@ -197,7 +200,10 @@ class HyperConnection(_StreamModule):
         ops.check_convention(op, convention)
         convention.check_streams(op, n)
         check_bools(op, dynamic=dynamic)
-        self._set_options(init_scale, norm_eps, use_metal, threads_per_group, differentiable)
+        check_number(op, "init_scale", init_scale)
+        ops.check_eps(op, norm_eps, "norm_eps")
+        self._set_options(use_metal, threads_per_group, differentiable)
+        self.norm_eps = norm_eps
         if sinkhorn_iters is not None:
             check_sizes(op, sinkhorn_iters=(sinkhorn_iters, math.inf))
         if dynamic and not convention.sigmoid:
@@ -247,7 +253,7 @@ class HyperConnection(_StreamModule):
         The shapes are ``[..., n]``, ``[..., n]`` and ``[..., n, n]`` for a dynamic connection, and
         ``[n]``, ``[n]`` and ``[n, n]`` for a static one. h_res is None where it is the identity.
         """
-        _check_input(self, x, self.num_streams, self.dim)
+        check_input(self, x, self.num_streams, self.dim)
         if self.dynamic:
             arrays = (x, self.phi, self.bias, self.alpha)
             return ops.mhc_coefficients(*arrays, self._convention, self.norm_eps, **self._options)
@@ -279,7 +285,7 @@ class HyperConnection(_StreamModule):
         ``add_residual(y)`` takes y ``[..., C]`` and returns the new streams ``[..., n, C]``. All
         arrays have x's dtype.
         """
-        _check_input(self, x, self.num_streams, self.dim)
+        check_input(self, x, self.num_streams, self.dim)
         return self._read(x)
 
     def _extra_repr(self) -> str:
@@ -343,7 +349,7 @@ class MHCLayer(HyperConnection):
 
         ``sublayer`` is F, a function ``[..., C] -> [..., C]``; None is the identity.
         """
-        _check_input(self, x, self.num_streams, self.dim)
+        check_input(self, x, self.num_streams, self.dim)
         if sublayer is not None and not callable(sublayer):
             got = type(sublayer).__name__
             raise TypeError(fail("MHCLayer", "sublayer", "be a module or function", got))
@@ -362,7 +368,7 @@ class MHCLayer(HyperConnection):
         return f"{super()._extra_repr()}, eps={self.eps}"
 
 
-class HyperHead(_StreamModule):
+class HyperHead(StreamModule):
     """This is the learned read-out of DeepSeek V4: ``u = sum_j h_pre[j] x[j]``, h_pre per token.
 
     ``h_pre = sigmoid(alpha rsqrt(mean(x**2) + norm_eps) (phi @ vec(x)) + bias) + pre_eps``, as in
@@ -382,6 +388,7 @@ class HyperHead(_StreamModule):
         ValueError: An argument is out of its range, or the convention has no sigmoid gates.
     """
 
+    norm_eps: float
     phi: mx.array
     bias: mx.array
     alpha: mx.array
@@ -404,7 +411,10 @@ class HyperHead(_StreamModule):
         ops.check_convention(op, convention)
         if not convention.sigmoid:
             raise ValueError(fail(op, "convention", "have sigmoid gates", convention.name))
-        self._set_options(init_scale, norm_eps, use_metal, threads_per_group, differentiable)
+        check_number(op, "init_scale", init_scale)
+        ops.check_eps(op, norm_eps, "norm_eps")
+        self._set_options(use_metal, threads_per_group, differentiable)
+        self.norm_eps = norm_eps
         self._convention = convention
         self.phi = _starting_phi(n, n * dim)
         self.bias = mx.full(n, _logit(1 / n - convention.pre_eps))
@@ -413,7 +423,7 @@ class HyperHead(_StreamModule):
     def __call__(self, x: mx.array) -> mx.array:
         """Return u ``[..., C]`` of x ``[..., n, C]``, in x's dtype."""
         n, width = self.phi.shape
-        _check_input(self, x, n, width // n)
+        check_input(self, x, n, width // n)
         parameters = (self.phi, self.bias, self.alpha)
         return ops.mhc_head(x, *parameters, self._convention, self.norm_eps, **self._options)
 

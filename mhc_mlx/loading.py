@@ -1,16 +1,21 @@
 """`load` puts the tensors of other projects into modules of this package, by their names there."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
+from .conventions import Convention
+from .gated import GatedHead, GatedResidual
 from .layers import HyperConnection, HyperHead, MHCBlock
 from .ops.checks import check_dtype, fail
 from .sources import KINDS, LAYOUTS, PARTS, STEPS, Given, Layout, Tensor, sizes
 
 __all__ = ["load"]
 
-Loaded = TypeVar("Loaded", bound=HyperConnection | HyperHead | MHCBlock)
+Kind = HyperConnection | HyperHead | GatedResidual | GatedHead
+Loaded = TypeVar("Loaded", bound=Kind | MHCBlock)
 SOURCES = tuple(dict.fromkeys(layout.source for layout in LAYOUTS))
 
 
@@ -28,16 +33,23 @@ def _under(weights: dict[str, mx.array], prefix: str) -> dict[str, str]:
     return full_names
 
 
-def _of_kind(layout: Layout, module: HyperConnection | HyperHead) -> bool:
-    if isinstance(module, HyperHead):
-        return layout.kind == "head"
+def _convention(module: Kind) -> Convention | None:
+    return None if isinstance(module, (GatedResidual, GatedHead)) else module._convention
+
+
+def _of_kind(layout: Layout, module: Kind) -> bool:
+    for kind, cls in (("head", HyperHead), ("gated", GatedResidual), ("gated head", GatedHead)):
+        if layout.kind == kind or isinstance(module, cls):
+            return layout.kind == kind and isinstance(module, cls)
     kind, _, norm = layout.kind.partition(" with ")
     return kind == ("dynamic" if module.dynamic else "static") and (
         not norm or "rms_weight" in module
     )
 
 
-def _module_sizes(module: HyperConnection | HyperHead) -> dict[str, int]:
+def _module_sizes(module: Kind) -> dict[str, int]:
+    if isinstance(module, (GatedResidual, GatedHead)):
+        return sizes(module.num_streams, module.dim) | {"rank": module.rank}
     if isinstance(module, HyperConnection):
         return sizes(module.num_streams, module.dim)
     n, width = module.phi.shape
@@ -50,10 +62,10 @@ def _recognise(layouts: list[Layout], module, prefix: str, given: dict[str, mx.a
 
     def order(layout: Layout) -> tuple[int, ...]:
         present = [tensor for tensor in layout.tensors if tensor.name in given]
-        fitting = [t for t in present if given[t.name].shape == tuple(size[s] for s in t.shape)]
+        fitting = [t for t in present if given[t.name].shape == tuple(size.get(s) for s in t.shape)]
         absent = len(layout.tensors) - len(present)
-        kind, convention = _of_kind(layout, module), layout.fits(module._convention)
-        return len(present), -absent, kind, len(fitting), convention
+        kind, convention = _of_kind(layout, module), layout.fits(_convention(module))
+        return len(present), kind, -absent, len(fitting), convention
 
     best = max(layouts, key=order)
     if not order(best)[0]:
@@ -63,19 +75,27 @@ def _recognise(layouts: list[Layout], module, prefix: str, given: dict[str, mx.a
     return best
 
 
-def _check_module(layout: Layout, module: HyperConnection | HyperHead) -> None:
-    """Raise ValueError unless the module is of the layout's kind and convention."""
+def _check_module(layout: Layout, module: Kind) -> None:
+    """Raise ValueError unless the module is of the layout's kind and convention.
+
+    TypeError says that a parameter belongs to a submodule that is no `nn.Linear`.
+    """
     what = f"the tensors of {layout.source} ({layout.models})"
     if not _of_kind(layout, module):
         got = type(module).__name__
         if isinstance(module, HyperConnection):
             got = f"{'dynamic' if module.dynamic else 'static'} {got}"
         raise ValueError(fail("load", "module", f"be {KINDS[layout.kind]} for {what}", got))
-    if not layout.fits(module._convention):
+    c = _convention(module)
+    if not layout.fits(c) and c is not None and layout.convention is not None:
         but = f" but for {', '.join(layout.free)}" if layout.free else ""
         must = f"be {layout.convention.name}'s{but} for {what}"
-        got = f"{module._convention.name}: {module._convention}"
-        raise ValueError(fail("load", "module.convention", must, got))
+        raise ValueError(fail("load", "module.convention", must, f"{c.name}: {c}"))
+    for tensor in layout.tensors:
+        child, dot, _ = tensor.to.partition(".")
+        if dot and not isinstance(module[child], nn.Linear):
+            got = type(module[child]).__name__
+            raise TypeError(fail("load", f"module.{child}", f"be an nn.Linear for {what}", got))
 
 
 def _check_tensors(layout: Layout, module, given: Given) -> None:
@@ -143,9 +163,12 @@ def _parameters(layout: Layout, module, given: Given) -> dict[str, mx.array]:
             continue
         made[parameter] = mx.concatenate([parts[part] for part in PARTS if part in parts])
     for parameter, a in made.items():
-        if a.shape != module[parameter].shape:
+        ours: Any = module
+        for part in parameter.split("."):
+            ours = ours[part]
+        if a.shape != ours.shape:
             must = f"have {list(a.shape)} elements, as made of {layout.source}'s tensors,"
-            got = list(module[parameter].shape)
+            got = list(ours.shape)
             raise ValueError(fail("load", f"module.{parameter}", must, got))
     return made
 
@@ -163,20 +186,24 @@ def load(
         connection = HyperConnection(dim, 4, convention=DEEPSEEK_V4, norm_eps=rms_norm_eps)
         load(connection, weights, "layers.0.hc_attn")  # or "layers.0.hc_ffn"
         head = load(HyperHead(dim, 4, convention=DEEPSEEK_V4), weights, "hc_head")
+        gated = GatedResidual(dim, 4, hc_lowrank, rms_norm_eps)
+        load(gated, weights, "model.language_model.layers.0.attn_hyper_connection")
 
     docs/converting.md says for each source which names it has, where each tensor goes, and which
     module, convention and norm_eps it needs. Tensors keep their dtype, unless a step there computes
     something of them. Every name that begins with the prefix must be one of the source's.
 
     Args:
-        module: A `HyperConnection` (`MHCLayer` too), a `HyperHead`, or an `MHCBlock`, whose
-            connection is loaded. The convention must be the source's, with the constants of the
-            checkpoint's configuration. An `MHCLayer` keeps its norm where the source has none.
+        module: A `HyperConnection` (`MHCLayer` too), a `HyperHead`, a `GatedResidual`, a
+            `GatedHead`, or an `MHCBlock`, whose connection is loaded. The convention must be the
+            source's, with the constants of the checkpoint's configuration. An `MHCLayer` keeps its
+            norm where the source has none.
         weights: Arrays by name. Those whose names do not begin with the prefix are not looked at.
         prefix: What stands before the names, without the dot or underscore between; or "".
         source: ``"deepseek_v4"`` (V4.1 and GLM-5.3 too), ``"hy_v4"``, ``"xing4_0"``,
-            ``"mhc_cu"``, ``"mhc_lite"``, ``"flash_mhc"`` or ``"mhc_triton"``. None takes the source
-            of which most names are there, then the one that fits the module, then the shapes.
+            ``"mhc_cu"``, ``"mhc_lite"``, ``"flash_mhc"``, ``"mhc_triton"`` or ``"qwen4_exp"``. None
+            takes the source of which most names are there, then the one that fits the module, then
+            the shapes.
         leave: Beginnings of names, after the prefix, that are loaded elsewhere: ``("layer.",)`` for
             the sublayer of flash-mHC's block, ``("branch.",)`` for that of mHC-lite.
 
@@ -184,14 +211,15 @@ def load(
         The module.
 
     Raises:
-        TypeError: An argument has another type, or a tensor is no array of floats.
+        TypeError: An argument has another type, a tensor is no array of floats (as those of a
+            quantised checkpoint), or a product of the module is quantised or has LoRA.
         ValueError: No source has these names; the module is of another kind or convention; a tensor
             is missing, unknown, or has another shape or a dtype that does not fit its neighbours;
             or an `MHCBlock` writes back something else than the source. The module is then as it
             was.
     """
-    if not isinstance(module, (HyperConnection, HyperHead, MHCBlock)):
-        must = "be a HyperConnection, a HyperHead or an MHCBlock"
+    if not isinstance(module, (Kind, MHCBlock)):
+        must = "be a HyperConnection, HyperHead, GatedResidual, GatedHead or MHCBlock"
         raise TypeError(fail("load", "module", must, type(module).__name__))
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise TypeError(fail("load", "weights", "be a dict of str", type(weights).__name__))
@@ -212,7 +240,7 @@ def load(
     if isinstance(module, MHCBlock) and getattr(module, "subtract_input", False) != subtracts:
         name = f"module.subtract_input of {type(module).__name__}"
         raise ValueError(fail("load", name, f"be {subtracts} for {layout.source}", not subtracts))
-    given = Given(tensors, full_names, _module_sizes(target)["n"], target._convention)
+    given = Given(tensors, full_names, _module_sizes(target)["n"], _convention(target))
     _check_tensors(layout, target, given)
-    target.update(_parameters(layout, target, given))
+    target.update(tree_unflatten([*_parameters(layout, target, given).items()]))
     return module

@@ -525,8 +525,8 @@ def stream_norm(
     """
     n, C = x.shape[-2:]
     (out,) = _float(x)
-    if y is not None:
-        out = _rounded(stream_mix_add(out, *_float(y), h_post), x.dtype)
+    if y is not None and h_post is not None:
+        out = _rounded(stream_mix_add(out, _float(y)[0], h_post), x.dtype)
     (weight,) = _float(weight)
     mean_square = stable.long_sum(out * out)[..., None] / C
     s = _rounded(out * mx.rsqrt(mean_square + eps) * (1 + weight), x.dtype)

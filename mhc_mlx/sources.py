@@ -31,6 +31,8 @@ KINDS = {
     "static": "a static HyperConnection",
     "static with norm": "a static MHCLayer",
     "head": "a HyperHead",
+    "gated": "a GatedResidual",
+    "gated head": "a GatedHead",
 }
 PARTS = ("pre", "post", "res")  # of phi, bias and alpha, in the order of their rows
 
@@ -38,9 +40,10 @@ PARTS = ("pre", "post", "res")  # of phi, bias and alpha, in the order of their 
 class Tensor(NamedTuple):
     """A tensor of a source: its name and shape there, and where it goes.
 
-    ``to`` names a parameter of ours, or in brackets parts of its first axis. It is empty for a
-    tensor that only serves a step of another. ``steps`` are names in `STEPS`, done in turn before
-    the tensor is put there. Sizes are keys of `sizes`.
+    ``to`` names a parameter of ours, with a dot between a submodule and its own, or in brackets
+    parts of its first axis. It is empty for a tensor that only serves a step of another. ``steps``
+    are names in `STEPS`, done in turn before the tensor is put there. Sizes are keys of `sizes`, or
+    rank.
     """
 
     name: str
@@ -53,20 +56,23 @@ class Layout(NamedTuple):
     """The tensors that a source has for one kind of module, and the module that they need.
 
     The module's convention must be ``convention``, but for the fields in ``free``. These come from
-    the configuration beside a checkpoint: ``settings`` says how.
+    the configuration beside a checkpoint: ``settings`` says how. None is that of a module without a
+    convention.
     """
 
     source: str
     models: str
     kind: str
-    convention: Convention
+    convention: Convention | None
     free: tuple[str, ...]
     settings: str
     prefixes: str
     tensors: tuple[Tensor, ...]
 
-    def fits(self, c: Convention) -> bool:
+    def fits(self, c: Convention | None) -> bool:
         """Tell whether a module with convention c computes what the source does."""
+        if c is None or self.convention is None:
+            return c is self.convention
         names = {field.name for field in fields(c)} - {"name", *self.free}
         return all(getattr(c, name) == getattr(self.convention, name) for name in names)
 
@@ -77,7 +83,7 @@ class Given(NamedTuple):
     tensors: dict[str, mx.array]
     full_names: dict[str, str]
     n: int
-    convention: Convention
+    convention: Convention | None
 
 
 def sizes(n: int, C: int) -> dict[str, int]:
@@ -121,6 +127,7 @@ def _times_gamma(a: mx.array, given: Given) -> mx.array:
 
 
 def _less_identity(a: mx.array, given: Given) -> mx.array:
+    assert given.convention is not None  # its layout has one
     return mx.abs(a.astype(mx.float32)) - mx.eye(given.n) + given.convention.eps
 
 
@@ -129,10 +136,12 @@ INVERSES = "rows of res in the order of the inverse permutations"
 GAMMA = "columns times 1 + norm.gamma, in float32"
 SIGMOID = "sigmoid, in float32"
 SHARE = "divided by its sum + 1e-8"
+BY_STREAM = "a row of C for each stream"
 LESS_IDENTITY = "abs - I + eps, in float32"
 
 STEPS: dict[str, Callable[[mx.array, Given], mx.array]] = {
     "transposed": lambda a, given: a.T,
+    BY_STREAM: lambda a, given: a.reshape(given.n, -1),
     "flat": lambda a, given: a.reshape(-1),
     GAMMA: _times_gamma,
     PERM_MAT: _in_order_of_perm_mat,
@@ -141,6 +150,12 @@ STEPS: dict[str, Callable[[mx.array, Given], mx.array]] = {
     SHARE: lambda a, given: a / (a.sum() + 1e-8),
     LESS_IDENTITY: _less_identity,
 }
+
+_GATED = (  # of Qwen's connections and of its read-out
+    Tensor("hc_norm.weight", ("n*C",), "weight", (BY_STREAM,)),
+    Tensor("input_mix_weight_down.weight", ("rank", "n*C"), "down.weight"),
+    Tensor("input_mix_weight_up.weight", ("n*C", "rank"), "up.weight"),
+)
 
 LAYOUTS = (
     Layout(
@@ -306,5 +321,27 @@ LAYOUTS = (
             Tensor("H_post_base", ("n",), "H_post", (SIGMOID,)),
             Tensor("H_res_base", ("n", "n"), "H_res", (LESS_IDENTITY,)),
         ),
+    ),
+    Layout(
+        source="qwen4_exp",
+        models="Qwen3.8-Flash-Next",
+        kind="gated",
+        convention=None,
+        free=(),
+        settings="rank = hc_lowrank; eps = rms_norm_eps",
+        prefixes="model.language_model.layers.0.attn_hyper_connection, ...mlp_hyper_connection; in "
+        "MLX language_model.model.layers.0...",
+        tensors=(*_GATED, Tensor("block_inject_weight.weight", ("n", "n*C"), "inject.weight")),
+    ),
+    Layout(
+        source="qwen4_exp",
+        models="Qwen3.8-Flash-Next",
+        kind="gated head",
+        convention=None,
+        free=(),
+        settings="rank = hc_lowrank; eps = rms_norm_eps",
+        prefixes="model.language_model.hyper_connection_mixer; in MLX "
+        "language_model.model.hyper_connection_mixer",
+        tensors=_GATED,
     ),
 )

@@ -1,6 +1,5 @@
 """`widen` puts hyper-connections around the residual branches of an existing transformer."""
 
-import copy
 import functools
 import inspect
 import math
@@ -9,12 +8,13 @@ from typing import Any, SupportsIndex, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from . import ops
+from .block_trials import branches_of, check_arguments, check_blocks, errors, name_of, replace
 from .conventions import PAPER, Convention
+from .gated import GatedResidual
 from .layers import HyperConnection, check_options
-from .ops.checks import FLOATS, check_sizes, fail
+from .ops.checks import check_sizes, fail
 from .streams import expand_streams, reduce_streams
 
 __all__ = ["WidenedBlock", "WidenedPipeline", "WidenedStack", "widen"]
@@ -51,13 +51,13 @@ class WidenedBlock(_Widened):
     """This is a block after `widen`: the same module, called on streams ``[..., n, C]``.
 
     Attributes:
-        connections: A `HyperConnection` for each of the block's branches.
+        connections: A `HyperConnection` or `GatedResidual` for each of the block's branches.
         enters: n if the block first expands ``[..., C]`` to n streams, else None.
         leaves: How the block reduces its streams at its end, as in `reduce_streams`, or None.
         is_first, is_last: Whether the block was the first or the last of ``layers`` in `widen`.
     """
 
-    connections: list[HyperConnection]
+    connections: list[HyperConnection] | list[GatedResidual]
     enters: int | None
     leaves: str | None
     is_first: bool
@@ -66,7 +66,7 @@ class WidenedBlock(_Widened):
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         if self.enters is not None:
             x = expand_streams(x, self.enters)
-        branches = _branches(self, *args, **kwargs)
+        branches = branches_of(self, *args, **kwargs)
         for connection, branch in zip(self.connections, branches, strict=True):
             u, add_residual = connection(x)
             y = branch(u)
@@ -123,16 +123,6 @@ def _listed(module: nn.Module) -> list[Any]:
     return [item for value in module.values() if isinstance(value, list) for item in value]
 
 
-def _branches(block: Any, *args: Any, **kwargs: Any) -> list[Callable[[mx.array], mx.array]]:
-    """Return the functions F of a block that computes ``for F in branches: x = x + F(x)``."""
-    if hasattr(block, "residual_branches"):
-        return block.residual_branches(*args, **kwargs)
-    return [
-        lambda u: block.self_attn(block.input_layernorm(u), *args, **kwargs),
-        lambda u: block.mlp(block.post_attention_layernorm(u)),
-    ]
-
-
 def _names_after_x(f: Callable[..., Any]) -> list[str]:
     return list(inspect.signature(f).parameters)[1:]
 
@@ -163,88 +153,57 @@ def _check_form(name: str, block: nn.Module) -> None:
         raise TypeError(fail("widen", "layers", must, got))
 
 
-def _check_arguments(name, f, count, args, kwargs):
-    """Raise TypeError unless f takes the example after ``count`` positional arguments."""
-    try:
-        inspect.signature(f).bind(*(None for _ in range(count)), *args, **kwargs)
-    except TypeError as error:
-        must = f"be the arguments of {name} after x, a tuple or a dict by name,"
-        got = f"{kwargs or args} ({error})"
-        raise TypeError(fail("widen", "example", must, got)) from None
+def _check_connection(
+    connection: str, num_streams: int, convention: Convention, options: dict[str, Any]
+) -> None:
+    """Raise TypeError or ValueError unless the options are those of the connection."""
+    if not isinstance(connection, str) or connection not in ("hyper", "gated"):
+        must = "be 'hyper' or 'gated'"
+        raise ValueError(fail("widen", "connection", must, repr(connection)))
+    if connection == "hyper":
+        check_options("widen", options, "layer_idx", "convention")
+        return
+    if convention is not PAPER:
+        must = "be left out with connection='gated'"
+        raise ValueError(fail("widen", "convention", must, convention.name))
+    check_options("widen", {k: v for k, v in options.items() if k != "rank"}, of=GatedResidual)
+    GatedResidual(1, num_streams, **options)  # which raises for a wrong value
 
 
-def _run(name: str, what: str, f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Return the evaluated result of f; ValueError says what of the block ``name`` raised."""
-    try:
-        result = f(*args, **kwargs)
-        if isinstance(result, mx.array):
-            mx.eval(result)
-        return result
-    except Exception as error:
-        raise ValueError(
-            f"[widen] layers must run on two tokens with example but {what} of {name} raised "
-            f"{type(error).__name__}: {error}"
-        ) from error
+def _hyper_connections(counts, sizes, options) -> list[list[HyperConnection]]:
+    index = iter(range(sum(counts)))
+    return [
+        [HyperConnection(*sizes, layer_idx=next(index), **options) for _ in range(count)]
+        for count in counts
+    ]
 
 
-def _check_block(name, block, dim, args, kwargs):
-    """Return the number of branches F of a block.
+def _gated_connections(blocks, names, sizes, options) -> list[list[GatedResidual]]:
+    """Return connections that compute what the norms of these names do, and take the norms away.
 
-    Raises TypeError or ValueError unless the block computes x + F(x) for each, on two tokens.
+    With up and inject at 0 all gates are 1/2 and h_post is 1, so 1 + weight is twice the norm's.
     """
-    parameters: Any = tree_flatten(block.parameters())
-    floats = (a.dtype for _, a in parameters if a.dtype in FLOATS)
-    dtype = next(floats, mx.float32)
-    x = mx.random.normal((1, 2, dim), dtype=dtype, key=mx.random.key(0))
+    dim, num_streams = sizes
+    x = mx.random.normal((2, dim), key=mx.random.key(0))
 
-    def example() -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return copy.deepcopy((args, kwargs))  # because a call fills the caches among them
+    def connect(block: nn.Module, k: int, norm: Any) -> GatedResidual:
+        connection: Any = GatedResidual(*sizes, eps=norm.eps, **options)
+        connection.weight = mx.zeros(sizes[::-1]) + (2 * norm.weight.astype(mx.float32) - 1)
+        for product in (connection.up, connection.inject):
+            product.weight = mx.zeros_like(product.weight)
+        u, _ = connection(expand_streams(x, num_streams))
+        if errors(u, norm(x))[2]:
+            must, got = "have norms x * rsqrt(mean(x**2) + eps) * weight", name_of(block, k)
+            raise ValueError(fail("widen", "layers", must, f"{type(norm).__name__} of {got}"))
+        return connection
 
-    a, k = example()
-    want = _run(name, "the call", block, x, *a, **k)
-    a, k = example()
-    branches, got = _run(name, "residual_branches", _branches, block, *a, **k), x
-    for number, branch in enumerate(branches):
-        y = _run(name, f"branch {number}", branch, got)
-        if not isinstance(y, mx.array) or y.shape != x.shape:
-            must = f"have branches that return an array of the shape of x, {list(x.shape)},"
-            what = list(y.shape) if isinstance(y, mx.array) else type(y).__name__
-            raise TypeError(fail("widen", "layers", must, f"{what} from branch {number} of {name}"))
-        got = got + y
-    if not isinstance(want, mx.array) or want.shape != x.shape or want.dtype not in FLOATS:
-        must = "return x + F(x) for each branch F, an array of floats of the shape of x,"
-        what = [*want.shape, want.dtype] if isinstance(want, mx.array) else type(want).__name__
-        raise TypeError(fail("widen", "layers", must, f"{what} from {name}"))
-    got32, want32 = got.astype(mx.float32), want.astype(mx.float32)
-    error: Any = mx.where(got32 == want32, 0, mx.abs(got32 - want32)).max().item()
-    largest: Any = mx.abs(want32).max().item()
-    if got.dtype != want.dtype or not error <= 8 * mx.finfo(dtype).eps * largest:  # or it is NaN
-        raise ValueError(
-            f"[widen] layers must compute x + F(x) for each branch F but got {name}, which does not"
-            f" (largest error {error:.1e} of {largest:.1e}): give it a method residual_branches."
-        )
-    return len(branches)
-
-
-def _check_blocks(layers, dim, args, kwargs):
-    """Return the number of branches of each block, by trial calls.
-
-    During these the blocks are in evaluation mode: dropout is off, and no module counts its calls.
-    """
-    modes = [(module, module.training) for block in layers for module in block.modules()]
-    try:
-        counts = []
-        for k, block in enumerate(layers):
-            block.eval()
-            counts.append(_check_block(_name(block, k), block, dim, args, kwargs))
-        return counts
-    finally:
-        for module, mode in modes:  # a module comes before its children, which train() sets too
-            module.train(mode)
-
-
-def _name(block: nn.Module, k: int) -> str:
-    return f"{type(block).__name__} at layers[{k}]"
+    connections = []
+    for k, (block, block_names) in enumerate(zip(blocks, names, strict=True)):
+        norms = dict(block.named_modules())
+        connections.append([connect(block, k, norms[name]) for name in block_names])
+    for block, block_names in zip(blocks, names, strict=True):
+        replace(block, {name: nn.Identity() for name in block_names})
+    return connections
 
 
 def _check_one_process(model: nn.Module | None, layers: Sequence[nn.Module | None]) -> None:
@@ -262,6 +221,7 @@ def widen(
     model: Model,
     num_streams: int = 4,
     *,
+    connection: str = "hyper",
     convention: Convention = PAPER,
     layers: Sequence[nn.Module] | None = None,
     dim: int | None = None,
@@ -283,6 +243,12 @@ def widen(
     returns another dtype than that of the streams, these go on in the dtype of x + F(x), as x does
     in the block.
 
+    With ``connection="gated"`` the connections are `GatedResidual`, which normalise what they read.
+    Each takes the place of the `nn.RMSNorm` at the input of its branch: 1 + weight is twice the
+    norm's weight, eps is the norm's, and up and inject start at 0, so that all gates are 1/2 and
+    h_post is 1. The block then has an `nn.Identity` by the norm's name. `widen` finds the norm by
+    calls of the block, and raises ValueError where a branch has none.
+
     A block is a module whose call computes ``for F in branches: x = x + F(x)``. It has one of two
     forms. Either it has a method ``residual_branches(*args, **kwargs)``, which takes the arguments
     of the call after x and returns the list of functions F. Or it is like the block of llama in
@@ -297,7 +263,8 @@ def widen(
     Args:
         model: The transformer, or None if ``layers`` are given.
         num_streams: n, 1 to 64.
-        convention: How coefficients are made from logits.
+        connection: ``"hyper"`` for `HyperConnection`, ``"gated"`` for `GatedResidual`.
+        convention: How coefficients are made from logits. `GatedResidual` has none.
         layers: The blocks in the order in which they run; None takes ``model.layers``.
         dim: C; None takes the size of the weight of ``input_layernorm`` in the first block.
         reduce: How the last block reduces the streams, as in `reduce_streams`: ``"mean"``,
@@ -305,7 +272,8 @@ def widen(
         example: The arguments after x with which the check calls a block: a tuple of positional
             arguments, or a dict of arguments by name. Blocks of gpt_oss need ``(None, None)``, for
             mask and cache.
-        options: Further keywords of `HyperConnection`: dynamic, sinkhorn_iters, ...
+        options: Further keywords of `HyperConnection`: dynamic, sinkhorn_iters, ... Or of
+            `GatedResidual`: rank, use_metal, threads_per_group, differentiable.
 
     Returns:
         The model.
@@ -331,7 +299,7 @@ def widen(
     check_sizes("widen", num_streams=(num_streams, ops.MAX_STREAMS))
     ops.check_convention("widen", convention)
     convention.check_streams("widen", num_streams)
-    check_options("widen", options, "layer_idx", "convention")
+    _check_connection(connection, num_streams, convention, options)
     if not isinstance(reduce, str) or reduce not in ("mean", "sum", "first"):
         raise ValueError(f"[widen] reduce must be 'mean', 'sum' or 'first' but got {reduce!r}.")
     if not isinstance(example, (tuple, dict)):
@@ -339,9 +307,9 @@ def widen(
         raise TypeError(fail("widen", "example", must, type(example).__name__))
     _check_one_process(model, blocks)
     for k, block in enumerate(blocks):
-        _check_form(_name(block, k), block)
+        _check_form(name_of(block, k), block)
         if sum(b is block for b in blocks) > 1:
-            name = _name(block, k)
+            name = name_of(block, k)
             raise ValueError(fail("widen", "layers", "be distinct and not yet widened", name))
     if dim is None:
         weight = getattr(getattr(blocks[0], "input_layernorm", None), "weight", None)
@@ -352,16 +320,18 @@ def widen(
     check_sizes("widen", dim=(dim, math.inf))
     args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
     for k, block in enumerate(blocks):
-        _check_arguments(_name(block, k), block, 1, args, kwargs)
+        check_arguments(name_of(block, k), block, 1, args, kwargs)
         if hasattr(block, "residual_branches"):
-            name = f"residual_branches of {_name(block, k)}"
-            _check_arguments(name, block.residual_branches, 0, args, kwargs)
-    counts = _check_blocks(blocks, dim, args, kwargs)
-    options, index = options | {"convention": convention}, iter(range(sum(counts)))
-    connections = [
-        [HyperConnection(dim, num_streams, layer_idx=next(index), **options) for _ in range(count)]
-        for count in counts
-    ]
+            name = f"residual_branches of {name_of(block, k)}"
+            check_arguments(name, block.residual_branches, 0, args, kwargs)
+    gated = connection == "gated"
+    found = check_blocks(blocks, dim, args, kwargs, gated)
+    sizes = (dim, num_streams)
+    if gated:
+        connections: list[Any] = _gated_connections(blocks, found, sizes, options)
+    else:
+        options |= {"convention": convention}
+        connections = _hyper_connections(found, sizes, options)
     for block, block_connections in zip(blocks, connections, strict=True):
         block.connections = block_connections
         block.enters = num_streams if block is blocks[0] else None

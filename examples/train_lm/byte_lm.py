@@ -16,6 +16,7 @@ from mhc_mlx.diagnostics import stream_similarity
 
 CONVENTIONS = {"static": m.ROW_FIRST, "mhc": m.PAPER, "mhc-lite": m.MHC_LITE}
 CONVENTIONS |= {"kronecker": m.KRONECKER, "identity": m.IDENTITY, "hc": m.UNCONSTRAINED}
+CONNECTIONS = (*CONVENTIONS, "gated", "plain")
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 
 
@@ -82,6 +83,23 @@ class Residual(nn.Module):
         return x + sublayer(self.norm(x[..., 0, :]))[..., None, :]
 
 
+class Gated(m.GatedResidual):
+    """This is Qwen's gated residual, which is the sublayer's norm too, with half of Qwen's rank.
+
+    So the model is about as large as with other connections.
+    """
+
+    def __init__(self, dim: int, streams: int, **options):
+        super().__init__(dim, streams, max(1, streams * dim // 64), **options)
+        self.down, up = Linear(streams * dim, self.rank), Linear(self.rank, streams * dim)
+        up.weight = self.up.weight  # which starts small
+        self.up = up
+
+    def __call__(self, x: mx.array, sublayer: nn.Module) -> mx.array:
+        u, add_residual = super().__call__(x)
+        return add_residual(sublayer(u))
+
+
 class Block(nn.Module):
     """Attention and MLP sit in a connection each."""
 
@@ -112,13 +130,15 @@ class ByteLM(nn.Module):
     ):
         super().__init__()
         self.streams, self.dtype, self.recompute = streams, dtype, recompute
-        options = {"dynamic": connection != "static", "use_metal": use_metal}
+        options = {"use_metal": use_metal}
 
         def connect(k: int) -> nn.Module:
             if connection == "plain":
                 return Residual(dim)
-            convention = CONVENTIONS[connection]
-            return m.MHCLayer(streams, dim, convention=convention, layer_idx=k, **options)
+            if connection == "gated":
+                return Gated(dim, streams, **options)
+            made = {"convention": CONVENTIONS[connection], "dynamic": connection != "static"}
+            return m.MHCLayer(streams, dim, layer_idx=k, **made, **options)
 
         self.embedding = Embedding(256, dim)
         self.blocks = [

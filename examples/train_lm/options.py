@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import math
 
-from examples.train_lm.byte_lm import CONVENTIONS, DTYPES
+from examples.train_lm.byte_lm import CONNECTIONS, CONVENTIONS, DTYPES
 from mhc_mlx.commands import make_parser, memory
 
 COMMAND = "python -m examples.train_lm"
@@ -57,7 +57,7 @@ def trainer_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--data", metavar="FILE", help="text to train on")
     add("--seconds", type=float, default=120, help="stop after this long")
     add("--steps", type=int, default=10_000, help="or after so many steps, where the cosine ends")
-    add("--connection", choices=[*CONVENTIONS, "plain"], default="static")
+    add("--connection", choices=CONNECTIONS, default="static")
     add("--streams", type=int, default=4, help="of every connection but plain")
     add("--dim", type=int, default=64)
     add("--depth", type=int, default=2, help="blocks of attention and MLP")
@@ -67,7 +67,12 @@ def trainer_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--batch", type=int, default=8, help="sequences that each process takes at once")
     add("--accumulate", type=int, default=1, help="so many of them, in turn, make a step")
     add("--lr", type=float, default=3e-3)
-    add("--gates-rate", type=float, default=10, help="of all in connections but phi: times --lr")
+    add(
+        "--gates-rate",
+        type=float,
+        default=10,
+        help="of connections, but for matrices: times --lr",
+    )
     add("--warmup", type=int, default=300, help="steps")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--dtype", choices=DTYPES, default="float32")
@@ -115,7 +120,7 @@ def parse(command: list[str] | None = None, description: str | None = None) -> a
     named = options_named(parser, command, args)
     refuse_empty(parser, args, "data", "log", "plot", "checkpoint")
     check_numbers(parser, args)
-    if args.connection != "plain":
+    if args.connection in CONVENTIONS:
         try:
             CONVENTIONS[args.connection].check_streams("--streams", args.streams)
         except ValueError as error:

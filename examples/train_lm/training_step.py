@@ -10,6 +10,9 @@ from mlx.utils import tree_flatten, tree_map
 
 from examples.train_lm.byte_lm import loss_fn
 
+# Weights of products over channels, in connections too; the products of a gated residual are these.
+MATRICES = ("phi", "down.weight", "up.weight", "inject.weight")
+
 
 def make_optimizer(lr: float, steps: int, warmup: int, gates: float = 10) -> optim.Optimizer:
     """Make an AdamW whose rate rises for ``warmup`` steps and falls as a cosine to a tenth at
@@ -27,11 +30,11 @@ def make_optimizer(lr: float, steps: int, warmup: int, gates: float = 10) -> opt
 
         return optim.AdamW(schedule, eps=1e-6, weight_decay=0.01)
 
-    # Gates and mixing logits move by whole units where weights, phi among them, move by hundredths:
-    # their rate is ``gates`` times as high.
+    # Gates and mixing logits move by whole units where matrices, phi among them, move by
+    # hundredths: their rate is ``gates`` times as high.
     return optim.MultiOptimizer(
         [adam(gates * lr), adam(lr)],
-        [lambda name, _: "connections" in name and not name.endswith("phi")],
+        [lambda name, _: "connections" in name and not name.endswith(MATRICES)],
     )
 
 

@@ -36,8 +36,9 @@ def plot(
 
     gains.png has composite gains over depth, on a log axis; streams.png the similarity between
     streams, and gradient norms, over depth; h_res.png mixing matrices at up to four depths, and the
-    composite, as heat maps; gates.png h_pre and h_post of each stream over depth; loss.png a column
-    of the logs over steps. The fields are those of `ConnectionReport`.
+    composite, as heat maps; gates.png h_pre and h_post of each stream over depth, and the smallest
+    and largest gate of each stream where a connection is a `GatedResidual`; loss.png a column of
+    the logs over steps. The fields are those of `ConnectionReport`.
 
     Args:
         reports: A report, or a list with a report for each seed, by name of run. The matrices and
@@ -225,31 +226,49 @@ def _draw_matrices(Figure, runs: dict):
     return figure
 
 
+def _gate_values(seeds: list, gate: str) -> list[list[float]] | None:
+    """Return a gate by stream and depth, in the first seed, NaN where a connection has none."""
+    connections = seeds[0].connections
+    if all(getattr(c, gate) is None for c in connections):
+        return None
+    n = max(c.streams for c in connections)
+    columns = [((getattr(c, gate) or []) + [math.nan] * n)[:n] for c in connections]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+# What is drawn of a GatedResidual beside h_pre, the mean of its gates, and h_post.
+_GATES = {"gate_min": "smallest gate", "gate_max": "largest gate"}
+
+
 def _draw_gates(Figure, runs: dict):
-    figure = Figure(figsize=(12, 1.7 * len(runs) + 1), layout="constrained")
-    grid = figure.subplots(len(runs), 2, squeeze=False)
-    tops = {}
-    for gate in ("h_pre", "h_post"):
-        values = [v for s in runs.values() for c in s[0].connections for v in getattr(c, gate)]
-        tops[gate] = max([1.0 if gate == "h_pre" else 2.0, *filter(math.isfinite, values)])
-    for row, (name, seeds) in zip(grid, runs.items(), strict=True):
-        for axes, gate in zip(row, tops, strict=True):
-            connections = seeds[0].connections
-            n = max(c.streams for c in connections)
-            padding = [math.nan] * n
-            columns = [(getattr(c, gate) + padding)[:n] for c in connections]
-            values = [list(row) for row in zip(*columns, strict=True)]  # [stream][depth]
-            extent = (0.5, len(connections) + 0.5, n - 0.5, -0.5)
-            scale = {"vmin": 0, "vmax": tops[gate], "cmap": "viridis", "aspect": "auto"}
-            axes.imshow(values, extent=extent, interpolation="nearest", **scale)
+    values = {
+        gate: {name: _gate_values(seeds, gate) for name, seeds in runs.items()}
+        for gate in ("h_pre", "h_post", "gate_min", "gate_max")
+    }
+    values = {gate: of for gate, of in values.items() if any(of.values())}
+    figure = Figure(figsize=(6 * len(values), 1.7 * len(runs) + 1), layout="constrained")
+    grid = figure.subplots(len(runs), len(values), squeeze=False)
+    for column, (gate, of_run) in enumerate(values.items()):
+        drawn = [v for rows in of_run.values() for row in rows or [] for v in row]
+        top = max([2.0 if gate == "h_post" else 1.0, *filter(math.isfinite, drawn)])
+        shown = []
+        for axes, (name, rows) in zip(grid[:, column], of_run.items(), strict=True):
+            if rows is None:
+                axes.set_axis_off()
+                continue
+            n, depth = len(rows), len(rows[0])
+            scale = {"vmin": 0, "vmax": top, "cmap": "viridis", "aspect": "auto"}
+            extent = (0.5, depth + 0.5, n - 0.5, -0.5)
+            image = axes.imshow(rows, extent=extent, interpolation="nearest", **scale)
+            shown.append((axes, image))
             axes.set_yticks(range(n) if n <= 8 else [0, n - 1])
-            _depth_axis(axes, len(connections))
-            axes.set_title(f"{name}, {gate}", fontsize=9)
+            _depth_axis(axes, depth)
+            axes.set_title(f"{name}, {_GATES.get(gate, gate)}", fontsize=9)
             axes.set_ylabel("stream")
-    for k in range(2):
-        grid[-1][k].set_xlabel("connection")
-        image = grid[-1][k].images[0]
-        figure.colorbar(image, ax=list(grid[:, k]), label="mean over tokens")
+        last, image = shown[-1]
+        last.set_xlabel("connection")
+        label = _GATES.get(gate, "mean over tokens")
+        figure.colorbar(image, ax=list(grid[:, column]), label=label)
     return figure
 
 

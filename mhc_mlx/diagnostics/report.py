@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..gated import GatedResidual
 from ..layers import HyperConnection, observer, starting_logits
 from ..reference import gates
 
@@ -21,13 +22,15 @@ class ConnectionReport:
     """This report says what one connection did in one run, in numbers and nested lists.
 
     Gains are computed for the matrix of each token (arXiv 2512.24880, section 3.1). A field with
-    ``_max`` is the largest gain of a token, one without it is the mean over tokens.
+    ``_max`` is the largest gain of a token, one without it is the mean over tokens. In a
+    `GatedResidual` h_res is the identity, so that its gains are 1 and its errors 0.
 
     Attributes:
         name: The path of the connection in the model.
-        convention, dynamic, streams: The name of the convention; whether the connection is dynamic;
-            n.
-        h_pre, h_post: ``[n]``, means over tokens.
+        convention, dynamic, streams: The name of the convention, or ``"gated"``; whether the
+            connection is dynamic; n.
+        h_pre, h_post: ``[n]``, means over tokens. In a `GatedResidual`, which has a gate for each
+            channel, h_pre is the mean of a stream's gates over tokens and channels.
         h_res: ``[n][n]``, mean over tokens, row = output.
         composite: ``[n][n]``, mean over tokens of the product of h_res from the first connection to
             this one, row = output.
@@ -43,6 +46,8 @@ class ConnectionReport:
             the value before training.
         gradient_norms: ``[n]``, the norm of d loss / d x[i] over tokens and channels, x the streams
             after the connection. None without a loss.
+        gate_min, gate_max: ``[n]``, the smallest and the largest of a stream's gates over tokens
+            and channels, in a `GatedResidual`. None in other connections.
     """
 
     name: str
@@ -67,6 +72,8 @@ class ConnectionReport:
     h_pre_moved: float
     h_post_moved: float
     gradient_norms: list[float] | None = None
+    gate_min: list[float] | None = None
+    gate_max: list[float] | None = None
 
 
 _COLUMNS = {
@@ -100,12 +107,15 @@ def _numbers(v: Any) -> Any:
     return math.nan if v is None else v
 
 
-def _read_connection(gradient_norms=None, similarity=None, **fields: Any) -> ConnectionReport:
+_OPTIONAL = ("gradient_norms", "gate_min", "gate_max")  # None where there are none
+
+
+def _read_connection(similarity=None, **fields: Any) -> ConnectionReport:
     """Return the report with these fields, as `StabilityReport.to_dict` writes them."""
+    absent = {k for k in _OPTIONAL if fields.get(k) is None}
     return ConnectionReport(
-        gradient_norms=None if gradient_norms is None else _numbers(gradient_norms),
         similarity=None if fields["streams"] == 1 else _numbers(similarity),
-        **{k: _numbers(v) for k, v in fields.items()},
+        **{k: _numbers(v) for k, v in fields.items() if k not in absent},
     )
 
 
@@ -197,16 +207,38 @@ def _mean(h: mx.array, ndim: int) -> mx.array:
     return h.mean(axis=tuple(range(h.ndim - ndim)))
 
 
-def _moved(connection: HyperConnection, h_pre, h_post, before: ConnectionReport | None) -> list:
+def _coefficients(connection: HyperConnection | GatedResidual, x: mx.array) -> dict[str, Any]:
+    """Return h_pre, h_post and h_res of each token, and the fields that only a connection knows."""
+    if isinstance(connection, GatedResidual):
+        gate, h_post = connection.coefficients(x)
+        h_pre, h_res = gate.mean(-1), None
+        axes = [*range(gate.ndim - 2), gate.ndim - 1]  # all but the streams
+        fields = {"convention": "gated", "dynamic": True}
+        fields |= {"gate_min": gate.min(axes), "gate_max": gate.max(axes)}
+    else:
+        h_pre, h_post, h_res = connection.coefficients(x)
+        fields = {"convention": connection.convention.name, "dynamic": connection.dynamic}
+    h_res = mx.eye(connection.num_streams) if h_res is None else h_res
+    return {"h_pre": h_pre, "h_post": h_post, "h_res": h_res, **fields}
+
+
+def _starts(connection: HyperConnection | GatedResidual) -> list[tuple[mx.array, mx.array]]:
+    """Return each h_pre and h_post with which a connection may have begun."""
+    n = connection.num_streams
+    if isinstance(connection, GatedResidual):
+        return [(mx.full(n, 0.5), mx.ones(n))]
+    c = connection.convention
+    return [gates(*starting_logits(n, c, k)[:2], c) for k in range(n if c.sigmoid else 1)]
+
+
+def _moved(connection, h_pre, h_post, before: ConnectionReport | None) -> list:
     """``max_j |h[j] - start[j]|`` of h_pre and of h_post.
 
-    The start is that of the report before, or else the nearest that `HyperConnection` may have had.
+    The start is that of the report before, or else the nearest that the connection may have had.
     """
-    c, n = connection.convention, connection.num_streams
+    starts = _starts(connection)
     if before is not None:
         starts = [(mx.array(before.h_pre), mx.array(before.h_post))]
-    else:
-        starts = [gates(*starting_logits(n, c, k)[:2], c) for k in range(n if c.sigmoid else 1)]
     return [
         mx.stack([mx.abs(h - start[k]).max() for start in starts]).min()
         for k, h in enumerate((h_pre, h_post))
@@ -283,9 +315,10 @@ def stability_report(
 ) -> StabilityReport:
     """Run a model once and report on its connections in the order of their calls.
 
-    Connections are the `HyperConnection` and `MHCLayer` modules of the model, static or dynamic,
-    with any convention, also inside `MHCBlock`, its subclasses and blocks of `widen`. With a loss
-    function the model runs once more, for gradients. The model and its parameters do not change.
+    Connections are the `HyperConnection`, `MHCLayer` and `GatedResidual` modules of the model,
+    static or dynamic, with any convention, also inside `MHCBlock`, its subclasses and blocks of
+    `widen`. A write-back in `GatedResidual.read` is not seen. With a loss function the model runs
+    once more, for gradients. The model and its parameters do not change.
 
     The composite multiplies the h_res of each token in that order, in float32 without TF32. It
     starts anew at a connection where the number of streams or the leading axes change.
@@ -321,7 +354,8 @@ def stability_report(
         must = "be a StabilityReport"
         raise TypeError(f"[{op}] before must {must} but got {type(before).__name__}.")
     batch = batch if isinstance(batch, tuple) else (batch,)
-    names = {id(m): k for k, m in model.named_modules() if isinstance(m, HyperConnection)}
+    kinds = (HyperConnection, GatedResidual)
+    names = {id(m): k for k, m in model.named_modules() if isinstance(m, kinds)}
     found, outs, composite = [], [], None
 
     def record(connection, x, out):
@@ -330,11 +364,10 @@ def stability_report(
             return out
         if x.size == 0:
             raise ValueError(f"[{op}] batch must have tokens but got streams {list(x.shape)}.")
-        h_pre, h_post, h_res = connection.coefficients(x)
-        n = connection.num_streams
-        h_res = mx.eye(n) if h_res is None else h_res
+        n, made = connection.num_streams, _coefficients(connection, x)
+        h_res = made["h_res"]
         composite = _composed(h_res, composite)
-        k, means = len(found), (_mean(h_pre, 1), _mean(h_post, 1))
+        k, means = len(found), (_mean(made["h_pre"], 1), _mean(made["h_post"], 1))
         start = before.connections[k] if before and k < len(before.connections) else None
         if start is not None and start.streams != n:
             must, got = f"be of connections with {n} streams", f"one with {start.streams}"
@@ -343,9 +376,8 @@ def stability_report(
         found.append(
             {
                 "name": names[id(connection)] or type(connection).__name__,
-                "convention": connection.convention.name,
-                "dynamic": connection.dynamic,
                 "streams": n,
+                **made,
                 "h_pre": means[0],
                 "h_post": means[1],
                 "h_res": _mean(h_res, 2),
@@ -365,7 +397,7 @@ def stability_report(
     with _observed(record):
         loss = model(*batch) if loss_fn is None else loss_fn(model, *batch)
     if not found:
-        must = "run a HyperConnection or MHCLayer of its own, outside mx.compile"
+        must = "run a HyperConnection, MHCLayer or GatedResidual of its own, outside mx.compile"
         got = f"{type(model).__name__}, which ran none"
         raise ValueError(f"[{op}] model must {must} but got {got}.")
     if before is not None and len(before.connections) != len(found):

@@ -272,10 +272,32 @@ def mhc_triton(random, n):
     return tensors, module, own
 
 
+def qwen4_exp(random, n):
+    """mlx-vlm models/qwen4_exp/language.py, `Qwen4ExpGatedResidual` and its decoder layer."""
+    tensors = {
+        "hc_norm.weight": normal(random, n * C) / 2,
+        "input_mix_weight_down.weight": normal(random, 5, n * C) / math.sqrt(C),
+        "input_mix_weight_up.weight": normal(random, n * C, 5),
+        "block_inject_weight.weight": normal(random, n, n * C) / math.sqrt(C),
+    }
+    module = m.GatedResidual(C, n, 5, 1e-2)
+
+    def own(x, f, t):
+        weight, down, up, inject = t.values()
+        normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-2)
+        v = normed.reshape(*x.shape[:-2], -1) * (1 + weight)
+        z = v @ down.T / n
+        gates = sigmoid((z * sigmoid(z)) @ up.T)
+        u = (gates * v).reshape(x.shape).mean(-2)
+        return u, x + (2 * sigmoid(v @ inject.T / n))[..., None] * f(u)[..., None, :]
+
+    return tensors, module, own
+
+
 MADE = {
     f.__name__: f
     for f in (
         *(deepseek_v4, hy_v4, hy_v4_of_transformers, xing4_0, mhc_cu, mhc_cu_static),
-        *(mhc_lite, flash_mhc, flash_mhc_in_another_order, mhc_triton),
+        *(mhc_lite, flash_mhc, flash_mhc_in_another_order, mhc_triton, qwen4_exp),
     )
 }

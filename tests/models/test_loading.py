@@ -26,6 +26,7 @@ from models.source_formulas import (
     mhc_lite,
     mhc_triton,
     normal,
+    qwen4_exp,
     sigmoid,
     sublayer,
     unit,
@@ -136,13 +137,13 @@ def test_no_dtype_changes_in_silence(made, dtype):
     m.load(module, arrays(tensors, dtype=dtype), "")
     target = module.connection if isinstance(module, m.MHCBlock) else module
     layouts = [x for x in sources.LAYOUTS if x.kind != "head"]
-    layouts = [x for x in layouts if x.fits(target.convention)]
+    layouts = [x for x in layouts if x.fits(getattr(target, "convention", None))]
     (layout,) = (x for x in layouts if {t.name for t in x.tensors} == set(tensors))
     for tensor in layout.tensors:
         if tensor.to:
             in_float32 = any(step.endswith("in float32") for step in tensor.steps)
             want = mx.float32 if in_float32 else dtype
-            assert target[tensor.to.split("[")[0]].dtype == want, tensor
+            assert parameters(target)[tensor.to.split("[")[0]].dtype == want, tensor
 
 
 def test_v4_is_v41_unlagged(launched):
@@ -211,6 +212,33 @@ def test_the_names_of_mlx_vlm(source):
     modules.close(add_residual(y), want)
 
 
+@pytest.mark.parametrize("made", [m.GatedResidual, m.GatedHead])
+def test_the_names_of_mlx_vlm_for_qwen(made):
+    """Its class, with and without a write-back; and that a head is told from a connection."""
+    pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed: its modules are not loaded")
+    from mlx_vlm.models.qwen4_exp.language import Qwen4ExpGatedResidual
+
+    config = SimpleNamespace(hc_count=4, hidden_size=C, hc_lowrank=5, rms_norm_eps=1e-2)
+    mx.random.seed(0)
+    theirs = modules.shaken(Qwen4ExpGatedResidual(config, use_combine=made is m.GatedResidual))
+    weights = {f"h.attn.{k}": a for k, a in parameters(theirs).items()}
+    ours = m.load(made(C, 4, 5, 1e-2), weights, "h.attn")
+    x, y = 3 * mx.random.normal((2, 3, 4, C)), mx.random.normal((2, 3, C))
+    mx.disable_compile()
+    try:
+        found = theirs(m.merge_streams(x))
+        if made is m.GatedHead:
+            modules.close(ours(x), found)
+            return
+        read, streams, weights = found
+        u, add_residual = ours(x)
+        modules.close(u, read)
+        want = m.split_streams(streams, 4) + weights[..., None] * y[..., None, :]
+        modules.close(add_residual(y), want)
+    finally:
+        mx.enable_compile()
+
+
 # ---- errors
 
 
@@ -271,16 +299,35 @@ V4 = deepseek_v4(np.random.default_rng(0), 4)
 WEIGHTS = {f"c_{k}": a for k, a in arrays(V4[0]).items()}
 CU, LITE = mhc_cu(np.random.default_rng(0), 4), mhc_lite(np.random.default_rng(0), 4)
 HY4, XING_4 = hy_v4(np.random.default_rng(0), 4), xing4_0(np.random.default_rng(0), 4)
-FLASH = flash_mhc(np.random.default_rng(0), 4)
+FLASH, QWEN = flash_mhc(np.random.default_rng(0), 4), qwen4_exp(np.random.default_rng(0), 4)
 
 
 def v4(dim=C, **options):
     return m.HyperConnection(dim, convention=m.DEEPSEEK_V4, **options)
 
 
+def adapted():
+    """As a module whose product is quantised or has LoRA."""
+    module = m.GatedResidual(C, 4, 5)
+    module.up = nn.Sequential(module.up)
+    return module
+
+
 BAD = [  # a module, the tensors, further arguments, and what is said
     (nn.Linear(2, 2), WEIGHTS, {}, TypeError, "module must be a HyperConnection, .* got Linear"),
     (None, WEIGHTS, {}, TypeError, "module must be"),
+    (
+        QWEN[1],
+        arrays(QWEN[0], "c."),
+        {"source": "hy_v4"},
+        ValueError,
+        "hy_v4 has .* only .'hc_norm",
+    ),
+    (m.HyperConnection(C), arrays(QWEN[0], "c."), {}, ValueError, "be a GatedResidual for .*Qwen"),
+    (m.GatedHead(C, 4, 5), arrays(QWEN[0], "c."), {}, ValueError, "GatedResidual .* GatedHead"),
+    (m.GatedResidual(C, 4, 6), arrays(QWEN[0], "c."), {}, ValueError, r"shape \[6, 48\] but got"),
+    (m.GatedResidual(C), WEIGHTS, {}, ValueError, "dynamic HyperConnection for .* GatedResidual"),
+    (adapted(), arrays(QWEN[0], "c."), {}, TypeError, "module.up must be an nn.Linear .* Sequent"),
     (v4(), [], {}, TypeError, "weights must be a dict of str but got list"),
     (v4(), {3: mx.zeros(2)}, {}, TypeError, "weights must be a dict of str"),
     (v4(), WEIGHTS, {"prefix": None}, TypeError, "prefix must be a str but got NoneType"),
@@ -348,7 +395,8 @@ def tables() -> str:
     lines.append("|---|---|---|---|---|---|")
     for x in sources.LAYOUTS:
         kind = sources.KINDS[x.kind].split(" ", 1)[1]
-        row = (f"`{x.source}`", x.models, kind, f"`{x.convention.name}`", x.settings, x.prefixes)
+        convention = f"`{x.convention.name}`" if x.convention else "none"
+        row = (f"`{x.source}`", x.models, kind, convention, x.settings, x.prefixes)
         lines.append(f"| {' | '.join(row)} |")
     lines += [
         "",
@@ -383,10 +431,12 @@ def test_every_layout_is_tested():
     for made in MADE.values():
         tensors, module, _ = made(np.random.default_rng(0), 4)
         target = module.connection if isinstance(module, m.MHCBlock) else module
-        tested.append((set(tensors), target.convention.start))
+        convention = getattr(target, "convention", None)
+        tested.append((set(tensors), convention and convention.start))
     for x in sources.LAYOUTS:
-        if x.kind != "head":
-            assert ({t.name for t in x.tensors}, x.convention.start) in tested, x.source
+        if not x.kind.endswith("head"):
+            start = x.convention and x.convention.start
+            assert ({t.name for t in x.tensors}, start) in tested, x.source
 
 
 if __name__ == "__main__":

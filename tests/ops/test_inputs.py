@@ -209,6 +209,8 @@ WRONG = {
 LAYER = {k: v for k, v in WRONG.items() if k not in ("dim", "num_streams", "convention")}
 LAYER |= {"n": WRONG["num_streams"], "C": INT, "eps": WRONG["norm_eps"], "convention": CONVENTION}
 HEAD = {k: v for k, v in WRONG.items() if k not in ("layer_idx", "dynamic", "sinkhorn_iters")}
+GATED = {k: v for k, v in HEAD.items() if k not in ("convention", "init_scale", "norm_eps")}
+GATED |= {"rank": [bad for bad in INT if bad is not None], "eps": WRONG["norm_eps"]}
 FUNCTION = (3, "tanh", nn.Tanh, ARRAY)
 BLOCK = WRONG | {"layer": (None, *FUNCTION), "norm": FUNCTION}
 LITE = {k: v for k, v in BLOCK.items() if k != "convention"} | {"subtract_input": BOOL}
@@ -225,16 +227,19 @@ class Residual(nn.Module):
 WIDEN = {k: v for k, v in WRONG.items() if k != "layer_idx"}
 WIDEN |= {"model": (3, "model", mx.tanh), "reduce": ("max", None, 1, ["mean"])}
 WIDEN |= {"layers": (3, "abc", Residual(), [], [None], [mx.tanh], [Residual, 3], (nn.Module(),))}
+WIDEN |= {"connection": ("mhc", None, 3, ["gated"], True)}
 WIDEN |= {"example": (None, 3, [1], "ab", (1, 2), {"x": 1, "scales": 2}), "dim": WRONG["dim"]}
 RIGHT = {
     m.HyperConnection: {"dim": 8},
     m.MHCLayer: {"n": 4, "C": 8},
     m.HyperHead: {"dim": 8},
+    m.GatedResidual: {"dim": 8},
+    m.GatedHead: {"dim": 8},
     m.MHCBlock: {"layer": mx.tanh, "dim": 8},
     m.MHCLiteBlock: {"layer": mx.tanh, "dim": 8},
     m.widen: {"model": nn.Module(), "dim": 8},
 }
-TABLES = dict(zip(RIGHT, (WRONG, LAYER, HEAD, BLOCK, LITE, WIDEN), strict=True))
+TABLES = dict(zip(RIGHT, (WRONG, LAYER, HEAD, GATED, GATED, BLOCK, LITE, WIDEN), strict=True))
 
 
 def refused(op, make, given, argument):
@@ -317,10 +322,10 @@ def test_options_that_are_set_later():
     for module in (
         *(m.HyperConnection(8), m.HyperConnection(8, dynamic=False), m.HyperHead(8)),
         *(m.MHCLayer(4, 8), m.MHCLayer(4, 8, dynamic=True)),
-        m.MHCLayer(4, 8, convention=m.IDENTITY),
+        *(m.MHCLayer(4, 8, convention=m.IDENTITY), m.GatedResidual(8), m.GatedHead(8)),
     ):
         names = ["use_metal", "differentiable", "threads_per_group"]
-        names += ["norm_eps"] * ("phi" in module) + ["eps"] * isinstance(module, m.MHCLayer)
+        names += ["norm_eps"] * ("phi" in module) + ["eps"] * hasattr(module, "eps")
         for name in names:
             right = getattr(module, name)
             for bad in LAYER[name]:
@@ -346,12 +351,14 @@ DEFAULTS = {
     **{"use_metal": True, "threads_per_group": None, "verbose": False, "differentiable": True},
     **{"num_streams": 4, "layer_idx": 0, "sinkhorn_iters": None, "init_scale": 0.01, "norm": None},
     **{"subtract_input": False, "how": "mean", "reduce": "mean", "layers": None, "dim": None},
+    **{"connection": "hyper", "gate_min": None, "gate_max": None},
     **{"example": (), "in_axes": 0, "out_axes": 0, "logs": None, "column": "bits_per_byte"},
     **{"gradient_norms": None, "loss": None, "loss_fn": None, "before": None, "name": "eps"},
-    **{"source": None, "leave": ()},
+    **{"source": None, "leave": (), "rank": None, "y": None, "h_post": None, "inject": None},
 }
 USUAL = {"sinkhorn_knopp": m.ROW_FIRST, "mhc_layer": m.ROW_FIRST, "MHCLayer": m.ROW_FIRST}
 USUAL |= {"mhc_single_pass": m.DEEPSEEK_V4}  # others have PAPER
+EPS = dict.fromkeys(("stream_norm", "gated_residual", "GatedResidual", "GatedHead"), 1e-6)
 DYNAMIC_BY_DEFAULT = {"HyperConnection": True, "MHCLayer": False}
 
 
@@ -368,7 +375,7 @@ def test_every_default():
                 if f is m.Convention or p.default is p.empty:
                     continue
                 want = DEFAULTS | {"convention": USUAL.get(name, m.PAPER)}
-                want |= {"dynamic": DYNAMIC_BY_DEFAULT.get(name)}
+                want |= {"dynamic": DYNAMIC_BY_DEFAULT.get(name), "eps": EPS.get(name, 1e-5)}
                 same = type(p.default) is type(want[p.name]) and p.default == want[p.name]
                 assert same, f"{name}, {p.name}: {p.default}"
                 seen.add(p.name)
@@ -397,7 +404,8 @@ def test_ops_take_what_the_reference_takes():
     from mhc_mlx import reference
 
     for name, f in vars(reference).items():
-        if inspect.isfunction(f) and not name.startswith("_") and name != "gates":
+        no_op = name.startswith("_") or name in ("gates", "gated_residual")  # which is two ops
+        if inspect.isfunction(f) and not no_op:
             positional = [p.name for p in inspect.signature(getattr(ops, name)).parameters.values()]
             assert positional[: len(inspect.signature(f).parameters)] == list(
                 inspect.signature(f).parameters

@@ -211,6 +211,26 @@ def test_plain_goes_on_whatever_streams_says(corpus, tmp_path, capsys, uncompile
     assert rows(tmp_path / "log.csv") == before
 
 
+def test_a_gated_run_goes_on(corpus, uninterrupted, tmp_path, capsys, uncompiled):
+    """Bit for bit, and its products' weights are in the checkpoint; another connection's is not."""
+    train(corpus, tmp_path, "--connection", "gated")
+    before, (newest, _) = rows(tmp_path / "log.csv"), list_checkpoints(tmp_path / "checkpoints")
+    names = {k for k in load_checkpoint(tmp_path / "checkpoints")[1] if "connections.1" in k}
+    products = ("weight", "down.weight", "up.weight", "inject.weight")
+    assert {f"model.blocks.0.connections.1.{k}" for k in products} < names
+    shutil.copytree(tmp_path / "checkpoints", tmp_path / "whole")
+    os.remove(newest)
+    train(corpus, tmp_path, "--connection", "gated", "--resume")
+    assert "resumed after step 8" in capsys.readouterr().out
+    assert rows(tmp_path / "log.csv") == before
+    same_checkpoint(tmp_path / "checkpoints", tmp_path / "whole")
+    with pytest.raises(SystemExit, match="was made with connection static, not gated"):
+        train(
+            *(corpus, uninterrupted, "--resume", "--connection", "gated"),
+            *("--log", tmp_path / "other.csv"),
+        )
+
+
 def test_random_state_is_restored(corpus, tmp_path, capsys, monkeypatch, uncompiled):
     """The sample at the end is the same, though the resumed process drew other numbers before."""
 

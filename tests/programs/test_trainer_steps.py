@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from examples.train_lm import train as program
 from examples.train_lm import training_step
-from examples.train_lm.byte_lm import CONVENTIONS, ByteLM, Windows, loss_fn
+from examples.train_lm.byte_lm import CONNECTIONS, ByteLM, Windows, loss_fn
 from examples.train_lm.checkpoints import load_checkpoint
 from examples.train_lm.log import Log
 from examples.train_lm.options import parse
@@ -104,7 +104,7 @@ def test_pictures_on_a_signal_and_at_the_end(corpus, tmp_path, monkeypatch):
     assert all(c.h_pre_moved > 1e-3 and min(c.gradient_norms) > 0 for c in report.connections)
 
 
-@pytest.mark.parametrize("connection", [*CONVENTIONS, "plain"])
+@pytest.mark.parametrize("connection", CONNECTIONS)
 def test_every_connection_trains_in_bfloat16_as_in_float32(
     connection, corpus, tmp_path, uncompiled
 ):
@@ -136,11 +136,19 @@ def test_windows_are_all_taken_once_in_an_epoch():
     assert Windows(1000, 16, seed=4).starts(0, 61).tolist() != first
 
 
-def test_every_step_is_adamw_of_the_clipped_mean_at_two_rates(corpus, tmp_path, uncompiled):
+@pytest.mark.parametrize("connection", ["mhc", "gated"])
+def test_every_step_is_adamw_of_the_clipped_mean_at_two_rates(
+    connection, corpus, tmp_path, uncompiled
+):
     """NumPy finds the parameters and moments after five steps in float64, from MLX's gradient of
     the batch: rates, warm-up, cosine, decay of all parameters, clipping, accumulation, text."""
+
+    def is_gate(name):
+        matrices = {"phi", "down", "up", "inject"}
+        return "connections" in name and not matrices & {*name.split("connections")[1].split(".")}
+
     lr, gates, clip, warmup, steps, share = 0.02, 4.0, 0.3, 2, 5, 6
-    options = ["--connection", "mhc", "--batch", 2, "--accumulate", 3, "--steps", steps]
+    options = ["--connection", connection, "--batch", 2, "--accumulate", 3, "--steps", steps]
     options += ["--lr", lr, "--gates-rate", gates, "--clip", clip, "--warmup", warmup, "--seed", 5]
     result = train(corpus, tmp_path, *options, "--save-every", steps)
     got = load_checkpoint(tmp_path / "checkpoints")[1]
@@ -170,7 +178,7 @@ def test_every_step_is_adamw_of_the_clipped_mean_at_two_rates(corpus, tmp_path, 
             g = g * min(1, clip / norm)
             first[k] = 0.9 * first[k] + 0.1 * g
             second[k] = 0.999 * second[k] + 0.001 * g**2
-            of = lr * rate * (gates if "connections" in k and not k.endswith("phi") else 1)
+            of = lr * rate * (gates if is_gate(k) else 1)
             weights[k] = (1 - of * 0.01) * weights[k] - of * first[k] / (np.sqrt(second[k]) + 1e-6)
     assert clipped == steps and any("connections" in k for k in weights)
     assert result["losses"] == pytest.approx(losses, rel=BOUND)
@@ -179,7 +187,7 @@ def test_every_step_is_adamw_of_the_clipped_mean_at_two_rates(corpus, tmp_path, 
         error = np.abs(np.array(got[f"model.{k}"]) - want).max()
         # Adam divides gradients by their size: those near its eps of 1e-6 keep fewer digits.
         assert moved > 0.01 and error < 1e-3 * moved, f"{k}: {error} of {moved}"
-        which = 0 if "connections" in k and not k.endswith("phi") else 1
+        which = 0 if is_gate(k) else 1
         for name, moments in (("m", first), ("v", second)):
             moment = np.array(got[f"optimizer.states.{which}.{k}.{name}"])
             assert np.abs(moment - moments[k]).max() < 1e-4 * np.abs(moments[k]).max(), (k, name)

@@ -15,9 +15,19 @@ import pytest
 from programs.test_packaging import ROOT, unpack_wheel
 
 PROGRAM = Path(__file__).with_name("typed_program.py")
-ROOMS = ("sinkhorn", "streams", "static", "pre", "seam")
-MODULES = ("adapters", "commands", "conventions", "diagnostics", "launch", "layers", "loading")
-MODULES += ("models", "ops", "reference", "sources", "streams", "widening")
+ROOMS = ("sinkhorn", "streams", "static", "pre", "seam", "gated")
+MODULES = ("adapters", "commands", "conventions", "diagnostics", "gated")
+MODULES += (
+    "launch",
+    "layers",
+    "loading",
+    "models",
+    "ops",
+    "reference",
+    "sources",
+    "streams",
+    "widening",
+)
 MODULES += tuple(f"ops.{room}" for room in ROOMS)
 PUBLIC = ("mhc_mlx", *(f"mhc_mlx.{name}" for name in MODULES))
 

@@ -22,5 +22,8 @@ def report(model: Module, tokens: mx.array) -> StabilityReport:
     u, h_post, h_res, x = mhc.mhc_pre(x, connection.phi, connection.bias, connection.alpha)
     x = mhc.stream_mix_add(x, u, h_post, h_res, use_metal=False)
     h: mx.array = mhc.vmap(mhc.reduce_streams)(x) + mhc.HyperHead(64)(x)
+    gated = mhc.GatedResidual(64, 4, rank=8, eps=1e-6)
+    u, h_post, x = gated.read(x)
+    h = h + mhc.GatedHead(64, 4)(x, gated(x)[0] + u, h_post)
     wide: Module = mhc.widen(model, 4, convention=mhc.PAPER, reduce="sum", dynamic=False)
     return stability_report(wide, (h,), before=None)
