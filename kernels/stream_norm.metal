@@ -108,7 +108,7 @@ for (uint t0 = threadgroup_position_in_grid.x * TILE; t0 < tokens; t0 += threadg
           }
           UNROLL_FOR (int q = 0; q < TILE; ++q) {
             const float sum = simd_sum(product[q]);
-            const uint to = (simd * TILE + uint(q)) * N + uint(i);
+            const int to = (int(simd) * TILE + q) * N + i;
             if (lane == 0) products[to] = sum + (k == 0 && j0 == 0 ? 0.0f : products[to]);
           }
         }

@@ -57,7 +57,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
     for (int k = 0; k < PASSES; ++k) {
       const int c = mhc::each_turn((k * THREADS + int(tid)) * VEC, (t + uint(k)) >> 31), at = CACHED ? k * BLOCK : 0;
       if (c < C) {
-        mhc::load_streams<BLOCK>(streams + at, x + token + size_t(j0 * C), C, c, aligned);
+        mhc::load_streams<BLOCK>(streams + at, x + token + j0 * C, C, c, aligned);
         mhc::load_g<N, INJECT, BLOCK>(g + at, ds + token, aligned, gates, inject, inject_aligned, weight,
                                       weight_aligned, j0 * C + c, C);
         UNROLL_FOR (int j = 0; j < BLOCK; ++j) {
@@ -77,7 +77,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
       float post_dots[BLOCK] = {};
       if (c < C) {
         if (!CACHED) {
-          mhc::load_streams<BLOCK>(streams, x + token + size_t(j0 * C), C, c, aligned);
+          mhc::load_streams<BLOCK>(streams, x + token + j0 * C, C, c, aligned);
           mhc::load_g<N, INJECT, BLOCK>(g, ds + token, aligned, gates, inject, inject_aligned, weight, weight_aligned,
                                         j0 * C + c, C);
         }
@@ -101,7 +101,7 @@ for (uint t = threadgroup_position_in_grid.x; t < tokens; t += threadgroups_per_
         UNROLL_FOR (int j = 0; j < BLOCK; ++j) {
           const float sum = simd_sum(post_dots[j]);
           const bool first = k == 0 && (POST_PER_TOKEN || is_first_token);
-          const uint to = simd * N + uint(j0 + j);
+          const int to = int(simd) * N + j0 + j;
           if (lane == 0) post_sums[to] = sum + (first ? 0.0f : post_sums[to]);
         }
       }

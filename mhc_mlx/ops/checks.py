@@ -14,6 +14,7 @@ MAX_STREAMS = 64
 MAX_TOKEN = 2**32 // 4
 MAX_PHI_ROW = 2**32 // (4 * 24)
 MAX_PHI = 2**31 - 1
+MAX_INJECT = MAX_PHI // 2  # whose gradient is made beside that of weight, which is no longer
 SMALLEST, LARGEST = 2.0**-126, 2.0**127  # float32 holds numbers between without loss of digits
 
 

@@ -10,9 +10,11 @@ from . import tiling
 from .arrays import body_params, flat
 from .autodiff import FusedOp, Options
 from .checks import (
+    MAX_INJECT,
     check_array,
     check_branch,
     check_eps,
+    check_most,
     check_streams,
     fail,
 )
@@ -191,6 +193,7 @@ def stream_norm(
         check_array(op, "h_post", h_post, "n", (n,), lead)
     if inject is not None:
         check_array(op, "inject", inject, ("n", "n*C"), (n, n * C))
+        check_most(op, "inject", "a size", inject.size, MAX_INJECT)
     check_eps(op, eps)
     fused = StreamNorm(Options(threads_per_group, verbose), eps, inject is not None)
     arrays = (x, weight, y, h_post, inject)

@@ -104,6 +104,7 @@ def called(op, tokens, n, C, dtype, threads=None, norm=True, per_token=True, con
         "mhc_seam": ([x, y, gate, gate, mix, *last], []),
         "gate_mix": ([x, x], []),
         "mhc_single_pass": ([x, y, *made, *last], [convention] if norm else [None, convention]),
+        "stream_norm": ([x, mx.zeros((n, C)), y, gate, mx.zeros((n, n * C))], []),
     }[op]
 
     def several(*a):
@@ -198,6 +199,11 @@ def shares(name: str, template: dict, C: int) -> tuple[int, int, int]:
     if name == "mhc_pre_backward_phi":
         spans = math.ceil(n * C / (t["THREADS"] * t["VEC"]))
         return SEEN, spans * math.ceil(t["NUM_LOGITS"] / t["LOGITS_PER_THREAD"]), 1
+    if name == "stream_norm":
+        return t["TILE"], 1, 0
+    if name == "stream_norm_backward_weights":
+        spans = math.ceil(n * C / (t["THREADS"] * t["VEC"]))
+        return SEEN, spans * (n // t["ROWS"]), 1
     if name == "mhc_pre_partial_logits":
         return 8, math.ceil(math.ceil(n * C / 32) / simds), 0
     if name.startswith("sinkhorn_knopp"):
@@ -288,6 +294,7 @@ FAR = [
     ("mhc_pre", 4, mx.bfloat16, {}),
     ("mhc_pre", 4, mx.bfloat16, {"norm": False}),
     ("mhc_seam", 4, mx.float32, {}),
+    ("stream_norm", 12, mx.float32, {}),
 ]
 
 
@@ -417,6 +424,7 @@ def test_launches_of_the_largest_arrays(backend):
                 for op in ("mhc_static", "stream_aggregate_norm", "stream_mix_add", "mhc_seam"):
                     called(op, tokens, n, long // n, mx.float32)
                 called("gate_mix", tokens, n, long // n, mx.float32)
+                called("stream_norm", tokens, n, checks.MAX_INJECT // n // n, mx.float32)
     for name, _, outputs, groups, threads, _ in launches.calls:
         assert groups * threads < 1 << 31, name
         assert all(size < 1 << 31 for spec in outputs.values() if spec for size in spec[0]), name
@@ -431,13 +439,14 @@ TOO_LARGE = [
     ("mhc_pre", "x", "n * C", checks.MAX_PHI_ROW, (4, checks.MAX_PHI_ROW // 4 + 1)),
     ("mhc_single_pass", "x", "n * C", checks.MAX_PHI_ROW, (2, checks.MAX_PHI_ROW // 2 + 1)),
     ("mhc_coefficients", "phi", "a size", checks.MAX_PHI, (64, checks.MAX_PHI // 4224 // 64 + 1)),
+    ("stream_norm", "inject", "a size", checks.MAX_INJECT, (64, (1 << 18) + 1)),
 ]
 
 
 @pytest.mark.parametrize("op, argument, what, most, shape", TOO_LARGE)
 def test_larger_arrays_are_refused(op, argument, what, most, shape):
     n, C = shape
-    size = n * C * (2 * n + n * n if argument == "phi" else 1)
+    size = n * C * {"phi": 2 * n + n * n, "inject": n}.get(argument, 1)
     must = f"[{op}] {argument} must have {what} of at most {most} but got {size}."
     with pytest.raises(ValueError, match=re.escape(must)):
         called(op, 1, n, C, mx.float32)
