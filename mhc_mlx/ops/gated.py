@@ -129,7 +129,7 @@ class StreamNorm(FusedOp):
         """The gradients of weight and inject, which is None where there is no inject."""
         x, threads, device = norm["x"], self.options.threads_per_group, launch.device()
         tokens, n, C = x.shape
-        rows = tiling.streams_at_once(n) if self.has_inject else 0
+        rows = tiling.largest_divisor(n, 8) if self.has_inject else 0
         t = tiling.norm_weights_tiling(n, C, rows, tokens, threads, device)
         arguments = token_arguments(x.dtype, n, t)
         body = StreamNormBackwardWeightsBody(**arguments, ROWS=rows, INJECT=self.has_inject)

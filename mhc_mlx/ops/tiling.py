@@ -99,18 +99,22 @@ def seam_backward_tiling(
     return TokenTiling(vec, threads, passes, passes == 1)
 
 
+def largest_divisor(n: int, most: int) -> int:
+    return max(k for k in range(1, most + 1) if n % k == 0)
+
+
 def streams_at_once(n: int) -> int:
-    """How many streams of a token `stream_norm` takes at once: n, or for n > 8 its largest divisor
-    up to 8."""
-    return max(k for k in range(1, 9) if n % k == 0)
+    """How many streams of a token `stream_norm` takes at once, as registers allow: n, or from n = 8
+    on its largest divisor up to 4. clang-19: at (2048, 8, 4096) 8 would spill 62 registers."""
+    return n if n < 8 else largest_divisor(n, 4)
 
 
 def norm_tile(t: TokenTiling, n: int, size: int, tokens: int, inject: bool, device: Device) -> int:
     """How many tokens a threadgroup of `stream_norm` takes at once: they share loads of inject,
     n times as long as a token: two where they lie in 128 bytes of a thread's registers and fill a
     GPU. clang-19: at n = 4, C = 2560 a thread then has 127; in float32 some would spill."""
-    few = tokens < device.norm_tile_tokens or not (inject and t.cached and n <= 8)
-    return 1 if few or 2 * t.passes * n * t.vec * size > 128 else 2
+    few = tokens < device.norm_tile_tokens or not (inject and t.cached)
+    return 1 if few or 2 * t.passes * streams_at_once(n) * t.vec * size > 128 else 2
 
 
 # Channels of all streams, of which a thread of `stream_norm_backward` keeps floats in registers: at
@@ -131,7 +135,7 @@ def norm_backward_tiling(
     def of_threads(most: int) -> TokenTiling:
         threads = threads_per_group or even_threads(packs, most)
         passes = math.ceil(packs / threads)
-        return TokenTiling(vec, threads, passes, n <= 8 and passes * n * vec <= NORM_FLOATS)
+        return TokenTiling(vec, threads, passes, n < 8 and passes * n * vec <= NORM_FLOATS)
 
     tiling = of_threads(SEAM_THREADS)
     return tiling if tiling.cached else of_threads(device.uncached_backward_threads)

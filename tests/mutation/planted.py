@@ -120,10 +120,10 @@ READ = Case("stream_aggregate", (5,), 4, 64)
 READ_EACH = Case("stream_aggregate", (5,), 3, 129, per_token=(True, False))
 NORM = Case("stream_norm", (5,), 4, 64, "bfloat16", per_token=(True, False))
 NORM_7 = replace(NORM, lead=(7,))  # the last tile of two tokens has one
-NORM_12 = replace(NORM, n=12)  # two blocks of six streams, and of six rows of inject
 GATES = Case("gate_mix", (2,), 4, 2000, "bfloat16")  # four threadgroups share a token
 GATES_RAGGED = Case("gate_mix", (5,), 3, 129)
 SATURATED = Case("gate_mix", (5,), 4, 64, "bfloat16", scale=30.0)
+NORM_12 = replace(NORM, n=12)  # three blocks of four streams, two of six rows of inject
 # mhc_pre, in float32 and by products of matrices.
 PRE = Case("mhc_pre", (5,), 4, 64, convention=PAPER)
 PRE_4 = replace(PRE, C=31)  # aligned, but no whole runs

@@ -201,8 +201,8 @@ COUNTS = [
     "stream_norm: x 1, s 1; weight 5, roots 1",
     "stream_norm_backward: x 1, ds 1, dout 1, dx 1; roots 16, weight 5",
     "stream_norm_backward_weights: x 1, ds 1; roots 16, partial 1",
-    Case("stream_norm", **TILED),  # two blocks of six streams
-    "stream_norm: x 1, y 2, out 1, s 1; h_post 80, weight 5, inject 5, next_post 1, roots 1, "
+    Case("stream_norm", **TILED),  # three blocks of four streams
+    "stream_norm: x 1, y 3, out 1, s 1; h_post 80, weight 5, inject 5, next_post 1, roots 1, "
     "post_logits 1",
     "stream_norm_backward: x 2, ds 2, dout 1, y 1, dx 1, dy 1; roots 16, weight 10, inject 10, "
     "h_post 80, dnext_post 1, post_logits 1, partial 1, dlogits 1",
