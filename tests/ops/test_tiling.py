@@ -379,3 +379,21 @@ def test_the_gradient_of_phi():
         (1 << 18, 4096, 24, 65536, None): (128, 2, 24, 1, 1024),
     }.items():
         assert tiling.phi_gradient_tiling(*shape, H100) == want, shape
+
+
+def test_stream_norm_takes_what_registers_hold():
+    """Streams at once, tokens at once, and the tokens that the gradient keeps."""
+    at_once = {1: 1, 4: 4, 7: 7, 8: 4, 12: 4, 17: 1, 33: 3, 64: 4}
+    assert {n: tiling.streams_at_once(n) for n in at_once} == at_once
+    for device in (APPLE, H100):
+        for size, inject, tokens, tile in (
+            (2, True, 1055, 1),
+            (2, True, 1056, 2),
+            (2, False, 1056, 1),
+            (4, True, 1056, 1),  # two tokens would spill
+        ):
+            t = tiling.seam_tiling(4, 2560, size, None, device)
+            assert tiling.norm_tile(t, 4, size, tokens, inject, device) == tile
+        back = [tiling.norm_backward_tiling(n, 2560, 2, None, device) for n in (4, 8)]
+        assert back[0] == (8, 320, 1, True)
+        assert back[1] == ((8, 128, 3, False) if device is APPLE else (8, 160, 2, False))
