@@ -12,7 +12,8 @@ from mhc_mlx.device_report.timing import directed
 from mhc_mlx.devices import Device
 
 # The loads of these do not follow `tiling.token_tiling`, so a sweep tries their threads alone.
-THREADS_ALONE = [("sinkhorn_knopp", d) for d in DIRECTIONS] + [("mhc_seam", "backward")]
+THREADS_ALONE = [(op, d) for op in ("sinkhorn_knopp", "gate_mix") for d in DIRECTIONS]
+THREADS_ALONE += [("mhc_seam", "backward")]
 
 
 def launch_twice(op: str, shape, name: str, directions: list[str], threads: int | None) -> None:
@@ -32,7 +33,7 @@ def sweep(bench: Bench, op: str, shape, name: str, verified: list[dict]) -> list
     loads; mark the best and what the default picks. Each is timed if its parity is right."""
     rows, usual = [], ops.tiling.token_tiling
     for direction in ("forward", "forward+backward" if OPS[op].saves else "backward"):
-        candidates = [(None, threads, None) for threads in (None, 64, 128, 256, 512)]
+        candidates = [(None, threads, None) for threads in (None, 32, 64, 128, 160, 256, 320, 512)]
         if (op, direction) not in THREADS_ALONE and not OPS[op].saves:
             copies = 1 if direction == "forward" else 2
             size, device = DTYPES[name].size, launch.device()

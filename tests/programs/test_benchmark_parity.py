@@ -173,6 +173,30 @@ def test_a_sweep_verifies_each_variant(monkeypatch, capsys):
     assert "<- best" in lines[-1]
 
 
+def test_a_sweep_of_gate_mix_has_threads_alone(monkeypatch, capsys):
+    """Its loads are always of 16 bytes: each line is another number of threads, and it launches
+    with that number; the default is its own."""
+    shorten(monkeypatch)
+    asked: list = []
+
+    def row(self, op, direction, shape, name, threads, baseline):
+        asked.append(threads)
+        return figure(op=op, direction=direction, us=float(len(asked)), threads_per_group=threads)
+
+    monkeypatch.setattr(Bench, "row", row)
+    with executor("stand-in") as launched:
+        benchmark.main("--sweep --op gate_mix --shape 2,4,2560 --dtype bfloat16".split())
+    assert asked == [None, 32, 64, 128, 160, 256, 320, 512] * 2
+    of = {(body, dict(template)["THREADS"]) for _, body, template, _ in launched}
+    assert {threads for body, threads in of if body == "gate_mix"} == {*asked[1:8]}
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("vec")]
+    defaults = [line for line in lines if "<- default" in line]
+    assert len(lines) == 16 and all(
+        line.startswith("vec None threads its own") for line in defaults
+    )
+    assert len(defaults) == 2
+
+
 def test_parity_of_layers_and_stacks(monkeypatch, uncompiled):
     """--overhead checks its layers, --decode the ops that have no gradient, as they are timed."""
     shorten(monkeypatch)
