@@ -21,6 +21,7 @@ from mhc_mlx import models as adapter  # noqa: E402
 from mhc_mlx.models import exact, graph, times, verify  # noqa: E402
 from mhc_mlx.models.family import DOWN, INJECT, UP, Options  # noqa: E402
 from mhc_mlx.models.patching import release  # noqa: E402
+from models import modules  # noqa: E402
 from models.test_mlx_vlm import alike, generated, own, patched  # noqa: E402
 from models.tiny_vlm import run, tiny, tokens, whole  # noqa: E402
 
@@ -199,6 +200,8 @@ def test_right_sites_are_kept(bits, family):
             got, own = (np.array([bound.statistic(d) for d in e]) for e in draws)
             assert (got <= np.maximum(bound.factor * own, bound.least)).all(), output
         assert np.median(theirs[output]) < 64
+    own = exact.site_errors(site, site.options, *exact.random_inputs(site, mx.bfloat16, 4))
+    assert all(errors.keys() == {"u", "h_post", "out"} for errors in own)
     logits = large.hc[UP](nn.silu(large.hc[DOWN](mx.random.normal((64, 256))) / 4))
     assert 3 < mx.std(logits).item() < 12
 
@@ -313,7 +316,10 @@ def test_other_layers(kind, family, monkeypatch):
             linear.bias = mx.random.normal((linear.weight.shape[0],), key=mx.random.key(1))
         else:
             site.hc[name] = linear.to_quantized(mode=kind)
+    before = site.arrays
     assert verify.failure(site, site.options, mx.float32, 0) is None
+    site.with_arrays(*(a + 1 for a in before))
+    assert all(a is b for a, b in zip(site.arrays, before, strict=True)), "the model has changed"
     monkeypatch.setattr(family.run, "_backend", lambda x, options: "cuda")
     family.run.clear()
     state = mx.random.normal((1, 2, 4, 64)), mx.random.normal((1, 2, 64)), mx.ones((1, 2, 4))
@@ -403,3 +409,23 @@ def test_speculative_verification(kind, family, monkeypatch):
     found = [[a.hidden_states[0] for a in alone], [a.logits for a in alone]]
     for whole_call, parts in zip((streams, logits), found, strict=True):
         assert mx.array_equal(whole_call, mx.concatenate(parts, axis=1)).item()
+
+
+@pytest.mark.parametrize("where", ["here", "simulator"])
+def test_each_token_alone(where, family, need):
+    """With products of one row at a time, a site's bits do not depend on the number of tokens."""
+    if where == "simulator":
+        need(where)
+
+    def by_row(layer, x):
+        return mx.concatenate([layer(x[:, k : k + 1]) for k in range(x.shape[1])], axis=1)
+
+    with modules.running(where):
+        hc = patched(tiny("qwen4_exp", **ONE)).layers[0].attn_hyper_connection
+        x, y = mx.random.normal((1, 3, 4, 64)), mx.random.normal((1, 3, 64))
+        state, products = (x, y, mx.random.uniform(0, 2, (1, 3, 4))), family.run.Products(by_row)
+        whole_call = hc.site(products, *state)
+        for k in range(3):
+            alone = hc.site(products, *(a[:, k : k + 1] for a in state))
+            for a, b in zip(whole_call, alone, strict=True):
+                assert mx.array_equal(a[:, k : k + 1], b).item()
