@@ -150,6 +150,11 @@ DOWN, UP, INJECT = "input_mix_weight_down", "input_mix_weight_up", "block_inject
 NEXT = "next "  # begins the names of what a site reads after its own write-back
 
 
+def fused_weight(inject: Any) -> Any:
+    """Return the weight of INJECT if `stream_norm` can make its product, otherwise None."""
+    return inject["weight"] if type(inject) is nn.Linear and "bias" not in inject else None
+
+
 def _copied(module: nn.Module) -> nn.Module:
     """Return a copy of a module and of the modules in it, with the same arrays."""
     made = copy.copy(module)
@@ -234,7 +239,9 @@ class GatedSite(Site):
 
     @property
     def product_rows(self) -> float:
-        return 2.0 * self.settings.n  # DOWN reads s, and UP writes the gates' logits
+        n, inject = self.settings.n, self.hc.get(INJECT)
+        reads = 1 if inject is None or fused_weight(inject) is not None else 2
+        return float(n * (1 + reads))  # UP writes the gates' logits; DOWN and INJECT read s
 
 
 # What a site computes, by name: out, u (None if nothing is read), and its coefficients.

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import launch, ops
-from .family import DOWN, INJECT, UP, GatedSettings, Options, Settings
+from .family import DOWN, INJECT, UP, GatedSettings, Options, Settings, fused_weight
 
 FEW = 8  # up to this number of tokens mlx-vlm's results do not depend on the number
 
@@ -289,7 +289,7 @@ def _gated_residual(
     down, up, inject = [*linears, None][:3]
     n, given = settings.n, options._asdict()
     activation, gate = _pointwise(n)
-    fused = inject["weight"] if type(inject) is nn.Linear and "bias" not in inject else None
+    fused = fused_weight(inject)
     arrays = (x, weight.reshape(n, -1), y, h_post, fused)
     out, s, next_post = ops.stream_norm(*arrays, settings.norm_eps, **given)
     v = s.flatten(-2)

@@ -15,10 +15,13 @@ from mlx.utils import tree_flatten, tree_map
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed: its models are not tested")
 
 from mlx_vlm.trainer import get_peft_model  # noqa: E402
+from mlx_vlm.trainer.core import grad_checkpoint  # noqa: E402
 
 from mhc_mlx import models as adapter  # noqa: E402
 from mhc_mlx.models import exact, graph, times, verify  # noqa: E402
 from mhc_mlx.models.family import DOWN, INJECT, UP, Options  # noqa: E402
+from mhc_mlx.models.patching import release  # noqa: E402
+from models import modules  # noqa: E402
 from models.test_mlx_vlm import alike, generated, own, patched  # noqa: E402
 from models.tiny_vlm import run, tiny, tokens, whole  # noqa: E402
 
@@ -95,6 +98,15 @@ def test_ple_breaks_the_pair_there_and_only_there(family, calls, prompt):
     assert calls == ORDER and family._handed.get() is None
     run(model, prompt[:, :1], cache)
     assert calls == 2 * ORDER and family._handed.get() is None
+
+
+def test_checkpointed_layers_join_their_own_sites(family, calls, monkeypatch):
+    """What they handed on would be made twice: mlx-vlm's grad_checkpoint sees no such array."""
+    model = patched(tiny("qwen4_exp"), trainable=True)
+    monkeypatch.setattr(family.PatchedLayer, "__call__", family.PatchedLayer.__call__)
+    grad_checkpoint(model.layers[0])
+    model(tokens(9))
+    assert calls == 3 * ["norm", "joined", "add"] + ["norm"]
 
 
 def test_states_that_others_read(family):
@@ -188,6 +200,8 @@ def test_right_sites_are_kept(bits, family):
             got, own = (np.array([bound.statistic(d) for d in e]) for e in draws)
             assert (got <= np.maximum(bound.factor * own, bound.least)).all(), output
         assert np.median(theirs[output]) < 64
+    own = exact.site_errors(site, site.options, *exact.random_inputs(site, mx.bfloat16, 4))
+    assert all(errors.keys() == {"u", "h_post", "out"} for errors in own)
     logits = large.hc[UP](nn.silu(large.hc[DOWN](mx.random.normal((64, 256))) / 4))
     assert 3 < mx.std(logits).item() < 12
 
@@ -302,7 +316,10 @@ def test_other_layers(kind, family, monkeypatch):
             linear.bias = mx.random.normal((linear.weight.shape[0],), key=mx.random.key(1))
         else:
             site.hc[name] = linear.to_quantized(mode=kind)
+    before = site.arrays
     assert verify.failure(site, site.options, mx.float32, 0) is None
+    site.with_arrays(*(a + 1 for a in before))
+    assert all(a is b for a, b in zip(site.arrays, before, strict=True)), "the model has changed"
     monkeypatch.setattr(family.run, "_backend", lambda x, options: "cuda")
     family.run.clear()
     state = mx.random.normal((1, 2, 4, 64)), mx.random.normal((1, 2, 64)), mx.ones((1, 2, 4))
@@ -369,8 +386,11 @@ def test_training_attends_by_a_mask(family, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["float32", "4-bit"])
 def test_speculative_verification(kind, family, monkeypatch):
-    """One call on L tokens has the bits of L calls that decode, by mlx-vlm's products."""
+    """One call on L tokens has the bits of L calls that decode, by mlx-vlm's products; those of a
+    site that keeps mlx-vlm's code, too."""
     model, prompt, draft = patched(tiny("qwen4_exp", kind)), tokens(9), tokens(5, seed=1)
+    sites = family.FAMILY.sites(model)
+    release(sites[3])
     caches = [model.make_cache() for _ in range(2)]
     for cache in caches:
         mx.eval(run(model, prompt, cache))
@@ -382,10 +402,30 @@ def test_speculative_verification(kind, family, monkeypatch):
 
     monkeypatch.setattr(family.InvariantForward, "_linear", linear)
     streams, _, _, logits = model.speculative_verify_logits(draft, caches[0], lambda a: a)
-    names = (DOWN, UP) if kind == "float32" else (DOWN, UP, INJECT)
-    layers = [site.hc[k] for site in family.FAMILY.sites(model) for k in names if k in site.hc]
-    assert {id(layer) for layer in layers} <= set(through)
+    layers = {id(site.hc[k]) for site in sites for k in site.linears}
+    fused = {id(s.hc[INJECT]) for s in sites[:-1] if kind == "float32" and s.options is not None}
+    assert layers & set(through) == layers - fused
     alone = [model(draft[:, k : k + 1], cache=caches[1]) for k in range(5)]
     found = [[a.hidden_states[0] for a in alone], [a.logits for a in alone]]
     for whole_call, parts in zip((streams, logits), found, strict=True):
         assert mx.array_equal(whole_call, mx.concatenate(parts, axis=1)).item()
+
+
+@pytest.mark.parametrize("where", ["here", "simulator"])
+def test_each_token_alone(where, family, need):
+    """With products of one row at a time, a site's bits do not depend on the number of tokens."""
+    if where == "simulator":
+        need(where)
+
+    def by_row(layer, x):
+        return mx.concatenate([layer(x[:, k : k + 1]) for k in range(x.shape[1])], axis=1)
+
+    with modules.running(where):
+        hc = patched(tiny("qwen4_exp", **ONE)).layers[0].attn_hyper_connection
+        x, y = mx.random.normal((1, 3, 4, 64)), mx.random.normal((1, 3, 64))
+        state, products = (x, y, mx.random.uniform(0, 2, (1, 3, 4))), family.run.Products(by_row)
+        whole_call = hc.site(products, *state)
+        for k in range(3):
+            alone = hc.site(products, *(a[:, k : k + 1] for a in state))
+            for a, b in zip(whole_call, alone, strict=True):
+                assert mx.array_equal(a[:, k : k + 1], b).item()

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 FAMILIES = [row.file for row in ROWS]
 
 
-def site(family: str, d: int = 64):
-    (found,) = times.random_sites(d, 1, named("test", family))
+def site(family: str, d: int = 64, bits: int | None = None):
+    (found,) = times.random_sites(d, 1, named("test", family), bits)
     return found
 
 
@@ -29,6 +29,10 @@ def site(family: str, d: int = 64):
 # its norm 1 + 1 (67 together); then Hy4's write-back: y to float32 1 + 2, times post 2 + 8, the sum
 # 8 + 8 + 8, to bfloat16 8 + 4. Patched: x and u of the read 5, x, y and out of the write-back 9,
 # and where they are two ops u's norm 2.
+# Qwen's by op: x to float32 4 + 8, its square 8 + 8, the mean 8, times its root 8 + 8, times the
+# weight 8 + 8, to bfloat16 8 + 4 (80 together); the products 4 + 4 + 4; the gates 4 + 4, times s
+# 4 + 4 + 4, the sum 4 + 1, over n 1 + 1; y times h_post 1 + 4, the sum 4 + 4 + 4. Patched: x, y,
+# out and s 13, logits, s and u 9, the products 8, of which 4 bits make 12.
 @pytest.mark.parametrize(
     "family, patched, by_op",
     [
@@ -37,11 +41,14 @@ def site(family: str, d: int = 64):
         ("vlm_deepseek_v4", 16, 67 + 3 + 10 + 16 + 24 + 12),
         ("vlm_hy_v4", 16, 67 + 3 + 10 + 24 + 12),
         ("vlm_xing4_0", 16, 108),
+        ("vlm_qwen4_exp", 13 + 9 + 8, 80 + 12 + 8 + 12 + 5 + 2 + 5 + 12),
+        ("vlm_qwen4_exp, 4 bits", 13 + 9 + 12, 80 + 12 + 8 + 12 + 5 + 2 + 5 + 12),
     ],
 )
 def test_rows_of_c(family, patched, by_op):
-    assert graph.rows_of_kernels(site(family), mx.bfloat16) == patched
-    found = graph.rows_of_package(site(family), mx.bfloat16)
+    one = site(family.split(",")[0], 128, 4 if "bits" in family else None)
+    assert graph.rows_of_kernels(one, mx.bfloat16) == patched
+    found = graph.rows_of_package(one, mx.bfloat16)
     assert found["by op"] == by_op
     assert patched < found["compiled"] < by_op
 
@@ -69,6 +76,8 @@ def test_a_trace_has_what_is_dispatched(family, monkeypatch):
         ("vlm_deepseek_v4", 2048, 2 + 8 + 1 + 2 + 3, 2),
         ("vlm_hy_v4", 1, 22, 3),
         ("vlm_xing4_0", 1, 157, 3),
+        ("vlm_qwen4_exp", 1, 16, 2),
+        ("vlm_qwen4_exp", 2048, 16, 2),
     ],
 )
 def test_dispatches_in_metals_form(family, tokens, stock, kernels):
