@@ -76,7 +76,7 @@ SPILLED = {  # of n = 8 and of n = 16, at most so many registers
     "mhc_seam": (239, 111),
     "mhc_seam_backward": (144, 0),
     "stream_mix_add": (39, 7),
-    "stream_norm": (9, 39),
+    "stream_norm": (9, 68),
     "stream_norm_backward": (7, 17),
 }
 STREAMS_IN_TURN = (
