@@ -122,7 +122,11 @@ def included_files(name: str, backend: str) -> tuple[str, ...]:
 
 # NVRTC gives these registers for too few threads at once, or too many and spills, unless told for
 # how many.
-_RESIDENT = {"mhc_seam_backward": 320, "stream_norm": 640} | dict.fromkeys(
+_RESIDENT = {
+    "mhc_seam_backward": 320,
+    "stream_norm": 640,
+    "stream_norm_backward": 320,
+} | dict.fromkeys(
     "mhc_pre mhc_pre_partial_logits mhc_pre_backward_generic mhc_pre_backward_phi "
     "mhc_pre_backward_coefficients mhc_pre_backward_coefficients_norm "
     "mhc_pre_backward_projection".split(),
