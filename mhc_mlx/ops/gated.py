@@ -131,8 +131,9 @@ class StreamNorm(FusedOp):
         tokens, n, C = x.shape
         rows = tiling.largest_divisor(n, 8) if self.has_inject else 0
         t = tiling.norm_weights_tiling(n, C, rows, tokens, threads, device)
-        arguments = token_arguments(x.dtype, n, t)
-        body = StreamNormBackwardWeightsBody(**arguments, ROWS=rows, INJECT=self.has_inject)
+        body = StreamNormBackwardWeightsBody(
+            x.dtype, n, t.vec, t.threads, ROWS=rows, INJECT=self.has_inject
+        )
         inputs = norm | {"weight": norm["weight"] if self.has_inject else None}
         blocks = n // rows if rows else 1
         outputs = {"partial": ((t.chunks, blocks * (1 + rows) * n * C), mx.float32)}
