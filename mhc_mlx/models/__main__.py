@@ -159,6 +159,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     part.add_argument("--check", action="store_true", help="errors and times of each site, alone")
     part.add_argument("--bench", action="store_true", help="prefill and decode, alone")
     parser.add_argument("--no-verify", action="store_true", help="patch(verify=False)")
+    parser.add_argument(
+        "--rounding", choices=("stock", "once"), default="stock", help="patch(rounding=...)"
+    )
     parser.add_argument("--tokens", metavar="L[,L...]", help="numbers of tokens to time")
     parser.add_argument("--prompts", metavar="L[,L...]", help="compare tokens after random prompts")
     parser.add_argument("--prompt", action="append", help="compare tokens after this text; again")
@@ -177,9 +180,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         args.count = _chain(args)
         args.bits = _bits(args)
         if args.sites is not None:
-            if args.check or args.bench or args.no_verify or args.random_prompts:
+            of_model = (args.check, args.bench, args.no_verify, args.random_prompts)
+            if any(of_model) or args.rounding != "stock":
                 must = "are of a model: they go not with --sites"
-                raise ValueError(f"--check, --bench, --no-verify and --prompts {must}")
+                raise ValueError(f"--check, --bench, --no-verify, --rounding and --prompts {must}")
             args.sizes = _numbers("--sites", args.sites)
         elif args.random is not None:
             args.sizes = _numbers("--random", args.random)
@@ -233,7 +237,7 @@ def _measures(args: argparse.Namespace):
     model, tokenizer = _load(args)
     prompts = _prompts(args, model, tokenizer)
     start = time.perf_counter()
-    patch(model, verify=not args.no_verify)
+    patch(model, verify=not args.no_verify, rounding=args.rounding)
     print(f"patched in {time.perf_counter() - start:.1f} s", flush=True)
     if not args.bench:
         lengths = args.lengths or (1, 512)

@@ -46,6 +46,12 @@ class Options(NamedTuple):
 
     use_metal: bool
     differentiable: bool
+    rounding: str = "stock"  # or "once"
+
+    @property
+    def of_ops(self) -> dict[str, bool]:
+        """Return the options that ops take."""
+        return {"use_metal": self.use_metal, "differentiable": self.differentiable}
 
 
 class Site(NamedTuple):
@@ -297,6 +303,7 @@ class Family:
     layers: ClassVar[Mapping[type, type]] = {}  # the package's class: ours; they stay swapped
     connections: ClassVar[Mapping[type, type]] = {}  # the same of modules that are one site each
     trained: ClassVar[Mapping[type, type]] = {}  # the same of what has no gradient
+    roundings: ClassVar[tuple[str, ...]] = ("stock", "once")  # of `patch`
 
     def check_model(self, op: str, model: nn.Module) -> None:
         """Raise TypeError or ValueError if a module of the model is not as the package makes it."""

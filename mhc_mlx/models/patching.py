@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import mlx.nn as nn
 
 from .. import ops
-from ..ops.checks import check_bools
+from ..ops.checks import check_bools, fail
 from .families import family_of
 from .family import Family, Options, Patched, Site, mapped
 from .verify import failure
@@ -47,7 +47,12 @@ def _install(family: Family, model: nn.Module, options: Options) -> list[Site]:
 
 
 def patch(
-    model: nn.Module, *, trainable: bool = False, verify: bool = True, use_metal: bool = True
+    model: nn.Module,
+    *,
+    trainable: bool = False,
+    verify: bool = True,
+    use_metal: bool = True,
+    rounding: str = "stock",
 ) -> nn.Module:
     """Run the hyper-connections of a model on these kernels, in place.
 
@@ -80,22 +85,33 @@ def patch(
             code (of a gated residual twice that), or 2 units. Each site decides alone. A warning
             names the others with both errors and the limit; they keep the package's code.
         use_metal: Run the kernels where the default device has them; otherwise the reference runs.
+        rounding: In 16 bits, "stock" rounds what is read before its norm and before the weight of
+            that norm, and where the package does the coefficients, so that tokens are the
+            package's. "once" rounds only what is read and what is written, which is nearer to
+            float32, and a site that is not lagged then has one launch less. A gated residual
+            (qwen4_exp) has "stock" alone.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: The model is no `nn.Module`, a layer has another class, or an option is no bool.
-        ValueError: The model is of no family, or of another version of its package; or its number
-            of Sinkhorn iterations or an eps is out of range.
+        TypeError: The model is no `nn.Module`, a layer has another class, or an option has another
+            type.
+        ValueError: The model is of no family, or of another version of its package; its number of
+            Sinkhorn iterations or an eps is out of range; or the family has no such rounding.
     """
     check_bools("patch", trainable=trainable, verify=verify, use_metal=use_metal)
+    if not isinstance(rounding, str):
+        raise TypeError(fail("patch", "rounding", "be a str", type(rounding).__name__))
     family = family_of("patch", model)
+    if rounding not in family.roundings:
+        must = f"be {' or '.join(map(repr, family.roundings))} for this model"
+        raise ValueError(fail("patch", "rounding", must, repr(rounding)))
     unpatch(model)
     family.check_model("patch", model)
     for site in family.sites(model):
         ops.check_eps("patch", site.settings.norm_eps, "rms_norm_eps")
-    options = Options(use_metal, trainable)
+    options = Options(use_metal, trainable, rounding)
     sites = _install(family, model, options)
     if verify:
         try:

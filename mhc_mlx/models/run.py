@@ -60,7 +60,7 @@ def _mixed(x, y, h_post, h_res, settings: Settings | GatedSettings, options: Opt
     """Return the write-back, rounded once to the dtype that the package writes."""
     # Where the dtypes of x and y differ, the package rounds only the sum.
     dtype = x.dtype if y.dtype == x.dtype else mx.float32
-    out = ops.stream_mix_add(x.astype(dtype), y.astype(dtype), h_post, h_res, **options._asdict())
+    out = ops.stream_mix_add(x.astype(dtype), y.astype(dtype), h_post, h_res, **options.of_ops)
     return out.astype((y if settings.out_of_y else x).dtype)
 
 
@@ -77,12 +77,13 @@ def _single_pass(
     share the function. With a backend it is compiled: MLX traces it once for each shape, stream and
     thread, and each trace keeps the source of its launches, about 50 KB (see `_recurs`).
     """
-    c, norm_eps, given = settings.convention, settings.norm_eps, options._asdict()
+    c, norm_eps, given = settings.convention, settings.norm_eps, options.of_ops
 
     def run(x, y, fn, base, scale, weight):
         if reads and y.dtype == x.dtype:
             arrays = (x, y, fn, base, scale, weight)
-            return ops.mhc_single_pass(*arrays, c, norm_eps, eps, round_aggregate=True, **given)
+            rounds = options.rounding == "stock"
+            return ops.mhc_single_pass(*arrays, c, norm_eps, eps, round_aggregate=rounds, **given)
         h_pre, h_post, h_res = ops.mhc_coefficients(x, fn, base, scale, c, norm_eps, **given)
         out = _mixed(x, y, h_post, h_res, settings, options)
         return out, ops.stream_aggregate(out, h_pre, **given) if reads else None, h_pre
@@ -110,7 +111,7 @@ def coefficients(hc: Any, prefix: str, settings: Settings, options: Options, x: 
     """Return h_pre, h_post and h_res (row = output) of streams, float32."""
     arrays = (x, hc[prefix + "fn"], hc[prefix + "base"], hc[prefix + "scale"])
     c, norm_eps = settings.convention, settings.norm_eps
-    return ops.mhc_coefficients(*arrays, c, norm_eps, **options._asdict())
+    return ops.mhc_coefficients(*arrays, c, norm_eps, **options.of_ops)
 
 
 # ---- not lagged: what a sublayer reads, and its write-back
@@ -142,11 +143,15 @@ def _rounded(h: Any, dtype: mx.Dtype) -> Any:
 def _read(backend: str | None, settings: Settings, eps: float | None, options: Options):
     """Return the function of (x, fn, base, scale, weight) to u, h_post and h_res.
 
-    With an eps u is normalised as the package does: it is rounded before its norm.
+    With an eps u is normalised: it is rounded before its norm, as in the package, unless it is to
+    be rounded once.
     """
-    c, norm_eps, given = settings.convention, settings.norm_eps, options._asdict()
+    c, norm_eps, given = settings.convention, settings.norm_eps, options.of_ops
 
     def run(x, fn, base, scale, weight):
+        if options.rounding == "once":
+            arrays = (x, fn, base, scale, weight)
+            return ops.mhc_pre(*arrays, c, norm_eps, 1.0 if eps is None else eps, **given)[:3]
         u, h_post, h_res, _ = ops.mhc_pre(x, fn, base, scale, None, c, norm_eps, **given)
         if settings.rounded:
             h_post, h_res = _rounded(h_post, x.dtype), _rounded(h_res, x.dtype)
@@ -198,7 +203,7 @@ def write_back(
 
 @functools.cache
 def _head(backend: str | None, settings: Settings, options: Options):
-    c, norm_eps, given = settings.convention, settings.norm_eps, options._asdict()
+    c, norm_eps, given = settings.convention, settings.norm_eps, options.of_ops
 
     def run(x, fn, base, scale):
         return ops.mhc_head(x, fn, base, scale, c, norm_eps, **given)
@@ -287,7 +292,7 @@ def _gated_residual(
 ) -> tuple[mx.array, mx.array, Any]:
     x, y, h_post = state
     down, up, inject = [*linears, None][:3]
-    n, given = settings.n, options._asdict()
+    n, given = settings.n, options.of_ops
     activation, gate = _pointwise(n)
     fused = fused_weight(inject)
     arrays = (x, weight.reshape(n, -1), y, h_post, fused)

@@ -253,6 +253,7 @@ def stock_read(hc: Any, x: mx.array) -> tuple[mx.array, Any]:
 
 class Qwen4Exp(Family):
     package = "mlx-vlm"
+    roundings = ("stock",)
     layers = {
         stock.Qwen4ExpDecoderLayer: PatchedLayer,
         stock.LanguageModel: PatchedLanguageModel,
