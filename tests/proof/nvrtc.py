@@ -195,12 +195,15 @@ def collecting():
 
 
 def kind_of(key: tuple[str, str]) -> tuple[str, ...]:
-    """Return what most of the registers of a variant depend on: body, dtype and number of streams.
+    """Return what registers of a variant depend on most: body, number of streams and, at n = 4, T.
 
     Those of one kind differ by convention, by what tokens share, and by the number of channels.
     """
     name, source = key
-    return (name, *re.findall(r"using T = .*;|constexpr int N = .*;", source))
+    (n,), dtypes = re.findall(r"constexpr int N = (.*);", source) or [""], []
+    if n == "4":
+        dtypes = re.findall(r"using T = (.*);", source)
+    return (name, n, *dtypes)
 
 
 def compile_all(keys: list[tuple[str, str]], every: bool = True) -> None:
@@ -223,7 +226,7 @@ def compile_all(keys: list[tuple[str, str]], every: bool = True) -> None:
         (name, tuple(sources[i : i + TOGETHER]), "sm_90a", optimised)
         for (name, _, optimised), sources in groups.items()
         for i in range(0, len(sources), TOGETHER)
-    ] + [(name, (source,), "sm_80", True) for name, source in older.items()]
+    ] + [(name, (source,), "sm_80", every) for name, source in older.items()]
     if len(jobs) > 8:
         with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
             made = list(pool.map(compile_together, *zip(*jobs, strict=True)))
