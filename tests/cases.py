@@ -30,8 +30,8 @@ REFERENCE = 3  # times that for the reference: MLX's plain sums over a row are l
 HALF_GRADIENT_ULPS = 1  # more, where the gradient itself is float16 or bfloat16
 AT_SCALE = ((0.1, 1e-5), (1.0, 1e-5), (5.0, 1e-5), (30.0, 1e-3))  # of logits; largest gradients
 # Of COVERING, DYNAMIC, SINGLE, GATED, UNUSUAL and STANDARD. A Mac adds few rows in one more form.
-# 57 are of XING and HUNYUAN_V4: a start and a clamp are template arguments.
-MAX_VARIANTS = (162, 232, 100, 45, 111, 100)
+# 57 are of XING and HUNYUAN_V4: a start and a clamp are template arguments. 20 are of gate_mix.
+MAX_VARIANTS = (162, 252, 100, 45, 111, 100)
 
 
 # ---- the ops

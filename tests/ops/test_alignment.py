@@ -29,6 +29,8 @@ CALLS = {
         (Case("stream_aggregate", (2,), 4, 8, "bfloat16"), None),
         (Case("gate_mix", (2,), 4, 8, "bfloat16"), None),
         (Case("gate_mix", (2,), 4, 8), None),
+        (Case("stream_norm", (2,), 4, 8, "bfloat16"), None),
+        (Case("stream_norm", (2,), 4, 8), None),
         (Case("mhc_pre", (7,), 4, 8, convention=PAPER), None),
         (Case("mhc_pre", (7,), 4, 8, "bfloat16", PAPER, weights="bfloat16"), None),
         (Case("mhc_pre", (7,), 4, 8, "bfloat16", PAPER, norm=False), None),
@@ -125,6 +127,7 @@ MISTAKES = [
     ("mhc_seam_backward", " && mhc::is_aligned<VEC>(du)", "", CALLS["simulator"][-1]),
     ("stream_mix_add", "+ c, y_aligned)", "+ c, x_aligned)", CALLS["simulator"][2]),
     ("gate_mix", " && mhc::is_aligned<VEC>(s)", "", CALLS["simulator"][5]),
+    ("stream_norm_backward", " && mhc::is_aligned<VEC>(ds)", "", CALLS["simulator"][7]),
 ]
 
 

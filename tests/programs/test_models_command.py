@@ -124,17 +124,22 @@ def test_parts_are_written_as_they_are_measured(tmp_path, command, monkeypatch, 
 
     patched, model = [], object()
     monkeypatch.setattr(command, "_random_model", lambda of, kind, d, layers: (d, layers, model))
-    monkeypatch.setattr(command, "patch", lambda model, verify: patched.append((model, verify)))
+    monkeypatch.setattr(
+        command, "patch", lambda *given, **options: patched.append((given, options))
+    )
     monkeypatch.setattr(
         command, "check", lambda model, p, times: {"check of": model, "times": times}
     )
     monkeypatch.setattr(command, "bench", lambda model, lengths: {"bench of": model, "l": lengths})
     report = command.main(["--random", "64"])
-    assert patched.pop() == ((64, 3, model), True)
+    of_patch = {"verify": True, "rounding": "stock"}
+    assert patched.pop() == (((64, 3, model),), of_patch)
     assert report["check"] == {"check of": (64, 3, model), "times": (1, 512)}
     assert report["bench"] == {"bench of": (64, 3, model), "l": (512, 2048)}
-    report = command.main(["--random", "64,2", "--bench", "--no-verify", "--tokens", "7"])
-    assert patched.pop() == ((64, 2, model), False) and "check" not in report
+    options = ["--bench", "--no-verify", "--rounding", "once", "--tokens", "7"]
+    report = command.main(["--random", "64,2", *options])
+    of_patch = {"verify": False, "rounding": "once"}
+    assert patched.pop() == (((64, 2, model),), of_patch) and "check" not in report
     assert report["bench"]["l"] == (7,)
     report = command.main(["--random", "64,2", "--check", "--tokens", "7"])
     assert report["check"]["times"] == (7,) and "bench" not in report
