@@ -245,6 +245,7 @@ def test_what_the_command_asks_for(monkeypatch, tmp_path):
     monkeypatch.setattr(mlx_lm, "load", lambda path: ("the model", "the tokenizer"))
     for options, verifies, numbers in (
         ("", True, ((1, 512), (512, 2048))),
+        ("--rounding once", True, ((1, 512), (512, 2048))),
         ("--no-verify", False, ((1, 512), (512, 2048))),
         ("--tokens 3,5", True, ((3, 5), (3, 5))),
         ("--check", True, ((1, 512), None)),
@@ -252,7 +253,8 @@ def test_what_the_command_asks_for(monkeypatch, tmp_path):
     ):
         asked.clear()
         command.main(["--model", "here", *options.split()])
-        assert asked["patch"] == ((), {"verify": verifies}), options
+        rounding = "once" if "once" in options else "stock"
+        assert asked["patch"] == ((), {"verify": verifies, "rounding": rounding}), options
         given = asked.get("check", ((None,), {"times": None}))
         assert given == ((None,), {"times": numbers[0]}), options
         assert asked.get("bench", ((None,), {})) == ((numbers[1],), {}), options

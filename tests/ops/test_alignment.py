@@ -174,7 +174,7 @@ extern "C" int halves(const short* p) {{
 def different(packs: str) -> list[int]:
     """How many elements of packs of 1, 2 and 4 differ from those that lie in device memory."""
     source = '#include "body.hpp"' + SMALL.format(packs=re.sub(r"\b(device|thread)\b", "", packs))
-    flags = ["-std=c++20", "-O0", "-w", "-fPIC", "-c", f"-I{simulator.HERE}"]
+    flags = ["-std=c++20", "-O0", "-w", "-fPIC", f"-I{simulator.HERE}"]
     library = ctypes.CDLL(str(simulator.build(source, flags, source)), mode=ctypes.RTLD_LOCAL)
     arrays = np.arange(1, 9, dtype=np.float32), np.arange(1, 9, dtype=np.int16)
     calls = zip((library.floats, library.halves), arrays, strict=True)

@@ -58,7 +58,7 @@ def declared_bytes(launches: list[tuple[str, dict]], backend: str) -> list[int]:
     count = len(launches)
     each = ", ".join(f"variant{k}::bytes" for k in range(count))
     source += f'extern "C" {{ size_t declared[{count}] = {{{each}}}; }}\n'
-    flags = ["-std=c++20", "-O0", "-w", "-fPIC", "-c", f"-I{simulator.HERE}"]
+    flags = ["-std=c++20", "-O0", "-w", "-fPIC", f"-I{simulator.HERE}"]
     library = ctypes.CDLL(str(simulator.build(source, flags, source)), mode=ctypes.RTLD_LOCAL)
     return list((ctypes.c_size_t * count).in_dll(library, "declared"))
 
@@ -364,7 +364,7 @@ def test_the_longest_token_is_addressed(backend, need):
     need("simulator")
     words = re.sub(r"\b(device|constant|thread)\b", "", launch.text(f"include/{backend}/packs.h"))
     source = f'#include "body.hpp"\n{words}{ADDRESS}'
-    flags = ["-std=c++20", "-O0", "-w", "-fPIC", "-c", f"-I{simulator.HERE}"]
+    flags = ["-std=c++20", "-O0", "-w", "-fPIC", f"-I{simulator.HERE}"]
     library = ctypes.CDLL(str(simulator.build(source, flags, source)), mode=ctypes.RTLD_LOCAL)
     library.offset_of.restype = ctypes.c_size_t
     for i in (0, 1, checks.MAX_TOKEN // 2, checks.MAX_TOKEN - 1):

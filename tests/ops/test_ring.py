@@ -23,7 +23,7 @@ def ring(need) -> ctypes.CDLL:
     functions = text[text.index("template <int FETCHES>") : text.index("template <int NUM_LOGITS")]
     source = "typedef unsigned int uint;\n" + functions
     source += "".join(ENTRY.format(name=k, function=v) for k, v in FUNCTIONS.items())
-    return ctypes.CDLL(str(simulator.build(source, ["-std=c++20", "-O1", "-fPIC", "-c"], source)))
+    return ctypes.CDLL(str(simulator.build(source, ["-std=c++20", "-O1", "-fPIC"], source)))
 
 
 @pytest.mark.parametrize("fetches", [1, 2])

@@ -295,6 +295,9 @@ def test_results_have_the_schema_and_a_line_for_each_row():
             assert all(row["us"] > 0 for row in result["predictions"])
         elif "metrics" in result:  # ncu measured every figure of a launch
             assert all(row["ns"] > 0 and row["groups"] > 0 for row in result["kernels"])
+        elif "chains" in result:  # benchmarks.gated measured it
+            figures = [us for row in result["sites"] for us in row["us"].values()]
+            assert figures and all(us > 0 for us in figures)
         elif "kernels" in result:  # ncu measured it
             for k in result["kernels"]:
                 rows = k["rows_read"] + k["rows_written"]

@@ -227,6 +227,8 @@ def compile_all(keys: list[tuple[str, str]], every: bool = True) -> None:
         for (name, _, optimised), sources in groups.items()
         for i in range(0, len(sources), TOGETHER)
     ] + [(name, (source,), "sm_80", every) for name, source in older.items()]
+    # A process that has compiled one without optimising leaves out some of it for all later ones.
+    jobs.sort(key=lambda job: not job[-1])
     if len(jobs) > 8:
         with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
             made = list(pool.map(compile_together, *zip(*jobs, strict=True)))

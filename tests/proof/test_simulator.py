@@ -202,7 +202,7 @@ def test_others_cannot_plant_libraries(need, tmp_path, monkeypatch):
 
     def build():
         monkeypatch.setattr(simulator, "CACHE", planted)
-        return simulator.build(source, ["-std=c++20", "-fPIC", "-c"], source)
+        return simulator.build(source, ["-std=c++20", "-fPIC"], source)
 
     def refused(why):
         (planted / f"{name}.so").touch()
