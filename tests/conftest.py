@@ -17,7 +17,6 @@ from mhc_mlx import launch
 def pytest_addoption(parser):
     parser.addoption("--all-rungs", action="store_true", help="a rung that cannot run fails")
     parser.addoption("--examples", type=int, help="new random calls of each op")
-    parser.addoption("--every-variant", action="store_true", help="NVRTC optimises each variant")
 
 
 # A file is one worker's: those that take minutes start first, or the other worker waits at the end.
@@ -66,7 +65,6 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(f"{rung}: {len(bodies)} kernel variants: {each}")
     if "proof.nvrtc" in sys.modules and sys.modules["proof.nvrtc"].figures:
         figures = sys.modules["proof.nvrtc"].figures
-        figures = {key: f for key, f in figures.items() if f["optimised"]}
         slowest = max(figures, key=lambda k: figures[k]["seconds"])
         most = max(figures, key=lambda k: figures[k]["registers"])
         line = f"nvrtc: slowest {slowest[0]} {figures[slowest]['seconds']:.1f} s, "

@@ -17,7 +17,7 @@ from proof.compare import case_output, check, doubles, exact, results
 from mhc_mlx import PAPER, Convention, ops, reference
 from mhc_mlx.conventions import AXES, EXPONENTIAL, SINKHORN, STARTS
 
-EXAMPLES = 9  # of each op; each compiles two to five kernels, in a fifth of a second each
+EXAMPLES = 12  # of each op; each compiles two to five kernels, in a fifth of a second each
 SENSITIVITY = 0.15  # of the bound: a kernel rounds several times on the way
 PHI = 100_000  # elements at most, unless C is 1
 FORMS = ("simulator", "simulator, CUDA")

@@ -45,8 +45,7 @@ FIGURES = {
 }
 TOGETHER = 12  # a program has at most this number of launches
 PRECOMPILED = 320 << 20  # bytes of NVIDIA's headers, which each process precompiles once
-# Registers, bytes of spills, stack and shared memory, and seconds of each compiled variant; whether
-# NVRTC optimised it, as MLX lets it: otherwise registers, spills and stack are not those of a GPU.
+# Registers, bytes of spills, stack and shared memory, and seconds of each compiled variant.
 figures: dict = {}
 TYPES = {mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bfloat16"}
 
@@ -97,15 +96,13 @@ def compile_cuda(name: str, source: str, arch: str = "sm_90a") -> tuple[str, dic
     return error, found[0] if found else {}
 
 
-def compile_together(
-    name: str, sources: tuple[str, ...], arch: str, optimised: bool = True
-) -> tuple[str, list[dict]]:
+def compile_together(name: str, sources: tuple[str, ...], arch: str) -> tuple[str, list[dict]]:
     """Compile launches with the same header as one program; return the errors and all figures.
 
     Most of the time goes into what stands before a kernel. Each launch gets an equal part of it.
     """
     start = time.perf_counter()
-    error, log, _ = compile_program(name, sources, arch, optimised)
+    error, log, _ = compile_program(name, sources, arch)
     seconds = time.perf_counter() - start
     if error:
         return error, []
@@ -116,20 +113,17 @@ def compile_together(
         (own,) = (
             text for symbol, text in logs.items() if re.search(rf"{kernel_name}(?!\d)", symbol)
         )
-        made.append({"seconds": seconds / len(sources), "optimised": optimised})
+        made.append({"seconds": seconds / len(sources)})
         for key, pattern in FIGURES.items():
             found = re.search(pattern, own)
             made[-1][key] = int(found.group(1)) if found else 0
     return "", made
 
 
-def compile_program(
-    name: str, sources: tuple[str, ...], arch: str, optimised: bool = True
-) -> tuple[str, str, str]:
+def compile_program(name: str, sources: tuple[str, ...], arch: str) -> tuple[str, str, str]:
     """Compile launches with the same header as one program; return the errors, the log and the PTX.
 
-    The kernels are called custom_kernel_{name}_0, custom_kernel_{name}_1, ... Without
-    ``optimised`` NVRTC takes 0.4 of the time.
+    The kernels are called custom_kernel_{name}_0, custom_kernel_{name}_1, ...
     """
     nvrtc, includes = toolkit()
     kernels, parts = [f"custom_kernel_{name}_{k}" for k in range(len(sources))], []
@@ -151,7 +145,7 @@ def compile_program(
         "--ptxas-options=-v",
         "--pch",  # without it two thirds of the time go into NVIDIA's headers
         "--pch-messages=false",
-    ] + ([] if optimised else ["--Ofast-compile=max"])
+    ]
     flags = [f.encode() for f in flags + [f"--include-path={p}" for p in includes]]
     failed = nvrtc.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*flags))
 
@@ -194,47 +188,29 @@ def collecting():
         _collecting = None
 
 
-def kind_of(key: tuple[str, str]) -> tuple[str, ...]:
-    """Return what registers of a variant depend on most: body, number of streams and, at n = 4, T.
-
-    Those of one kind differ by convention, by what tokens share, and by the number of channels.
-    """
-    name, source = key
-    (n,), dtypes = re.findall(r"constexpr int N = (.*);", source) or [""], []
-    if n == "4":
-        dtypes = re.findall(r"using T = (.*);", source)
-    return (name, n, *dtypes)
-
-
-def compile_all(keys: list[tuple[str, str]], every: bool = True) -> None:
+def compile_all(keys: list[tuple[str, str]]) -> None:
     """Compile launches for sm_90a, and the first variant of each body for sm_80; fill `figures`.
 
     Launches with the same header form a program. Many programs are spread over one process per
-    core, because NVRTC compiles one program at a time in a process. Without ``every`` only the
-    first variant of each kind is optimised.
+    core, because NVRTC compiles one program at a time in a process.
     """
     new = [key for key in dict.fromkeys(keys) if key not in figures]
     seen = {name for name, _ in figures}
     older = {k: s for k, s in reversed(new) if k not in seen}
-    first = {kind_of(key): key for key in reversed(new)}
-    groups: dict[tuple[str, str, bool], list[str]] = {}
+    groups: dict[tuple[str, str], list[str]] = {}
     for name, source in new:
-        optimised = every or first[kind_of((name, source))] == (name, source)
-        header = source.rpartition(NAMESPACE)[0]
-        groups.setdefault((name, header, optimised), []).append(source)
+        groups.setdefault((name, source.rpartition(NAMESPACE)[0]), []).append(source)
     jobs = [
-        (name, tuple(sources[i : i + TOGETHER]), "sm_90a", optimised)
-        for (name, _, optimised), sources in groups.items()
+        (name, tuple(sources[i : i + TOGETHER]), "sm_90a")
+        for (name, _), sources in groups.items()
         for i in range(0, len(sources), TOGETHER)
-    ] + [(name, (source,), "sm_80", every) for name, source in older.items()]
-    # A process that has compiled one without optimising leaves out some of it for all later ones.
-    jobs.sort(key=lambda job: not job[-1])
+    ] + [(name, (source,), "sm_80") for name, source in older.items()]
     if len(jobs) > 8:
         with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
             made = list(pool.map(compile_together, *zip(*jobs, strict=True)))
     else:
         made = [compile_together(*job) for job in jobs]
-    for (name, sources, arch, _), (error, found) in zip(jobs, made, strict=True):
+    for (name, sources, arch), (error, found) in zip(jobs, made, strict=True):
         assert not error, f"{name}.metal does not compile for {arch}:\n{error[:2000]}"
         if arch == "sm_90a":
             figures.update({(name, s): f for s, f in zip(sources, found, strict=True)})
